@@ -1,0 +1,66 @@
+"""Prompt lookup: the text is searched for its own last few tokens, and what followed them is the draft.
+
+Needs no model; good where the answer repeats the prompt (summaries, edits, code). A. Saxena, "Prompt lookup decoding", 2023.
+"""
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from mtp_engine.protocols import Batch
+from mtp_engine.tree import DraftTree, VerifyResult
+
+
+@final
+class NgramDrafter:
+    """Drafts chains of up to `length` tokens after the newest earlier match of the longest suffix (3 tokens, then 2)."""
+
+    history = 0
+
+    def __init__(self, length: int, *, slots: int, max_context: int, device: torch.device, suffixes: tuple[int, ...] = (3, 2)) -> None:
+        self.max_nodes = length + 1
+        self._length, self._suffixes = length, suffixes
+        self._text = torch.full((slots, max_context + self.max_nodes), -1, device=device)
+
+    def reserve(self, slot: int, tokens: int) -> None:
+        pass
+
+    def release(self, slot: int) -> None:
+        self._text[slot] = -1
+
+    def prefill(self, slot: int, tokens: Tensor, hidden: Tensor) -> None:
+        self._text[slot, : len(tokens)] = tokens
+
+    def draft(self, batch: Batch) -> DraftTree:
+        longest = max(batch.host_lengths) + 1
+        text = self._text[batch.slots]
+        chains = text.new_zeros(len(batch.host_slots), self.max_nodes)
+        chains[:, 0] = batch.tokens
+        size = torch.ones_like(batch.lengths)
+        for suffix in self._suffixes:
+            starts, found = self._match(text[:, :longest], batch.lengths, suffix)
+            offsets = torch.arange(self._length, device=text.device)
+            follow = (starts + suffix)[:, None] + offsets
+            drafted = text.gather(1, follow.clamp(max=text.shape[1] - 1))
+            usable = (found & (size == 1))[:, None]
+            known = (follow <= batch.lengths[:, None]) & usable
+            chains[:, 1:] = torch.where(known, drafted, chains[:, 1:])
+            size = torch.where(usable[:, 0], 1 + known.sum(1), size)
+        return DraftTree.chain(chains, size)
+
+    def _match(self, text: Tensor, lengths: Tensor, suffix: int) -> tuple[Tensor, Tensor]:
+        """Newest start of an earlier copy of the last `suffix` tokens, and whether there is one: [B], [B] bool."""
+        if text.shape[1] <= suffix:
+            return torch.zeros_like(lengths), torch.zeros_like(lengths, dtype=torch.bool)
+        windows = text.unfold(1, suffix, 1)  # [B, starts, suffix]
+        last = (lengths[:, None] - suffix + 1 + torch.arange(suffix, device=text.device)).clamp(min=0)
+        equal = (windows == text.gather(1, last)[:, None]).all(-1)
+        starts = torch.arange(windows.shape[1], device=text.device)
+        equal &= starts + suffix <= lengths[:, None]  # a token must follow, and the suffix itself is no match
+        equal &= (lengths >= suffix)[:, None]
+        return torch.where(equal, starts, -1).amax(-1).clamp(min=0), equal.any(-1)
+
+    def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
+        positions = batch.lengths[:, None] + 1 + torch.arange(result.tokens.shape[1], device=result.tokens.device)
+        self._text[batch.slots[:, None], positions] = result.tokens  # what lies past the new length is overwritten later

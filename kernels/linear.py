@@ -1,0 +1,72 @@
+"""y = x W^T for few rows, in the layout that runs fastest on this processor.
+
+On a CPU a decoding step reads every weight once and is bound by that, so the time should not depend on the number of
+rows M. It does: MKL's plain sgemm takes 2.6 times as long for M = 4 as for M = 3. Packed once for a large M, its
+weights give nearly flat times up to M = 8 (bench/linear.py measures, bench/LOG.md has the figures).
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_PACK_ROWS = 128  # the row count MKL is told to expect; smaller values are slower from M = 9 on
+
+
+@final
+class Linear:
+    """A bias-free or biased linear layer. weight: [out, in]; call with [..., in] to get [..., out]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        self._apply = _layout(weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._apply(x)
+        return y if self.bias is None else y + self.bias
+
+
+def _layout(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and packed_is_faster():
+        return _packed(weight)
+    return lambda x: F.linear(x, weight)
+
+
+def _packed(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    pack = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), _PACK_ROWS)
+    # the op wants the unpacked weight too but reads only its shape; a view of one element keeps no second copy alive
+    shape_only = torch.empty(1).expand(weight.shape)
+    in_features, out_features = weight.shape[1], weight.shape[0]
+
+    def apply(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, in_features)
+        y: Tensor = torch.ops.mkl._mkl_linear(rows, pack, shape_only, None, rows.shape[0])
+        return y.view(*x.shape[:-1], out_features)
+
+    return apply
+
+
+@cache
+def packed_is_faster() -> bool:
+    """Measure both layouts once per process on a layer larger than the caches' share of it (about 20 ms)."""
+    if not (torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")):
+        return False
+    weight, x = torch.randn(3072, 576), torch.randn(6, 576)
+    packed = _packed(weight)
+    if not torch.allclose(packed(x), F.linear(x, weight), rtol=1e-4, atol=1e-4):
+        return False
+    return _seconds(lambda: packed(x)) < _seconds(lambda: F.linear(x, weight))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)

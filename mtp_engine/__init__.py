@@ -1,0 +1,40 @@
+"""mtp-engine: lossless speculative decoding with Multi-Token Prediction layers.
+
+    from mtp_engine import Engine, SamplingParams
+
+Names are loaded on first use, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtp_engine.config import EngineConfig, SamplingParams, TreeShape
+    from mtp_engine.decode_loop import DecodeLoop
+    from mtp_engine.engine import Chunk, Engine, Generation
+    from mtp_engine.errors import EngineError
+    from mtp_engine.stats import GenerationStats
+    from mtp_engine.tree import DraftTree, VerifyResult
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Chunk": "engine",
+    "DecodeLoop": "decode_loop",
+    "DraftTree": "tree",
+    "Engine": "engine",
+    "EngineConfig": "config",
+    "EngineError": "errors",
+    "Generation": "engine",
+    "GenerationStats": "stats",
+    "SamplingParams": "config",
+    "TreeShape": "config",
+    "VerifyResult": "tree",
+}
+__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,101 @@
+"""The cache of layers with full attention: fixed-size pages, handed to slots as they are reserved."""
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from mtp_engine.errors import EngineError
+from mtp_engine.kernels.reference import move_rows, write_rows
+
+
+@final
+class PagedKV:
+    """Keys and values of `layers` layers, all with the same head shapes, in `pages` pages of `page_size` tokens.
+
+    Row r of the storage is token r % page_size of page r // page_size. Slot s's token t lies in page
+    table[s][t // page_size]. Pages are taken in one contiguous run where there is one: then a slot's keys are a view.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        kv_heads: int,
+        qk_dim: int,
+        v_dim: int,
+        slots: int,
+        pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.page_size, self.pages, self.device = page_size, pages, device
+        # torch.empty touches nothing: on a CPU the pages cost memory only once they are written
+        self.k = torch.empty(layers, pages * page_size, kv_heads, qk_dim, dtype=dtype, device=device)
+        self.v = torch.empty(layers, pages * page_size, kv_heads, v_dim, dtype=dtype, device=device)
+        self.table: list[list[int]] = [[] for _ in range(slots)]
+        self._device_table = torch.zeros(slots, pages, dtype=torch.int64, device=device)
+        self._free = [True] * pages
+
+    def reserve(self, slot: int, tokens: int) -> None:
+        """Give `slot` pages for `tokens` tokens in all. Raises EngineError, changing nothing, when too few are free."""
+        missing = -(-tokens // self.page_size) - len(self.table[slot])
+        if missing <= 0:
+            return
+        free = sum(self._free)
+        if missing > free:
+            raise EngineError(
+                f"the KV cache is full: {missing * self.page_size} more tokens are needed and {free * self.page_size} are "
+                "free; raise kv_tokens, or shorten the prompt or max_tokens"
+            )
+        taken = self._run(missing) or [page for page in range(self.pages) if self._free[page]][:missing]
+        for page in taken:
+            self._free[page] = False
+        self.table[slot].extend(taken)
+        self._device_table[slot, : len(self.table[slot])] = torch.tensor(self.table[slot])
+
+    def _run(self, count: int) -> list[int] | None:
+        start = 0
+        for page in range(self.pages):
+            if not self._free[page]:
+                start = page + 1
+            elif page - start + 1 == count:
+                return list(range(start, page + 1))
+        return None
+
+    def release(self, slot: int) -> None:
+        for page in self.table[slot]:
+            self._free[page] = True
+        self.table[slot] = []
+
+    def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Storage rows of cache slots `positions` [B, N] of the requests in `slots` [B] -> [B, N] int64."""
+        pages = self._device_table[slots].gather(1, positions // self.page_size)
+        return pages * self.page_size + positions % self.page_size
+
+    def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        """rows: [B, N]; k: [B, N, Hkv, Dk]; v: [B, N, Hkv, Dv]."""
+        write_rows(self.k[layer], rows, k)
+        write_rows(self.v[layer], rows, v)
+
+    def read(self, layer: int, slot: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the slot's first `tokens` tokens: [tokens, Hkv, Dk], [tokens, Hkv, Dv]."""
+        pages = self.table[slot][: -(-tokens // self.page_size)]
+        if pages[-1] - pages[0] == len(pages) - 1 and pages == list(range(pages[0], pages[0] + len(pages))):
+            start = pages[0] * self.page_size
+            return self.k[layer, start : start + tokens], self.v[layer, start : start + tokens]
+        offsets = torch.arange(self.page_size, device=self.device)
+        rows = (torch.tensor(pages, device=self.device)[:, None] * self.page_size + offsets).flatten()[:tokens]
+        return self.k[layer][rows], self.v[layer][rows]
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy storage rows source [M] to target [M] in every layer."""
+        move_rows(self.k, source, target)
+        move_rows(self.v, source, target)
+
+    def check(self) -> None:
+        taken = [page for pages in self.table for page in pages]
+        assert len(taken) == len(set(taken)), "a page belongs to two slots"
+        assert all(not self._free[page] for page in taken), "a page in use is marked free"
+        assert len(taken) + sum(self._free) == self.pages, "a page has leaked"

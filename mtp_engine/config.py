@@ -1,0 +1,188 @@
+"""Frozen settings: what a model is, how the engine runs it, how a request is sampled. Read once at the top."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, final
+
+from mtp_engine.errors import EngineError
+
+DEFAULT_MODEL = "smollm2-135m-mtp3"
+MAX_TREE_NODES = 64  # a tree mask is 64 bits per node in the CUDA kernels
+
+
+@final
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding over the first `dim` dimensions of a head, half-split layout.
+
+    `scaling` is None, ("linear", factor) or ("llama3", factor, low_freq_factor, high_freq_factor, original_context).
+    """
+
+    dim: int
+    theta: float
+    scaling: tuple[str, ...] | tuple[str | float, ...] | None = None
+
+
+@final
+@dataclass(frozen=True)
+class AttentionConfig:
+    """One attention layer. `window` counts the keys a query sees, itself included; None means all."""
+
+    heads: int
+    kv_heads: int
+    qk_dim: int
+    v_dim: int
+    rope: RopeConfig
+    window: int | None = None
+    sink: bool = False
+    value_scale: float = 1.0
+    bias: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class LayerConfig:
+    """One decoder layer: attention and a gated FFN of width `intermediate`."""
+
+    attention: AttentionConfig
+    intermediate: int
+
+
+@final
+@dataclass(frozen=True)
+class MTPConfig:
+    """The MTP layers and the switches in which published families differ.
+
+    chained: layer k > 0 reads layer k-1's output, not the main model's hidden state.
+    reused: one layer serves every depth (its rows then move one position per depth).
+    hidden: the main model's hidden state is taken before or after its final norm.
+    concat: order of the two halves that eh_proj reads.
+    own_norm: each layer ends in its own norm; otherwise the main model's final norm is shared.
+    """
+
+    depth: int
+    layer: LayerConfig
+    chained: bool = False
+    reused: bool = False
+    hidden: Literal["pre_norm", "post_norm"] = "pre_norm"
+    concat: Literal["embedding_first", "hidden_first"] = "embedding_first"
+    own_norm: bool = True
+
+
+@final
+@dataclass(frozen=True)
+class ModelConfig:
+    """A main model and, if it has any, its MTP layers."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerConfig, ...]
+    norm_eps: float
+    tied_head: bool
+    max_context: int
+    eos_token_ids: tuple[int, ...]
+    mtp: MTPConfig | None = None
+
+
+@final
+@dataclass(frozen=True)
+class TreeShape:
+    """How many candidates a drafter proposes at each depth, or how many nodes it may spend.
+
+    widths: every node at depth d gets widths[d] children (chain:K is K widths of one).
+    best: instead, the `best` drafted nodes with the highest joint draft probability, chosen anew in every step.
+    """
+
+    widths: tuple[int, ...] = ()
+    best: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "TreeShape":
+        """Read `chain:K`, `4x2x2` or `tree:N`. Raises EngineError for anything else or above 64 nodes."""
+        if match := re.fullmatch(r"chain:(\d+)", text):
+            shape = cls(widths=(1,) * int(match[1]))
+        elif match := re.fullmatch(r"tree:(\d+)", text):
+            shape = cls(best=int(match[1]))
+        elif re.fullmatch(r"\d+(x\d+)*", text):
+            shape = cls(widths=tuple(int(width) for width in text.split("x")))
+        else:
+            raise EngineError(f"tree shape {text!r} is not one of chain:K, WxWxW (for example 4x2x2) or tree:N")
+        if shape.best == 0 and (not shape.widths or 0 in shape.widths):
+            raise EngineError(f"tree shape {text!r} drafts nothing: use at least one node, or --drafter root")
+        if shape.max_nodes > MAX_TREE_NODES:
+            raise EngineError(f"tree shape {text!r} has {shape.max_nodes} nodes with its root; at most {MAX_TREE_NODES}")
+        return shape
+
+    @property
+    def max_nodes(self) -> int:
+        """Nodes of the largest tree, root included."""
+        if self.best:
+            return self.best + 1
+        total, level = 1, 1
+        for width in self.widths:
+            level *= width
+            total += level
+        return total
+
+    def __str__(self) -> str:
+        if self.best:
+            return f"tree:{self.best}"
+        return f"chain:{len(self.widths)}" if set(self.widths) == {1} else "x".join(map(str, self.widths))
+
+
+@final
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is decoded. temperature 0 is greedy; top_k 0 and min_p 0 and top_p 1 are off.
+
+    The same seed gives the same tokens whichever drafter and tree are used, and without drafting. Without a seed one
+    is drawn and reported in the statistics. Definitions: top-k keeps every token that fewer than k tokens beat; top-p
+    keeps every token with less than p probability mass above it; min-p keeps tokens with at least min_p times the
+    largest probability. All three see the distribution after temperature. Ties are kept together.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for ok, message in (
+            (self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be at least 1"),
+            (0 <= self.temperature < float("inf"), f"temperature is {self.temperature}; it must be 0 (greedy) or above"),
+            (self.top_k >= 0, f"top_k is {self.top_k}; it must be 0 (off) or above"),
+            (0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1"),
+            (0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must be between 0 and 1"),
+            (self.seed is None or 0 <= self.seed < 2**63, f"seed is {self.seed}; it must be between 0 and 2**63 - 1"),
+        ):
+            if not ok:
+                raise EngineError(message)
+
+
+@final
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the engine runs. Every field has a default that suits one user on one machine.
+
+    tree None picks the shape that measured fastest for the device and drafter. draft_vocab is the number of most
+    frequent tokens the MTP layers may propose; 0 means all. max_context 0 means the model's own limit.
+    kv_tokens is the size of the paged KV cache in tokens; 0 means max_batch full contexts.
+    """
+
+    drafter: Literal["mtp", "ngram", "root"] = "mtp"
+    tree: TreeShape | None = None
+    draft_vocab: int = 8192
+    verifier: Literal["match"] = "match"
+    device: str = "cpu"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    threads: int = 0
+    max_batch: int = 8
+    max_context: int = 0
+    kv_tokens: int = 0
+    page_size: int = 64
+    prefill_chunk: int = 512

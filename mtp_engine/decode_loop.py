@@ -1,0 +1,248 @@
+"""The decode loop: draft a tree, verify it in one forward pass, keep a path."""
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from mtp_engine.attention import StepRows, TorchAttention
+from mtp_engine.cache import HybridKV
+from mtp_engine.config import SamplingParams
+from mtp_engine.errors import EngineError
+from mtp_engine.protocols import Drafter, TargetModel, Verifier
+from mtp_engine.sampler import SamplingBatch
+from mtp_engine.stats import GenerationStats
+from mtp_engine.tree import DraftTree, VerifyResult
+
+FinishReason = Literal["stop", "length"]
+
+
+@final
+@dataclass(eq=False)
+class Request:
+    """A prompt on its way: its slot, what it has emitted, and its statistics."""
+
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    slot: int
+    limit: int  # tokens it may emit: max_tokens, or less where the context ends first
+    stats: GenerationStats
+    started: float
+    output: list[int] = field(default_factory=list)
+    drafted: list[bool] = field(default_factory=list)  # per output token: an accepted draft, not the main model's own
+    finish_reason: FinishReason | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens whose KV is cached: all but the last."""
+        return len(self.prompt) + len(self.output) - 1
+
+
+@final
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step emitted for one request: at least one token."""
+
+    request: Request
+    tokens: list[int]
+    drafted: list[bool]
+
+
+@final
+@dataclass(frozen=True)
+class StepBatch:
+    """The running requests as tensors (see protocols.Batch)."""
+
+    requests: Sequence[Request]
+    sampling: SamplingBatch
+    slots: Tensor
+    host_slots: list[int]
+
+    @classmethod
+    def build(cls, requests: Sequence[Request], device: torch.device) -> "StepBatch":
+        slots = [request.slot for request in requests]
+        sampling = SamplingBatch.build([r.params for r in requests], [r.seed for r in requests], device)
+        return cls(requests, sampling, torch.tensor(slots, device=device), slots)
+
+    def now(self) -> "StepBatch":
+        """The same requests at their present lengths."""
+        return StepBatch(self.requests, self.sampling, self.slots, self.host_slots)
+
+    @cached_property
+    def host_lengths(self) -> list[int]:
+        return [request.length for request in self.requests]
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        return torch.tensor(self.host_lengths, device=self.slots.device)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        return torch.tensor([(r.output or r.prompt)[-1] for r in self.requests], device=self.slots.device)
+
+
+@final
+class DecodeLoop:
+    """Requests join with `add`, every `step` advances all of them, and finished ones leave by themselves.
+
+    Requests may join and leave between any two steps. Prefill covers the prompt without its last token; that token is
+    the root of the first tree, so sampling happens in one place only.
+    """
+
+    def __init__(
+        self,
+        model: TargetModel,
+        cache: HybridKV,
+        drafter: Drafter,
+        verifier: Verifier,
+        *,
+        slots: int,
+        max_context: int,
+        eos_token_ids: Sequence[int],
+        prefill_chunk: int,
+        device: torch.device,
+    ) -> None:
+        self.model, self.cache, self.drafter, self.verifier = model, cache, drafter, verifier
+        self.max_context, self.eos_token_ids = max_context, frozenset(eos_token_ids)
+        self.prefill_chunk, self.device = prefill_chunk, device
+        self.requests: list[Request] = []
+        self._free_slots = list(range(slots))[::-1]
+        self._batch: StepBatch | None = None  # of the present members; None after a change
+
+    @property
+    def has_room(self) -> bool:
+        return bool(self._free_slots)
+
+    @torch.inference_mode()
+    def add(self, prompt: Sequence[int], params: SamplingParams) -> Request:
+        """Admit a request and prefill its prompt (token ids). Raises EngineError, changing nothing, if it cannot run."""
+        if not prompt:
+            raise EngineError("the prompt is empty: give it at least one token")
+        if len(prompt) >= self.max_context:
+            raise EngineError(
+                f"the prompt has {len(prompt)} tokens and the context holds {self.max_context}: shorten the prompt"
+            )
+        if not self._free_slots:
+            raise EngineError("all slots are taken: wait for a request to finish, or raise max_batch")
+        limit = min(params.max_tokens, self.max_context - len(prompt))
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        stats = GenerationStats(seed=seed, prompt_tokens=len(prompt))
+        request = Request(list(prompt), params, seed, self._free_slots[-1], limit, stats, time.perf_counter())
+        try:
+            self.cache.reserve(request.slot, len(prompt) + limit + self.drafter.max_nodes)
+            self.drafter.reserve(request.slot, len(prompt) + limit)
+            self._prefill(request)
+        except BaseException:
+            self.cache.release(request.slot)
+            self.drafter.release(request.slot)
+            raise
+        self._free_slots.pop()
+        self.requests.append(request)
+        self._batch = None
+        stats.prefill_s = time.perf_counter() - request.started
+        return request
+
+    def _prefill(self, request: Request) -> None:
+        tokens = torch.tensor(request.prompt, device=self.device)
+        slots = torch.tensor([request.slot], device=self.device)
+        recent: list[Tensor] = []
+        for start in range(0, len(tokens) - 1, self.prefill_chunk):
+            chunk = tokens[None, start : min(start + self.prefill_chunk, len(tokens) - 1)]
+            positions = start + torch.arange(chunk.shape[1], device=self.device)[None]
+            rows = StepRows(
+                slots=slots,
+                lengths=torch.tensor([start], device=self.device),
+                host_slots=[request.slot],
+                host_lengths=[start],
+                positions=positions,
+                mask=positions[:, :, None] >= positions[:, None, :],
+            )
+            hidden = self.model.forward(chunk, positions, TorchAttention(self.cache, rows))[0]
+            recent = [torch.cat([*recent, hidden])[-self.drafter.history :]] if self.drafter.history else []
+        hidden = recent[0] if recent else torch.empty(0, 0, device=self.device)
+        self.drafter.prefill(request.slot, tokens, hidden)
+
+    @torch.inference_mode()
+    def step(self) -> list[StepOutput]:
+        """Advance every request by one draft-and-verify step; returns what each emitted."""
+        if not self.requests:
+            return []
+        begin = time.perf_counter()
+        batch = self._current()
+        tree = self.drafter.draft(batch)
+        drafted = time.perf_counter()
+        rows = self._rows(batch, tree)
+        hidden = self.model.forward(tree.tokens, rows.positions, TorchAttention(self.cache, rows))
+        result = self.verifier.verify(tree, self.model.logits(hidden), batch)
+        self.cache.commit(batch.slots, batch.lengths, result)
+        self.drafter.observe(batch, result, result.gather(hidden))
+        outputs = self._emit(batch, tree, result, drafted - begin, drafted)
+        self._leave()
+        return outputs
+
+    def _current(self) -> StepBatch:
+        if self._batch is None:
+            self._batch = StepBatch.build(tuple(self.requests), self.device)
+        return self._batch.now()
+
+    def _rows(self, batch: StepBatch, tree: DraftTree) -> StepRows:
+        return StepRows(
+            slots=batch.slots,
+            lengths=batch.lengths,
+            host_slots=batch.host_slots,
+            host_lengths=batch.host_lengths,
+            positions=batch.lengths[:, None] + tree.depths,
+            mask=tree.ancestors(),
+        )
+
+    def _emit(
+        self, batch: StepBatch, tree: DraftTree, result: VerifyResult, draft_s: float, verify_start: float
+    ) -> list[StepOutput]:
+        """Take a step's result to the host, the step's one synchronisation, and hand the tokens out."""
+        reached = torch.where(tree.real(), tree.depths, 0).amax(1)
+        table = torch.cat([result.counts[:, None], tree.size[:, None], reached[:, None], result.tokens], 1).tolist()
+        now = time.perf_counter()
+        outputs = []
+        for request, (count, nodes, depth, *tokens) in zip(batch.requests, table, strict=True):
+            kept = self._stop(request, tokens[:count])
+            drafted = [index < count - 1 for index in range(len(kept))]
+            request.output += kept
+            request.drafted += drafted
+            stats = request.stats
+            stats.record_step(len(kept), nodes, depth)
+            stats.draft_s += draft_s / len(table)
+            stats.verify_s += (now - verify_start) / len(table)
+            stats.total_s = now - request.started
+            stats.ttft_s = stats.ttft_s or stats.total_s
+            outputs.append(StepOutput(request, kept, drafted))
+        return outputs
+
+    def _stop(self, request: Request, tokens: list[int]) -> list[int]:
+        """The tokens up to the request's end, which is noted; nothing after a stop token is emitted."""
+        for index, token in enumerate(tokens):
+            ends = token in request.params.stop_token_ids
+            if ends or (token in self.eos_token_ids and not request.params.ignore_eos):
+                request.finish_reason = "stop"
+                return tokens[: index + 1]
+            if len(request.output) + index + 1 == request.limit:
+                request.finish_reason = "length"
+                return tokens[: index + 1]
+        return tokens
+
+    def _leave(self) -> None:
+        for request in [r for r in self.requests if r.finish_reason]:
+            self.remove(request)
+
+    def remove(self, request: Request) -> None:
+        """Drop a request, finished or not, and free its slot."""
+        self.requests.remove(request)
+        self.cache.release(request.slot)
+        self.drafter.release(request.slot)
+        self._free_slots.append(request.slot)
+        self._batch = None

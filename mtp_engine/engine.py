@@ -1,0 +1,228 @@
+"""The engine: the only place that names concrete classes. Loads a model, builds the loop, runs prompts through it."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+
+from mtp_engine import hub
+from mtp_engine.cache import HybridKV
+from mtp_engine.config import DEFAULT_MODEL, EngineConfig, ModelConfig, SamplingParams, TreeShape
+from mtp_engine.decode_loop import DecodeLoop, FinishReason, Request
+from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
+from mtp_engine.errors import EngineError
+from mtp_engine.models import loader
+from mtp_engine.models.decoder import Decoder
+from mtp_engine.protocols import Drafter, Progress
+from mtp_engine.stats import GenerationStats
+from mtp_engine.tokenizer import Tokenizer
+from mtp_engine.verifiers import MatchVerifier
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Raw text, token ids, or chat messages ({"role": ..., "content": ...}) for the model's chat template."""
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_KV_BUDGET = 4 << 30  # bytes; the default cache holds a full context per slot up to this
+_DEFAULT_TREES = {"mtp": TreeShape.parse("chain:3"), "ngram": TreeShape.parse("chain:4")}
+
+
+@final
+@dataclass(frozen=True)
+class Generation:
+    """A finished answer. drafted[i]: token i was an accepted draft, not the main model's own. The text leaves special
+    tokens out; token_ids hold them, the stop token included."""
+
+    text: str
+    token_ids: list[int]
+    drafted: list[bool]
+    finish_reason: FinishReason
+    stats: GenerationStats
+
+
+@final
+@dataclass(frozen=True)
+class Chunk:
+    """What one step added to the answer of prompt `index`. `finished` comes with the last chunk of each prompt."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    drafted: list[bool]
+    finished: Generation | None
+
+
+@final
+class Engine:
+    """A loaded model with its decode loop.
+
+    >>> engine = Engine.load("smollm2-135m-mtp3")
+    >>> [answer] = engine.generate([[{"role": "user", "content": "Why is the sky blue?"}]])
+    """
+
+    def __init__(self, model: Decoder, loop: DecodeLoop, tokenizer: Tokenizer, config: EngineConfig) -> None:
+        self.model, self.loop, self.tokenizer, self.config = model, loop, tokenizer, config
+
+    @classmethod
+    def load(
+        cls,
+        name: str = DEFAULT_MODEL,
+        config: EngineConfig | None = None,
+        *,
+        mtp: str | None = None,
+        progress: Progress = hub.silent,
+    ) -> "Engine":
+        """Load a registered model, a local folder, a GGUF file or `org/name` from the hub.
+
+        mtp: a folder of MTP layers to use instead of the model's own. Raises EngineError for everything a user can mend.
+        """
+        config = config or EngineConfig()
+        device = _device(config)
+        torch.set_num_threads(config.threads or os.cpu_count() or 1)
+        files = hub.locate(name, mtp=mtp, progress=progress)
+        tokenizer = Tokenizer.load(files.folder)
+        model = loader.load_main(files.folder, _DTYPES[config.dtype], device, progress)
+        if config.max_context > model.config.max_context:
+            raise EngineError(f"max_context is {config.max_context}; {name} was made for {model.config.max_context} tokens")
+        drafter = _drafter(files, model, config)
+        loop = _loop(model, drafter, config, slots=config.max_batch, eos=tokenizer.eos_ids)
+        return cls(model, loop, tokenizer, config)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.model.config
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt. Special-token strings in text stay text."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if prompt and isinstance(prompt[0], Mapping):
+            return self.tokenizer.chat(prompt)  # type: ignore[arg-type]
+        return [int(token) for token in prompt]  # type: ignore[call-overload]
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Generation]:
+        """Answer all prompts; more than max_batch of them wait their turn. One `params` for all, or one each."""
+        answers: dict[int, Generation] = {}
+        for chunk in self.stream(prompts, params):
+            if chunk.finished:
+                answers[chunk.index] = chunk.finished
+        return [answers[index] for index in range(len(prompts))]
+
+    def stream(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[Chunk]:
+        """Yield committed tokens as they come. Closing the iterator drops what is unfinished and frees its slots."""
+        encoded = [self.encode(prompt) for prompt in prompts]
+        each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(encoded)
+        waiting = list(enumerate(zip(encoded, each, strict=True)))[::-1]
+        running: dict[Request, tuple[int, Any]] = {}
+        try:
+            while waiting or running:
+                while waiting and self.loop.has_room:
+                    index, (tokens, wanted) = waiting.pop()
+                    running[self.loop.add(tokens, wanted)] = (index, self.tokenizer.stream())
+                for out in self.loop.step():
+                    if out.request not in running:
+                        continue  # somebody else's request in the same loop
+                    index, decoder = running[out.request]
+                    text = decoder.push(out.tokens)
+                    if out.request.finish_reason:
+                        text += decoder.flush()
+                        del running[out.request]
+                    yield Chunk(index, text, out.tokens, out.drafted, self._finished(out.request))
+        finally:
+            for request in running:
+                self.loop.remove(request)
+
+    def _finished(self, request: Request) -> Generation | None:
+        if request.finish_reason is None:
+            return None
+        text = self.tokenizer.decode(request.output)
+        return Generation(text, request.output, request.drafted, request.finish_reason, request.stats)
+
+    def plain(self, prompt: Prompt, params: SamplingParams, *, max_steps: int | None = None) -> Request:
+        """Decode without drafting on a loop of its own, for comparison: at most `max_steps` tokens, timed alike."""
+        loop = _loop(self.model, RootDrafter(), self.config, slots=1, eos=list(self.loop.eos_token_ids))
+        request = loop.add(self.encode(prompt), params)
+        while request.finish_reason is None and (max_steps is None or len(request.output) < max_steps):
+            loop.step()
+        return request
+
+    def compare(self, prompt: Prompt, params: SamplingParams, answer: Generation, *, full: bool) -> None:
+        """Measure plain decoding of the same prompt in this process and note it in the answer's statistics.
+
+        full decodes everything and checks that the tokens are identical; otherwise 32 steps are timed.
+        """
+        same_seed = SamplingParams(**{**params.__dict__, "seed": answer.stats.seed})
+        plain = self.plain(prompt, same_seed, max_steps=None if full else 32)
+        answer.stats.plain_tokens_per_s = plain.stats.tokens_per_s
+        answer.stats.identical_to_plain = plain.output == answer.token_ids if full else None
+
+
+def _device(config: EngineConfig) -> torch.device:
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        raise EngineError(f"device {config.device!r} is unknown: use cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EngineError("device cuda was asked for, but this torch sees no NVIDIA GPU: use --device cpu")
+    return device
+
+
+def _kv_tokens(model: ModelConfig, config: EngineConfig, slots: int) -> int:
+    context = config.max_context or model.max_context
+    if config.kv_tokens:
+        return config.kv_tokens
+    each = sum(
+        a.kv_heads * (a.qk_dim + a.v_dim) * _DTYPES[config.dtype].itemsize
+        for a in (layer.attention for layer in model.layers)
+        if a.window is None
+    )
+    return min(slots * context, max(context, _KV_BUDGET // max(each, 1))) + slots * 2 * config.page_size
+
+
+def _loop(model: Decoder, drafter: Drafter, config: EngineConfig, *, slots: int, eos: Sequence[int]) -> DecodeLoop:
+    device = model.embedding.device
+    cache = HybridKV(
+        [layer.attention for layer in model.config.layers],
+        slots=slots,
+        tokens=_kv_tokens(model.config, config, slots),
+        page_size=config.page_size,
+        max_nodes=drafter.max_nodes,
+        dtype=model.embedding.dtype,
+        device=device,
+    )
+    return DecodeLoop(
+        model,
+        cache,
+        drafter,
+        MatchVerifier(),
+        slots=slots,
+        max_context=config.max_context or model.config.max_context,
+        eos_token_ids=eos,
+        prefill_chunk=config.prefill_chunk,
+        device=device,
+    )
+
+
+def _drafter(files: hub.ModelFiles, model: Decoder, config: EngineConfig) -> Drafter:
+    if config.drafter == "root":
+        return RootDrafter()
+    shape = config.tree or _DEFAULT_TREES[config.drafter]
+    context = config.max_context or model.config.max_context
+    if config.drafter == "ngram":
+        if set(shape.widths) != {1}:
+            raise EngineError(f"the ngram drafter drafts chains: use --tree chain:K, not {shape}")
+        device = model.embedding.device
+        return NgramDrafter(len(shape.widths), slots=config.max_batch, max_context=context, device=device)
+    if files.mtp_folder is None:
+        raise EngineError(f"{files.name} has no MTP layers: use --drafter ngram or root, or give a folder of them (--mtp)")
+    module = loader.load_mtp(files.mtp_folder, model, config.draft_vocab)
+    if len(shape.widths) > module.config.depth and not module.config.reused:
+        raise EngineError(f"tree shape {shape} is deeper than the model's {module.config.depth} MTP layers")
+    tokens = _kv_tokens(model.config, config, config.max_batch)
+    return MTPDrafter(module, shape, slots=config.max_batch, tokens=tokens, page_size=config.page_size)
+

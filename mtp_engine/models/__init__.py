@@ -1,0 +1,1 @@
+"""Main models and MTP layers."""

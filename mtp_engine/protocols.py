@@ -1,0 +1,92 @@
+"""What the decode loop asks of its parts."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from mtp_engine.sampler import SamplingBatch
+from mtp_engine.tree import DraftTree, VerifyResult
+
+
+class Batch(Protocol):
+    """The requests of one step. Slots are rows of every cache; a request keeps its slot while it lives."""
+
+    @property
+    def slots(self) -> Tensor: ...  # [B] int64
+    @property
+    def tokens(self) -> Tensor: ...  # [B] int64, last committed token of each request
+    @property
+    def lengths(self) -> Tensor: ...  # [B] int64, tokens whose KV is cached = position of `tokens`
+    @property
+    def host_slots(self) -> list[int]: ...
+    @property
+    def host_lengths(self) -> list[int]: ...
+    @property
+    def sampling(self) -> SamplingBatch: ...
+
+
+class Attention(Protocol):
+    """One step's attention: called once per layer, it caches the new keys and values and attends over them."""
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, sink: Tensor | None = None
+    ) -> Tensor: ...  # [B, N, Hq, Dk], [B, N, Hkv, Dk], [B, N, Hkv, Dv] -> [B, N, Hq, Dv]
+
+
+class KVCache(Protocol):
+    """Keys and values of all layers for a fixed set of slots."""
+
+    def reserve(self, slot: int, tokens: int) -> None:
+        """Make room for `tokens` positions in all. Raises EngineError, with nothing changed, where there is none."""
+
+    def release(self, slot: int) -> None: ...
+
+    def commit(self, slots: Tensor, lengths: Tensor, result: VerifyResult) -> None:
+        """Move the kept nodes' rows to the end of the sequence: node path[b, i] to row lengths[b] + i, i < counts[b]."""
+
+    def check(self) -> None:
+        """Assert the cache's invariants."""
+
+
+class TargetModel(Protocol):
+    """The main model, whose choices decide."""
+
+    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """tokens, positions: [B, N] int64 -> hidden [B, N, H], the residual stream before the final norm."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] pre-norm hidden -> [..., V] fp32 logits."""
+
+
+class Drafter(Protocol):
+    """Proposes trees. All its state is per slot."""
+
+    @property
+    def max_nodes(self) -> int: ...  # nodes of its largest tree, root included
+
+    @property
+    def history(self) -> int: ...  # how many of the newest hidden states `prefill` needs
+
+    def reserve(self, slot: int, tokens: int) -> None:
+        """Make room for a request of at most `tokens` tokens. Raises EngineError, with nothing changed, where it can't."""
+
+    def release(self, slot: int) -> None: ...
+
+    def prefill(self, slot: int, tokens: Tensor, hidden: Tensor) -> None:
+        """A request starts. tokens: [P] the whole prompt; hidden: [h, H], the main model's pre-norm hidden states of
+        the h = min(P - 1, history) positions before the last token."""
+
+    def draft(self, batch: Batch) -> DraftTree: ...
+
+    def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
+        """A step was kept: hidden [B, D+1, H] of the kept nodes, result.tokens the tokens they led to."""
+
+
+class Verifier(Protocol):
+    def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
+        """logits: [B, N, V] fp32 of the main model at every node."""
+
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with what is going on, how much is done, and of how much (None where unknown)."""

@@ -1,0 +1,115 @@
+"""The main model's choice at every node, with noise keyed by (seed, position, token).
+
+choice = argmax(logits + temperature * gumbel), which samples softmax(logits / temperature) exactly (the Gumbel-max
+trick; Maddison et al. 2014, "A* Sampling"). The noise depends on nothing but the request's seed, the position and the
+token, so any tree and any batch choose what plain decoding chooses (Daliri et al. 2024, "Coupling without
+communication"). Temperature 0 needs no branch: the noise is multiplied away.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from mtp_engine.config import SamplingParams
+
+_MASK32 = 0xFFFFFFFF
+_TOP_P_CANDIDATES = 512  # a nucleus rarely holds more; when it does, the whole row is sorted
+
+
+@final
+@dataclass(frozen=True)
+class SamplingBatch:
+    """The sampling parameters of a batch as tensors, with host flags that say what can be skipped."""
+
+    temperature: Tensor  # [B] fp32
+    top_k: Tensor  # [B] int64, 0 = off
+    top_p: Tensor  # [B] fp32, 1 = off
+    min_p: Tensor  # [B] fp32, 0 = off
+    seed: Tensor  # [B] int64
+    greedy: bool  # every temperature is 0
+    truncated: bool  # some request has top-k, top-p or min-p on
+    widest_top_k: int
+
+    @classmethod
+    def build(cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device) -> "SamplingBatch":
+        active = [p for p in params if p.temperature > 0]  # truncation never removes the argmax
+        return cls(
+            temperature=torch.tensor([p.temperature for p in params], device=device),
+            top_k=torch.tensor([p.top_k for p in params], device=device),
+            top_p=torch.tensor([p.top_p for p in params], device=device),
+            min_p=torch.tensor([p.min_p for p in params], device=device),
+            seed=torch.tensor(seeds, dtype=torch.int64, device=device),
+            greedy=not active,
+            truncated=any(p.top_k or p.top_p < 1 or p.min_p for p in active),
+            widest_top_k=max((p.top_k for p in active), default=0),
+        )
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit integer hash with full avalanche (the "lowbias32" constants, C. Wellons 2018), in int64 arithmetic."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _MASK32
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _MASK32
+    return x ^ (x >> 16)
+
+
+def gumbel(seed: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """Standard Gumbel noise, the same for the same (seed, position, token) on every device.
+
+    seed: [B] int64; positions: [B, P] int64, of the token being chosen; tokens: [V] int64. Returns [B, P, V] fp32.
+    """
+    key = _mix((seed & _MASK32) ^ 0x9E3779B9) ^ _mix(((seed >> 32) & _MASK32) ^ 0x85EBCA6B)
+    key = _mix(_mix(key)[:, None] ^ (positions & _MASK32))  # [B, P]
+    bits = _mix(_mix(tokens & _MASK32) ^ key[..., None])
+    # v = 1 - u keeps 32 bits of resolution where u nears 1, which is where large noise comes from
+    v = ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
+    return v.neg_().log1p_().neg_().log_().neg_()
+
+
+def truncate(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """Set what min-p, top-k and top-p remove to -inf, in that order, each on what the one before left (vLLM's order).
+
+    logits: [B, N, V] fp32, before temperature. Returns a tensor of the same shape; see SamplingParams for definitions.
+    """
+    if not batch.truncated:
+        return logits
+    temperature = batch.temperature.clamp(min=1e-6).view(-1, 1, 1)
+    top_p, min_p, top_k = (value.view(-1, 1, 1) for value in (batch.top_p, batch.min_p, batch.top_k))
+    vocab = logits.shape[-1]
+    wanted = min(vocab, max(_TOP_P_CANDIDATES, batch.widest_top_k))
+    best = logits.topk(wanted, dim=-1).values  # [B, N, wanted], falling
+    kth = best.gather(-1, (top_k - 1).clamp(0, wanted - 1).expand(*best.shape[:2], 1))
+    floor = best[..., :1] + temperature * min_p.log()
+    floor = torch.maximum(floor, kth.masked_fill(top_k == 0, -float("inf")))
+    logits = logits.masked_fill(logits < floor, -float("inf"))
+    total = (logits / temperature).logsumexp(-1, keepdim=True)
+    while True:
+        probability = (best / temperature - total).exp()
+        above = probability.cumsum(-1) - probability  # mass of the tokens sorted before this one
+        if wanted == vocab or bool(((above[..., -1:] >= top_p) | (top_p >= 1)).all()):
+            break
+        wanted = vocab
+        best = logits.topk(wanted, dim=-1).values
+    kept = (above < top_p) | (top_p >= 1)
+    kept[..., 0] = True
+    # tokens that tie with the last one kept stay too, wherever the sort put them
+    floor = best.masked_fill(~kept, float("inf")).amin(-1, keepdim=True)
+    return logits.masked_fill((logits < floor) & (top_p < 1), -float("inf"))
+
+
+def choose(logits: Tensor, depths: Tensor, max_depth: int, lengths: Tensor, batch: SamplingBatch) -> Tensor:
+    """The main model's token at every node. logits: [B, N, V] fp32; depths: [B, N]; lengths: [B] -> [B, N] int64.
+
+    A node at depth d sits at position length + d and chooses the token at position length + d + 1.
+    """
+    if batch.greedy:
+        return logits.argmax(-1)
+    positions = lengths[:, None] + 1 + torch.arange(max_depth + 1, device=logits.device)
+    noise = gumbel(batch.seed, positions, torch.arange(logits.shape[-1], device=logits.device))
+    noise = noise * batch.temperature.view(-1, 1, 1)
+    noise = noise.gather(1, depths[..., None].expand(-1, -1, logits.shape[-1]))
+    return (truncate(logits, batch) + noise).argmax(-1)

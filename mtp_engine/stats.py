@@ -1,0 +1,95 @@
+"""What a request drafted, accepted and emitted, and how long each phase took."""
+
+from dataclasses import dataclass, field
+from typing import Any, final
+
+
+@final
+@dataclass
+class GenerationStats:
+    """Counters of one request. Times are seconds of wall clock.
+
+    One step is one verification forward of the main model. Mean accepted length = tokens / steps: the accepted drafts
+    of a step plus the one token the main model itself adds (the bonus token). Only emitted tokens count: drafts that
+    were accepted but cut off by a stop or by max_tokens do not. Times of a batched step are shared out evenly among
+    its requests; total_s runs from the request's start to its last token and is not shared.
+    """
+
+    seed: int = 0
+    prompt_tokens: int = 0
+    steps: int = 0
+    tokens: int = 0
+    nodes: int = 0  # tree nodes sent through the main model, roots included
+    proposed_per_depth: list[int] = field(default_factory=list)  # steps whose tree reached depth d = 1, 2, ...
+    accepted_per_depth: list[int] = field(default_factory=list)  # steps that accepted a draft at depth d = 1, 2, ...
+    prefill_s: float = 0.0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    total_s: float = 0.0
+    ttft_s: float = 0.0  # time to first token
+    plain_tokens_per_s: float | None = None  # plain decoding measured in the same process
+    identical_to_plain: bool | None = None  # None where plain decoding did not run to the end
+
+    def record_step(self, emitted: int, nodes: int, max_depth: int) -> None:
+        """Count one step that emitted `emitted` >= 1 tokens from a tree of `nodes` nodes and depth `max_depth`."""
+        self.steps += 1
+        self.tokens += emitted
+        self.nodes += nodes
+        for counts, reached in ((self.proposed_per_depth, max_depth), (self.accepted_per_depth, emitted - 1)):
+            counts.extend([0] * (max_depth - len(counts)))
+            for depth in range(reached):
+                counts[depth] += 1
+
+    @property
+    def mean_accepted_length(self) -> float:
+        return self.tokens / self.steps if self.steps else 0.0
+
+    @property
+    def nodes_per_step(self) -> float:
+        return self.nodes / self.steps if self.steps else 0.0
+
+    @property
+    def other_s(self) -> float:
+        return max(0.0, self.total_s - self.prefill_s - self.draft_s - self.verify_s)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Emitted tokens over the decoding time (prefill left out)."""
+        seconds = self.total_s - self.prefill_s
+        return self.tokens / seconds if seconds > 0 else 0.0
+
+    @property
+    def speedup(self) -> float | None:
+        """Measured: this run's decoding rate over plain decoding's, same process, same prompt."""
+        return self.tokens_per_s / self.plain_tokens_per_s if self.plain_tokens_per_s else None
+
+    def unconditional_acceptance(self) -> list[float]:
+        """Share of all steps that accepted a draft at depth 1, 2, ...; these sum to mean accepted length - 1."""
+        return [count / self.steps for count in self.accepted_per_depth]
+
+    def conditional_acceptance(self) -> list[float]:
+        """Share of the steps that accepted depth d-1 which also accepted depth d."""
+        reached = [self.steps, *self.accepted_per_depth]
+        return [after / before if before else 0.0 for before, after in zip(reached, self.accepted_per_depth, strict=False)]
+
+    def to_json(self) -> dict[str, Any]:
+        """The stable `stats` object of `--json`; README documents each key."""
+        return {
+            "seed": self.seed,
+            "prompt_tokens": self.prompt_tokens,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "mean_accepted_length": self.mean_accepted_length,
+            "accepted_per_depth": list(self.accepted_per_depth),
+            "proposed_per_depth": list(self.proposed_per_depth),
+            "nodes_per_step": self.nodes_per_step,
+            "prefill_s": self.prefill_s,
+            "draft_s": self.draft_s,
+            "verify_s": self.verify_s,
+            "total_s": self.total_s,
+            "tokens_per_s": self.tokens_per_s,
+            "ttft_s": self.ttft_s,
+            "plain_tokens_per_s": self.plain_tokens_per_s,
+            "speedup": self.speedup,
+            "identical_to_plain": self.identical_to_plain,
+        }

@@ -1,0 +1,84 @@
+"""The two values of a step: the tree a drafter proposes, and the path a verifier keeps."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+
+def ancestor_mask(parents: Tensor, size: Tensor, max_depth: int) -> Tensor:
+    """mask[b, i, j] is True where node j is node i or an ancestor of it; padding nodes see only themselves.
+
+    parents: [B, N] int64, parents[:, 0] = -1; size: [B] int64. Returns [B, N, N] bool.
+    """
+    batch, nodes = parents.shape
+    mask = torch.eye(nodes, dtype=torch.bool, device=parents.device).repeat(batch, 1, 1)
+    real = torch.arange(nodes, device=parents.device) < size[:, None]
+    ancestor = torch.where(real, parents, -1)
+    for _ in range(max_depth):
+        mask.scatter_(2, ancestor.clamp(min=0)[..., None], (ancestor >= 0)[..., None] | mask.gather(2, ancestor.clamp(min=0)[..., None]))
+        ancestor = torch.where(ancestor > 0, parents.gather(1, ancestor.clamp(min=0)), -1)
+    return mask
+
+
+@final
+@dataclass(frozen=True)
+class DraftTree:
+    """Candidate continuations of every request in the batch.
+
+    Node 0 is the request's last committed token, whose KV is not written yet. A parent's index is smaller than its
+    children's, and siblings hold different tokens. Requests with fewer than N nodes are padded at the end.
+    """
+
+    tokens: Tensor  # [B, N] int64
+    parents: Tensor  # [B, N] int64, -1 for node 0
+    depths: Tensor  # [B, N] int64, 0 for node 0
+    size: Tensor  # [B] int64, nodes in use
+    max_depth: int  # no node lies deeper; known on the host
+
+    def __post_init__(self) -> None:
+        assert self.tokens.shape == self.parents.shape == self.depths.shape, "tokens, parents and depths must agree"
+        assert self.size.shape == self.tokens.shape[:1], "one size per request"
+
+    @property
+    def nodes(self) -> int:
+        return self.tokens.shape[1]
+
+    def real(self) -> Tensor:
+        """[B, N] bool: False for padding."""
+        return torch.arange(self.nodes, device=self.size.device) < self.size[:, None]
+
+    def ancestors(self) -> Tensor:
+        """[B, N, N] bool, see `ancestor_mask`."""
+        return ancestor_mask(self.parents, self.size, self.max_depth)
+
+    @classmethod
+    def root(cls, tokens: Tensor) -> "DraftTree":
+        """The one-node tree of plain decoding. tokens: [B] int64."""
+        zeros = torch.zeros_like(tokens)[:, None]
+        return cls(tokens[:, None], zeros - 1, zeros, torch.ones_like(tokens), 0)
+
+    @classmethod
+    def chain(cls, tokens: Tensor, size: Tensor) -> "DraftTree":
+        """A path per request. tokens: [B, N] int64 with the last committed token first; size: [B] int64."""
+        depths = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return cls(tokens, depths - 1, depths, size, tokens.shape[1] - 1)
+
+
+@final
+@dataclass(frozen=True)
+class VerifyResult:
+    """What one step keeps: `counts` nodes of `path`, and as many tokens to emit.
+
+    The kept nodes are the root and the accepted drafts; the tokens are the accepted drafts and one from the main
+    model. So path[b, i] is the node whose hidden state led to tokens[b, i].
+    """
+
+    path: Tensor  # [B, D+1] int64 node indices, path[:, 0] = 0; entries from counts on repeat the last kept node
+    tokens: Tensor  # [B, D+1] int64; entries from counts on are meaningless
+    counts: Tensor  # [B] int64, at least 1
+
+    def gather(self, values: Tensor) -> Tensor:
+        """values: [B, N, H] per node -> [B, D+1, H] along the path."""
+        return values.gather(1, self.path[..., None].expand(-1, -1, values.shape[2]))
