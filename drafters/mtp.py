@@ -109,7 +109,7 @@ class MTPDrafter:
             ones = torch.ones_like(slots)
             rows = _NewRows(slots, [slot], tokens[None, start:-1], hidden[None, :-1], ones * (known - 1), ones * start)
             level = None
-            for number in range(len(self.module.layers)):
+            for number in range(min(self.depth, len(self.module.layers))):
                 level = self._run(number, rows, Growth.start(ones), level)
 
     def draft(self, batch: Batch) -> DraftTree:
@@ -131,40 +131,47 @@ class MTPDrafter:
         self._counts[batch.slots] = result.counts
 
     def _run(self, number: int, rows: _NewRows, tree: Growth, before: "_Level | None") -> "_Level":
-        """Layer `number` over the new rows and the tree's nodes so far. `before`: what the level above it passes on."""
-        again = before is not None and self.module.config.reused  # the new rows are in this layer's cache already
-        hidden, tokens, positions = rows.hidden, rows.tokens, rows.positions()
-        if before is not None:
-            hidden = torch.cat([self._carry[number, rows.slots][:, None], before.rows[:, :-1]], 1)
-            self._carry[number, rows.slots] = rows.last(before.rows)[:, 0]
-        if again:
-            hidden, tokens, positions = hidden[:, :0], tokens[:, :0], positions[:, :0]
+        """Level `number` over the new rows and the tree's nodes so far. `before`: what the level above passes on."""
+        reused = self.module.config.reused
+        root = rows.start + rows.counts - 1  # position of the last committed token
+        if before is not None and reused:  # the new rows are in this layer's cache already
+            start, counts = root + 1, torch.zeros_like(rows.counts)
+            tokens, hidden, positions = rows.tokens[:, :0], rows.hidden[:, :0], rows.positions()[:, :0]
+        else:
+            start, counts = rows.start, rows.counts
+            tokens, hidden, positions = rows.tokens, self._row_hidden(number, rows, before), rows.positions()
         new = tokens.shape[1]
         if before is not None:
             parents = tree.parents[:, 1:, None].expand(-1, -1, hidden.shape[2])
             hidden = torch.cat([hidden, before.nodes.gather(1, parents)], 1)
-        root = (rows.start + rows.counts - 1)[:, None]
-        positions = torch.cat([positions, root + tree.depths[:, 1:]], 1)
-        offset = 1 if self.module.config.reused else 1 + number
+        tokens = torch.cat([tokens, tree.tokens[:, 1:]], 1)
+        positions = torch.cat([positions, root[:, None] + tree.depths[:, 1:]], 1)
+        shift = 0 if reused else number  # how far this level's rows lag behind the first level's
         step = StepRows(
             slots=rows.slots,
-            lengths=root[:, 0] + 1 if again else rows.start,
+            lengths=start,
             host_slots=rows.host_slots,
-            host_lengths=((root[:, 0] + 1) if again else rows.start).tolist(),
+            host_lengths=start.tolist(),
             positions=positions,
-            mask=_row_mask(new, rows.counts, tree),
-            first=self._first[rows.slots] + offset - 1,
+            mask=_row_mask(new, counts, tree),
+            first=self._first[rows.slots] + shift,
         )
-        attention = TorchAttention(self.cache, step)
-        tokens = torch.cat([tokens, tree.tokens[:, 1:]], 1)
-        output = self.module.forward(number, tokens, hidden, positions - offset, attention)
-        feed = output if self.module.config.chained or self.module.config.reused else hidden
-        root_feed = before.nodes[:, :1] if before is not None and again else rows.last(feed[:, :new])
+        output = self.module.forward(number, tokens, hidden, positions - 1 - shift, TorchAttention(self.cache, step))
+        passed = output if self.module.config.chained or reused else hidden
+        root_passed = rows.last(passed[:, :new]) if new else before.nodes[:, :1] if before else passed
         return _Level(
-            rows=feed[:, :new],
-            nodes=torch.cat([root_feed, feed[:, new:]], 1),
-            frontier=output[:, -tree.frontier :] if before is not None else rows.last(output),
+            rows=passed[:, :new],
+            nodes=torch.cat([root_passed, passed[:, new:]], 1),
+            frontier=rows.last(output) if before is None else output[:, -tree.frontier :],
         )
+
+    def _row_hidden(self, number: int, rows: _NewRows, before: "_Level | None") -> Tensor:
+        """Hidden states of the new rows at level `number`, [B, R, H]: those of the level above, one row on."""
+        if before is None:
+            return rows.hidden
+        carried = self._carry[number, rows.slots][:, None]
+        self._carry[number, rows.slots] = rows.last(before.rows)[:, 0]
+        return torch.cat([carried, before.rows[:, :-1]], 1)
 
     def _score(self, logits: Tensor, positions: Tensor, sampling: SamplingBatch) -> Tensor:
         """Log-probabilities of the tokens at `positions` [B]: of the draft itself at temperature 0, of the draft given

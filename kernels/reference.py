@@ -4,35 +4,45 @@ import torch
 from torch import Tensor
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, sink: Tensor | None) -> Tensor:
+def visible_bias(visible: Tensor, group: int) -> Tensor:
+    """What `attend` adds to its scores: 0 where a row sees a key, -inf elsewhere. Every row must see some key.
+
+    visible: [B, N, S] bool; group: query heads per key head. Returns [B, N * group, S] fp32.
+    """
+    bias = torch.zeros(visible.shape, dtype=torch.float32, device=visible.device).masked_fill_(~visible, -float("inf"))
+    return bias.repeat_interleave(group, dim=1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, sink: Tensor | None) -> Tensor:
     """Softmax attention with grouped heads and an optional sink, in fp32.
 
-    q: [B, N, Hq, Dk]; k: [B, S, Hkv, Dk]; v: [B, S, Hkv, Dv]; visible: [B, N, S] bool; sink: [Hq] logits that join the
-    softmax denominator and carry no value. A query that sees nothing and has no sink gets zeros.
-    Returns [B, N, Hq, Dv] in q's dtype.
+    q: [B, N, Hq, Dk]; k: [B, S, Hkv, Dk]; v: [B, S, Hkv, Dv]; bias: [B, N * Hq / Hkv, S] from `visible_bias`;
+    sink: [Hq] logits that join the softmax denominator and carry no value. Returns [B, N, Hq, Dv] in q's dtype.
     """
     batch, nodes, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    group = heads // kv_heads
-    # the queries of a group share their keys: fold them into rows, [B, Hkv, G*N, Dk]
-    rows = q.view(batch, nodes, kv_heads, group, dim).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * nodes, dim)
-    scores = torch.matmul(rows.float() * scale, k.permute(0, 2, 3, 1).float())
-    scores = scores.view(batch, kv_heads, group, nodes, -1).masked_fill_(~visible[:, None, None], -float("inf"))
+    keys, kv_heads = k.shape[1:3]
+    rows = nodes * heads // kv_heads  # the queries of a group share their keys: fold them into rows
+    folded = q.view(batch, nodes, kv_heads, -1, dim).transpose(1, 2).reshape(batch * kv_heads, rows, dim).float()
+    keys_t = k.permute(0, 2, 3, 1).reshape(batch * kv_heads, dim, keys).float()
+    offset = bias if batch == 1 else bias.repeat_interleave(kv_heads, 0)
+    scores = torch.baddbmm(offset, folded, keys_t, alpha=scale)
     if sink is not None:
-        extra = sink.float().view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, nodes, -1)
-        weights = torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
+        weights = torch.cat([scores, _sink_column(sink, batch, nodes, kv_heads)], -1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
-        # padding and rows before the sequence's start may see nothing: 0/0 becomes 0
-        weights = torch.where(visible.any(-1)[:, None, None, :, None], weights, 0.0)
-    out = torch.matmul(weights.reshape(batch, kv_heads, group * nodes, -1), v.permute(0, 2, 1, 3).float())
-    out = out.view(batch, kv_heads, group, nodes, -1).permute(0, 3, 1, 2, 4)
-    return out.reshape(batch, nodes, heads, -1).to(q.dtype)
+    out = torch.bmm(weights, v.transpose(1, 2).reshape(batch * kv_heads, keys, -1).float())
+    return out.view(batch, kv_heads, nodes, heads // kv_heads, -1).transpose(1, 2).reshape(batch, nodes, heads, -1).to(q.dtype)
+
+
+def _sink_column(sink: Tensor, batch: int, nodes: int, kv_heads: int) -> Tensor:
+    """[Hq] -> [B * Hkv, N * G, 1], in the row order of `attend`."""
+    per_group = sink.float().view(1, kv_heads, 1, -1)
+    return per_group.expand(batch, -1, nodes, -1).reshape(batch * kv_heads, -1, 1)
 
 
 def write_rows(storage: Tensor, rows: Tensor, values: Tensor) -> None:
     """storage [R, H, D]; rows [...] int64; values [..., H, D]: storage[rows] = values."""
-    storage.index_copy_(0, rows.reshape(-1), values.reshape(-1, *storage.shape[1:]).to(storage.dtype))
+    storage.index_copy_(0, rows.flatten(), values.flatten(0, -3).to(storage.dtype))
 
 
 def move_rows(storage: Tensor, source: Tensor, target: Tensor) -> None:

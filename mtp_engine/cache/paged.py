@@ -2,11 +2,22 @@
 
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mtp_engine.errors import EngineError
 from mtp_engine.kernels.reference import move_rows, write_rows
+
+
+def _zeros(layers: int, rows: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[layers, rows, heads, dim] of zeros: a key that a mask hides must still be finite, since 0 * NaN is NaN.
+
+    On a CPU it comes from numpy, whose zeros are the system's untouched pages: they cost memory only once written.
+    """
+    if device.type != "cpu":
+        return torch.zeros(layers, rows, heads, dim, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(layers * rows * heads * dim * dtype.itemsize, np.uint8)).view(dtype).view(layers, rows, heads, dim)
 
 
 @final
@@ -31,9 +42,8 @@ class PagedKV:
         device: torch.device,
     ) -> None:
         self.page_size, self.pages, self.device = page_size, pages, device
-        # torch.empty touches nothing: on a CPU the pages cost memory only once they are written
-        self.k = torch.empty(layers, pages * page_size, kv_heads, qk_dim, dtype=dtype, device=device)
-        self.v = torch.empty(layers, pages * page_size, kv_heads, v_dim, dtype=dtype, device=device)
+        self.k = _zeros(layers, pages * page_size, kv_heads, qk_dim, dtype, device)
+        self.v = _zeros(layers, pages * page_size, kv_heads, v_dim, dtype, device)
         self.table: list[list[int]] = [[] for _ in range(slots)]
         self._device_table = torch.zeros(slots, pages, dtype=torch.int64, device=device)
         self._free = [True] * pages

@@ -13,7 +13,7 @@ from mtp_engine.protocols import Attention
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Decoder:
     """A causal language model over an external KV cache (a TargetModel)."""
 

@@ -26,7 +26,7 @@ class MTPLayer:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MTPModule:
     """All MTP layers of a model, with what they share with it: embedding, head, and perhaps the final norm.
 

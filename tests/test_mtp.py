@@ -1,0 +1,159 @@
+"""MTP drafting: every tree a drafter proposes has the scores of a full recomputation, after any history of rejections."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import MTP, DenseMTP, write_llama, write_mtp
+
+from mtp_engine.attention import StepRows, TorchAttention
+from mtp_engine.cache import HybridKV
+from mtp_engine.config import SamplingParams, TreeShape
+from mtp_engine.decode_loop import Request, StepBatch
+from mtp_engine.drafters.mtp import MTPDrafter
+from mtp_engine.models import loader
+from mtp_engine.models.decoder import Decoder
+from mtp_engine.stats import GenerationStats
+from mtp_engine.tree import DraftTree, VerifyResult
+
+SWITCHES = {
+    "chained": {},
+    "mimo": {"chained": False, "attention": {**MTP["attention"], "sink": True, "value_scale": 0.707, "rope_dim": 4}},
+    "reused": {"reused": True},
+    "post_norm": {"hidden": "post_norm", "concat": "hidden_first", "own_norm": False},
+    "unwindowed": {"chained": False, "attention": {**MTP["attention"], "window": None}},
+    "reused_unwindowed": {"reused": True, "attention": {**MTP["attention"], "window": None}},
+}
+
+
+class Models(dict[str, tuple[Decoder, Path, Path]]):
+    def __repr__(self) -> str:
+        return "the models"  # hypothesis prints its arguments
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> "Models":
+    root = tmp_path_factory.mktemp("mtp")
+    folder = write_llama(root / "main")
+    main = loader.load_main(folder, torch.float32, torch.device("cpu"), lambda *_: None)
+    return Models({name: (main, folder, write_mtp(root / name, **changes)) for name, changes in SWITCHES.items()})
+
+
+def dense_hidden(main: Decoder, tokens: list[int]) -> torch.Tensor:
+    """Pre-norm hidden states of all tokens, in one pass over a fresh cache."""
+    n, device = len(tokens), torch.device("cpu")
+    cache = HybridKV([x.attention for x in main.config.layers], slots=1, tokens=n + 8, page_size=8, max_nodes=1,
+                     dtype=torch.float32, device=device)  # fmt: skip
+    cache.reserve(0, n)
+    zero = torch.zeros(1, dtype=torch.int64)
+    positions = torch.arange(n)[None]
+    rows = StepRows(zero, zero, [0], [0], positions, torch.ones(1, n, n, dtype=torch.bool).tril())
+    return main.forward(torch.tensor([tokens]), positions, TorchAttention(cache, rows))[0]
+
+
+def batch_of(requests: list[Request]) -> StepBatch:
+    return StepBatch.build(requests, torch.device("cpu"))
+
+
+def request(slot: int, prompt: list[int]) -> Request:
+    return Request(prompt, SamplingParams(), 0, slot, 1000, GenerationStats(), 0.0)
+
+
+def check_scores(tree: DraftTree, b: int, known: list[int], hidden: torch.Tensor, dense: DenseMTP, shape: TreeShape) -> None:
+    """Every node's children are the dense model's favourites on the node's path."""
+    paths = {0: known}
+    for node in range(1, int(tree.size[b])):
+        paths[node] = [*paths[int(tree.parents[b, node])], int(tree.tokens[b, node])]
+    for node, path in paths.items():
+        children = [i for i in paths if i and int(tree.parents[b, i]) == node]
+        if children:
+            logits = dense.next_logits(torch.tensor(path), hidden)
+            chosen = logits[[int(tree.tokens[b, i]) for i in children]]
+            expected = logits.topk(len(children)).values
+            torch.testing.assert_close(chosen.sort(descending=True).values, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_drafts_equal_full_recomputation(models: "Models", name: str, data: st.DataObject) -> None:
+    main, folder, mtp_folder = models[name]
+    shape = TreeShape.parse(data.draw(st.sampled_from(["chain:3", "2x2x1", "3x1x2", "tree:6", "1x3"])))
+    drafter = MTPDrafter(loader.load_mtp(mtp_folder, main, 0), shape, slots=3, tokens=600, page_size=8, beam=4)
+    dense = DenseMTP.load(folder, mtp_folder)
+    texts = data.draw(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=40), min_size=1, max_size=2))
+    slots = data.draw(st.permutations([0, 1, 2]))
+    requests = [request(slot, text) for slot, text in zip(slots, texts, strict=False)]
+    for r in requests:
+        drafter.reserve(r.slot, 200)
+        hidden = dense_hidden(main, r.prompt[:-1]) if len(r.prompt) > 1 else torch.empty(0, 0)
+        drafter.prefill(r.slot, torch.tensor(r.prompt), hidden[-drafter.history :])
+    for _ in range(data.draw(st.integers(1, 6))):
+        batch = batch_of(requests)
+        tree = drafter.draft(batch)
+        kept = [data.draw(st.integers(0, drafter.depth)) for _ in requests]  # drafts accepted this time
+        path = torch.zeros(len(requests), tree.max_depth + 1, dtype=torch.int64)
+        tokens = torch.zeros_like(path)
+        hiddens = torch.zeros(*path.shape, 32)
+        for b, r in enumerate(requests):
+            known = r.prompt + r.output
+            all_hidden = dense_hidden(main, known)
+            if len(known) > 1:
+                check_scores(tree, b, known, all_hidden[:-1], dense, shape)
+            else:
+                assert int(tree.size[b]) == 1, "nothing can be drafted before there is a hidden state"
+            new = data.draw(st.lists(st.integers(1, 60), min_size=kept[b] + 1, max_size=kept[b] + 1))
+            hiddens[b, : len(new)] = dense_hidden(main, known + new[:-1])[len(known) - 1 :]
+            tokens[b, : len(new)] = torch.tensor(new)
+            r.output += new
+        counts = torch.tensor(kept) + 1
+        drafter.observe(batch, VerifyResult(path, tokens, counts), hiddens)
+
+
+def test_stale_rows_would_be_caught(models: "Models") -> None:
+    """The reference is sharp enough: change one token two back, and layer 2's logits move."""
+    _, folder, mtp_folder = models["mimo"]
+    dense = DenseMTP.load(folder, mtp_folder)
+    hidden = torch.randn(10, 32)
+    a, b = (torch.tensor([*range(1, 11), x, 5, 6]) for x in (7, 8))
+    assert (dense.next_logits(a, hidden) - dense.next_logits(b, hidden)).abs().max() > 0.01
+
+
+def test_truncated_prefill_is_exact(models: "Models") -> None:
+    """Only the last windows of a long prompt are given to the MTP layers; the draft is that of the whole prompt."""
+    for name in ("chained", "mimo"):
+        main, folder, mtp_folder = models[name]
+        drafter = MTPDrafter(loader.load_mtp(mtp_folder, main, 0), TreeShape.parse("2x1x1"), slots=1, tokens=600, page_size=8)
+        prompt = torch.randint(1, 60, (120,), generator=torch.Generator().manual_seed(3)).tolist()
+        hidden = dense_hidden(main, prompt[:-1])
+        assert drafter.history < len(hidden)
+        drafter.prefill(0, torch.tensor(prompt), hidden[-drafter.history :])
+        tree = drafter.draft(batch_of([request(0, prompt)]))
+        check_scores(tree, 0, prompt, hidden, DenseMTP.load(folder, mtp_folder), drafter.shape)
+
+
+def test_best_n_tree_holds_the_best_nodes(models: "Models") -> None:
+    """tree:N against brute force over all paths of a small vocabulary."""
+    main, folder, mtp_folder = models["mimo"]
+    drafter = MTPDrafter(loader.load_mtp(mtp_folder, main, 0), TreeShape.parse("tree:6"), slots=1, tokens=600, page_size=8)
+    prompt = [5, 9, 14, 3, 44]
+    hidden = dense_hidden(main, prompt[:-1])
+    drafter.prefill(0, torch.tensor(prompt), hidden)
+    tree = drafter.draft(batch_of([request(0, prompt)]))
+    dense, scores = DenseMTP.load(folder, mtp_folder), {}
+    frontier: dict[tuple[int, ...], float] = {(): 0.0}
+    for _ in range(3):
+        level = {}
+        for path, score in frontier.items():
+            log_p = dense.next_logits(torch.tensor(prompt + list(path)), hidden).log_softmax(-1)
+            level.update({(*path, t): score + float(log_p[t]) for t in range(61)})
+        scores |= level
+        frontier = dict(itertools.islice(sorted(level.items(), key=lambda item: -item[1]), 20))
+    best = {path for path, _ in sorted(scores.items(), key=lambda item: -item[1])[:6]}
+    paths: dict[int, tuple[int, ...]] = {0: ()}
+    for node in range(1, 7):
+        paths[node] = (*paths[int(tree.parents[0, node])], int(tree.tokens[0, node]))
+    assert set(paths.values()) - {()} == best
