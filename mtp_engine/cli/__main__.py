@@ -1,0 +1,5 @@
+"""`python -m mtp_engine.cli`."""
+
+from mtp_engine.cli.main import main
+
+main()

@@ -1,0 +1,77 @@
+"""`mtp-engine inspect`: what a checkpoint holds."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+from rich.filesize import decimal
+
+from mtp_engine.cli.output import JsonTarget, console
+from mtp_engine.cli.progress import Waits
+from mtp_engine.cli.report import pairs
+
+if TYPE_CHECKING:
+    from mtp_engine.inspect import ModelReport
+
+
+@click.command()
+@click.argument("model")
+@click.option("--mtp", metavar="DIR", help="A folder of MTP layers to use instead of the model's own.")
+@click.option(
+    "--json", "json_file", metavar="FILE", help="Also write all of it as JSON; - for stdout, and nothing else there."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+def inspect(model: str, mtp: str | None, json_file: str | None, quiet: bool) -> None:
+    """Show what the checkpoint MODEL holds: a registered name, a folder, a .gguf file, or org/name on the hub.
+
+    Weights are not loaded. A registered model that is not cached yet is fetched first.
+
+    \b
+    Examples:
+      mtp-engine inspect smollm2-135m-mtp3
+      mtp-engine inspect ./my-model --json - | jq .parameters
+    """
+    target = JsonTarget.check(json_file) if json_file is not None else None
+    with Waits(quiet=quiet) as waits:
+        waits("starting", 0, None)
+        from mtp_engine.inspect import inspect_model
+
+        report = inspect_model(model, mtp=mtp, progress=waits)
+    if target:
+        target.write(asdict(report))
+    if target is None or target.path is not None:
+        console().print(pairs(_rows(report)))
+
+
+def _rows(report: "ModelReport") -> list[tuple[str, str]]:
+    mtp = f"{report.mtp_layers}"
+    if report.mtp_depth > report.mtp_layers:
+        mtp += f" (used for {report.mtp_depth} depths)"
+    window = f" ({report.window_layers} with a sliding window)" if report.window_layers else ""
+    return [
+        ("model", report.name),
+        ("folder", report.folder),
+        ("family", report.family),
+        ("layers", f"{report.layers}{window}"),
+        ("MTP layers", mtp),
+        ("hidden size", f"{report.hidden_size:,}"),
+        ("vocabulary", f"{report.vocab_size:,}"),
+        ("context", f"{report.max_context:,} tokens"),
+        ("parameters", _parameters(report.parameters, report.dtypes)),
+        ("MTP parameters", _parameters(report.mtp_parameters, report.mtp_dtypes)),
+        ("KV per token", ", ".join(f"{size:,} bytes in {dtype}" for dtype, size in report.kv_bytes_per_token.items())),
+        ("weight files", _files(report.files)),
+        ("MTP weight files", _files(report.mtp_files) if report.mtp_layers else "none"),
+    ]
+
+
+def _parameters(total: int, dtypes: Mapping[str, int]) -> str:
+    if not total:
+        return "none"
+    shares = (f"{name} {count / total:.1%}" for name, count in dtypes.items())
+    return f"{total:,} ({', '.join(dtypes if len(dtypes) == 1 else shares)})"
+
+
+def _files(files: Mapping[str, int]) -> str:
+    return "\n".join(f"{name}  {decimal(size)}" for name, size in files.items()) or "in the model's own"

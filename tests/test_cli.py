@@ -1,0 +1,623 @@
+"""The command line: what goes where, exit codes, one-line errors. Most tests run a fake engine, some the real model."""
+
+import errno
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import mtp_engine.cli.generate as generate_module
+from mtp_engine import hub
+from mtp_engine.cli.main import main
+from mtp_engine.cli.output import TextWriter, visible
+from mtp_engine.cli.progress import Waits
+from mtp_engine.config import EngineConfig, SamplingParams
+from mtp_engine.errors import EngineError
+from mtp_engine.stats import GenerationStats
+from mtp_engine.tokenizer import StreamDecoder
+
+TEXT = "Grüße, 世界 🙂!\nEnd."  # one token per byte below: characters of one to four tokens
+STATS_KEYS = {
+    "seed", "prompt_tokens", "steps", "tokens", "mean_accepted_length", "accepted_per_depth", "proposed_per_depth",
+    "nodes_per_step", "prefill_s", "draft_s", "verify_s", "total_s", "tokens_per_s", "ttft_s", "plain_tokens_per_s",
+    "speedup", "identical_to_plain",
+}  # fmt: skip
+
+
+class FakeEngine:
+    """Answers every prompt with `text`, a byte a token, three a step: two drafts and one of the main model."""
+
+    def __init__(self, text: str = TEXT, *, config: EngineConfig | None = None, fail_after: int = 1 << 60) -> None:
+        self.config = config or EngineConfig()
+        self.text, self.fail_after = text, fail_after
+        self.failure: BaseException = KeyboardInterrupt()
+        self.compare_failure: BaseException | None = None
+        self.compared: list[bool] = []
+        self.prompts: list[Any] = []
+        self.params: list[SamplingParams] = []
+        self.tokenizer = SimpleNamespace(
+            has_chat_template=True,
+            stream=lambda: StreamDecoder(lambda ids: bytes(ids).decode("utf-8", "replace")),
+        )
+
+    def stream(self, prompts: Sequence[Any], params: SamplingParams) -> Iterator[Any]:
+        self.prompts += prompts
+        self.params.append(params)
+        ids, decoder = list(self.text.encode()), self.tokenizer.stream()
+        stats = GenerationStats(
+            seed=7, prompt_tokens=5, prefill_s=0.5, ttft_s=0.6, draft_s=0.5, verify_s=1.0, total_s=2.5
+        )
+        drafted: list[bool] = []
+        for start in range(0, len(ids), 3):
+            if start // 3 == self.fail_after:
+                raise self.failure
+            step = ids[start : start + 3]
+            marks = [index < len(step) - 1 for index in range(len(step))]
+            drafted += marks
+            stats.record_step(len(step), 4, 3)
+            text, finished = decoder.push(step), None
+            if start + 3 >= len(ids):
+                text += decoder.flush()
+                finished = SimpleNamespace(
+                    text=self.text, token_ids=ids, drafted=drafted, finish_reason="stop", stats=stats
+                )
+            yield SimpleNamespace(index=0, text=text, token_ids=step, drafted=marks, finished=finished)
+
+    def compare(self, prompt: Any, params: SamplingParams, answer: Any, *, full: bool) -> None:
+        if self.compare_failure:
+            raise self.compare_failure
+        self.compared.append(full)
+        answer.stats.plain_tokens_per_s = answer.stats.tokens_per_s / 2
+        answer.stats.identical_to_plain = True if full else None
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    fake = FakeEngine()
+
+    def load(name: str, config: EngineConfig, mtp: str | None, progress: Any) -> FakeEngine:
+        progress("loading weights", 1, 2)
+        fake.config = config
+        return fake
+
+    monkeypatch.setattr(generate_module, "load_engine", load)
+    return fake
+
+
+@pytest.fixture
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model must not even be looked for."""
+
+    def load(*args: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(generate_module, "load_engine", load)
+
+
+def invoke(*args: str, stdin: bytes | None = None) -> Result:
+    return CliRunner().invoke(main, list(args), input=stdin)
+
+
+def assert_error(result: Result, *words: str, code: int = 2) -> None:
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+# generate: what goes where
+
+
+def test_stdout_holds_exactly_the_text(engine: FakeEngine) -> None:
+    result = invoke("generate", "Hi")
+    assert result.exit_code == 0
+    assert result.stdout_bytes == TEXT.encode() + b"\n"
+    assert "tokens" in result.stderr
+
+
+def test_table_shows_every_number_in_80_columns(engine: FakeEngine) -> None:
+    err = invoke("generate", "Hi", "--compare", "full").stderr
+    tokens, steps = len(TEXT.encode()), -(-len(TEXT.encode()) // 3)
+    assert max(map(len, err.splitlines())) <= 80
+    rows = {line[:26].strip(): " ".join(line[26:].split()) for line in err.splitlines() if line[24:26] in ("  ", "l ")}
+    assert rows["tokens"].startswith(f"{tokens} ")
+    assert "stop" in rows["tokens"]
+    assert rows["steps"] == str(steps)
+    assert rows["mean accepted length"] == f"{tokens / steps:.2f}"
+    assert rows["nodes per step"] == "4.0"
+    assert rows["acceptance, unconditional"].startswith("depth 1: ")
+    assert rows["acceptance, conditional"].startswith("depth 1: ")
+    assert rows["prefill"] == "500 ms, first token after 600 ms"
+    times = [rows[f"time in {part}"] for part in ("draft", "verify", "other")]
+    assert times == ["500 ms (25%)", "1.00 s (50%)", "500 ms (25%)"]
+    assert rows["tokens per second"].startswith(f"{tokens / 2:.1f} ")
+    assert rows["plain decoding"].endswith("(whole answer: identical tokens)")
+    assert rows["measured speed-up"] == "2.00x"
+    assert rows["seed"] == "7"
+    assert "bonus" in err
+
+
+def test_quiet_shows_only_the_text_and_skips_the_comparison(engine: FakeEngine) -> None:
+    result = invoke("generate", "Hi", "--quiet")
+    assert (result.stdout, result.stderr) == (TEXT + "\n", "")
+    assert engine.compared == []
+
+
+@pytest.mark.parametrize(("mode", "compared"), [("full", [True]), ("sample", [False]), ("off", [])])
+def test_compare_modes(engine: FakeEngine, mode: str, compared: list[bool]) -> None:
+    assert invoke("generate", "Hi", "--compare", mode).exit_code == 0
+    assert engine.compared == compared
+
+
+def test_json_has_the_stable_schema(engine: FakeEngine, tmp_path: Path) -> None:
+    target = tmp_path / "answer.json"
+    result = invoke("generate", "Hi", "--json", str(target), "--tree", "4x2x2", "--quiet")
+    assert result.stdout == TEXT + "\n"
+    document = json.loads(target.read_bytes())
+    assert set(document) == {"text", "token_ids", "finish_reason", "stats", "model", "drafter", "tree"}
+    assert set(document["stats"]) == STATS_KEYS
+    assert document["text"] == TEXT
+    assert document["token_ids"] == list(TEXT.encode())
+    assert (document["finish_reason"], document["drafter"], document["tree"]) == ("stop", "mtp", "4x2x2")
+    assert document["model"] == hub.DEFAULT_MODEL
+    assert document["stats"]["speedup"] == 2.0  # compared although quiet: JSON asks for it
+    assert os.listdir(tmp_path) == ["answer.json"]
+
+
+def test_json_to_stdout_is_all_of_stdout(engine: FakeEngine) -> None:
+    result = invoke("generate", "Hi", "--json", "-")
+    assert json.loads(result.stdout)["text"] == TEXT
+    assert "mean accepted length" in result.stderr
+
+
+def test_json_follows_links_and_writes_devices(engine: FakeEngine, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    target, link = tmp_path / "real" / "a.json", tmp_path / "link.json"
+    target.write_text("old")
+    target.chmod(0o640)
+    link.symlink_to(target)
+    assert invoke("generate", "Hi", "--json", str(link)).exit_code == 0
+    assert link.is_symlink()
+    assert json.loads(target.read_text())["text"] == TEXT
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert invoke("generate", "Hi", "--json", os.devnull).exit_code == 0
+    assert not Path(os.devnull).is_file()
+
+
+def test_prompt_sources(engine: FakeEngine, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes("Zeile 1\r\nZeile 2: é\r\n".encode())
+    invoke("generate", "--raw", "--prompt-file", str(file))
+    invoke("generate", "--raw", "-", stdin="aus stdin é\n\n".encode())
+    invoke("generate", "--raw", "wörtlich\n")
+    assert engine.prompts == ["Zeile 1\r\nZeile 2: é", "aus stdin é\n", "wörtlich\n"]
+
+
+def test_chat_and_raw(engine: FakeEngine) -> None:
+    user = {"role": "user", "content": "Hi"}
+    invoke("generate", "Hi")
+    engine.tokenizer.has_chat_template = False
+    invoke("generate", "Hi")
+    invoke("generate", "Hi", "--chat")
+    invoke("generate", "Hi", "--system", "Be brief.")
+    assert engine.prompts == [[user], "Hi", [user], [{"role": "system", "content": "Be brief."}, user]]
+
+
+def test_options_reach_the_engine(engine: FakeEngine) -> None:
+    sampling = "--max-tokens 3 --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 11"
+    running = "--drafter ngram --tree chain:5 --draft-vocab 9 --dtype bf16 --threads 1 --max-context 64 --device cuda"
+    assert invoke("generate", "Hi", *sampling.split(), *running.split()).exit_code == 0
+    assert engine.params == [SamplingParams(3, 0.5, 4, 0.9, 0.1, 11)]
+    config = engine.config
+    assert (config.drafter, str(config.tree), config.draft_vocab) == ("ngram", "chain:5", 9)
+    assert (config.dtype, config.threads, config.max_context, config.device) == ("bf16", 1, 64, "cuda")
+
+
+def test_defaults_are_those_of_the_library(engine: FakeEngine) -> None:
+    invoke("generate", "Hi")
+    assert engine.params == [SamplingParams()]
+    assert engine.config == EngineConfig(max_batch=1)
+
+
+# generate: errors, before anything is loaded
+
+
+@pytest.mark.usefixtures("no_engine")
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["Hi", "--temperature", "-1"], ["temperature", "-1"]),
+        (["Hi", "--temperature", "nan"], ["temperature"]),
+        (["Hi", "--top-p", "0"], ["top_p"]),
+        (["Hi", "--top-p", "1.5"], ["top_p", "1.5"]),
+        (["Hi", "--top-k", "-1"], ["top_k"]),
+        (["Hi", "--min-p", "2"], ["min_p"]),
+        (["Hi", "--max-tokens", "0"], ["max_tokens"]),
+        (["Hi", "--max-tokens", "many"], ["many", "generate --help"]),
+        (["Hi", "--seed", "-5"], ["seed"]),
+        (["Hi", "--tree", "chain:64"], ["65", "64"]),
+        (["Hi", "--tree", "bush"], ["bush", "chain:K"]),
+        (["Hi", "--draft-vocab", "-1"], ["draft-vocab"]),
+        (["Hi", "--max-context", "-1"], ["max-context"]),
+        (["Hi", "--drafter", "magic"], ["magic", "mtp", "ngram", "root"]),
+        (["Hi", "--dtype", "int3"], ["int3"]),
+        (["Hi", "--no-such-option"], ["--no-such-option"]),
+        (["Hi", "--raw", "--system", "x"], ["--system", "--raw"]),
+        ([""], ["empty"]),
+        ([], ["PROMPT", "--prompt-file"]),
+        (["Hi", "--prompt-file", "x"], ["--prompt-file"]),
+        (["--prompt-file", "/no/such/file"], ["/no/such/file", "No such file"]),
+        (["--prompt-file", "/"], ["directory"]),
+        (["Hi", "--json", "/no/such/folder/a.json"], ["/no/such/folder/a.json", "No such file"]),
+        (["Hi", "--json", "/"], ["folder"]),
+        (["Hi", "--json", ""], ["--json"]),
+    ],
+)
+def test_bad_arguments(args: list[str], words: list[str]) -> None:
+    assert_error(invoke("generate", *args), *words)
+
+
+@pytest.mark.usefixtures("no_engine")
+def test_bad_prompt_files(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_bytes(b"\n")
+    (tmp_path / "binary").write_bytes(b"ab\xff\xfe")
+    assert_error(invoke("generate", "--prompt-file", str(tmp_path / "empty")), "empty")
+    assert_error(invoke("generate", "--prompt-file", str(tmp_path / "binary")), "byte 2", "UTF-8")
+    assert_error(invoke("generate", "-", stdin=b""), "empty")
+
+
+def test_unknown_model_and_command() -> None:
+    assert_error(invoke("generate", "Hi", "--model", "no-such-model"), "no-such-model", hub.DEFAULT_MODEL)
+    assert_error(invoke("inspect", "no-such-model"), "no-such-model")
+    assert_error(invoke("models", "fetch", "no-such-model"), "no-such-model")
+    assert_error(invoke("degenerate"), "degenerate", "mtp-engine --help")
+    assert_error(invoke("models", "fetch"), "NAME", "mtp-engine models fetch --help")
+
+
+# generate: errors and interruptions on the way
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "words"),
+    [
+        (EngineError("the prompt has 9 tokens\nand \x1b[31mmore"), 2, ["9 tokens and \\x1b[31mmore"]),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/cache"), 2, ["/cache: No space left"]),
+        (
+            ZeroDivisionError("odd\nthing"),
+            1,
+            ["internal error: ZeroDivisionError: odd thing", "MTP_ENGINE_TRACEBACK=1"],
+        ),
+    ],
+)
+def test_failures_are_one_line(
+    engine: FakeEngine, tmp_path: Path, failure: Exception, code: int, words: list[str]
+) -> None:
+    engine.fail_after, engine.failure = 0, failure
+    assert_error(invoke("generate", "Hi", "--json", str(tmp_path / "a.json")), *words, code=code)
+    assert os.listdir(tmp_path) == []
+
+
+def test_traceback_on_request(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.fail_after, engine.failure = 0, ZeroDivisionError("odd")
+    monkeypatch.setenv("MTP_ENGINE_TRACEBACK", "1")
+    assert isinstance(invoke("generate", "Hi").exception, ZeroDivisionError)
+
+
+def test_ctrl_c_keeps_what_was_committed(engine: FakeEngine, tmp_path: Path) -> None:
+    engine.fail_after = 1
+    result = invoke("generate", "Hi", "--json", str(tmp_path / "a.json"))
+    assert result.exit_code == 130
+    assert result.stdout == "Gr\n"  # the third byte is half a character
+    assert result.stderr == "interrupted: 3 tokens in 1 steps, mean accepted length 3.00\n"
+    assert os.listdir(tmp_path) == []
+
+
+def test_ctrl_c_while_comparing_keeps_the_statistics(engine: FakeEngine, tmp_path: Path) -> None:
+    engine.compare_failure = KeyboardInterrupt()
+    result = invoke("generate", "Hi", "--json", str(tmp_path / "a.json"))
+    assert (result.exit_code, result.stdout) == (130, TEXT + "\n")
+    assert "mean accepted length" in result.stderr
+    assert "interrupted" in result.stderr
+    assert "speed-up" not in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_ctrl_c_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_module, "load_engine", load)
+    result = invoke("generate", "Hi")
+    assert (result.exit_code, result.stdout, result.stderr.strip()) == (130, "", "")
+
+
+def test_failing_write_leaves_the_old_json(engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replace(source: Any, target: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    target = tmp_path / "a.json"
+    target.write_text("old")
+    monkeypatch.setattr(os, "replace", replace)
+    result = invoke("generate", "Hi", "--json", str(target), "--compare", "off", "--quiet")
+    assert (result.exit_code, result.stderr) == (2, "error: No space left on device\n")
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+# real pipes, devices and terminals, with the fake engine in another process
+
+_CHILD = """
+import sys
+sys.path.insert(0, {folder!r})
+import test_cli
+test_cli.child({text!r} * {copies}, {fail_after})
+"""
+
+
+def child(text: str, fail_after: int) -> None:
+    generate_module.load_engine = lambda name, config, mtp, progress: FakeEngine(  # type: ignore[assignment, return-value]
+        text, config=config, fail_after=fail_after
+    )
+    main()
+
+
+def command(*args: str, text: str = TEXT, copies: int = 1, fail_after: int = 1 << 60) -> list[str]:
+    code = _CHILD.format(folder=str(Path(__file__).parent), text=text, copies=copies, fail_after=fail_after)
+    return [sys.executable, "-c", code, "generate", "Hi", *args]
+
+
+def in_terminal(arguments: list[str], **environment: str) -> tuple[str, int]:
+    """Run with stdout and stderr on a terminal."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        arguments,
+        stdout=slave,
+        stderr=slave,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"TERM": "xterm"} | environment,
+    )
+    os.close(slave)
+    data = b""
+    try:
+        while part := os.read(master, 4096):
+            data += part
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(master)
+    return data.decode().replace("\r\n", "\n"), process.wait()
+
+
+BUFFERED = os.environ | {"PYTHONUNBUFFERED": ""}  # what a buffer could not write fails again when Python exits
+
+
+def test_closed_pipe_ends_quietly() -> None:
+    process = subprocess.Popen(
+        command("--quiet", text="word ", copies=20_000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=BUFFERED
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.read(4) == b"word"
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(30) == 1
+    process.stderr.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_is_one_line() -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command("--quiet"), stdout=full, stderr=subprocess.PIPE, env=BUFFERED, timeout=60)
+    assert (done.returncode, done.stderr) == (2, b"error: No space left on device\n")
+
+
+def test_poor_encodings_lose_characters_but_nothing_else() -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command("--quiet"), capture_output=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"Gr??e, ?? ?!\nEnd.\n")
+
+
+def test_control_characters_stop_at_the_terminal() -> None:
+    text = "a\x1b]0;title\x07b\x9b31m\r\tc\n"
+    shown, code = in_terminal(command("--quiet", text=text))
+    assert (shown, code) == ("a\\x1b]0;title\\x07b\\x9b31m\\x0d\tc\n\n", 0)
+    redirected = subprocess.run(command("--quiet", text=text), capture_output=True, timeout=60)
+    assert redirected.stdout == text.encode() + b"\n"
+
+
+def test_colours_on_a_terminal_only() -> None:
+    shown, code = in_terminal(command("--quiet", "--color-drafts", text="abcé"))
+    green, plain = "\x1b[32m", "\x1b[0m"
+    # steps: a b | c, then the two bytes of é, whose last is the main model's own
+    assert (shown, code) == (f"{green}a{plain}{green}b{plain}cé\n", 0)
+    redirected = subprocess.run(command("--quiet", "--color-drafts", text="abcé"), capture_output=True, timeout=60)
+    assert redirected.stdout == "abcé\n".encode()
+
+
+def test_bars_vanish_from_the_terminal() -> None:
+    shown, code = in_terminal(command())
+    assert code == 0
+    assert "reading the prompt" in shown
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") > 0  # every hidden cursor comes back
+    after = shown[shown.index(TEXT) :]
+    assert "reading the prompt" not in after
+    erase_line = "\x1b[2K"
+    assert after.rindex(erase_line) > after.rindex("comparing with plain decoding")
+
+
+# small parts
+
+
+def test_visible_spares_text() -> None:
+    assert visible("tab\tnewline\né世🙂") == "tab\tnewline\né世🙂"
+    assert visible("\x00\x1b\x7f\x85") == "\\x00\\x1b\\x7f\\x85"
+
+
+def test_coloured_text_adds_up(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    writer = TextWriter(colour=True)
+    writer.write("ab", drafted=True)
+    writer.write("c")
+    assert capsysbinary.readouterr().out == b"abc"
+
+
+def test_waits_mention_only_long_waits(capsys: pytest.CaptureFixture[str]) -> None:
+    with Waits(patience=0.05) as waits:
+        waits("short", 0, None)
+        waits("long", 0, 3)
+        timer = waits._timer
+        assert timer is not None
+        timer.join(10)
+        waits("long", 2, 3)
+        waits("short again", 0, None)
+    with Waits(patience=0.0, quiet=True) as waits:
+        waits("silent", 0, None)
+    assert capsys.readouterr().err == "long ...\n"
+
+
+def test_help_is_fast_and_has_examples() -> None:
+    code = "import sys; from mtp_engine.cli.main import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    for name in ([], ["generate"], ["models"], ["models", "fetch"], ["inspect"]):
+        result = invoke(*name, "--help")
+        assert result.exit_code == 0
+        assert "Examples:" in result.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", code, "generate", "--help"], capture_output=True, timeout=60, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"[default: {SamplingParams().max_tokens}]" in done.stdout
+
+
+def test_models_lists_the_registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MTP_ENGINE_CACHE", str(tmp_path))
+    result = invoke("models")
+    assert result.exit_code == 0
+    for model in hub.registry():
+        assert all(part in result.stdout for part in (model.name, model.licence, model.source))
+    assert "no (first use fetches" in result.stdout
+
+
+def make_model(folder: Path) -> Path:
+    """A Llama folder with headers worth reading: 7 main parameters per kind, MTP layers among them."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(10, 8, dtype=torch.bfloat16),
+        "model.norm.weight": torch.zeros(8),
+        "model.mtp.layers.0.enorm.weight": torch.zeros(8),
+        "table": torch.zeros(100, dtype=torch.int64),
+    }
+    save_file(tensors, folder / "model.safetensors")
+    config = {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 10, "hidden_size": 8, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 16,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 32, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_inspect_counts(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "[tiny]")
+    result = invoke("inspect", str(folder), "--json", str(tmp_path / "report.json"))
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["family"], report["layers"], report["max_context"]) == ("llama", 2, 32)
+    assert (report["parameters"], report["dtypes"]) == (88, {"BF16": 80, "F32": 8})
+    assert (report["mtp_parameters"], report["mtp_layers"]) == (8, 0)
+    assert report["kv_bytes_per_token"] == {"fp32": 2 * 8 * 4, "bf16": 2 * 8 * 2}
+    assert report["files"] == {"model.safetensors": (folder / "model.safetensors").stat().st_size}
+    assert str(folder) in result.stdout
+    assert json.loads(invoke("inspect", str(folder), "--json", "-").stdout) == report
+
+
+def test_inspect_of_damage_is_one_line(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "m")
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.truncate(40)
+    assert_error(invoke("inspect", str(folder)), "model.safetensors")
+    assert_error(invoke("inspect", str(folder), "--json", "/no/such/x"), "/no/such/x")
+
+
+# the real model, as users run it
+
+MTP_ENGINE = [sys.executable, "-m", "mtp_engine.cli"]
+
+
+@pytest.mark.model
+def test_real_answer(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    options = ["--max-tokens", "8", "--compare", "full", "--color-drafts", "--max-context", "128"]
+    done = subprocess.run(
+        [*MTP_ENGINE, "generate", "Why is the sky blue?", *options, "--json", str(target)],
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    document = json.loads(target.read_text())
+    assert done.stdout == document["text"].encode() + b"\n"
+    assert len(document["token_ids"]) == document["stats"]["tokens"] == 8
+    assert (document["finish_reason"], document["drafter"]) == ("length", "mtp")
+    assert document["stats"]["identical_to_plain"] is True
+    assert document["stats"]["speedup"] > 0
+    assert set(document["stats"]) == STATS_KEYS
+    assert b"identical tokens" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.model
+def test_real_ctrl_c(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [
+            *MTP_ENGINE,
+            "generate",
+            "--raw",
+            "Once upon a time",
+            "--max-tokens",
+            "4000",
+            "--json",
+            str(tmp_path / "a.json"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    first = process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err.decode()
+    assert (first + out).endswith(b"\n")
+    assert b"interrupted: " in err
+    assert b"Traceback" not in err
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.model
+def test_real_prompt_over_the_context() -> None:
+    arguments = [*MTP_ENGINE, "generate", "--raw", "word " * 40, "--max-context", "16", "--quiet"]
+    done = subprocess.run(arguments, capture_output=True, timeout=300, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: the prompt has ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.model
+def test_real_inspect() -> None:
+    result = invoke("inspect", hub.DEFAULT_MODEL, "--json", "-")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert (report["layers"], report["mtp_layers"], report["parameters"]) == (30, 3, 134_515_008)
+    assert report["kv_bytes_per_token"]["fp32"] == 30 * 3 * 2 * 64 * 4
+    assert invoke("models", "fetch", hub.DEFAULT_MODEL, "--quiet").stdout.strip() == report["folder"]
