@@ -61,7 +61,9 @@ def main(prompts: Path, limit: int, longest: int, model: str, mtp: str | None, t
         engine.loop.verifier = probe
     steps: dict[int, list[int]] = defaultdict(list)
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])  # tokens, steps, both outside loops
-    for chunk in track(engine.stream([tokens for _, tokens in cases], params), total=None, console=Console(stderr=True)):
+    for chunk in track(
+        engine.stream([tokens for _, tokens in cases], params), total=None, console=Console(stderr=True)
+    ):
         steps[chunk.index].append(probe.yields.pop(0) if every_position else len(chunk.token_ids))
         if chunk.finished:
             flags, at = looping(chunk.finished.token_ids), 0
@@ -76,10 +78,15 @@ def main(prompts: Path, limit: int, longest: int, model: str, mtp: str | None, t
     table = Table("category", "AL", "AL outside loops", "loop steps", title=f"{model} {tree} T={temperature}")
     for category in [*sorted(set(counts) - {"all"}), "all"]:
         tokens, number, clean_tokens, clean_steps = counts[category]
-        table.add_row(category, f"{tokens / number:.3f}", f"{clean_tokens / max(clean_steps, 1):.3f}", f"{1 - clean_steps / number:.1%}")
+        table.add_row(
+            category,
+            f"{tokens / number:.3f}",
+            f"{clean_tokens / max(clean_steps, 1):.3f}",
+            f"{1 - clean_steps / number:.1%}",
+        )
     Console().print(table)
     lengths = {c: round(n[2] / max(n[3], 1), 4) for c, n in counts.items()}
-    record = {"bench": "acceptance", "prompts": prompts.name, "cases": len(cases), "model": model, "mtp": mtp, "tree": tree,
+    record: dict[str, object] = {"bench": "acceptance", "prompts": prompts.name, "cases": len(cases), "model": model, "mtp": mtp, "tree": tree,
               "every_position": every_position, "temperature": temperature, "max_tokens": max_tokens, **engine_options, "accepted_length": lengths,
               "accepted_length_with_loops": round(counts["all"][0] / counts["all"][1], 4),
               "loop_steps": round(1 - counts["all"][3] / counts["all"][1], 4), **conditions()}  # fmt: skip

@@ -75,7 +75,9 @@ def prune(tree: Growth, nodes: int) -> Growth:
         return tree
     order = tree.scores[:, 1:].sort(dim=-1, descending=True, stable=True).indices[:, :nodes] + 1
     kept = torch.cat([torch.zeros_like(order[:, :1]), order.sort(-1).values], 1)
-    renumbered = torch.zeros_like(tree.tokens).scatter_(1, kept, torch.arange(nodes + 1, device=kept.device).expand_as(kept))
+    renumbered = torch.zeros_like(tree.tokens).scatter_(
+        1, kept, torch.arange(nodes + 1, device=kept.device).expand_as(kept)
+    )
     parents = tree.parents.gather(1, kept)
     parents = torch.where(parents < 0, parents, renumbered.gather(1, parents.clamp(min=0)))
     tokens, depths, scores = (value.gather(1, kept) for value in (tree.tokens, tree.depths, tree.scores))

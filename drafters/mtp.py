@@ -178,7 +178,9 @@ class MTPDrafter:
         the noise at temperature > 0. logits: [B, F, n] -> [B, F, n]."""
         if not sampling.greedy:
             temperature = sampling.temperature.view(-1, 1, 1)
-            noisy = logits / temperature.clamp(min=1e-6) + gumbel(sampling.seed, positions[:, None], self.module.draft_ids)
+            noisy = logits / temperature.clamp(min=1e-6) + gumbel(
+                sampling.seed, positions[:, None], self.module.draft_ids
+            )
             logits = torch.where(temperature > 0, noisy, logits)
         return logits.log_softmax(-1)
 

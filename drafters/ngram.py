@@ -18,7 +18,9 @@ class NgramDrafter:
 
     history = 0
 
-    def __init__(self, length: int, *, slots: int, max_context: int, device: torch.device, suffixes: tuple[int, ...] = (3, 2)) -> None:
+    def __init__(
+        self, length: int, *, slots: int, max_context: int, device: torch.device, suffixes: tuple[int, ...] = (3, 2)
+    ) -> None:
         self.max_nodes = length + 1
         self._length, self._suffixes = length, suffixes
         self._text = torch.full((slots, max_context + self.max_nodes), -1, device=device)
@@ -63,4 +65,6 @@ class NgramDrafter:
 
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
         positions = batch.lengths[:, None] + 1 + torch.arange(result.tokens.shape[1], device=result.tokens.device)
-        self._text[batch.slots[:, None], positions] = result.tokens  # what lies past the new length is overwritten later
+        self._text[batch.slots[:, None], positions] = (
+            result.tokens
+        )  # what lies past the new length is overwritten later

@@ -31,7 +31,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, sink: Te
     else:
         weights = scores.softmax(-1)
     out = torch.bmm(weights, v.transpose(1, 2).reshape(batch * kv_heads, keys, -1).float())
-    return out.view(batch, kv_heads, nodes, heads // kv_heads, -1).transpose(1, 2).reshape(batch, nodes, heads, -1).to(q.dtype)
+    return (
+        out.view(batch, kv_heads, nodes, heads // kv_heads, -1)
+        .transpose(1, 2)
+        .reshape(batch, nodes, heads, -1)
+        .to(q.dtype)
+    )
 
 
 def _sink_column(sink: Tensor, batch: int, nodes: int, kv_heads: int) -> Tensor:

@@ -31,7 +31,19 @@ _HOME = {
     "TreeShape": "config",
     "VerifyResult": "tree",
 }
-__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
+__all__ = [
+    "Chunk",
+    "DecodeLoop",
+    "DraftTree",
+    "Engine",
+    "EngineConfig",
+    "EngineError",
+    "Generation",
+    "GenerationStats",
+    "SamplingParams",
+    "TreeShape",
+    "VerifyResult",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -40,7 +40,9 @@ class StepRows:
         if self.first is None:
             return self.mask
         exists = self.positions >= self.first[:, None]
-        return self.mask & (exists[:, None, :] | torch.eye(self.mask.shape[1], dtype=torch.bool, device=self.mask.device))
+        return self.mask & (
+            exists[:, None, :] | torch.eye(self.mask.shape[1], dtype=torch.bool, device=self.mask.device)
+        )
 
     def window_seen(self, window: int, prefix: Tensor) -> Tensor:
         """prefix: [B, S] positions of cached keys -> [B, N, S + N] bool."""
@@ -102,5 +104,7 @@ class TorchAttention:
         assert source is not None
         keys, values = group.read(member, source)
         y = attend(q, torch.cat([keys, k], 1), torch.cat([values, v], 1), bias[0], scale, sink)
-        group.write(member, self._targets[index], k, v)  # after reading: a long chunk overwrites what its start still sees
+        group.write(
+            member, self._targets[index], k, v
+        )  # after reading: a long chunk overwrites what its start still sees
         return y

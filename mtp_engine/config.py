@@ -7,6 +7,7 @@ from typing import Literal, final
 from mtp_engine.errors import EngineError
 
 DEFAULT_MODEL = "smollm2-135m-mtp3"
+SAMPLE_STEPS = 32  # plain steps that a quick comparison times
 MAX_TREE_NODES = 64  # a tree mask is 64 bits per node in the CUDA kernels
 
 
@@ -20,7 +21,7 @@ class RopeConfig:
 
     dim: int
     theta: float
-    scaling: tuple[str, ...] | tuple[str | float, ...] | None = None
+    scaling: tuple[str | float, ...] | None = None
 
 
 @final
@@ -111,7 +112,9 @@ class TreeShape:
         if shape.best == 0 and (not shape.widths or 0 in shape.widths):
             raise EngineError(f"tree shape {text!r} drafts nothing: use at least one node, or --drafter root")
         if shape.max_nodes > MAX_TREE_NODES:
-            raise EngineError(f"tree shape {text!r} has {shape.max_nodes} nodes with its root; at most {MAX_TREE_NODES}")
+            raise EngineError(
+                f"tree shape {text!r} has {shape.max_nodes} nodes with its root; at most {MAX_TREE_NODES}"
+            )
         return shape
 
     @property
@@ -154,7 +157,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for ok, message in (
             (self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be at least 1"),
-            (0 <= self.temperature < float("inf"), f"temperature is {self.temperature}; it must be 0 (greedy) or above"),
+            (
+                0 <= self.temperature < float("inf"),
+                f"temperature is {self.temperature}; it must be 0 (greedy) or above",
+            ),
             (self.top_k >= 0, f"top_k is {self.top_k}; it must be 0 (off) or above"),
             (0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1"),
             (0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must be between 0 and 1"),
@@ -186,3 +192,13 @@ class EngineConfig:
     kv_tokens: int = 0
     page_size: int = 64
     prefill_chunk: int = 512
+
+    def __post_init__(self) -> None:
+        limits = {"draft_vocab": 0, "threads": 0, "max_context": 0, "kv_tokens": 0}
+        for name, least in {**limits, "max_batch": 1, "page_size": 1, "prefill_chunk": 1}.items():
+            if getattr(self, name) < least:
+                raise EngineError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.drafter == "ngram" and self.tree and set(self.tree.widths) != {1}:
+            raise EngineError(f"the ngram drafter drafts chains: use --tree chain:K, not {self.tree}")
+        if self.drafter == "root" and self.tree:
+            raise EngineError("the root drafter drafts nothing: leave --tree out")

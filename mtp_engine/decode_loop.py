@@ -33,7 +33,7 @@ class Request:
     slot: int
     limit: int  # tokens it may emit: max_tokens, or less where the context ends first
     stats: GenerationStats
-    started: float
+    started: float  # on the loop's clock
     output: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)  # per output token: an accepted draft, not the main model's own
     finish_reason: FinishReason | None = None
@@ -114,6 +114,7 @@ class DecodeLoop:
         self.requests: list[Request] = []
         self._free_slots = list(range(slots))[::-1]
         self._batch: StepBatch | None = None  # of the present members; None after a change
+        self._busy_s = 0.0  # the loop's clock: time spent in `add` and `step`, not in the caller
 
     @property
     def has_room(self) -> bool:
@@ -133,7 +134,8 @@ class DecodeLoop:
         limit = min(params.max_tokens, self.max_context - len(prompt))
         seed = secrets.randbits(63) if params.seed is None else params.seed
         stats = GenerationStats(seed=seed, prompt_tokens=len(prompt))
-        request = Request(list(prompt), params, seed, self._free_slots[-1], limit, stats, time.perf_counter())
+        request = Request(list(prompt), params, seed, self._free_slots[-1], limit, stats, self._busy_s)
+        begin = time.perf_counter()
         try:
             self.cache.reserve(request.slot, len(prompt) + limit + self.drafter.max_nodes)
             self.drafter.reserve(request.slot, len(prompt) + limit)
@@ -145,7 +147,8 @@ class DecodeLoop:
         self._free_slots.pop()
         self.requests.append(request)
         self._batch = None
-        stats.prefill_s = time.perf_counter() - request.started
+        stats.prefill_s = time.perf_counter() - begin
+        self._busy_s += stats.prefill_s
         return request
 
     def _prefill(self, request: Request) -> None:
@@ -182,7 +185,7 @@ class DecodeLoop:
         result = self.verifier.verify(tree, self.model.logits(hidden), batch)
         self.cache.commit(batch.slots, batch.lengths, result)
         self.drafter.observe(batch, result, result.gather(hidden))
-        outputs = self._emit(batch, tree, result, drafted - begin, drafted)
+        outputs = self._emit(batch, tree, result, begin, drafted)
         self._leave()
         return outputs
 
@@ -202,12 +205,13 @@ class DecodeLoop:
         )
 
     def _emit(
-        self, batch: StepBatch, tree: DraftTree, result: VerifyResult, draft_s: float, verify_start: float
+        self, batch: StepBatch, tree: DraftTree, result: VerifyResult, begin: float, drafted_at: float
     ) -> list[StepOutput]:
         """Take a step's result to the host, the step's one synchronisation, and hand the tokens out."""
         reached = torch.where(tree.real(), tree.depths, 0).amax(1)
         table = torch.cat([result.counts[:, None], tree.size[:, None], reached[:, None], result.tokens], 1).tolist()
         now = time.perf_counter()
+        self._busy_s += now - begin
         outputs = []
         for request, (count, nodes, depth, *tokens) in zip(batch.requests, table, strict=True):
             kept = self._stop(request, tokens[:count])
@@ -216,9 +220,9 @@ class DecodeLoop:
             request.drafted += drafted
             stats = request.stats
             stats.record_step(len(kept), nodes, depth)
-            stats.draft_s += draft_s / len(table)
-            stats.verify_s += (now - verify_start) / len(table)
-            stats.total_s = now - request.started
+            stats.draft_s += (drafted_at - begin) / len(table)
+            stats.verify_s += (now - drafted_at) / len(table)
+            stats.total_s = self._busy_s - request.started
             stats.ttft_s = stats.ttft_s or stats.total_s
             outputs.append(StepOutput(request, kept, drafted))
         return outputs

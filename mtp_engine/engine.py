@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, final
+from dataclasses import dataclass, replace
+from typing import Any, cast, final
 
 import torch
 
 from mtp_engine import hub
 from mtp_engine.cache import HybridKV
-from mtp_engine.config import DEFAULT_MODEL, EngineConfig, ModelConfig, SamplingParams, TreeShape
+from mtp_engine.config import DEFAULT_MODEL, SAMPLE_STEPS, EngineConfig, ModelConfig, SamplingParams, TreeShape
 from mtp_engine.decode_loop import DecodeLoop, FinishReason, Request
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineError
@@ -44,12 +44,14 @@ class Generation:
 @final
 @dataclass(frozen=True)
 class Chunk:
-    """What one step added to the answer of prompt `index`. `finished` comes with the last chunk of each prompt."""
+    """What one step added to the answer of prompt `index`. `finished` comes with the last chunk of each prompt; `stats`
+    are the request's own and go on counting."""
 
     index: int
     text: str
     token_ids: list[int]
     drafted: list[bool]
+    stats: GenerationStats
     finished: Generation | None
 
 
@@ -82,10 +84,9 @@ class Engine:
         torch.set_num_threads(config.threads or os.cpu_count() or 1)
         files = hub.locate(name, mtp=mtp, progress=progress)
         tokenizer = Tokenizer.load(files.folder)
+        config = _settle(config, files)
         model = loader.load_main(files.folder, _DTYPES[config.dtype], device, progress)
-        if config.max_context > model.config.max_context:
-            raise EngineError(f"max_context is {config.max_context}; {name} was made for {model.config.max_context} tokens")
-        drafter = _drafter(files, model, config)
+        drafter = _drafter(files, model, config, progress)
         loop = _loop(model, drafter, config, slots=config.max_batch, eos=tokenizer.eos_ids)
         return cls(model, loop, tokenizer, config)
 
@@ -98,8 +99,8 @@ class Engine:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         if prompt and isinstance(prompt[0], Mapping):
-            return self.tokenizer.chat(prompt)  # type: ignore[arg-type]
-        return [int(token) for token in prompt]  # type: ignore[call-overload]
+            return self.tokenizer.chat(cast(Sequence[Mapping[str, Any]], prompt))
+        return list(cast(Sequence[int], prompt))
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -132,7 +133,7 @@ class Engine:
                     if out.request.finish_reason:
                         text += decoder.flush()
                         del running[out.request]
-                    yield Chunk(index, text, out.tokens, out.drafted, self._finished(out.request))
+                    yield Chunk(index, text, out.tokens, out.drafted, out.request.stats, self._finished(out.request))
         finally:
             for request in running:
                 self.loop.remove(request)
@@ -154,10 +155,10 @@ class Engine:
     def compare(self, prompt: Prompt, params: SamplingParams, answer: Generation, *, full: bool) -> None:
         """Measure plain decoding of the same prompt in this process and note it in the answer's statistics.
 
-        full decodes everything and checks that the tokens are identical; otherwise 32 steps are timed.
+        full decodes everything and checks that the tokens are identical; otherwise SAMPLE_STEPS tokens are timed.
         """
-        same_seed = SamplingParams(**{**params.__dict__, "seed": answer.stats.seed})
-        plain = self.plain(prompt, same_seed, max_steps=None if full else 32)
+        same_seed = replace(params, seed=answer.stats.seed)
+        plain = self.plain(prompt, same_seed, max_steps=None if full else SAMPLE_STEPS)
         answer.stats.plain_tokens_per_s = plain.stats.tokens_per_s
         answer.stats.identical_to_plain = plain.output == answer.token_ids if full else None
 
@@ -208,21 +209,33 @@ def _loop(model: Decoder, drafter: Drafter, config: EngineConfig, *, slots: int,
     )
 
 
-def _drafter(files: hub.ModelFiles, model: Decoder, config: EngineConfig) -> Drafter:
+def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:
+    """Fill in what depends on the model, and refuse what does not fit it, before any weight is read."""
+    model = loader.read_config(files.folder)
+    if config.max_context > model.max_context:
+        raise EngineError(f"max_context is {config.max_context}; {files.name} was made for {model.max_context} tokens")
     if config.drafter == "root":
-        return RootDrafter()
+        return config
     shape = config.tree or _DEFAULT_TREES[config.drafter]
-    context = config.max_context or model.config.max_context
-    if config.drafter == "ngram":
-        if set(shape.widths) != {1}:
-            raise EngineError(f"the ngram drafter drafts chains: use --tree chain:K, not {shape}")
-        device = model.embedding.device
-        return NgramDrafter(len(shape.widths), slots=config.max_batch, max_context=context, device=device)
-    if files.mtp_folder is None:
-        raise EngineError(f"{files.name} has no MTP layers: use --drafter ngram or root, or give a folder of them (--mtp)")
-    module = loader.load_mtp(files.mtp_folder, model, config.draft_vocab)
-    if len(shape.widths) > module.config.depth and not module.config.reused:
-        raise EngineError(f"tree shape {shape} is deeper than the model's {module.config.depth} MTP layers")
-    tokens = _kv_tokens(model.config, config, config.max_batch)
-    return MTPDrafter(module, shape, slots=config.max_batch, tokens=tokens, page_size=config.page_size)
+    if config.drafter == "mtp":
+        if files.mtp_folder is None:
+            raise EngineError(
+                f"{files.name} has no MTP layers: use --drafter ngram or root, or name a folder of them (--mtp)"
+            )
+        mtp = loader.read_mtp_config(files.mtp_folder)
+        if len(shape.widths) > mtp.depth and not mtp.reused:
+            raise EngineError(f"tree shape {shape} is deeper than the model's {mtp.depth} MTP layers")
+    return replace(config, tree=shape, max_context=config.max_context or model.max_context)
 
+
+def _drafter(files: hub.ModelFiles, model: Decoder, config: EngineConfig, progress: Progress) -> Drafter:
+    if config.drafter == "root" or config.tree is None:
+        return RootDrafter()
+    slots = config.max_batch
+    if config.drafter == "ngram":
+        length, device = len(config.tree.widths), model.embedding.device
+        return NgramDrafter(length, slots=slots, max_context=config.max_context, device=device)
+    assert files.mtp_folder is not None, "checked in _settle"
+    module = loader.load_mtp(files.mtp_folder, model, config.draft_vocab, progress)
+    tokens = _kv_tokens(model.config, config, slots)
+    return MTPDrafter(module, config.tree, slots=slots, tokens=tokens, page_size=config.page_size)

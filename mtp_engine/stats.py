@@ -12,7 +12,8 @@ class GenerationStats:
     One step is one verification forward of the main model. Mean accepted length = tokens / steps: the accepted drafts
     of a step plus the one token the main model itself adds (the bonus token). Only emitted tokens count: drafts that
     were accepted but cut off by a stop or by max_tokens do not. Times of a batched step are shared out evenly among
-    its requests; total_s runs from the request's start to its last token and is not shared.
+    its requests; total_s and ttft_s run from the request's start, count the engine's time only (not the time in which
+    the caller handles what was streamed), and are not shared.
     """
 
     seed: int = 0
@@ -70,7 +71,9 @@ class GenerationStats:
     def conditional_acceptance(self) -> list[float]:
         """Share of the steps that accepted depth d-1 which also accepted depth d."""
         reached = [self.steps, *self.accepted_per_depth]
-        return [after / before if before else 0.0 for before, after in zip(reached, self.accepted_per_depth, strict=False)]
+        return [
+            after / before if before else 0.0 for before, after in zip(reached, self.accepted_per_depth, strict=False)
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """The stable `stats` object of `--json`; README documents each key."""

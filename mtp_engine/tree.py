@@ -17,7 +17,11 @@ def ancestor_mask(parents: Tensor, size: Tensor, max_depth: int) -> Tensor:
     real = torch.arange(nodes, device=parents.device) < size[:, None]
     ancestor = torch.where(real, parents, -1)
     for _ in range(max_depth):
-        mask.scatter_(2, ancestor.clamp(min=0)[..., None], (ancestor >= 0)[..., None] | mask.gather(2, ancestor.clamp(min=0)[..., None]))
+        mask.scatter_(
+            2,
+            ancestor.clamp(min=0)[..., None],
+            (ancestor >= 0)[..., None] | mask.gather(2, ancestor.clamp(min=0)[..., None]),
+        )
         ancestor = torch.where(ancestor > 0, parents.gather(1, ancestor.clamp(min=0)), -1)
     return mask
 

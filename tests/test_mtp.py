@@ -62,7 +62,9 @@ def request(slot: int, prompt: list[int]) -> Request:
     return Request(prompt, SamplingParams(), 0, slot, 1000, GenerationStats(), 0.0)
 
 
-def check_scores(tree: DraftTree, b: int, known: list[int], hidden: torch.Tensor, dense: DenseMTP, shape: TreeShape) -> None:
+def check_scores(
+    tree: DraftTree, b: int, known: list[int], hidden: torch.Tensor, dense: DenseMTP, shape: TreeShape
+) -> None:
     """Every node's children are the dense model's favourites on the node's path."""
     paths = {0: known}
     for node in range(1, int(tree.size[b])):
@@ -82,7 +84,9 @@ def check_scores(tree: DraftTree, b: int, known: list[int], hidden: torch.Tensor
 def test_drafts_equal_full_recomputation(models: "Models", name: str, data: st.DataObject) -> None:
     main, folder, mtp_folder = models[name]
     shape = TreeShape.parse(data.draw(st.sampled_from(["chain:3", "2x2x1", "3x1x2", "tree:6", "1x3"])))
-    drafter = MTPDrafter(loader.load_mtp(mtp_folder, main, 0), shape, slots=3, tokens=600, page_size=8, beam=4)
+    drafter = MTPDrafter(
+        loader.load_mtp(mtp_folder, main, 0, lambda *_: None), shape, slots=3, tokens=600, page_size=8, beam=4
+    )
     dense = DenseMTP.load(folder, mtp_folder)
     texts = data.draw(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=40), min_size=1, max_size=2))
     slots = data.draw(st.permutations([0, 1, 2]))
@@ -126,7 +130,13 @@ def test_truncated_prefill_is_exact(models: "Models") -> None:
     """Only the last windows of a long prompt are given to the MTP layers; the draft is that of the whole prompt."""
     for name in ("chained", "mimo"):
         main, folder, mtp_folder = models[name]
-        drafter = MTPDrafter(loader.load_mtp(mtp_folder, main, 0), TreeShape.parse("2x1x1"), slots=1, tokens=600, page_size=8)
+        drafter = MTPDrafter(
+            loader.load_mtp(mtp_folder, main, 0, lambda *_: None),
+            TreeShape.parse("2x1x1"),
+            slots=1,
+            tokens=600,
+            page_size=8,
+        )
         prompt = torch.randint(1, 60, (120,), generator=torch.Generator().manual_seed(3)).tolist()
         hidden = dense_hidden(main, prompt[:-1])
         assert drafter.history < len(hidden)
@@ -138,7 +148,13 @@ def test_truncated_prefill_is_exact(models: "Models") -> None:
 def test_best_n_tree_holds_the_best_nodes(models: "Models") -> None:
     """tree:N against brute force over all paths of a small vocabulary."""
     main, folder, mtp_folder = models["mimo"]
-    drafter = MTPDrafter(loader.load_mtp(mtp_folder, main, 0), TreeShape.parse("tree:6"), slots=1, tokens=600, page_size=8)
+    drafter = MTPDrafter(
+        loader.load_mtp(mtp_folder, main, 0, lambda *_: None),
+        TreeShape.parse("tree:6"),
+        slots=1,
+        tokens=600,
+        page_size=8,
+    )
     prompt = [5, 9, 14, 3, 44]
     hidden = dense_hidden(main, prompt[:-1])
     drafter.prefill(0, torch.tensor(prompt), hidden)

@@ -125,15 +125,23 @@ class DenseMTP:
         return torch.cat([left * cos - right * sin, right * cos + left * sin, rest], -1)
 
     def _layer(self, index: int, tokens: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:
-        w, a = {n.split(f"layers.{index}.")[1]: t for n, t in self.weights.items() if f".{index}." in n}, self.config["attention"]
-        halves = [self._norm(self.main["model.embed_tokens.weight"][tokens], w["enorm.weight"]), self._norm(hidden, w["hnorm.weight"])]
+        w, a = (
+            {n.split(f"layers.{index}.")[1]: t for n, t in self.weights.items() if f".{index}." in n},
+            self.config["attention"],
+        )
+        halves = [
+            self._norm(self.main["model.embed_tokens.weight"][tokens], w["enorm.weight"]),
+            self._norm(hidden, w["hnorm.weight"]),
+        ]
         if self.config["concat"] == "hidden_first":
             halves = halves[::-1]
         x = torch.cat(halves, -1) @ w["eh_proj.weight"].T
         y = self._norm(x, w["input_layernorm.weight"])
         rows, heads, kv = len(x), a["heads"], a["kv_heads"]
         q = self._rope((y @ w["self_attn.q_proj.weight"].T).view(rows, heads, -1), positions)
-        k = self._rope((y @ w["self_attn.k_proj.weight"].T).view(rows, kv, -1), positions).repeat_interleave(heads // kv, 1)
+        k = self._rope((y @ w["self_attn.k_proj.weight"].T).view(rows, kv, -1), positions).repeat_interleave(
+            heads // kv, 1
+        )
         v = (y @ w["self_attn.v_proj.weight"].T).view(rows, kv, -1).repeat_interleave(heads // kv, 1)
         scores = torch.einsum("qhd,khd->hqk", q, k) * a["qk_dim"] ** -0.5
         distance = positions[:, None] - positions[None, :]
@@ -165,7 +173,13 @@ class DenseMTP:
         else:
             output = h
             for k in range(level + 1):
-                output = self._layer(k, tokens[1 + k : 1 + k + known], output if self.config["chained"] else h, torch.arange(known))
+                output = self._layer(
+                    k, tokens[1 + k : 1 + k + known], output if self.config["chained"] else h, torch.arange(known)
+                )
         index = 0 if self.config["reused"] else level
-        norm = self.weights[f"model.mtp.layers.{index}.final_layernorm.weight"] if self.config["own_norm"] else self.main["model.norm.weight"]
+        norm = (
+            self.weights[f"model.mtp.layers.{index}.final_layernorm.weight"]
+            if self.config["own_norm"]
+            else self.main["model.norm.weight"]
+        )
         return self._norm(output[-1], norm) @ self.main.get("lm_head.weight", self.main["model.embed_tokens.weight"]).T

@@ -17,7 +17,11 @@ def _zeros(layers: int, rows: int, heads: int, dim: int, dtype: torch.dtype, dev
     """
     if device.type != "cpu":
         return torch.zeros(layers, rows, heads, dim, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(layers * rows * heads * dim * dtype.itemsize, np.uint8)).view(dtype).view(layers, rows, heads, dim)
+    return (
+        torch.from_numpy(np.zeros(layers * rows * heads * dim * dtype.itemsize, np.uint8))
+        .view(dtype)
+        .view(layers, rows, heads, dim)
+    )
 
 
 @final

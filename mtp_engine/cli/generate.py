@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, final
 
 import click
 
-from mtp_engine import hub
 from mtp_engine.cli.options import build, setting, settings
 from mtp_engine.cli.output import JsonTarget, TextWriter, console
 from mtp_engine.cli.progress import Waits
 from mtp_engine.cli.report import statistics
-from mtp_engine.config import EngineConfig, SamplingParams, TreeShape
+from mtp_engine.config import DEFAULT_MODEL, SAMPLE_STEPS, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.errors import EngineError
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ _SAMPLING = settings(
 _COUNT = click.IntRange(min=0)
 _ENGINE = settings(
     click.option(
-        "--model", default=hub.DEFAULT_MODEL, metavar="NAME|PATH", help="A name, folder, .gguf file, or org/name."
+        "--model", default=DEFAULT_MODEL, metavar="NAME|PATH", help="A name, folder, .gguf file, or org/name."
     ),
     click.option("--mtp", metavar="DIR", help="A folder of MTP layers to use instead of the model's own."),
     setting(EngineConfig, "drafter", "Who drafts: MTP layers, prompt lookup, or nobody (plain decoding)."),
@@ -73,7 +72,7 @@ _OUTPUT = settings(
         "--compare",
         type=click.Choice(["full", "sample", "off"]),
         default="sample",
-        help="Measure plain decoding afterwards: all of it, checking that tokens are identical, or 32 steps. "
+        help=f"Measure plain decoding afterwards: all of it, checking that tokens are identical, or {SAMPLE_STEPS} steps. "
         "Skipped where --quiet is given without --json.",
     ),
 )

@@ -43,7 +43,9 @@ class Checkpoint:
             wanted = set(read_json(index).get("weight_map", {}).values())
             missing = sorted(name for name in wanted if not (self.folder / name).is_file())
             if missing:
-                raise EngineError(f"{self.folder / missing[0]} is missing: {index.name} lists it; fetch the model again")
+                raise EngineError(
+                    f"{self.folder / missing[0]} is missing: {index.name} lists it; fetch the model again"
+                )
         if not files:
             raise EngineError(f"{self.folder} holds no .safetensors file; pickled weights are not read")
         return files

@@ -77,7 +77,7 @@ class SelfAttention:
         c = self.config
         batch, nodes, _ = x.shape
         qk_heads = c.heads + c.kv_heads
-        qk, v = self.qkv(x).split([qk_heads * c.qk_dim, c.kv_heads * c.v_dim], -1)
+        qk, v = self.qkv(x).tensor_split([qk_heads * c.qk_dim], -1)
         qk = rotate(qk.view(batch, nodes, qk_heads, c.qk_dim), tables)
         v = v.view(batch, nodes, c.kv_heads, c.v_dim)
         if c.value_scale != 1.0:

@@ -98,7 +98,9 @@ def build(checkpoint: Checkpoint, config: ModelConfig, progress: Progress) -> De
     head = embedding if config.tied_head else checkpoint.get("lm_head.weight", vocab, hidden)
     blocks = []
     for i, layer in enumerate(config.layers):
-        progress("loading weights", i, len(config.layers))
-        blocks.append(block(checkpoint, f"model.layers.{i}", layer, hidden, config.norm_eps, "post_attention_layernorm"))
+        progress("loading weights", i + 1, len(config.layers))
+        blocks.append(
+            block(checkpoint, f"model.layers.{i}", layer, hidden, config.norm_eps, "post_attention_layernorm")
+        )
     norm = RMSNorm(checkpoint.get("model.norm.weight", hidden), config.norm_eps)
     return Decoder(config, embedding, blocks, norm, Linear(head), head)

@@ -23,8 +23,11 @@ def read_config(folder: Path) -> ModelConfig:
     raw = read_json(folder / "config.json")
     names = raw.get("architectures") or ["(none named)"]
     if names[0] not in _FAMILIES:
-        raise EngineError(f"{folder / 'config.json'}: architecture {names[0]} is not supported; known: {', '.join(_FAMILIES)}")
-    return _FAMILIES[names[0]].parse(raw)
+        raise EngineError(
+            f"{folder / 'config.json'}: architecture {names[0]} is not supported; known: {', '.join(_FAMILIES)}"
+        )
+    config: ModelConfig = _FAMILIES[names[0]].parse(raw)
+    return config
 
 
 def load_main(folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress) -> Decoder:
@@ -47,7 +50,7 @@ def read_mtp_config(folder: Path) -> MTPConfig:
         raise EngineError(f"{folder / 'config.json'}: mtp.attention is wrong: {error}") from None
 
 
-def load_mtp(folder: Path, main: Decoder, draft_vocab: int) -> MTPModule:
+def load_mtp(folder: Path, main: Decoder, draft_vocab: int, progress: Progress) -> MTPModule:
     """MTP layers with the hub's names (model.mtp.layers.{k}...), sharing the main model's embedding and head.
 
     draft_vocab: how many of the most frequent tokens they may propose (`draft_token_ids` lists them); 0 means all.
@@ -58,6 +61,7 @@ def load_mtp(folder: Path, main: Decoder, draft_vocab: int) -> MTPModule:
 
     def layer(k: int) -> MTPLayer:
         prefix = f"model.mtp.layers.{k}"
+        progress("loading MTP layers", k + 1, config.depth)
 
         def norm(name: str) -> RMSNorm:
             return RMSNorm(checkpoint.get(f"{prefix}.{name}.weight", hidden), eps)
