@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_engine.config import TreeShape
@@ -22,6 +23,7 @@ class Growth:
     parents: Tensor  # [B, n] int64
     depths: Tensor  # [B, n] int64
     scores: Tensor  # [B, n] fp32, log of the joint draft probability
+    ancestors: Tensor  # [B, n, n] bool, True where column is row's node itself or an ancestor
     frontier: int
     level: int
 
@@ -29,7 +31,8 @@ class Growth:
     def start(cls, roots: Tensor) -> "Growth":
         """roots: [B] int64, the last committed tokens."""
         zeros = torch.zeros_like(roots)[:, None]
-        return cls(roots[:, None], zeros - 1, zeros, torch.zeros_like(zeros, dtype=torch.float32), 1, 0)
+        itself = torch.ones_like(zeros, dtype=torch.bool)[:, None]
+        return cls(roots[:, None], zeros - 1, zeros, zeros.float(), itself, 1, 0)
 
 
 def level_sizes(shape: TreeShape, depth: int, beam: int) -> list[tuple[int, int]]:
@@ -49,7 +52,9 @@ def grow(tree: Growth, scores: Tensor, ids: Tensor, width: int, keep: int) -> Gr
 
     The `width` best candidates of every frontier node compete, the best `keep` by joint score become nodes.
     """
-    batch, frontier = scores.shape[:2]
+    batch, frontier, vocab = scores.shape
+    width = min(width, vocab)
+    keep = min(keep, frontier * width)
     best = scores.topk(width, dim=-1)
     joint = (best.values + tree.scores[:, -frontier:, None]).flatten(1)  # [B, F * width]
     tokens = ids[best.indices].flatten(1)
@@ -58,35 +63,36 @@ def grow(tree: Growth, scores: Tensor, ids: Tensor, width: int, keep: int) -> Gr
     if keep < frontier * width:
         kept = joint.topk(keep, dim=-1).indices.sort(-1).values
         joint, tokens, parents = (value.gather(1, kept) for value in (joint, tokens, parents))
+    inherited = tree.ancestors.gather(1, parents[..., None].expand(-1, -1, first + frontier))
+    itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=scores.device).expand(batch, -1, -1)
     return Growth(
         tokens=torch.cat([tree.tokens, tokens], 1),
         parents=torch.cat([tree.parents, parents], 1),
         depths=torch.cat([tree.depths, torch.full_like(tokens, tree.level + 1)], 1),
         scores=torch.cat([tree.scores, joint], 1),
+        ancestors=torch.cat([F.pad(tree.ancestors, (0, tokens.shape[1])), torch.cat([inherited, itself], 2)], 1),
         frontier=keep,
         level=tree.level + 1,
     )
 
 
-def prune(tree: Growth, nodes: int) -> Growth:
-    """Keep the `nodes` best drafted nodes by joint score, and the root. A kept node's ancestors are kept: none scores
-    less than its descendants, and the sort is stable, so that on a tie the ancestor, which stands first, wins."""
-    if nodes >= tree.tokens.shape[1] - 1:
-        return tree
+def prune(tree: Growth, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, parents and depths, each [B, nodes + 1], of the root and the `nodes` best drafted nodes by joint score.
+
+    A kept node's ancestors are kept: none scores less than its descendants, and the sort is stable, so that on a tie
+    the ancestor, which stands first, wins.
+    """
     order = tree.scores[:, 1:].sort(dim=-1, descending=True, stable=True).indices[:, :nodes] + 1
     kept = torch.cat([torch.zeros_like(order[:, :1]), order.sort(-1).values], 1)
-    renumbered = torch.zeros_like(tree.tokens).scatter_(
-        1, kept, torch.arange(nodes + 1, device=kept.device).expand_as(kept)
-    )
+    numbers = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    renumbered = torch.zeros_like(tree.tokens).scatter_(1, kept, numbers)
     parents = tree.parents.gather(1, kept)
     parents = torch.where(parents < 0, parents, renumbered.gather(1, parents.clamp(min=0)))
-    tokens, depths, scores = (value.gather(1, kept) for value in (tree.tokens, tree.depths, tree.scores))
-    return Growth(tokens, parents, depths, scores, 0, tree.level)
+    return tree.tokens.gather(1, kept), parents, tree.depths.gather(1, kept)
 
 
 def finish(tree: Growth, shape: TreeShape, drafts: Tensor) -> DraftTree:
     """The tree to verify. drafts: [B] bool, False for requests that cannot be drafted for and get their root only."""
-    if shape.best:
-        tree = prune(tree, shape.best)
-    size = torch.where(drafts, tree.tokens.shape[1], 1)
-    return DraftTree(tree.tokens, tree.parents, tree.depths, size, tree.level)
+    tokens, parents, depths = prune(tree, shape.best) if shape.best else (tree.tokens, tree.parents, tree.depths)
+    deepest = min(tree.level, tokens.shape[1] - 1)
+    return DraftTree(tokens, parents, depths, torch.where(drafts, tokens.shape[1], 1), deepest)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_engine.attention import StepRows, TorchAttention
@@ -28,7 +29,7 @@ from mtp_engine.drafters.expand import Growth, finish, grow, level_sizes
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Batch
 from mtp_engine.sampler import SamplingBatch, gumbel
-from mtp_engine.tree import DraftTree, VerifyResult, ancestor_mask
+from mtp_engine.tree import DraftTree, VerifyResult
 
 
 @final
@@ -70,7 +71,7 @@ class MTPDrafter:
         """shape: at most as deep as the module has levels. tokens: capacity of MTP layers with full attention.
         beam: how many nodes of a level are given children when the shape is tree:N."""
         self.module, self.shape = module, shape
-        self.depth = module.config.depth if shape.best else len(shape.widths)
+        self.depth = min(module.config.depth, shape.best) if shape.best else len(shape.widths)
         self._levels = level_sizes(shape, self.depth, beam)
         self.max_nodes = shape.max_nodes
         layer, embedding = module.config.layer.attention, module.embedding
@@ -121,7 +122,7 @@ class MTPDrafter:
         for number, (width, keep) in enumerate(self._levels):
             level = self._run(number, rows, tree, level)
             scores = self._score(self.module.logits(number, level.frontier), batch.lengths + number + 1, batch.sampling)
-            tree = grow(tree, scores, self.module.draft_ids, min(width, scores.shape[-1]), keep)
+            tree = grow(tree, scores, self.module.draft_ids, width, keep)
         return finish(tree, self.shape, counts > 0)
 
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
@@ -197,12 +198,9 @@ class _Level:
 
 def _row_mask(new: int, counts: Tensor, tree: Growth) -> Tensor:
     """[B, new + Q, new + Q] bool: new rows see the real ones up to themselves, nodes see those and their ancestors."""
-    batch, nodes = tree.tokens.shape
-    device = counts.device
-    mask = torch.zeros(batch, new + nodes - 1, new + nodes - 1, dtype=torch.bool, device=device)
-    index = torch.arange(new, device=device)
-    real = index < counts[:, None]
-    mask[:, :new, :new] = (index <= index[:, None]) & real[:, None, :] | (index == index[:, None])
-    mask[:, new:, :new] = real[:, None, :]
-    mask[:, new:, new:] = ancestor_mask(tree.parents, torch.full_like(counts, nodes), tree.level)[:, 1:, 1:]
-    return mask
+    nodes = tree.tokens.shape[1] - 1
+    index = torch.arange(new, device=counts.device)
+    real = (index < counts[:, None])[:, None, :]
+    rows = ((index <= index[:, None]) & real) | (index == index[:, None])
+    below = torch.cat([real.expand(-1, nodes, -1), tree.ancestors[:, 1:, 1:]], 2)
+    return torch.cat([F.pad(rows, (0, nodes)), below], 1)

@@ -201,14 +201,14 @@ class DecodeLoop:
             host_slots=batch.host_slots,
             host_lengths=batch.host_lengths,
             positions=batch.lengths[:, None] + tree.depths,
-            mask=tree.ancestors(),
+            mask=tree.ancestors,
         )
 
     def _emit(
         self, batch: StepBatch, tree: DraftTree, result: VerifyResult, begin: float, drafted_at: float
     ) -> list[StepOutput]:
         """Take a step's result to the host, the step's one synchronisation, and hand the tokens out."""
-        reached = torch.where(tree.real(), tree.depths, 0).amax(1)
+        reached = torch.where(tree.real, tree.depths, 0).amax(1)
         table = torch.cat([result.counts[:, None], tree.size[:, None], reached[:, None], result.tokens], 1).tolist()
         now = time.perf_counter()
         self._busy_s += now - begin

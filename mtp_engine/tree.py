@@ -1,6 +1,7 @@
 """The two values of a step: the tree a drafter proposes, and the path a verifier keeps."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import torch
@@ -49,10 +50,12 @@ class DraftTree:
     def nodes(self) -> int:
         return self.tokens.shape[1]
 
+    @cached_property
     def real(self) -> Tensor:
         """[B, N] bool: False for padding."""
         return torch.arange(self.nodes, device=self.size.device) < self.size[:, None]
 
+    @cached_property
     def ancestors(self) -> Tensor:
         """[B, N, N] bool, see `ancestor_mask`."""
         return ancestor_mask(self.parents, self.size, self.max_depth)

@@ -26,8 +26,8 @@ def longest_match(tree: DraftTree, choices: Tensor) -> VerifyResult:
     """Follow `choices` [B, N] down from the root. Siblings hold different tokens, so at most one child matches."""
     guessed = choices.gather(1, tree.parents.clamp(min=0)) == tree.tokens
     guessed[:, 0] = True
-    guessed &= tree.real()
-    ancestors = tree.ancestors()
+    guessed &= tree.real
+    ancestors = tree.ancestors
     alive = (guessed[:, None, :] | ~ancestors).all(-1)  # [B, N]: the node and all its ancestors were guessed
     last = torch.where(alive, tree.depths, -1).argmax(-1, keepdim=True)  # [B, 1]
     accepted = tree.depths.gather(1, last)

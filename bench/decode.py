@@ -1,0 +1,124 @@
+"""Decoding speed on one prompt at a time: transformers, our plain decoding, and drafting, all in one process.
+
+    python bench/decode.py --prompts ../shared/prompts/spec-bench.jsonl --limit 12 --tree chain:3 --tree tree:5
+
+Every prompt is decoded by each contender in turn, so that a noisy machine hurts all of them alike. Rates are emitted
+tokens over decoding time, prefill left out on every side; the speed-up is the ratio of total times per token.
+"""
+
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import click
+import torch
+from common import conditions, encode, read_prompts
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape, hub
+from mtp_engine.config import DEFAULT_MODEL
+
+
+def transformers_decoder(model: str, dtype: str):  # type: ignore[no-untyped-def]
+    """A function (tokens, new) -> (ids, decoding seconds) over transformers' generate, greedy, dynamic cache."""
+    from transformers import LlamaForCausalLM
+    from transformers.generation.streamers import BaseStreamer
+
+    folder = hub.locate(model).folder
+    reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
+
+    class Clock(BaseStreamer):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    def decode(tokens: list[int], new: int) -> tuple[list[int], float]:
+        clock = Clock()
+        ids = reference.generate(torch.tensor([tokens]), max_new_tokens=new, do_sample=False, streamer=clock)
+        # times[0] is the prompt's echo, times[1] comes after the prefill and holds the first token
+        out = ids[0, len(tokens) :].tolist()
+        return out, (clock.times[-1] - clock.times[1]) * len(out) / max(len(out) - 1, 1)
+
+    return decode
+
+
+@click.command()
+@click.option(
+    "--prompts",
+    type=click.Path(exists=True, path_type=Path),
+    default=Path(__file__).parent / "prompts/bench_core.jsonl",
+)
+@click.option("--limit", default=12, show_default=True)
+@click.option("--longest", default=400, show_default=True)
+@click.option("--model", default=DEFAULT_MODEL, show_default=True)
+@click.option("--tree", "trees", multiple=True, default=["chain:3"], show_default=True)
+@click.option("--max-tokens", default=96, show_default=True)
+@click.option("--temperature", default=0.0, show_default=True)
+@click.option("--draft-vocab", default=8192, show_default=True)
+@click.option("--peer/--no-peer", default=True, help="Run transformers too.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--dtype", default="fp32", show_default=True)
+def main(prompts: Path, limit: int, longest: int, model: str, trees: tuple[str, ...], max_tokens: int, temperature: float,
+         draft_vocab: int, peer: bool, device: str, dtype: str) -> None:  # fmt: skip
+    def load(**options: object) -> Engine:
+        return Engine.load(model, EngineConfig(device=device, dtype=dtype, max_batch=1, max_context=2048, **options))
+
+    engines = {"plain": load(drafter="root")}
+    engines |= {tree: load(tree=TreeShape.parse(tree), draft_vocab=draft_vocab) for tree in trees}
+    reference = transformers_decoder(model, dtype) if peer else None
+    cases = encode(engines["plain"], read_prompts(prompts, limit), longest)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
+    seconds, tokens, steps, same = (defaultdict(float) for _ in range(4))
+    for engine in engines.values():
+        engine.generate([cases[0][1]], SamplingParams(max_tokens=8))  # warm up
+    for _, prompt in track(cases, console=Console(stderr=True)):
+        if reference:
+            out, spent = reference(prompt, max_tokens)
+            seconds["transformers"] += spent
+            tokens["transformers"] += len(out)
+        plain: list[int] = []
+        for name, engine in engines.items():
+            [answer] = engine.generate([prompt], params)
+            plain = answer.token_ids if name == "plain" else plain
+            seconds[name] += answer.stats.total_s - answer.stats.prefill_s
+            tokens[name] += answer.stats.tokens
+            steps[name] += answer.stats.steps
+            same[name] += answer.token_ids == plain
+    report(seconds, tokens, steps, same, len(cases), {"bench": "decode", "prompts": prompts.name, "model": model,
+           "max_tokens": max_tokens, "temperature": temperature, "draft_vocab": draft_vocab, "dtype": dtype})  # fmt: skip
+
+
+def report(seconds, tokens, steps, same, cases, record) -> None:  # type: ignore[no-untyped-def]
+    rates = {name: tokens[name] / seconds[name] for name in seconds}
+    table = Table("decoder", "tokens/s", "x plain", "accepted length", "same as plain")
+    for name, rate in rates.items():
+        length = f"{tokens[name] / steps[name]:.2f}" if steps.get(name) else ""
+        table.add_row(
+            name,
+            f"{rate:.1f}",
+            f"{rate / rates['plain']:.2f}",
+            length,
+            f"{same[name]:.0f}/{cases}" if name in same else "",
+        )
+    Console().print(table)
+    record |= {
+        "cases": cases,
+        "tokens_per_s": {name: round(rate, 2) for name, rate in rates.items()},
+        "speedup_over_plain": {name: round(rate / rates["plain"], 3) for name, rate in rates.items()},
+        "accepted_length": {name: round(tokens[name] / steps[name], 3) for name in steps},
+        "identical": {name: int(count) for name, count in same.items()},
+        **conditions(),
+    }
+    click.echo(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

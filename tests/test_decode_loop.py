@@ -1,0 +1,505 @@
+"""The loop emits exactly what plain decoding emits: for any drafter, tree, batch, chunk and end, and after any error."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_tree import one_thread, random_tree  # noqa: F401
+from tiny import MTP, write_llama, write_mtp
+from torch import Tensor
+
+from mtp_engine.cache import HybridKV
+from mtp_engine.config import SamplingParams, TreeShape
+from mtp_engine.decode_loop import DecodeLoop, Request
+from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
+from mtp_engine.errors import EngineError
+from mtp_engine.kernels.linear import Linear
+from mtp_engine.models import loader
+from mtp_engine.models.decoder import Decoder
+from mtp_engine.models.mtp import MTPModule
+from mtp_engine.protocols import Batch, Drafter
+from mtp_engine.tree import DraftTree, VerifyResult
+from mtp_engine.verifiers import MatchVerifier
+
+VOCAB, SLOTS, CONTEXT, LONG = 61, 4, 192, 110
+CPU = torch.device("cpu")
+
+
+class Scripted:
+    """Knows the plain text of each seed, and proposes by it.
+
+    right: a chain of what comes next. wrong: two wrong tokens, right ones below them. random: trees of random size
+    and shape per request, in which about half the nodes that could be right are.
+    """
+
+    history = 0
+
+    def __init__(self, kind: str, texts: Mapping[int, Sequence[int]], vocab: int = VOCAB, nodes: int = 6) -> None:
+        self.kind, self.texts, self.vocab, self.max_nodes = kind, texts, vocab, nodes
+        self.rng = random.Random(nodes)
+
+    def reserve(self, slot: int, tokens: int) -> None: ...
+    def release(self, slot: int) -> None: ...
+    def prefill(self, slot: int, tokens: Tensor, hidden: Tensor) -> None: ...
+    def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None: ...
+
+    def draft(self, batch: Batch) -> DraftTree:
+        following = [
+            list(self.texts[seed][length + 1 : length + self.max_nodes])
+            for seed, length in zip(batch.sampling.seed.tolist(), batch.host_lengths, strict=True)
+        ]
+        roots = batch.tokens.tolist()
+        if self.kind == "random":
+            return self._random(roots, following)
+        sizes = torch.tensor([1 + len(text) for text in following])
+        rows = torch.tensor(
+            [([r, *text] + [0] * self.max_nodes)[: self.max_nodes] for r, text in zip(roots, following, strict=True)]
+        )
+        return DraftTree.chain(rows, sizes) if self.kind == "right" else self._wrong(rows)
+
+    def _wrong(self, rows: Tensor) -> DraftTree:
+        parents = torch.tensor([-1, 0, 0, *range(1, self.max_nodes - 2)])[: self.max_nodes].expand_as(rows)
+        depths = torch.tensor([0, 1, 1, 2, 2, *range(3, self.max_nodes)])[: self.max_nodes].expand_as(rows)
+        first = rows[:, 1:2]
+        wrong = [(first + 1) % self.vocab, (first + 2) % self.vocab, rows[:, 2:3], rows[:, 2:3], rows[:, 3:]]
+        tokens = torch.cat([rows[:, :1], *wrong], 1)[:, : self.max_nodes]
+        size = torch.full((len(rows),), self.max_nodes)
+        return DraftTree(tokens, parents, depths, size, int(depths.max()))
+
+    def _random(self, roots: list[int], following: list[list[int]]) -> DraftTree:
+        sizes = [self.rng.randint(1, self.max_nodes) for _ in roots]
+        tree = random_tree(self.rng, sizes, self.max_nodes, self.vocab)
+        tree.tokens[:, 0] = torch.tensor(roots)
+        for b, (size, text) in enumerate(zip(sizes, following, strict=True)):
+            tokens, parents, on_path = tree.tokens[b].tolist(), tree.parents[b].tolist(), {0: 0}
+            for node in range(1, size):
+                depth = on_path.get(parents[node])
+                if depth is None or depth >= len(text):
+                    continue
+                siblings = [i for i in range(1, size) if parents[i] == parents[node] and i != node]
+                if self.rng.random() < 0.5 and all(tokens[i] != text[depth] for i in siblings):
+                    tokens[node] = text[depth]
+                if tokens[node] == text[depth]:
+                    on_path[node] = depth + 1
+            tree.tokens[b] = torch.tensor(tokens)
+        return tree
+
+
+class Models:
+    """A tiny Llama and MTP layers for it."""
+
+    def __init__(self, root: Path) -> None:
+        self.main = loader.load_main(write_llama(root / "main"), torch.float32, CPU, lambda *_: None)
+        deep = {"reused": True, "depth": 6, "attention": {**MTP["attention"], "window": None}}
+        self.mtp = self._load(write_mtp(root / "mtp"))
+        self.deep = self._load(write_mtp(root / "deep", **deep))
+
+    def _load(self, folder: Path) -> MTPModule:
+        return loader.load_mtp(folder, self.main, 0, lambda *_: None)
+
+    def __repr__(self) -> str:
+        return "the models"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("loop"))
+
+
+def make_loop(model: Decoder, drafter: Drafter, **changes: Any) -> DecodeLoop:
+    """A loop whose first layer has a window of 12: both kinds of cache, pages of 8."""
+    wanted = {"slots": SLOTS, "max_context": CONTEXT, "prefill_chunk": 16, "eos_token_ids": [], "tokens": 0, **changes}
+    layers = [layer.attention for layer in model.config.layers]
+    cache = HybridKV([replace(layers[0], window=12), *layers[1:]], slots=wanted["slots"],
+                     tokens=wanted.pop("tokens") or wanted["slots"] * (CONTEXT + 16), page_size=8,
+                     max_nodes=drafter.max_nodes, dtype=torch.float32, device=CPU)  # fmt: skip
+    return DecodeLoop(model, cache, drafter, MatchVerifier(), device=CPU, **wanted)
+
+
+def decode(loop: DecodeLoop, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[Request]:
+    """Run all to their ends at once, and check what must hold of every request."""
+    requests = [loop.add(prompt, wanted) for prompt, wanted in zip(prompts, params, strict=True)]
+    emitted: dict[Request, list[int]] = {request: [] for request in requests}
+    while loop.requests:
+        for out in loop.step():
+            assert len(out.tokens) == len(out.drafted) >= 1
+            emitted[out.request] += out.tokens
+        loop.cache.check()
+    for request in requests:
+        assert emitted[request] == request.output
+        check_statistics(request)
+    check_empty(loop)
+    return requests
+
+
+def check_empty(loop: DecodeLoop) -> None:
+    assert loop.requests == []
+    assert loop.has_room
+    assert all(not pages for group in loop.cache.paged for pages in group.table)
+    assert all(all(group._free) for group in loop.cache.paged)
+
+
+def check_statistics(request: Request) -> None:
+    stats = request.stats
+    assert stats.tokens == len(request.output) == len(request.drafted)
+    assert stats.prompt_tokens == len(request.prompt)
+    assert stats.mean_accepted_length == stats.tokens / stats.steps
+    assert sum(stats.unconditional_acceptance()) == pytest.approx(stats.mean_accepted_length - 1)
+    assert stats.accepted_per_depth == sorted(stats.accepted_per_depth, reverse=True)
+    assert all(a <= p <= stats.steps for a, p in zip(stats.accepted_per_depth, stats.proposed_per_depth, strict=True))
+    assert stats.steps <= stats.nodes
+    assert stats.total_s >= stats.ttft_s > 0
+    # the last token of a step is the main model's own, except where an end cut the step short
+    assert 0 <= sum(request.drafted) - sum(stats.accepted_per_depth) <= 1
+
+
+def prompts() -> list[list[int]]:
+    """Lengths on both sides of pages and windows; the first has one token, so nothing is prefilled."""
+    rng = random.Random(5)
+    return [[rng.randrange(1, VOCAB) for _ in range(length)] for length in (1, 7, 40, 17)]
+
+
+SAMPLING = {
+    "greedy": {},
+    "sampled": {"temperature": 1.0},
+    "top_k": {"temperature": 1.3, "top_k": 7},
+    "top_p": {"temperature": 0.8, "top_p": 0.9},
+    "min_p": {"temperature": 1.1, "min_p": 0.05},
+    "all": {"temperature": 1.2, "top_k": 20, "top_p": 0.95, "min_p": 0.02},
+}
+
+
+MIXED = ("sampled", "top_k", "top_p", "min_p")
+
+
+def params_for(name: str, count: int = SLOTS, **changes: Any) -> list[SamplingParams]:
+    """One for each prompt, with seeds from 77 on; "mixed" is a different kind for each."""
+    kinds = MIXED if name == "mixed" else (name,) * count
+    given = ({"max_tokens": LONG, "seed": 77 + i, **SAMPLING[kind], **changes} for i, kind in enumerate(kinds))
+    return [SamplingParams(**each) for each in given]
+
+
+@pytest.fixture(scope="module")
+def plain(models: Models) -> Callable[[str], dict[int, list[int]]]:
+    """What plain decoding says, prompt included, by seed."""
+    known: dict[str, dict[int, list[int]]] = {}
+
+    def text(name: str) -> dict[int, list[int]]:
+        if name not in known:
+            requests = decode(make_loop(models.main, RootDrafter()), prompts(), params_for(name))
+            assert all(request.stats.steps == LONG for request in requests)
+            known[name] = {request.seed: request.prompt + request.output for request in requests}
+        return known[name]
+
+    return text
+
+
+Plain = Callable[[str], dict[int, list[int]]]
+
+
+def make_drafter(name: str, models: Models, texts: Mapping[int, Sequence[int]]) -> Drafter:
+    if name in ("right", "wrong", "random"):
+        return Scripted(name, texts)
+    if name == "ngram":
+        return NgramDrafter(4, slots=SLOTS, max_context=CONTEXT, device=CPU)
+    module = models.deep if name.startswith("deep ") else models.mtp
+    shape = TreeShape.parse(name.removeprefix("deep "))
+    return MTPDrafter(module, shape, slots=SLOTS, tokens=SLOTS * (CONTEXT + 64), page_size=8)
+
+
+DRAFTERS = ["chain:3", "4x2x2", "tree:16", "deep tree:16", "ngram", "right", "wrong", "random"]
+
+
+@pytest.mark.parametrize("sampling", ["greedy", "mixed"])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_every_drafter_gives_the_plain_tokens(models: Models, plain: Plain, name: str, sampling: str) -> None:
+    texts = plain(sampling)
+    loop = make_loop(models.main, make_drafter(name, models, texts))
+    requests = decode(loop, prompts(), params_for(sampling))
+    assert {request.seed: request.prompt + request.output for request in requests} == texts
+    accepted = sum(sum(request.drafted) for request in requests)
+    if name == "right":
+        assert all(request.stats.steps == -(-LONG // 6) for request in requests)
+    elif name == "wrong":
+        assert accepted == 0
+    elif name == "random":
+        assert accepted > LONG / 2
+
+
+def test_seeds_and_prompts_make_a_difference(plain: Plain) -> None:
+    """The comparison above is not one of constants."""
+    outputs = {tuple(text[-LONG:]) for name in SAMPLING for text in plain(name).values()}
+    assert len(outputs) == SLOTS * len(SAMPLING)
+    assert all(len(set(output)) > 3 for output in outputs)
+
+
+def test_a_seed_is_drawn_and_reported(models: Models) -> None:
+    params = SamplingParams(max_tokens=12, temperature=1.5)
+    loop = make_loop(models.main, RootDrafter())
+    first, second = decode(loop, [[3, 4]] * 2, [params] * 2)
+    assert first.stats.seed != second.stats.seed
+    assert first.output != second.output
+    [again] = decode(loop, [[3, 4]], [replace(params, seed=first.stats.seed)])
+    assert again.output == first.output
+
+
+# ---- batches, chunks, comings and goings --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["4x2x2", "random", "ngram"])
+def test_a_batch_is_each_alone(models: Models, plain: Plain, name: str) -> None:
+    """Prompts of different lengths, greedy and sampled requests mixed."""
+    kinds = ("greedy", "top_p", "sampled", "all")
+    settings = [params_for(kind, max_tokens=50)[i] for i, kind in enumerate(kinds)]
+    texts = {77 + i: plain(kind)[77 + i] for i, kind in enumerate(kinds)}
+    together = decode(make_loop(models.main, make_drafter(name, models, texts)), prompts(), settings)
+    alone = make_loop(models.main, make_drafter(name, models, texts), slots=1)
+    for expected, prompt, wanted in zip(together, prompts(), settings, strict=True):
+        [request] = decode(alone, [prompt], [wanted])
+        assert request.output == expected.output == texts[request.seed][len(prompt) :][:50]
+
+
+@pytest.mark.parametrize("name", ["tree:16", "random", "ngram"])
+def test_requests_come_and_go(models: Models, plain: Plain, name: str) -> None:
+    """More requests than slots, joining at odd times; some are dropped half way and start anew in another slot."""
+    texts, rng = plain("top_p"), random.Random(2)
+    loop = make_loop(models.main, make_drafter(name, models, texts), slots=3)
+    waiting = list(zip(prompts(), params_for("top_p", max_tokens=30), strict=True)) * 3
+    finished = 0
+    while waiting or loop.requests:
+        if waiting and loop.has_room and rng.random() < 0.4:
+            loop.add(*waiting.pop())
+        before = list(loop.requests)
+        loop.step()
+        loop.cache.check()
+        for request in before:
+            assert texts[request.seed][len(request.prompt) :][: len(request.output)] == request.output
+            finished += request.finish_reason == "length" and len(request.output) == 30
+        if len(waiting) > 6 and loop.requests and rng.random() < 0.1:
+            dropped = rng.choice(loop.requests)
+            loop.remove(dropped)
+            waiting.insert(0, (dropped.prompt, dropped.params))
+    assert finished == 12
+    check_empty(loop)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 512])
+@pytest.mark.parametrize("name", ["4x2x2", "deep chain:3", "right"])
+def test_the_prefill_chunk_does_not_matter(models: Models, plain: Plain, name: str, chunk: int) -> None:
+    texts = plain("top_k")
+    loop = make_loop(models.main, make_drafter(name, models, texts), prefill_chunk=chunk)
+    requests = decode(loop, prompts(), params_for("top_k", max_tokens=20))
+    for request in requests:
+        assert request.output == texts[request.seed][len(request.prompt) :][:20]
+
+
+def test_step_without_requests_does_nothing(models: Models) -> None:
+    assert make_loop(models.main, RootDrafter()).step() == []
+
+
+# ---- ends ---------------------------------------------------------------------------------------------------------
+
+
+def first_seen(output: Sequence[int], least: int) -> int:
+    """The first index from `least` on whose token has not occurred before."""
+    return next(i for i in range(least, len(output)) if output[i] not in output[:i])
+
+
+@pytest.mark.parametrize("where", range(6))
+def test_a_stop_token_ends_a_path_wherever_it_lies(models: Models, plain: Plain, where: int) -> None:
+    """Paths of six tokens are accepted whole; a stop at any place in one is the last token emitted."""
+    texts = plain("sampled")
+    text, prompt = texts[79], prompts()[2]
+    output = text[len(prompt) :]
+    index = first_seen(output, 6 + where)
+    loop = make_loop(models.main, Scripted("right", texts))
+    [wanted] = params_for("sampled", seed=79, count=1, stop_token_ids=(output[index], VOCAB + 5))
+    [request] = decode(loop, [prompt], [wanted])
+    assert request.output == output[: index + 1]
+    assert request.finish_reason == "stop"
+    assert request.stats.steps == index // 6 + 1
+
+
+def test_stops_lie_at_every_place_of_a_path(plain: Plain) -> None:
+    """What the test above claims to cover."""
+    output = plain("sampled")[79][40:]
+    assert len({first_seen(output, 6 + where) % 6 for where in range(6)}) >= 3
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_end_of_text_ends_unless_ignored(models: Models, plain: Plain, ignore: bool) -> None:
+    texts, prompt = plain("sampled"), prompts()[2]
+    output = texts[79][len(prompt) :]
+    index = first_seen(output, 9)
+    loop = make_loop(models.main, Scripted("right", texts), eos_token_ids=[output[index]])
+    [request] = decode(loop, [prompt], params_for("sampled", seed=79, count=1, ignore_eos=ignore))
+    assert request.finish_reason == ("length" if ignore else "stop")
+    assert request.output == (output if ignore else output[: index + 1])
+
+
+@pytest.mark.parametrize("name", ["right", "random", "4x2x2"])
+@pytest.mark.parametrize("most", [1, 2, 6, 7, 11])
+def test_max_tokens_cuts_a_path(models: Models, plain: Plain, name: str, most: int) -> None:
+    texts = plain("greedy")
+    loop = make_loop(models.main, make_drafter(name, models, texts))
+    for request in decode(loop, prompts(), params_for("greedy", max_tokens=most)):
+        assert request.output == texts[request.seed][len(request.prompt) :][:most]
+        assert request.finish_reason == "length"
+
+
+@pytest.mark.parametrize("name", ["right", "random", "tree:16", "ngram"])
+def test_the_context_ends_a_request(models: Models, plain: Plain, name: str) -> None:
+    """The prompt and the answer fill the context to its last token, whatever the tree would add."""
+    texts = plain("sampled")
+    loop = make_loop(models.main, make_drafter(name, models, texts), max_context=50)
+    for request in decode(loop, prompts(), params_for("sampled")):
+        assert len(request.prompt) + len(request.output) == 50
+        assert request.finish_reason == "length"
+        assert request.prompt + request.output == texts[request.seed][:50]
+
+
+def test_a_stop_at_the_limit_is_a_stop(models: Models, plain: Plain) -> None:
+    texts, prompt = plain("sampled"), prompts()[2]
+    output = texts[79][len(prompt) :]
+    index = first_seen(output, 3)
+    wanted = params_for("sampled", seed=79, count=1, max_tokens=index + 1, stop_token_ids=(output[index],))
+    [request] = decode(make_loop(models.main, RootDrafter()), [prompt], wanted)
+    assert (request.finish_reason, request.output) == ("stop", output[: index + 1])
+
+
+# ---- errors -------------------------------------------------------------------------------------------------------
+
+
+def snapshot(loop: DecodeLoop) -> tuple[Any, ...]:
+    pages = [([list(row) for row in group.table], list(group._free)) for group in loop.cache.paged]
+    return list(loop.requests), list(loop._free_slots), pages
+
+
+@pytest.mark.parametrize(
+    ("prompt", "most", "message"),
+    [
+        ([], 5, "prompt is empty"),
+        ([1] * CONTEXT, 5, f"has {CONTEXT} tokens and the context holds {CONTEXT}"),
+        ([1] * 500, 5, "shorten the prompt"),
+        ([1] * 100, 90, "KV cache is full"),
+    ],
+)
+@pytest.mark.parametrize("name", ["4x2x2", "ngram"])
+def test_a_refused_request_changes_nothing(
+    models: Models, plain: Plain, name: str, prompt: list[int], most: int, message: str
+) -> None:
+    """Refused beside a running request, which goes on as if nothing had been asked; so does the next."""
+    texts = plain("top_p")
+    loop = make_loop(models.main, make_drafter(name, models, texts), tokens=300)
+    settings = params_for("top_p")
+    running = loop.add(prompts()[2], settings[2])
+    loop.step()
+    before = snapshot(loop)
+    with pytest.raises(EngineError, match=message):
+        loop.add(prompt, SamplingParams(max_tokens=most))
+    assert snapshot(loop) == before
+    later = loop.add(prompts()[1], replace(settings[1], max_tokens=20))
+    while loop.requests:
+        loop.step()
+        loop.cache.check()
+    assert running.prompt + running.output == texts[79]
+    assert later.output == texts[78][7:27]
+    check_empty(loop)
+
+
+def test_no_slot_is_left(models: Models, plain: Plain) -> None:
+    loop = make_loop(models.main, RootDrafter(), slots=1)
+    request = loop.add(prompts()[0], params_for("greedy")[0])
+    assert not loop.has_room
+    before = snapshot(loop)
+    with pytest.raises(EngineError, match="all slots are taken"):
+        loop.add([1, 2], SamplingParams())
+    assert snapshot(loop) == before
+    while loop.requests:
+        loop.step()
+    assert request.prompt + request.output == plain("greedy")[77]
+
+
+def test_the_drafters_cache_may_be_the_one_that_is_full(models: Models, plain: Plain) -> None:
+    """The main cache has taken its pages by then, and gives them back."""
+    drafter = MTPDrafter(models.deep, TreeShape.parse("chain:3"), slots=SLOTS, tokens=144, page_size=8)
+    loop, texts = make_loop(models.main, drafter), plain("top_p")
+    before = snapshot(loop)
+    with pytest.raises(EngineError, match="KV cache is full"):
+        loop.add([1] * 100, params_for("top_p")[0])
+    assert snapshot(loop) == before
+    assert drafter.cache.paged[0].table == [[]] * SLOTS
+    [request] = decode(loop, prompts()[1:2], params_for("top_p")[1:2])
+    assert request.prompt + request.output == texts[78]
+    drafter.cache.check()
+
+
+def test_an_interrupted_prefill_gives_everything_back(
+    models: Models, plain: Plain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = make_loop(models.main, make_drafter("chain:3", models, {}))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.drafter, "prefill", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            loop.add(prompts()[2], SamplingParams())
+    check_empty(loop)
+    requests = decode(loop, prompts(), params_for("greedy", max_tokens=20))
+    assert all(r.prompt + r.output == plain("greedy")[r.seed][: len(r.prompt) + 20] for r in requests)
+
+
+# ---- statistics ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("chain:3", 4), ("4x2x2", 29), ("tree:16", 17)])
+def test_statistics_of_full_trees(models: Models, name: str, nodes: int) -> None:
+    """All but the first step of a one-token prompt, which has no hidden state to draft from, send a full tree. A tree
+    of fixed width reaches every depth; the best 16 nodes may not."""
+    loop = make_loop(models.main, make_drafter(name, models, {}))
+    for request in decode(loop, prompts(), params_for("sampled", max_tokens=30)):
+        drafted = request.stats.steps - int(len(request.prompt) == 1)
+        assert request.stats.nodes == nodes * drafted + request.stats.steps - drafted
+        proposed = request.stats.proposed_per_depth
+        assert proposed[0] == drafted
+        assert proposed == ([drafted] * 3 if name != "tree:16" else sorted(proposed, reverse=True))
+
+
+def test_statistics_of_the_right_drafter(models: Models, plain: Plain) -> None:
+    """110 tokens in steps of 6: 18 whole ones and one of 2, in which the text ends."""
+    loop = make_loop(models.main, Scripted("right", plain("greedy")))
+    for request in decode(loop, prompts(), params_for("greedy")):
+        assert (request.stats.steps, request.stats.tokens) == (19, 110)
+        assert request.stats.accepted_per_depth == [19, 18, 18, 18, 18]
+        assert request.stats.nodes == 18 * 6 + 3
+        assert sum(request.drafted) == 18 * 5 + 2
+        assert request.drafted[:7] == [True] * 5 + [False, True]
+
+
+# ---- shapes at the edge of what a model can draft -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["4x2x2", "tree:16", "4"])
+def test_a_draft_vocabulary_smaller_than_the_tree_is_wide(models: Models, plain: Plain, shape: str) -> None:
+    texts, ids = plain("greedy"), torch.tensor([4, 9, 30])
+    module = replace(models.mtp, draft_ids=ids, head=Linear(models.main.head_weight[ids]))
+    drafter = MTPDrafter(module, TreeShape.parse(shape), slots=SLOTS, tokens=2000, page_size=8)
+    requests = decode(make_loop(models.main, drafter), prompts(), params_for("greedy", max_tokens=30))
+    assert all(r.output == texts[r.seed][len(r.prompt) :][:30] for r in requests)
+
+
+@pytest.mark.parametrize("shape", ["tree:1", "tree:2", "chain:6"])
+def test_a_deep_drafter_with_few_nodes_stays_within_its_rows(models: Models, plain: Plain, shape: str) -> None:
+    """The main cache has room for the text and the tree's nodes, and not a row more."""
+    texts, prompt = plain("greedy"), prompts()[1]
+    drafter = MTPDrafter(models.deep, TreeShape.parse(shape), slots=1, tokens=400, page_size=8)
+    most = 80 - len(prompt) - drafter.max_nodes
+    loop = make_loop(models.main, drafter, slots=1, tokens=80)
+    [request] = decode(loop, [prompt], params_for("greedy", seed=78, count=1, max_tokens=most))
+    assert request.output == texts[78][len(prompt) :][:most]
