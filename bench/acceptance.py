@@ -86,10 +86,12 @@ def main(prompts: Path, limit: int, longest: int, model: str, mtp: str | None, t
         )
     Console().print(table)
     lengths = {c: round(n[2] / max(n[3], 1), 4) for c, n in counts.items()}
-    record: dict[str, object] = {"bench": "acceptance", "prompts": prompts.name, "cases": len(cases), "model": model, "mtp": mtp, "tree": tree,
-              "every_position": every_position, "temperature": temperature, "max_tokens": max_tokens, **engine_options, "accepted_length": lengths,
-              "accepted_length_with_loops": round(counts["all"][0] / counts["all"][1], 4),
-              "loop_steps": round(1 - counts["all"][3] / counts["all"][1], 4), **conditions()}  # fmt: skip
+    settings = {"model": model, "mtp": mtp, "tree": tree, "temperature": temperature, "max_tokens": max_tokens}
+    record = {"bench": "acceptance", "prompts": prompts.name, "cases": len(cases), "every_position": every_position}
+    record |= settings | engine_options | {"accepted_length": lengths}
+    record["accepted_length_with_loops"] = round(counts["all"][0] / counts["all"][1], 4)
+    record["loop_steps"] = round(1 - counts["all"][3] / counts["all"][1], 4)
+    record |= conditions()
     click.echo(json.dumps(record))
 
 

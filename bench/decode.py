@@ -66,10 +66,13 @@ def transformers_decoder(model: str, dtype: str):  # type: ignore[no-untyped-def
 @click.option("--peer/--no-peer", default=True, help="Run transformers too.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="fp32", show_default=True)
+@click.option("--threads", default=0, help="CPU threads; 0 is one per core.")
+@click.option("--mtp", default=None)
 def main(prompts: Path, limit: int, longest: int, model: str, trees: tuple[str, ...], max_tokens: int, temperature: float,
-         draft_vocab: int, peer: bool, device: str, dtype: str) -> None:  # fmt: skip
+         draft_vocab: int, peer: bool, device: str, dtype: str, threads: int, mtp: str | None) -> None:  # fmt: skip
     def load(**options: object) -> Engine:
-        return Engine.load(model, EngineConfig(device=device, dtype=dtype, max_batch=1, max_context=2048, **options))
+        config = EngineConfig(device=device, dtype=dtype, threads=threads, max_batch=1, max_context=2048, **options)
+        return Engine.load(model, config, mtp=mtp)
 
     engines = {"plain": load(drafter="root")}
     engines |= {tree: load(tree=TreeShape.parse(tree), draft_vocab=draft_vocab) for tree in trees}
