@@ -91,7 +91,7 @@ def main(prompts: Path, limit: int, longest: int, model: str, mtp: str | None, t
     record |= settings | engine_options | {"accepted_length": lengths}
     record["accepted_length_with_loops"] = round(counts["all"][0] / counts["all"][1], 4)
     record["loop_steps"] = round(1 - counts["all"][3] / counts["all"][1], 4)
-    record |= conditions()
+    record |= conditions(str(engine_options["device"]))
     click.echo(json.dumps(record))
 
 

@@ -39,16 +39,15 @@ def looping(tokens: Sequence[int]) -> list[bool]:
     return flags
 
 
-def conditions() -> dict[str, Any]:
+def conditions(device: str = "cpu") -> dict[str, Any]:
     """Device, software and commit, for the last line of every bench."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     dirty = bool(subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True).stdout.strip())
     cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), ":?").split(
         ":"
     )[1]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "device": gpu or cpu.strip(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else cpu.strip(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -62,20 +62,36 @@ def transformers_decoder(model: str, dtype: str):  # type: ignore[no-untyped-def
 @click.option("--tree", "trees", multiple=True, default=["chain:3"], show_default=True)
 @click.option("--max-tokens", default=96, show_default=True)
 @click.option("--temperature", default=0.0, show_default=True)
-@click.option("--draft-vocab", default=8192, show_default=True)
+@click.option("--draft-vocab", default=EngineConfig().draft_vocab, show_default=True)
+@click.option("--draft-int8/--no-draft-int8", default=True, show_default=True)
 @click.option("--peer/--no-peer", default=True, help="Run transformers too.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="fp32", show_default=True)
 @click.option("--threads", default=0, help="CPU threads; 0 is one per core.")
 @click.option("--mtp", default=None)
-def main(prompts: Path, limit: int, longest: int, model: str, trees: tuple[str, ...], max_tokens: int, temperature: float,
-         draft_vocab: int, peer: bool, device: str, dtype: str, threads: int, mtp: str | None) -> None:  # fmt: skip
+def main(
+    prompts: Path,
+    limit: int,
+    longest: int,
+    model: str,
+    trees: tuple[str, ...],
+    max_tokens: int,
+    temperature: float,
+    draft_vocab: int,
+    draft_int8: bool,
+    peer: bool,
+    device: str,
+    dtype: str,
+    threads: int,
+    mtp: str | None,
+) -> None:
     def load(**options: object) -> Engine:
         config = EngineConfig(device=device, dtype=dtype, threads=threads, max_batch=1, max_context=2048, **options)
         return Engine.load(model, config, mtp=mtp)
 
     engines = {"plain": load(drafter="root")}
-    engines |= {tree: load(tree=TreeShape.parse(tree), draft_vocab=draft_vocab) for tree in trees}
+    drafting = {"draft_vocab": draft_vocab, "draft_int8": draft_int8}
+    engines |= {tree: load(tree=TreeShape.parse(tree), **drafting) for tree in trees}
     reference = transformers_decoder(model, dtype) if peer else None
     cases = encode(engines["plain"], read_prompts(prompts, limit), longest)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
@@ -95,8 +111,9 @@ def main(prompts: Path, limit: int, longest: int, model: str, trees: tuple[str, 
             tokens[name] += answer.stats.tokens
             steps[name] += answer.stats.steps
             same[name] += answer.token_ids == plain
-    report(seconds, tokens, steps, same, len(cases), {"bench": "decode", "prompts": prompts.name, "model": model,
-           "max_tokens": max_tokens, "temperature": temperature, "draft_vocab": draft_vocab, "dtype": dtype})  # fmt: skip
+    settings = {"max_tokens": max_tokens, "temperature": temperature, "dtype": dtype, **drafting}
+    record = {"bench": "decode", "prompts": prompts.name, "model": model, **settings, **conditions(device)}
+    report(seconds, tokens, steps, same, len(cases), record)
 
 
 def report(seconds, tokens, steps, same, cases, record) -> None:  # type: ignore[no-untyped-def]
@@ -118,7 +135,6 @@ def report(seconds, tokens, steps, same, cases, record) -> None:  # type: ignore
         "speedup_over_plain": {name: round(rate / rates["plain"], 3) for name, rate in rates.items()},
         "accepted_length": {name: round(tokens[name] / steps[name], 3) for name in steps},
         "identical": {name: int(count) for name, count in same.items()},
-        **conditions(),
     }
     click.echo(json.dumps(record))
 

@@ -88,7 +88,7 @@ def main(
         "max_tokens": max_tokens,
         "dtype": dtype,
     }
-    click.echo(json.dumps({**record, "batch": batch, "model": model, "results": results, **conditions()}))
+    click.echo(json.dumps({**record, "batch": batch, "model": model, "results": results, **conditions(device)}))
 
 
 if __name__ == "__main__":

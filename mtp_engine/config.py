@@ -42,11 +42,26 @@ class AttentionConfig:
 
 @final
 @dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts: each token goes through `per_token` of `experts`, chosen by sigmoid scores plus a bias.
+
+    The weights are the scores without the bias, divided by their sum if `normalise`, times `scale`.
+    """
+
+    experts: int
+    per_token: int
+    normalise: bool = True
+    scale: float = 1.0
+
+
+@final
+@dataclass(frozen=True)
 class LayerConfig:
-    """One decoder layer: attention and a gated FFN of width `intermediate`."""
+    """One decoder layer: attention and a gated FFN of width `intermediate`, or a mixture of such FFNs."""
 
     attention: AttentionConfig
     intermediate: int
+    moe: MoEConfig | None = None
 
 
 @final
@@ -73,7 +88,8 @@ class MTPConfig:
 @final
 @dataclass(frozen=True)
 class ModelConfig:
-    """A main model and, if it has any, its MTP layers."""
+    """A main model and, if it has any, its MTP layers. fp8_block: rows and columns that share a scale, where weights
+    are stored as FP8."""
 
     family: str
     vocab_size: int
@@ -84,6 +100,7 @@ class ModelConfig:
     max_context: int
     eos_token_ids: tuple[int, ...]
     mtp: MTPConfig | None = None
+    fp8_block: int | None = None
 
 
 @final
@@ -176,13 +193,18 @@ class EngineConfig:
     """How the engine runs. Every field has a default that suits one user on one machine.
 
     tree None picks the shape that measured fastest for the device and drafter. draft_vocab is the number of most
-    frequent tokens the MTP layers may propose; 0 means all. max_context 0 means the model's own limit.
-    kv_tokens is the size of the paged KV cache in tokens; 0 means max_batch full contexts.
+    frequent tokens the MTP layers may propose; 0 means all. draft_int8 lets the MTP layers run in int8 on a CPU, which is
+    faster and costs a little acceptance. max_context 0 means the model's own limit.
+    kv_tokens is the size of the paged KV cache in tokens; 0 means max_batch full contexts. dequantize turns FP8 weights
+    into `dtype` when they are loaded: faster on a CPU, two or four times the memory. window_keys is how many keys a
+    query of a sliding-window layer sees, itself included; 0 is the family's reading of config.json (for MiMo-V2
+    sliding_window + 1, as in SGLang and transformers; vLLM and lmdeploy count sliding_window keys).
     """
 
     drafter: Literal["mtp", "ngram", "root"] = "mtp"
     tree: TreeShape | None = None
-    draft_vocab: int = 8192
+    draft_vocab: int = 16384
+    draft_int8: bool = True
     verifier: Literal["match"] = "match"
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -192,9 +214,11 @@ class EngineConfig:
     kv_tokens: int = 0
     page_size: int = 64
     prefill_chunk: int = 512
+    dequantize: bool = False
+    window_keys: int = 0
 
     def __post_init__(self) -> None:
-        limits = {"draft_vocab": 0, "threads": 0, "max_context": 0, "kv_tokens": 0}
+        limits = {"draft_vocab": 0, "threads": 0, "max_context": 0, "kv_tokens": 0, "window_keys": 0}
         for name, least in {**limits, "max_batch": 1, "page_size": 1, "prefill_chunk": 1}.items():
             if getattr(self, name) < least:
                 raise EngineError(f"{name} is {getattr(self, name)}; it must be at least {least}")

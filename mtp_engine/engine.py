@@ -9,7 +9,15 @@ import torch
 
 from mtp_engine import hub
 from mtp_engine.cache import HybridKV
-from mtp_engine.config import DEFAULT_MODEL, SAMPLE_STEPS, EngineConfig, ModelConfig, SamplingParams, TreeShape
+from mtp_engine.config import (
+    DEFAULT_MODEL,
+    MAX_TREE_NODES,
+    SAMPLE_STEPS,
+    EngineConfig,
+    ModelConfig,
+    SamplingParams,
+    TreeShape,
+)
 from mtp_engine.decode_loop import DecodeLoop, FinishReason, Request
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineError
@@ -25,7 +33,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _KV_BUDGET = 4 << 30  # bytes; the default cache holds a full context per slot up to this
-_DEFAULT_TREES = {"mtp": TreeShape.parse("chain:3"), "ngram": TreeShape.parse("chain:4")}
+_DEFAULT_TREES = {"mtp": TreeShape.parse("tree:7"), "ngram": TreeShape.parse("chain:4")}
 
 
 @final
@@ -84,8 +92,13 @@ class Engine:
         torch.set_num_threads(config.threads or os.cpu_count() or 1)
         files = hub.locate(name, mtp=mtp, progress=progress)
         tokenizer = Tokenizer.load(files.folder)
+        if files.mtp_folder is None and config.drafter == "mtp" and loader.has_mtp(files.folder):
+            files = replace(files, mtp_folder=files.folder)
         config = _settle(config, files)
-        model = loader.load_main(files.folder, _DTYPES[config.dtype], device, progress)
+        model = loader.load_main(
+            files.folder, _DTYPES[config.dtype], device, progress,
+            dequantize=config.dequantize, window_keys=config.window_keys,
+        )  # fmt: skip
         drafter = _drafter(files, model, config, progress)
         loop = _loop(model, drafter, config, slots=config.max_batch, eos=tokenizer.eos_ids)
         return cls(model, loop, tokenizer, config)
@@ -182,7 +195,9 @@ def _kv_tokens(model: ModelConfig, config: EngineConfig, slots: int) -> int:
         for a in (layer.attention for layer in model.layers)
         if a.window is None
     )
-    return min(slots * context, max(context, _KV_BUDGET // max(each, 1))) + slots * 2 * config.page_size
+    return min(slots * context, max(context, _KV_BUDGET // max(each, 1))) + slots * (
+        2 * MAX_TREE_NODES + config.page_size
+    )
 
 
 def _loop(model: Decoder, drafter: Drafter, config: EngineConfig, *, slots: int, eos: Sequence[int]) -> DecodeLoop:
@@ -211,7 +226,7 @@ def _loop(model: Decoder, drafter: Drafter, config: EngineConfig, *, slots: int,
 
 def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:
     """Fill in what depends on the model, and refuse what does not fit it, before any weight is read."""
-    model = loader.read_config(files.folder)
+    model = loader.read_config(files.folder, config.window_keys)
     if config.max_context > model.max_context:
         raise EngineError(f"max_context is {config.max_context}; {files.name} was made for {model.max_context} tokens")
     if config.drafter == "root":
@@ -222,7 +237,7 @@ def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:
             raise EngineError(
                 f"{files.name} has no MTP layers: use --drafter ngram or root, or name a folder of them (--mtp)"
             )
-        mtp = loader.read_mtp_config(files.mtp_folder)
+        mtp = loader.read_mtp_config(files.mtp_folder, config.window_keys)
         if len(shape.widths) > mtp.depth and not mtp.reused:
             raise EngineError(f"tree shape {shape} is deeper than the model's {mtp.depth} MTP layers")
     return replace(config, tree=shape, max_context=config.max_context or model.max_context)
@@ -236,6 +251,9 @@ def _drafter(files: hub.ModelFiles, model: Decoder, config: EngineConfig, progre
         length, device = len(config.tree.widths), model.embedding.device
         return NgramDrafter(length, slots=slots, max_context=config.max_context, device=device)
     assert files.mtp_folder is not None, "checked in _settle"
-    module = loader.load_mtp(files.mtp_folder, model, config.draft_vocab, progress)
+    module = loader.load_mtp(
+        files.mtp_folder, model, config.draft_vocab, progress,
+        dequantize=config.dequantize, window_keys=config.window_keys, rounded=config.draft_int8,
+    )  # fmt: skip
     tokens = _kv_tokens(model.config, config, slots)
     return MTPDrafter(module, config.tree, slots=slots, tokens=tokens, page_size=config.page_size)

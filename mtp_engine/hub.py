@@ -299,8 +299,10 @@ def _model_folder(folder: Path) -> Path:
 
 
 def _mtp_folder(folder: Path) -> Path:
-    if not (folder / "config.json").is_file() or not (folder / "mtp.safetensors").is_file():
-        raise EngineError(f"{folder}: a folder of MTP layers needs config.json and mtp.safetensors; choose another one")
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise EngineError(
+            f"{folder}: a folder of MTP layers needs config.json and .safetensors files; choose another one"
+        )
     return folder
 
 

@@ -3,30 +3,32 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import final
 
-import torch
-
 from mtp_engine import hub
-from mtp_engine.config import MTPConfig
-from mtp_engine.models.checkpoint import Checkpoint
-from mtp_engine.models.loader import read_config, read_mtp_config
+from mtp_engine.errors import EngineError
+from mtp_engine.models import loader
+from mtp_engine.models.checkpoint import Checkpoint, read_index
+from mtp_engine.models.plan import Plan
 from mtp_engine.protocols import Progress
 
 _KV_BYTES = {"fp32": 4, "bf16": 2}
-_OWN_MTP = ".mtp."  # in the names of MTP tensors that lie among the main model's
+_OWN_MTP = (".mtp.", ".mtp_layers.")  # in the names of MTP tensors that lie among the main model's
+_SCALE = "_scale_inv"
 
 
 @final
 @dataclass(frozen=True)
 class ModelReport:
-    """A main model and its MTP layers on disk.
+    """A main model and its MTP layers: as its files say, or, where there are no weights yet, as config.json says.
 
     dtypes, mtp_dtypes: parameters by stored dtype as safetensors names it (BF16, F8_E4M3, ...). files, mtp_files:
-    bytes by file name; MTP layers inside the main model's files leave mtp_files empty. mtp_depth: tokens the MTP
-    layers can draft in a row, more than mtp_layers where one layer serves every depth. kv_bytes_per_token: by engine
-    dtype, of the main model's layers with full attention (those with a sliding window keep a fixed number of rows).
+    bytes by file name, none without weights; MTP layers inside the main model's files leave mtp_files empty.
+    mtp_depth: tokens the MTP layers can draft in a row, more than mtp_layers where one layer serves every depth.
+    kv_bytes_per_token: by engine dtype, of the main model's layers with full attention (those with a sliding window
+    keep a fixed number of rows). plan: what config.json calls for.
     """
 
     name: str
@@ -46,25 +48,27 @@ class ModelReport:
     files: dict[str, int]
     mtp_files: dict[str, int]
     kv_bytes_per_token: dict[str, int]
+    plan: Plan
 
 
 def inspect_model(name: str, *, mtp: str | None = None, progress: Progress = hub.silent) -> ModelReport:
     """Describe the model `name` (as in `hub.locate`, which fetches a registered one) without loading its weights.
 
-    mtp: a folder of MTP layers to look at instead of the model's own. Raises EngineError for what a user can mend.
+    A folder with config.json and the index of the weights is enough. mtp: a folder of MTP layers to look at instead
+    of the model's own. Raises EngineError for what a user can mend.
     """
-    files = hub.locate(name, mtp=mtp, progress=progress)
-    config = read_config(files.folder)
-    main = _checkpoint(files.folder)
-    dtypes = _parameters(main, (tensor for tensor in main if _OWN_MTP not in tensor))
-    mtp_config: MTPConfig | None
-    if files.mtp_folder:
-        mtp_config = read_mtp_config(files.mtp_folder)
-        heads = _checkpoint(files.mtp_folder)
-        mtp_dtypes = _parameters(heads, heads)
-    else:
-        mtp_config = config.mtp
-        mtp_dtypes = _parameters(main, (tensor for tensor in main if _OWN_MTP in tensor))
+    weightless = _is_plan(Path(name))
+    files = hub.ModelFiles(name, Path(name)) if weightless else hub.locate(name, mtp=mtp, progress=progress)
+    config = loader.read_config(files.folder)
+    apart = files.mtp_folder
+    mtp_config = loader.read_mtp_config(apart or files.folder) if apart or loader.has_mtp(files.folder) else config.mtp
+    plan = loader.plan(files.folder, config, mtp_config)
+    dtypes, mtp_dtypes = plan.parameters_by_dtype, plan.mtp_parameters_by_dtype
+    if not weightless:
+        main = Checkpoint(files.folder)
+        dtypes = _parameters(main, (tensor for tensor in main if not _is_mtp(tensor)))
+        heads = Checkpoint(apart) if apart else main
+        mtp_dtypes = _parameters(heads, (tensor for tensor in heads if apart or _is_mtp(tensor)))
     full = [layer.attention for layer in config.layers if layer.attention.window is None]
     width = sum(attention.kv_heads * (attention.qk_dim + attention.v_dim) for attention in full)
     depth = mtp_config.depth if mtp_config else 0
@@ -84,13 +88,24 @@ def inspect_model(name: str, *, mtp: str | None = None, progress: Progress = hub
         dtypes=dtypes,
         mtp_dtypes=mtp_dtypes,
         files=_sizes(files.folder),
-        mtp_files=_sizes(files.mtp_folder) if files.mtp_folder else {},
+        mtp_files=_sizes(apart) if apart else {},
         kv_bytes_per_token={dtype: width * size for dtype, size in _KV_BYTES.items()},
+        plan=plan,
     )
 
 
-def _checkpoint(folder: Path) -> Checkpoint:
-    return Checkpoint(folder, torch.float32, torch.device("cpu"))  # nothing is converted: only headers are read
+def _is_plan(folder: Path) -> bool:
+    """Whether a folder describes a model whose weights are not there. Raises EngineError if its index is incomplete."""
+    if not (folder / "config.json").is_file() or any(folder.glob("*.safetensors")):
+        return False
+    index = read_index(folder)
+    if index and (missing := next((n for n in loader.expected_names(folder) if n not in index), None)):
+        raise EngineError(f"{folder}: the index does not list {missing}, which config.json calls for")
+    return bool(index)
+
+
+def _is_mtp(tensor: str) -> bool:
+    return any(mark in tensor for mark in _OWN_MTP)
 
 
 def _parameters(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, int]:
@@ -98,11 +113,8 @@ def _parameters(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for name in names:
         dtype = checkpoint.stored_dtype(name)
-        if not dtype.startswith(("I", "U", "BOOL")):
-            size = 1
-            for extent in checkpoint.shape(name):
-                size *= extent
-            counts[dtype] += size
+        if not dtype.startswith(("I", "U", "BOOL")) and not name.endswith(_SCALE):
+            counts[dtype] += prod(checkpoint.shape(name))
     return dict(counts.most_common())
 
 

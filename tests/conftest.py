@@ -1,9 +1,18 @@
-"""Shared settings: two threads at most, and no GPU tests where there is no GPU."""
+"""Shared settings: one thread for tiny tensors, and no GPU tests where there is no GPU."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+
+@pytest.fixture(autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread, except where the default model runs: a second one makes tiny tensors up to ten times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2 if "model" in request.keywords else 1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

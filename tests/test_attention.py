@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tree import lineage, one_thread, random_tree  # noqa: F401
+from test_tree import lineage, random_tree
 from torch import Tensor
 
 from mtp_engine.attention import StepRows, TorchAttention

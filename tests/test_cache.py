@@ -22,7 +22,7 @@ from test_attention import (
     naive,
     tree_rows,
 )
-from test_tree import lineage, one_thread, random_tree  # noqa: F401
+from test_tree import lineage, random_tree
 from torch import Tensor
 
 from mtp_engine.attention import TorchAttention

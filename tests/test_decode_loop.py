@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_tree import one_thread, random_tree  # noqa: F401
+from test_tree import random_tree
 from tiny import MTP, write_llama, write_mtp
 from torch import Tensor
 
@@ -232,8 +232,8 @@ def test_every_drafter_gives_the_plain_tokens(models: Models, plain: Plain, name
 
 def test_seeds_and_prompts_make_a_difference(plain: Plain) -> None:
     """The comparison above is not one of constants."""
-    outputs = {tuple(text[-LONG:]) for name in SAMPLING for text in plain(name).values()}
-    assert len(outputs) == SLOTS * len(SAMPLING)
+    outputs = {tuple(text[-LONG:]) for name in ("greedy", "mixed", "all") for text in plain(name).values()}
+    assert len(outputs) == SLOTS * 3
     assert all(len(set(output)) > 3 for output in outputs)
 
 

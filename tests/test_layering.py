@@ -27,14 +27,15 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "drafters": ("tree sampler attention cache config protocols kernels models.mtp models.layers drafters.expand", "torch"),
     "verifiers": ("tree sampler attention cache config protocols kernels", "torch"),
     "decode_loop": ("attention cache config errors protocols sampler stats tree", "torch"),
+    "tool_calls": ("", ""),
     "tokenizer": ("errors", "tokenizers jinja2"),
     "hub": ("config errors models.gguf", "platformdirs filelock huggingface_hub"),
-    "inspect": ("hub config models protocols", "torch"),
+    "inspect": ("hub config errors models protocols", "torch"),
     "engine": (
         "hub cache config decode_loop drafters errors models protocols stats tokenizer verifiers attention kernels sampler",
         "torch",
     ),
-    "cli": ("cli config engine errors hub inspect protocols stats mtp_engine", "click rich"),
+    "cli": ("cli config engine errors hub inspect models.make_tiny protocols stats tool_calls mtp_engine", "click rich"),
 }  # fmt: skip
 
 

@@ -5,11 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tree import one_thread  # noqa: F401
 from torch import Tensor
 
 from mtp_engine.kernels import linear
-from mtp_engine.kernels.linear import Linear
+from mtp_engine.kernels.linear import Linear, rounded_linear
 
 needs_mkl = pytest.mark.skipif(not hasattr(torch.ops.mkl, "_mkl_linear"), reason="this torch packs no weights")
 
@@ -65,3 +64,21 @@ def test_unpacked_is_exactly_torch(dtype: torch.dtype, monkeypatch: pytest.Monke
 def test_the_choice_is_made_once() -> None:
     assert linear.packed_is_faster() is linear.packed_is_faster()
     assert linear.packed_is_faster.cache_info().currsize == 1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_int8_is_close_and_close_only(bias: bool) -> None:
+    """The draft layers' product: within a percent or two of the exact one, row scales and bias included."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(96, 64, generator=generator) * torch.logspace(-2, 2, 96)[:, None]
+    added = torch.randn(96, generator=generator) if bias else None
+    x = torch.randn(2, 3, 64, generator=generator)
+    exact = F.linear(x, weight, added)
+    got = rounded_linear(weight, added)(x)
+    assert got.shape == exact.shape
+    error = ((got - exact).norm(dim=(0, 1)) / exact.norm(dim=(0, 1))).max()
+    assert error < 0.04, "every output row has a scale of its own"
+
+
+def test_only_fp32_on_a_cpu_is_rounded() -> None:
+    assert isinstance(rounded_linear(torch.randn(8, 8, dtype=torch.bfloat16)), Linear)

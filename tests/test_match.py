@@ -5,7 +5,7 @@ import random
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tree import draft_trees, one_thread, random_tree  # noqa: F401
+from test_tree import draft_trees, random_tree
 
 from mtp_engine.tree import DraftTree
 from mtp_engine.verifiers.match import longest_match

@@ -1,10 +1,10 @@
 """`mtp-engine generate`: one prompt in, the answer on stdout as it is committed, statistics on stderr."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, cast, final
 
 import click
 
@@ -14,6 +14,7 @@ from mtp_engine.cli.progress import Waits
 from mtp_engine.cli.report import statistics
 from mtp_engine.config import DEFAULT_MODEL, SAMPLE_STEPS, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.errors import EngineError
+from mtp_engine.tool_calls import THINK
 
 if TYPE_CHECKING:
     from mtp_engine.engine import Engine, Generation, Prompt
@@ -23,6 +24,12 @@ _PROMPT = settings(
     click.argument("prompt", required=False),
     click.option("--prompt-file", metavar="FILE", help="Take the prompt from FILE, all of it but a final newline."),
     click.option("--chat/--raw", default=None, help="Use the model's chat template, or not.  [default: if it has one]"),
+    click.option(
+        "--thinking/--no-thinking",
+        default=None,
+        help="Let a model that can think do so first (implies --chat); thoughts are dimmed on a terminal.  "
+        "[default: the template's]",
+    ),
     click.option("--system", metavar="TEXT", help="A system message in front of the prompt (implies --chat)."),
 )
 _SAMPLING = settings(
@@ -57,6 +64,14 @@ _ENGINE = settings(
     setting(EngineConfig, "device", "cpu or cuda."),
     setting(EngineConfig, "dtype", "Number format of weights and cache."),
     setting(EngineConfig, "threads", "CPU threads; 0 is one per core.", kind=_COUNT),
+    click.option("--dequantize", is_flag=True, help="Turn FP8 weights into --dtype when loading."),
+    setting(
+        EngineConfig,
+        "window_keys",
+        "Keys a sliding-window query sees, itself included.",
+        kind=_COUNT,
+        unset="the model's own",
+    ),
     setting(EngineConfig, "max_context", "Tokens of prompt and answer; 0 is the model's own limit.", kind=_COUNT),
 )
 _OUTPUT = settings(
@@ -87,6 +102,7 @@ class _Job:
     mtp: str | None
     text: str
     chat: bool | None
+    thinking: bool | None
     system: str | None
     params: SamplingParams
     config: EngineConfig
@@ -136,6 +152,8 @@ def _job(options: Mapping[str, Any]) -> _Job:
     """Everything that can be checked without the model. Raises EngineError or a usage error."""
     if options["system"] is not None and options["chat"] is False:
         raise click.UsageError("--system needs a chat template and cannot go with --raw")
+    if options["thinking"] is not None and options["chat"] is False:
+        raise click.UsageError("--thinking and --no-thinking need a chat template and cannot go with --raw")
     tree = None if options["tree"] is None else TreeShape.parse(options["tree"])
     params = build(SamplingParams, options)
     config = build(EngineConfig, {**options, "tree": tree}, max_batch=1)
@@ -196,16 +214,28 @@ def _run(job: _Job) -> None:
 def _prompt(engine: "Engine", job: _Job) -> "Prompt":
     chat = job.chat
     if chat is None:
-        chat = job.system is not None or engine.tokenizer.has_chat_template
+        chat = job.system is not None or job.thinking is not None or engine.tokenizer.has_chat_template
     if not chat:
         return job.text
     system = [] if job.system is None else [{"role": "system", "content": job.system}]
-    return [*system, {"role": "user", "content": job.text}]
+    messages = [*system, {"role": "user", "content": job.text}]
+    if job.thinking is None:
+        return messages
+    return engine.tokenizer.chat(messages, enable_thinking=job.thinking)
+
+
+def _starts_in_thought(engine: "Engine", prompt: "Prompt", job: _Job) -> bool:
+    """Whether the template opened the thoughts itself."""
+    if not job.thinking:
+        return False
+    ids = cast(Sequence[int], prompt)
+    return engine.tokenizer.decode(ids[-8:], skip_special=False).rstrip().endswith(THINK)
 
 
 def _answer(engine: "Engine", prompt: "Prompt", job: _Job, waits: Waits) -> "Generation":
     """Stream the answer to stdout. Leaves with exit code 130 on Ctrl-C, what was committed being out already."""
-    writer, decoder = TextWriter(colour=job.color_drafts), engine.tokenizer.stream()
+    writer = TextWriter(colour=job.color_drafts, thinking=_starts_in_thought(engine, prompt, job))
+    decoder = engine.tokenizer.stream()
     answer, tokens, steps = None, 0, 0
     try:
         for chunk in engine.stream([prompt], job.params):
@@ -222,13 +252,13 @@ def _answer(engine: "Engine", prompt: "Prompt", job: _Job, waits: Waits) -> "Gen
     except KeyboardInterrupt:
         waits.close()
         if job.streams:
-            writer.write("\n")
+            writer.end()
         if not job.quiet:
             length = f", mean accepted length {tokens / steps:.2f}" if steps else ""
             console(stderr=True).print(f"interrupted: {tokens} tokens in {steps} steps{length}")
         raise click.exceptions.Exit(130) from None
     if job.streams:
-        writer.write("\n")
+        writer.end()
     assert answer is not None, "the engine's stream ended without a last chunk"
     return answer
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def inspect(model: str, mtp: str | None, json_file: str | None, quiet: bool) -> None:
     """Show what the checkpoint MODEL holds: a registered name, a folder, a .gguf file, or org/name on the hub.
 
-    Weights are not loaded. A registered model that is not cached yet is fetched first.
+    Weights are not loaded, and need not be there: config.json and the index of the weights are enough. A registered
+    model that is not cached yet is fetched first.
 
     \b
     Examples:
@@ -60,7 +61,37 @@ def _rows(report: "ModelReport") -> list[tuple[str, str]]:
         ("context", f"{report.max_context:,} tokens"),
         ("parameters", _parameters(report.parameters, report.dtypes)),
         ("MTP parameters", _parameters(report.mtp_parameters, report.mtp_dtypes)),
+        *_plan(report),
+        *_weights(report),
+    ]
+
+
+def _plan(report: "ModelReport") -> list[tuple[str, str]]:
+    plan, context = report.plan, f"{report.max_context:,} tokens"
+    rows = [("parameters per token", f"{plan.active_parameters:,} (without the embedding table)")]
+    if report.mtp_layers:
+        rows.append(("per MTP layer", f"{plan.mtp_layer_parameters:,}"))
+    stored = ", ".join(f"{decimal(size)} {dtype}" for dtype, size in plan.bytes_by_dtype.items())
+    rings = [(plan.kv_per_sequence, "main"), (plan.mtp_kv_per_sequence, "MTP")]
+    return [
+        *rows,
+        ("bytes to store", f"{decimal(sum(plan.bytes_by_dtype.values()))} ({stored})"),
         ("KV per token", ", ".join(f"{size:,} bytes in {dtype}" for dtype, size in report.kv_bytes_per_token.items())),
+        ("KV per sequence", _rings(rings)),
+        ("KV at full context", f"{plan.kv_full_context / 2**30:.2f} GiB in bf16 ({context})"),
+        ("GPUs needed", ", ".join(f"{count} of {size}" for size, count in plan.gpus.items())),
+    ]
+
+
+def _rings(rings: list[tuple[int, str]]) -> str:
+    parts = [f"{decimal(size)} {what}" for size, what in rings if size]
+    return f"{', '.join(parts)} in bf16" if parts else "nothing: no layer has a sliding window"
+
+
+def _weights(report: "ModelReport") -> list[tuple[str, str]]:
+    if not report.files:
+        return [("weight files", "none here: this is what config.json calls for")]
+    return [
         ("weight files", _files(report.files)),
         ("MTP weight files", _files(report.mtp_files) if report.mtp_layers else "none"),
     ]

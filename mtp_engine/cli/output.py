@@ -12,6 +12,7 @@ from typing import Any, final
 import click
 from rich.console import Console
 
+from mtp_engine.cli.thoughts import ThoughtSplitter
 from mtp_engine.errors import EngineError
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 without tab and newline, delete, C1
@@ -40,22 +41,38 @@ def console(*, stderr: bool = False) -> Console:
 class TextWriter:
     """Writes generated text to stdout at once, as bytes: exactly the text, unless stdout is a terminal.
 
-    On a terminal control characters are spelled out, and drafted pieces are coloured if `colour` is set. A character
-    that stdout's encoding lacks becomes `?`.
+    On a terminal control characters are spelled out, drafted pieces are coloured if `colour` is set, and thoughts are
+    dimmed. A character that stdout's encoding lacks becomes `?`.
     """
 
-    def __init__(self, *, colour: bool = False) -> None:
+    def __init__(self, *, colour: bool = False, thinking: bool = False) -> None:
+        """thinking: the prompt ended in `<think>`, so the text begins with thoughts."""
         self._stream = sys.stdout.buffer
         self._encoding = sys.stdout.encoding
         self._terminal = sys.stdout.isatty()
         self._colour = colour and self._terminal
+        self._thoughts = ThoughtSplitter(inside=thinking)
 
     def write(self, text: str, *, drafted: bool = False) -> None:
         """Raises OSError when stdout cannot take it."""
         if self._terminal:
-            text = visible(text)
-        if self._colour and drafted and text:
-            text = click.style(text, fg="green")
+            self._style(self._thoughts.push(text), drafted)
+        else:
+            self._send(text)
+
+    def end(self) -> None:
+        """The text is complete: what was held back goes out, and a newline."""
+        if self._terminal:
+            self._style(self._thoughts.flush(), False)
+        self._send("\n")
+
+    def _style(self, pieces: list[tuple[str, bool]], drafted: bool) -> None:
+        for text, thought in pieces:
+            colour = "green" if self._colour and drafted else None
+            shown = visible(text)
+            self._send(click.style(shown, fg=colour, dim=thought or None) if colour or thought else shown)
+
+    def _send(self, text: str) -> None:
         self._stream.write(text.encode(self._encoding, "replace"))
         self._stream.flush()
 

@@ -7,8 +7,7 @@ from typing import final
 from torch import Tensor
 
 from mtp_engine.config import ModelConfig, RopeConfig
-from mtp_engine.kernels.linear import Linear
-from mtp_engine.models.layers import Block, RMSNorm, RotaryEmbedding
+from mtp_engine.models.layers import Block, LinearMap, RMSNorm, RotaryEmbedding
 from mtp_engine.protocols import Attention
 
 
@@ -21,7 +20,7 @@ class Decoder:
     embedding: Tensor  # [V, H]
     blocks: Sequence[Block]
     norm: RMSNorm
-    head: Linear  # [H] -> [V]
+    head: LinearMap  # [H] -> [V]
     head_weight: Tensor  # [V, H], for reduced draft heads; the embedding itself where the head is tied
     _rotary: dict[RopeConfig, RotaryEmbedding] = field(init=False, repr=False)
 

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_engine.config import AttentionConfig, RopeConfig
-from mtp_engine.kernels.linear import Linear
 from mtp_engine.protocols import Attention
+
+LinearMap = Callable[[Tensor], Tensor]
+"""[..., in] -> [..., out]: kernels.linear.Linear, or kernels.fp8.BlockLinear."""
 
 
 @final
@@ -69,8 +71,8 @@ class SelfAttention:
     """Grouped-query attention with rotary positions; q, k and v are one product."""
 
     config: AttentionConfig
-    qkv: Linear  # [H] -> [heads*qk + kv*qk + kv*v]
-    out: Linear  # [heads*v] -> [H]
+    qkv: LinearMap  # [H] -> [heads*qk + kv*qk + kv*v]
+    out: LinearMap  # [heads*v] -> [H]
     sink: Tensor | None = None  # [heads]
 
     def __call__(self, x: Tensor, tables: tuple[Tensor, Tensor], attention: Attention, layer: int) -> Tensor:
@@ -91,8 +93,8 @@ class SelfAttention:
 class GatedMLP:
     """down(silu(gate(x)) * up(x)); gate and up are one product."""
 
-    gate_up: Linear  # [H] -> [2 * intermediate]
-    down: Linear
+    gate_up: LinearMap  # [H] -> [2 * intermediate]
+    down: LinearMap
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)

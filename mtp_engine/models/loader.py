@@ -1,43 +1,148 @@
 """From a folder to a model: which family it is, its main model, and its MTP layers."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from mtp_engine.config import AttentionConfig, LayerConfig, ModelConfig, MTPConfig, RopeConfig
 from mtp_engine.errors import EngineError
-from mtp_engine.kernels.linear import Linear
-from mtp_engine.models import llama
-from mtp_engine.models.checkpoint import Checkpoint, read_json
+from mtp_engine.models import build, llama, mimo, mimo_v2_flash
+from mtp_engine.models.checkpoint import Checkpoint, read_index, read_json
 from mtp_engine.models.decoder import Decoder
-from mtp_engine.models.layers import RMSNorm
-from mtp_engine.models.mtp import MTPLayer, MTPModule
+from mtp_engine.models.fields import Fields
+from mtp_engine.models.mtp import MTPModule
+from mtp_engine.models.plan import Plan, make_plan
+from mtp_engine.models.tensors import main_tensors, mtp_tensors
+from mtp_engine.models.weights import Weights
 from mtp_engine.protocols import Progress
 
-_FAMILIES = {"LlamaForCausalLM": llama}
+_FAMILIES: dict[str, ModuleType] = {
+    "LlamaForCausalLM": llama,
+    "MiMoForCausalLM": mimo,
+    "MiMoV2FlashForCausalLM": mimo_v2_flash,
+}
+"""Each has parse, parse_mtp and MTP_NAMES."""
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """config.json of a main model. Raises EngineError for a family the engine does not know."""
-    raw = read_json(folder / "config.json")
-    names = raw.get("architectures") or ["(none named)"]
-    if names[0] not in _FAMILIES:
-        raise EngineError(
-            f"{folder / 'config.json'}: architecture {names[0]} is not supported; known: {', '.join(_FAMILIES)}"
-        )
-    config: ModelConfig = _FAMILIES[names[0]].parse(raw)
+def read_config(folder: Path, window_keys: int = 0) -> ModelConfig:
+    """config.json of a main model. Raises EngineError for a family the engine does not know.
+
+    window_keys: keys that a query of a sliding-window layer sees, itself included; 0 is the family's default.
+    """
+    family, fields = _family(folder)
+    config: ModelConfig = family.parse(fields, window_keys)
     return config
 
 
-def load_main(folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress) -> Decoder:
-    """The main model of a Hugging Face folder."""
-    return llama.build(Checkpoint(folder, dtype, device), read_config(folder), progress)
+def load_main(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+    *,
+    dequantize: bool = False,
+    window_keys: int = 0,
+) -> Decoder:
+    """The main model of a Hugging Face folder. dequantize: FP8 weights become `dtype` as they are read."""
+    config = read_config(folder, window_keys)
+    weights = Weights(Checkpoint(folder), dtype, device, fp8_block=config.fp8_block, dequantize=dequantize)
+    return build.decoder(weights, config, progress)
 
 
-def read_mtp_config(folder: Path) -> MTPConfig:
-    """The `mtp` object of our config.json beside a set of MTP layers; its keys are the fields of MTPConfig."""
-    raw: dict[str, Any] = read_json(folder / "config.json").get("mtp", {})
+def has_mtp(folder: Path) -> bool:
+    """Whether the folder of a main model holds MTP layers, too."""
+    return _family_mtp(folder, 0) is not None
+
+
+def read_mtp_config(folder: Path, window_keys: int = 0) -> MTPConfig:
+    """The MTP layers of a folder: as the `mtp` object of our config.json describes them, or those of a main model."""
+    raw = read_json(folder / "config.json")
+    if "mtp" in raw:
+        return _described(folder, raw["mtp"])
+    if (config := _family_mtp(folder, window_keys)) is None:
+        raise EngineError(f"{folder}: no MTP layers are in it; name a folder that has some (--mtp)")
+    return config
+
+
+def plan(folder: Path, config: ModelConfig, mtp: MTPConfig | None) -> Plan:
+    """What the model of `folder` needs, from its configuration alone."""
+    return make_plan(config, mtp, _family(folder)[0].MTP_NAMES)
+
+
+def expected_names(folder: Path) -> Iterator[str]:
+    """The tensors that config.json calls for, MTP layers included."""
+    config, mtp = read_config(folder), _family_mtp(folder, 0)
+    for tensor in main_tensors(config):
+        yield tensor.name
+    for tensor in mtp_tensors(config, mtp, _family(folder)[0].MTP_NAMES) if mtp else ():
+        yield tensor.name
+
+
+def load_mtp(
+    folder: Path,
+    main: Decoder,
+    draft_vocab: int,
+    progress: Progress,
+    *,
+    dequantize: bool = False,
+    window_keys: int = 0,
+    rounded: bool = False,
+) -> MTPModule:
+    """The folder's MTP layers, sharing the main model's embedding and head.
+
+    draft_vocab: how many of the most frequent tokens they may propose (`draft_token_ids` lists them); 0 means all.
+    rounded: their matrices may become int8 where that is faster.
+    """
+    config = read_mtp_config(folder, window_keys)
+    own = "mtp" in read_json(folder / "config.json")
+    names = build.MTPNames() if own else _family(folder)[0].MTP_NAMES
+    checkpoint = Checkpoint(folder)
+    weights = Weights(
+        checkpoint,
+        main.embedding.dtype,
+        main.embedding.device,
+        fp8_block=None if own else read_config(folder).fp8_block,
+        dequantize=dequantize,
+        rounded=rounded,
+    )
+    count = 1 if config.reused else config.depth
+    layers = []
+    for k in range(count):
+        progress("loading MTP layers", k + 1, count)
+        layers.append(build.mtp_layer(weights, names, k, config, main))
+    draft_ids = _draft_ids(checkpoint, main, draft_vocab)
+    shared = len(draft_ids) == main.config.vocab_size and not rounded
+    return MTPModule(
+        config=config,
+        layers=layers,
+        embedding=main.embedding,
+        main_norm=main.norm,
+        head=main.head if shared else weights.make_linear(main.head_weight[draft_ids]),
+        draft_ids=draft_ids,
+    )
+
+
+def _family(folder: Path) -> tuple[ModuleType, Fields]:
+    path = folder / "config.json"
+    raw = read_json(path)
+    names = raw.get("architectures") or ["(none named)"]
+    if names[0] not in _FAMILIES:
+        raise EngineError(f"{path}: architecture {names[0]} is not supported; known: {', '.join(_FAMILIES)}")
+    return _FAMILIES[names[0]], Fields(raw, str(path))
+
+
+def _family_mtp(folder: Path, window_keys: int) -> MTPConfig | None:
+    family, fields = _family(folder)
+    names = {*read_index(folder), *(Checkpoint(folder) if any(folder.glob("*.safetensors")) else ())}
+    config: MTPConfig | None = family.parse_mtp(fields, sorted(names), window_keys)
+    return config
+
+
+def _described(folder: Path, raw: dict[str, Any]) -> MTPConfig:
+    """Our own description: the keys are the fields of MTPConfig."""
     try:
         attention = dict(raw["attention"])
         rope = RopeConfig(attention.pop("rope_dim"), float(attention.pop("rope_theta")))
@@ -50,48 +155,12 @@ def read_mtp_config(folder: Path) -> MTPConfig:
         raise EngineError(f"{folder / 'config.json'}: mtp.attention is wrong: {error}") from None
 
 
-def load_mtp(folder: Path, main: Decoder, draft_vocab: int, progress: Progress) -> MTPModule:
-    """MTP layers with the hub's names (model.mtp.layers.{k}...), sharing the main model's embedding and head.
-
-    draft_vocab: how many of the most frequent tokens they may propose (`draft_token_ids` lists them); 0 means all.
-    """
-    config = read_mtp_config(folder)
-    hidden, eps = main.config.hidden_size, main.config.norm_eps
-    checkpoint = Checkpoint(folder, main.embedding.dtype, main.embedding.device)
-
-    def layer(k: int) -> MTPLayer:
-        prefix = f"model.mtp.layers.{k}"
-        progress("loading MTP layers", k + 1, config.depth)
-
-        def norm(name: str) -> RMSNorm:
-            return RMSNorm(checkpoint.get(f"{prefix}.{name}.weight", hidden), eps)
-
-        return MTPLayer(
-            embedding_norm=norm("enorm"),
-            hidden_norm=norm("hnorm"),
-            projection=Linear(checkpoint.get(f"{prefix}.eh_proj.weight", hidden, 2 * hidden)),
-            block=llama.block(checkpoint, prefix, config.layer, hidden, eps, "pre_mlp_layernorm"),
-            final_norm=norm("final_layernorm") if config.own_norm else main.norm,
-        )
-
-    draft_ids = _draft_ids(checkpoint, main, draft_vocab)
-    full = len(draft_ids) == main.config.vocab_size
-    return MTPModule(
-        config=config,
-        layers=[layer(k) for k in range(1 if config.reused else config.depth)],
-        embedding=main.embedding,
-        main_norm=main.norm,
-        head=main.head if full else Linear(main.head_weight[draft_ids]),
-        draft_ids=draft_ids,
-    )
-
-
 def _draft_ids(checkpoint: Checkpoint, main: Decoder, wanted: int) -> torch.Tensor:
     """The tokens the draft head covers, [n] int64. Without a list of frequent tokens, all of them."""
-    vocab = main.config.vocab_size
+    vocab, device = main.config.vocab_size, main.embedding.device
     if wanted and "draft_token_ids" in checkpoint:
         ids = checkpoint.raw("draft_token_ids", checkpoint.shape("draft_token_ids"))[:wanted].long()
         if not bool(((ids >= 0) & (ids < vocab)).all()):
             raise EngineError(f"{checkpoint.folder}: draft_token_ids names tokens outside the vocabulary of {vocab}")
-        return ids.to(checkpoint.device)
-    return torch.arange(vocab, device=checkpoint.device)
+        return ids.to(device)
+    return torch.arange(vocab, device=device)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from mtp_engine.config import MTPConfig
-from mtp_engine.kernels.linear import Linear
-from mtp_engine.models.layers import Block, RMSNorm, RotaryEmbedding
+from mtp_engine.models.layers import Block, LinearMap, RMSNorm, RotaryEmbedding
 from mtp_engine.protocols import Attention
 
 
@@ -20,7 +19,7 @@ class MTPLayer:
 
     embedding_norm: RMSNorm
     hidden_norm: RMSNorm
-    projection: Linear  # [2H] -> [H]
+    projection: LinearMap  # [2H] -> [H]
     block: Block
     final_norm: RMSNorm  # its own, or the main model's
 
@@ -38,7 +37,7 @@ class MTPModule:
     layers: Sequence[MTPLayer]
     embedding: Tensor  # [V, H]
     main_norm: RMSNorm
-    head: Linear  # [H] -> [n], over the draft vocabulary
+    head: LinearMap  # [H] -> [n], over the draft vocabulary
     draft_ids: Tensor  # [n] int64, token of each head row
     _rotary: RotaryEmbedding = field(init=False, repr=False)
 

@@ -1,0 +1,96 @@
+"""Putting models together from named weights. Main models share their names; those of MTP layers differ by family."""
+
+from dataclasses import dataclass
+from typing import final
+
+from mtp_engine.config import LayerConfig, ModelConfig, MTPConfig
+from mtp_engine.kernels.linear import Linear
+from mtp_engine.models.decoder import Decoder
+from mtp_engine.models.layers import Block, GatedMLP, RMSNorm, SelfAttention
+from mtp_engine.models.moe import MoE
+from mtp_engine.models.mtp import MTPLayer
+from mtp_engine.models.weights import Weights
+from mtp_engine.protocols import Progress
+
+FFN_NORM = "post_attention_layernorm"
+
+
+@final
+@dataclass(frozen=True)
+class MTPNames:
+    """What the tensors of MTP layer k are called; `prefix` is followed by a dot and k."""
+
+    prefix: str = "model.mtp.layers"
+    embedding_norm: str = "enorm"
+    hidden_norm: str = "hnorm"
+    projection: str = "eh_proj"
+    ffn_norm: str = "pre_mlp_layernorm"
+    final_norm: str = "final_layernorm"
+
+
+def decoder(weights: Weights, config: ModelConfig, progress: Progress) -> Decoder:
+    """The main model."""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    embedding = weights.tensor("model.embed_tokens.weight", vocab, hidden)
+    head = embedding if config.tied_head else weights.tensor("lm_head.weight", vocab, hidden)
+    blocks = []
+    for i, layer in enumerate(config.layers):
+        progress("loading weights", i + 1, len(config.layers))
+        blocks.append(block(weights, f"model.layers.{i}", layer, hidden, config.norm_eps, FFN_NORM))
+    norm = RMSNorm(weights.tensor("model.norm.weight", hidden), config.norm_eps)
+    return Decoder(config, embedding, blocks, norm, Linear(head), head)
+
+
+def mtp_layer(weights: Weights, names: MTPNames, k: int, config: MTPConfig, main: Decoder) -> MTPLayer:
+    """MTP layer k. Without a final norm of its own it ends in the main model's."""
+    prefix, hidden, eps = f"{names.prefix}.{k}", main.config.hidden_size, main.config.norm_eps
+    return MTPLayer(
+        embedding_norm=_norm(weights, f"{prefix}.{names.embedding_norm}", hidden, eps),
+        hidden_norm=_norm(weights, f"{prefix}.{names.hidden_norm}", hidden, eps),
+        projection=weights.linear([(f"{prefix}.{names.projection}", hidden)], 2 * hidden),
+        block=block(weights, prefix, config.layer, hidden, eps, names.ffn_norm),
+        final_norm=_norm(weights, f"{prefix}.{names.final_norm}", hidden, eps) if config.own_norm else main.norm,
+    )
+
+
+def block(weights: Weights, prefix: str, layer: LayerConfig, hidden: int, eps: float, ffn_norm: str) -> Block:
+    """The decoder layer whose tensor names start with `prefix`; `ffn_norm` is the name of the norm before its FFN."""
+    a = layer.attention
+    return Block(
+        attention_norm=_norm(weights, f"{prefix}.input_layernorm", hidden, eps),
+        attention=SelfAttention(
+            config=a,
+            qkv=weights.qkv(f"{prefix}.self_attn", a, hidden),
+            out=weights.linear([(f"{prefix}.self_attn.o_proj", hidden)], a.heads * a.v_dim),
+            sink=weights.tensor(f"{prefix}.self_attn.attention_sink_bias", a.heads) if a.sink else None,
+        ),
+        ffn_norm=_norm(weights, f"{prefix}.{ffn_norm}", hidden, eps),
+        ffn=_moe(weights, f"{prefix}.mlp", layer, hidden)
+        if layer.moe
+        else _mlp(weights, f"{prefix}.mlp", layer, hidden),
+    )
+
+
+def _norm(weights: Weights, name: str, hidden: int, eps: float) -> RMSNorm:
+    return RMSNorm(weights.tensor(f"{name}.weight", hidden), eps)
+
+
+def _mlp(weights: Weights, prefix: str, layer: LayerConfig, hidden: int) -> GatedMLP:
+    wide = layer.intermediate
+    return GatedMLP(
+        gate_up=weights.linear([(f"{prefix}.gate_proj", wide), (f"{prefix}.up_proj", wide)], hidden),
+        down=weights.linear([(f"{prefix}.down_proj", hidden)], wide),
+    )
+
+
+def _moe(weights: Weights, prefix: str, layer: LayerConfig, hidden: int) -> MoE:
+    moe, wide = layer.moe, layer.intermediate
+    assert moe is not None
+    experts = [f"{prefix}.experts.{e}" for e in range(moe.experts)]
+    return MoE(
+        config=moe,
+        router=weights.exact(f"{prefix}.gate.weight", moe.experts, hidden),
+        bias=weights.exact(f"{prefix}.gate.e_score_correction_bias", moe.experts),
+        gate_up=weights.experts([[(f"{e}.gate_proj", wide), (f"{e}.up_proj", wide)] for e in experts], hidden),
+        down=weights.experts([[(f"{e}.down_proj", hidden)] for e in experts], wide),
+    )

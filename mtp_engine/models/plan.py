@@ -1,0 +1,102 @@
+"""What a model needs before any weight is there: parameters, bytes and KV cache, from its configuration alone."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import final
+
+from mtp_engine.config import AttentionConfig, ModelConfig, MTPConfig
+from mtp_engine.models.build import MTPNames
+from mtp_engine.models.tensors import Stored, main_tensors, mtp_tensors
+
+GPU_GB = (80, 141)  # an H100 and an H200
+_USABLE = 0.9  # of a GPU's memory; the rest is the runtime's, and activations
+_NODES = 4  # rows a step appends to a ring: a tree of chain:3 with its root
+_BF16 = 2
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a model as its configuration calls for them. KV figures are bytes in bf16.
+
+    active_parameters: those read for one token: without the embedding table, of which it is one row, and with the
+    experts that are chosen. kv_per_token: layers with full attention. kv_per_sequence, mtp_kv_per_sequence: the rings
+    of the sliding-window layers, whatever the length. kv_full_context: all of it at the longest context.
+    gpus: GPUs that hold the weights and one full context, by their memory in GB.
+    """
+
+    parameters: int
+    active_parameters: int
+    mtp_parameters: int
+    mtp_layer_parameters: int
+    parameters_by_dtype: dict[str, int]
+    mtp_parameters_by_dtype: dict[str, int]
+    bytes_by_dtype: dict[str, int]
+    kv_per_token: int
+    kv_per_sequence: int
+    mtp_kv_per_token: int
+    mtp_kv_per_sequence: int
+    kv_full_context: int
+    gpus: dict[str, int]
+
+
+def make_plan(config: ModelConfig, mtp: MTPConfig | None, names: MTPNames) -> Plan:
+    """The plan of a main model and its MTP layers, stored as the hub's checkpoints are."""
+    main = list(main_tensors(config))
+    heads = list(mtp_tensors(config, mtp, names)) if mtp else []
+    layers = [layer.attention for layer in config.layers]
+    mtp_layers = [mtp.layer.attention] * (1 if mtp.reused else mtp.depth) if mtp else []
+    total, mtp_total = _count(main), _count(heads)
+    per_token, mtp_per_token = _kv_per_token(layers), _kv_per_token(mtp_layers)
+    per_sequence, mtp_per_sequence = _kv_per_sequence(layers), _kv_per_sequence(mtp_layers)
+    full = (per_token + mtp_per_token) * config.max_context + per_sequence + mtp_per_sequence
+    needed = sum(tensor.nbytes for tensor in (*main, *heads)) + full
+    return Plan(
+        parameters=total,
+        active_parameters=_active(main, config),
+        mtp_parameters=mtp_total,
+        mtp_layer_parameters=mtp_total // max(1, len(mtp_layers)),
+        parameters_by_dtype=_by_dtype(tensor for tensor in main if tensor.is_parameter),
+        mtp_parameters_by_dtype=_by_dtype(tensor for tensor in heads if tensor.is_parameter),
+        bytes_by_dtype=_by_dtype((*main, *heads), in_bytes=True),
+        kv_per_token=per_token,
+        kv_per_sequence=per_sequence,
+        mtp_kv_per_token=mtp_per_token,
+        mtp_kv_per_sequence=mtp_per_sequence,
+        kv_full_context=full,
+        gpus={f"{size} GB": math.ceil(needed / (size * 1e9 * _USABLE)) for size in GPU_GB},
+    )
+
+
+def _count(tensors: list[Stored]) -> int:
+    return sum(tensor.size for tensor in tensors if tensor.is_parameter)
+
+
+def _active(tensors: list[Stored], config: ModelConfig) -> int:
+    shared = sum(t.size for t in tensors if t.is_parameter and ".experts." not in t.name)
+    chosen = sum(
+        layer.moe.per_token * 3 * layer.intermediate * config.hidden_size for layer in config.layers if layer.moe
+    )
+    return shared + chosen - (0 if config.tied_head else config.vocab_size * config.hidden_size)
+
+
+def _by_dtype(tensors: Iterable[Stored], *, in_bytes: bool = False) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for tensor in tensors:
+        counts[tensor.dtype] += tensor.nbytes if in_bytes else tensor.size
+    return dict(counts.most_common())
+
+
+def _row(a: AttentionConfig) -> int:
+    return a.kv_heads * (a.qk_dim + a.v_dim) * _BF16
+
+
+def _kv_per_token(layers: list[AttentionConfig]) -> int:
+    return sum(_row(a) for a in layers if a.window is None)
+
+
+def _kv_per_sequence(layers: list[AttentionConfig]) -> int:
+    """Rings of window + nodes - 1 rows."""
+    return sum(_row(a) * (a.window + _NODES - 1) for a in layers if a.window is not None)

@@ -1,0 +1,142 @@
+"""What a MiMo answer holds: its thoughts, its text, and its tool calls with arguments typed by the tools' schemas.
+
+A call is `<tool_call><function=NAME><parameter=KEY>value</parameter>...</function></tool_call>`; values are
+HTML-escaped text.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import unescape
+from typing import Any, final
+
+THINK, END_THINK = "<think>", "</think>"
+_CALL = re.compile(r"<tool_call>\s*<function=([^>\n]+)>(.*?)</function>\s*</tool_call>", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([^>\n]+)>(.*?)</parameter>", re.DOTALL)
+
+
+@final
+@dataclass(frozen=True)
+class ToolCall:
+    """A function that the model wants called."""
+
+    name: str
+    arguments: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """{"name": ..., "arguments": {...}}, of JSON types only."""
+        return {"name": self.name, "arguments": self.arguments}
+
+
+@final
+@dataclass(frozen=True)
+class Message:
+    """An answer taken apart. thinking is None where there was none; content is the text around the calls."""
+
+    thinking: str | None
+    content: str
+    tool_calls: tuple[ToolCall, ...]
+
+
+def parse_answer(text: str, tools: Sequence[Mapping[str, Any]] = (), *, thinking: bool = False) -> Message:
+    """Take an answer apart. tools: as given to the chat template, OpenAI's form or the bare function objects.
+
+    thinking: the prompt ended in `<think>`, so the text begins within it. Calls within thoughts, and calls that were
+    never finished, are text. A value that its schema's type does not fit stays a string; so does one without a schema.
+    """
+    thoughts: str | None = None
+    head, mark, rest = text.partition(END_THINK)
+    opened, tag, inner = head.partition(THINK)
+    if thinking and not (tag and not opened.strip()):
+        thoughts, text = (head, rest) if mark else (text, "")
+    elif tag and not opened.strip():
+        thoughts, text = (inner, rest) if mark else (inner, "")
+    schemas = dict(map(_schema, tools))
+    calls = tuple(_call(match, schemas.get(match[1].strip(), {})) for match in _CALL.finditer(text))
+    return Message(thoughts.strip() if thoughts is not None else None, _CALL.sub("", text).strip(), calls)
+
+
+def _schema(tool: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    function = tool.get("function", tool)
+    return str(function.get("name")), (function.get("parameters") or {}).get("properties") or {}
+
+
+def _call(match: re.Match[str], schema: Mapping[str, Any]) -> ToolCall:
+    arguments = {}
+    for parameter in _PARAMETER.finditer(match[2]):
+        key = parameter[1].strip()
+        value = unescape(parameter[2].removeprefix("\n").removesuffix("\n"))
+        arguments[key] = _typed(value, schema.get(key) or {})
+    return ToolCall(match[1].strip(), arguments)
+
+
+def _typed(value: str, schema: Mapping[str, Any]) -> Any:
+    """The value as the first type that fits; text where a string may stand and nothing narrower fits."""
+    for kind in sorted(_types(schema), key=lambda kind: kind == "string"):
+        try:
+            return _READERS[kind](value)
+        except (KeyError, ValueError):
+            continue
+    return value
+
+
+def _types(schema: Mapping[str, Any]) -> list[str]:
+    kinds = schema.get("type", [])
+    found = [kinds] if isinstance(kinds, str) else list(kinds)
+    for each in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
+        found += _types(each)
+    if not found and "enum" in schema:
+        found = [_NAMES[type(item)] for item in schema["enum"] if type(item) in _NAMES]
+    return found
+
+
+def _integer(value: str) -> int:
+    number = float(value)
+    return int(value) if re.fullmatch(r"\s*[-+]?\d+\s*", value) else _whole(number)
+
+
+def _whole(number: float) -> int:
+    if not number.is_integer():
+        raise ValueError(f"{number} is not whole")
+    return int(number)
+
+
+def _number(value: str) -> int | float:
+    if re.fullmatch(r"\s*[-+]?\d+\s*", value):
+        return int(value)
+    number = float(value)
+    if not math.isfinite(number):  # JSON has no such thing
+        raise ValueError(value)
+    return number
+
+
+def _boolean(value: str) -> bool:
+    return {"true": True, "false": False}[value.strip().lower()]
+
+
+def _null(value: str) -> None:
+    if value.strip().lower() not in ("null", "none"):
+        raise ValueError(value)
+
+
+def _container(kind: type) -> Callable[[str], Any]:
+    def read(value: str) -> Any:
+        found = json.loads(value, parse_constant=_refuse)
+        if not isinstance(found, kind):
+            raise ValueError(f"not a {kind.__name__}")
+        return found
+
+    return read
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "string": str, "integer": _integer, "number": _number, "boolean": _boolean, "null": _null,
+    "object": _container(dict), "array": _container(list),
+}  # fmt: skip
+_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
