@@ -357,7 +357,7 @@ def test_mtp_layers_from_elsewhere(local: Path, tmp_path: Path) -> None:
     heads = tmp_path / "heads"
     heads.mkdir()
     (heads / "config.json").write_text("{}")
-    with fails(str(heads), "mtp.safetensors"):
+    with fails(str(heads), ".safetensors"):
         hub.locate(str(local), mtp=str(heads))
     (heads / "mtp.safetensors").write_bytes(b"")
     assert hub.locate(str(local), mtp=str(heads)).mtp_folder == heads
