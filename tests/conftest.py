@@ -1,9 +1,15 @@
 """Shared settings: one thread for tiny tensors, and no GPU tests where there is no GPU."""
 
+import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)  # CI must not depend on luck
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)
