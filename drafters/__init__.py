@@ -1,7 +1,8 @@
 """What proposes trees: MTP layers, prompt lookup, or nothing."""
 
+from mtp_engine.drafters.candidates import Ranking
 from mtp_engine.drafters.mtp import MTPDrafter
 from mtp_engine.drafters.ngram import NgramDrafter
 from mtp_engine.drafters.root import RootDrafter
 
-__all__ = ["MTPDrafter", "NgramDrafter", "RootDrafter"]
+__all__ = ["MTPDrafter", "NgramDrafter", "Ranking", "RootDrafter"]

@@ -76,8 +76,8 @@ def grow(tree: Growth, scores: Tensor, ids: Tensor, width: int, keep: int) -> Gr
     )
 
 
-def prune(tree: Growth, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, parents and depths, each [B, nodes + 1], of the root and the `nodes` best drafted nodes by joint score.
+def prune(tree: Growth, nodes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, parents, depths and joint scores, each [B, nodes + 1], of the root and the `nodes` nodes that score best.
 
     A kept node's ancestors are kept: none scores less than its descendants, and the sort is stable, so that on a tie
     the ancestor, which stands first, wins.
@@ -88,11 +88,14 @@ def prune(tree: Growth, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
     renumbered = torch.zeros_like(tree.tokens).scatter_(1, kept, numbers)
     parents = tree.parents.gather(1, kept)
     parents = torch.where(parents < 0, parents, renumbered.gather(1, parents.clamp(min=0)))
-    return tree.tokens.gather(1, kept), parents, tree.depths.gather(1, kept)
+    return tree.tokens.gather(1, kept), parents, tree.depths.gather(1, kept), tree.scores.gather(1, kept)
 
 
 def finish(tree: Growth, shape: TreeShape, drafts: Tensor) -> DraftTree:
     """The tree to verify. drafts: [B] bool, False for requests that cannot be drafted for and get their root only."""
-    tokens, parents, depths = prune(tree, shape.best) if shape.best else (tree.tokens, tree.parents, tree.depths)
+    if shape.best:
+        tokens, parents, depths, scores = prune(tree, shape.best)
+    else:
+        tokens, parents, depths, scores = tree.tokens, tree.parents, tree.depths, tree.scores
     deepest = min(tree.level, tokens.shape[1] - 1)
-    return DraftTree(tokens, parents, depths, torch.where(drafts, tokens.shape[1], 1), deepest)
+    return DraftTree(tokens, parents, depths, torch.where(drafts, tokens.shape[1], 1), deepest, scores)

@@ -15,7 +15,7 @@ Hidden states. Row p of layer k needs the hidden state of position p-1-k, which 
 the row before the first new one is carried over from the last step, and a tree node takes its parent's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -25,10 +25,10 @@ from torch import Tensor
 from mtp_engine.attention import StepRows, TorchAttention
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import TreeShape
+from mtp_engine.drafters.candidates import Candidates, Ranking
 from mtp_engine.drafters.expand import Growth, finish, grow, level_sizes
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Batch
-from mtp_engine.sampler import SamplingBatch, gumbel
 from mtp_engine.tree import DraftTree, VerifyResult
 
 
@@ -55,8 +55,7 @@ class _NewRows:
 
 @final
 class MTPDrafter:
-    """Grows one tree level per MTP layer. The noise of the main model's choice also ranks the candidates: at
-    temperature > 0 the drafter proposes what the main model would choose if its probabilities were the drafter's."""
+    """Grows one tree level per MTP layer, of the candidates that come first by `ranking` (see Candidates)."""
 
     def __init__(
         self,
@@ -67,10 +66,11 @@ class MTPDrafter:
         tokens: int,
         page_size: int,
         beam: int = 8,
+        ranking: Ranking = "noise",
     ) -> None:
         """shape: at most as deep as the module has levels. tokens: capacity of MTP layers with full attention.
         beam: how many nodes of a level are given children when the shape is tree:N."""
-        self.module, self.shape = module, shape
+        self.module, self.shape, self.ranking = module, shape, ranking
         self.depth = min(module.config.depth, shape.best) if shape.best else len(shape.widths)
         self._levels = level_sizes(shape, self.depth, beam)
         self.max_nodes = shape.max_nodes
@@ -119,11 +119,14 @@ class MTPDrafter:
             slots, batch.host_slots, self._tokens[slots], self._hidden[slots], counts, batch.lengths - counts + 1
         )
         tree, level = Growth.start(batch.tokens), None
+        candidates = Candidates(self.ranking, batch, self.module.draft_ids, len(self.module.embedding))
         for number, (width, keep) in enumerate(self._levels):
             level = self._run(number, rows, tree, level)
-            scores = self._score(self.module.logits(number, level.frontier), batch.lengths + number + 1, batch.sampling)
+            first = tree.tokens.shape[1] - tree.frontier
+            scores = candidates.rank(self.module.logits(number, level.frontier), number, first)
             tree = grow(tree, scores, self.module.draft_ids, width, keep)
-        return finish(tree, self.shape, counts > 0)
+        finished = finish(tree, self.shape, counts > 0)
+        return replace(finished, draft=candidates.law(finished.nodes))
 
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
         rows = result.tokens.shape[1]
@@ -173,17 +176,6 @@ class MTPDrafter:
         carried = self._carry[number, rows.slots][:, None]
         self._carry[number, rows.slots] = rows.last(before.rows)[:, 0]
         return torch.cat([carried, before.rows[:, :-1]], 1)
-
-    def _score(self, logits: Tensor, positions: Tensor, sampling: SamplingBatch) -> Tensor:
-        """Log-probabilities of the tokens at `positions` [B]: of the draft itself at temperature 0, of the draft given
-        the noise at temperature > 0. logits: [B, F, n] -> [B, F, n]."""
-        if not sampling.greedy:
-            temperature = sampling.temperature.view(-1, 1, 1)
-            noisy = logits / temperature.clamp(min=1e-6) + gumbel(
-                sampling.seed, positions[:, None], self.module.draft_ids
-            )
-            logits = torch.where(temperature > 0, noisy, logits)
-        return logits.log_softmax(-1)
 
 
 @final

@@ -1,7 +1,8 @@
 """Frozen settings: what a model is, how the engine runs it, how a request is sampled. Read once at the top."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, final
 
 from mtp_engine.errors import EngineError
@@ -153,13 +154,52 @@ class TreeShape:
 
 @final
 @dataclass(frozen=True)
+class Structure:
+    """What an answer must match: one of a JSON schema (its text), a regular expression, or a Lark/EBNF grammar.
+
+    The three of vLLM's StructuredOutputsParams. Needs the extra `grammar`.
+    """
+
+    json: str = ""
+    regex: str = ""
+    grammar: str = ""
+
+    def __post_init__(self) -> None:
+        if sum(bool(text) for text in (self.json, self.regex, self.grammar)) != 1:
+            raise EngineError("a structure is one of json, regex and grammar: give exactly one")
+
+
+@final
+@dataclass(frozen=True)
 class SamplingParams:
-    """How one request is decoded. temperature 0 is greedy; top_k 0 and min_p 0 and top_p 1 are off.
+    """How one request is decoded. The defaults leave everything but max_tokens off; names and meanings are vLLM's
+    (vllm.SamplingParams, 0.11), which follow OpenAI's completions API where that has them.
 
     The same seed gives the same tokens whichever drafter and tree are used, and without drafting. Without a seed one
-    is drawn and reported in the statistics. Definitions: top-k keeps every token that fewer than k tokens beat; top-p
-    keeps every token with less than p probability mass above it; min-p keeps tokens with at least min_p times the
-    largest probability. All three see the distribution after temperature. Ties are kept together.
+    is drawn and reported in the statistics.
+
+    temperature: 0 is greedy. OpenAI, vLLM.
+    top_k, top_p, min_p: top-k keeps every token that fewer than k tokens beat; top-p every token with less than p
+        probability mass above it; min-p those with at least min_p times the largest probability. All see the
+        distribution after temperature; ties are kept together. top_p is OpenAI's, the others vLLM's.
+    repetition_penalty: logits of tokens in the prompt or the answer so far are divided by it if positive, else
+        multiplied (Keskar et al. 2019, "CTRL"; vLLM counts the prompt too, and so do we).
+    frequency_penalty, presence_penalty: subtracted per occurrence, and once, of a token in the answer so far; the
+        prompt does not count. OpenAI, vLLM.
+    logit_bias: {token id: what is added to its logit}, before penalties. OpenAI, vLLM.
+    allowed_token_ids: only these may be chosen. vLLM.
+    bad_words: texts, or tuples of token ids, that must not appear: the last token of one is forbidden where the answer
+        ends in the others. A text is tried with and without a space in front. vLLM.
+    min_tokens: before that many tokens neither end-of-text nor stop_token_ids may be chosen, and stop strings do not
+        end the answer. vLLM.
+    stop: the answer ends where one of these texts is complete; `text` is cut before it, token_ids end with the token
+        that completed it. OpenAI, vLLM.
+    stop_token_ids: the answer ends with such a token, which stays in token_ids. vLLM.
+    n: answers per prompt; answer i uses seed + i, as in vLLM.
+    logprobs: log-probabilities of every emitted token and of that many best ones, of the main model's own softmax,
+        before temperature, penalties and masks (vLLM's default logprobs_mode, "raw_logprobs"). None is off.
+    structure: what the answer must match.
+    speculate, tree: drafting for this request only: off, or a smaller tree than the engine's (ours).
     """
 
     max_tokens: int = 256
@@ -170,8 +210,22 @@ class SamplingParams:
     seed: int | None = None
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    min_tokens: int = 0
+    n: int = 1
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str | tuple[int, ...], ...] = ()
+    logprobs: int | None = None
+    structure: Structure | None = None
+    speculate: bool = True
+    tree: TreeShape | None = None
 
     def __post_init__(self) -> None:
+        finite = all(abs(bias) < float("inf") for bias in self.logit_bias.values())
         for ok, message in (
             (self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be at least 1"),
             (
@@ -182,6 +236,22 @@ class SamplingParams:
             (0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1"),
             (0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must be between 0 and 1"),
             (self.seed is None or 0 <= self.seed < 2**63, f"seed is {self.seed}; it must be between 0 and 2**63 - 1"),
+            (
+                0 < self.repetition_penalty <= 10,
+                f"repetition_penalty is {self.repetition_penalty}; above 0, at most 10",
+            ),
+            (abs(self.frequency_penalty) <= 2, f"frequency_penalty is {self.frequency_penalty}; from -2 to 2"),
+            (abs(self.presence_penalty) <= 2, f"presence_penalty is {self.presence_penalty}; from -2 to 2"),
+            (finite, "logit_bias holds an infinite bias; forbid tokens with bad_words or allowed_token_ids"),
+            (self.allowed_token_ids != (), "allowed_token_ids is empty; name at least one token"),
+            (all(self.bad_words), "bad_words holds an empty word"),
+            (all(self.stop), "stop holds an empty text"),
+            (
+                0 <= self.min_tokens <= self.max_tokens,
+                f"min_tokens is {self.min_tokens}; it must be between 0 and max_tokens",
+            ),
+            (self.n >= 1, f"n is {self.n}; it must be at least 1"),
+            (self.logprobs is None or 0 <= self.logprobs <= 64, f"logprobs is {self.logprobs}; from 0 to 64"),
         ):
             if not ok:
                 raise EngineError(message)
@@ -199,13 +269,18 @@ class EngineConfig:
     into `dtype` when they are loaded: faster on a CPU, two or four times the memory. window_keys is how many keys a
     query of a sliding-window layer sees, itself included; 0 is the family's reading of config.json (for MiMo-V2
     sliding_window + 1, as in SGLang and transformers; vLLM and lmdeploy count sliding_window keys).
+    verifier: which drafts are kept; VERIFIERS.md compares the rules. allow_lossy lets one run that changes the output's
+    law. candidates: how MTP layers pick them: by their probabilities and the noise of the main model's own choice,
+    drawn from their probabilities by fresh noise (rules that use q), or the most probable ones; auto suits the rule.
     """
 
     drafter: Literal["mtp", "ngram", "root"] = "mtp"
     tree: TreeShape | None = None
     draft_vocab: int = 16384
     draft_int8: bool = True
-    verifier: Literal["match"] = "match"
+    verifier: Literal["match", "rejection", "block", "rrs", "traversal", "typical"] = "match"
+    candidates: Literal["auto", "noise", "drawn", "best"] = "auto"
+    allow_lossy: bool = False
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"
     threads: int = 0
@@ -226,3 +301,22 @@ class EngineConfig:
             raise EngineError(f"the ngram drafter drafts chains: use --tree chain:K, not {self.tree}")
         if self.drafter == "root" and self.tree:
             raise EngineError("the root drafter drafts nothing: leave --tree out")
+        self._check_rule()
+
+    def _check_rule(self) -> None:
+        if self.verifier == "typical" and not self.allow_lossy:
+            raise EngineError("the typical rule is lossy: it changes what the model says; ask for it with allow_lossy")
+        if self.verifier in ("rejection", "block") and self.tree and set(self.tree.widths) != {1}:
+            raise EngineError(f"the {self.verifier} rule checks chains: use chain:K, not {self.tree}")
+        if self.verifier == "match" and self.candidates == "drawn":
+            raise EngineError("the match rule has no use for drawn candidates: use noise or best")
+        if self.candidates == "drawn" and self.tree and self.tree.best:
+            raise EngineError(
+                f"candidates cannot be drawn for {self.tree}, whose shape depends on them: use chain:K or WxW"
+            )
+
+    @property
+    def drawn(self) -> bool:
+        """Whether candidates are drawn with a known law q."""
+        suits = self.verifier not in ("match", "typical") and self.tree is not None and not self.tree.best
+        return self.candidates == "drawn" or (self.candidates == "auto" and suits)

@@ -3,9 +3,9 @@
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -14,12 +14,14 @@ from mtp_engine.attention import StepRows, TorchAttention
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import SamplingParams
 from mtp_engine.errors import EngineError
+from mtp_engine.limits import TreeLimits
+from mtp_engine.logprobs import TokenLogprob, emitted_logprobs
+from mtp_engine.processors import Processors
 from mtp_engine.protocols import Drafter, TargetModel, Verifier
 from mtp_engine.sampler import SamplingBatch
 from mtp_engine.stats import GenerationStats
+from mtp_engine.stops import Ends, FinishReason, NewDecoder, StopStrings
 from mtp_engine.tree import DraftTree, VerifyResult
-
-FinishReason = Literal["stop", "length"]
 
 
 @final
@@ -31,11 +33,12 @@ class Request:
     params: SamplingParams
     seed: int
     slot: int
-    limit: int  # tokens it may emit: max_tokens, or less where the context ends first
+    ends: Ends
     stats: GenerationStats
     started: float  # on the loop's clock
     output: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)  # per output token: an accepted draft, not the main model's own
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # per output token, where they were asked for
     finish_reason: FinishReason | None = None
 
     @property
@@ -107,13 +110,17 @@ class DecodeLoop:
         eos_token_ids: Sequence[int],
         prefill_chunk: int,
         device: torch.device,
+        text: NewDecoder | None = None,
     ) -> None:
+        """text: makes a decoder of tokens to text, which stop strings need."""
         self.model, self.cache, self.drafter, self.verifier = model, cache, drafter, verifier
         self.max_context, self.eos_token_ids = max_context, frozenset(eos_token_ids)
-        self.prefill_chunk, self.device = prefill_chunk, device
+        self.prefill_chunk, self.device, self.text = prefill_chunk, device, text
+        self.processors = Processors(slots=slots, eos_token_ids=eos_token_ids, device=device)
         self.requests: list[Request] = []
         self._free_slots = list(range(slots))[::-1]
         self._batch: StepBatch | None = None  # of the present members; None after a change
+        self._limits: TreeLimits | None = None  # theirs
         self._busy_s = 0.0  # the loop's clock: time spent in `add` and `step`, not in the caller
 
     @property
@@ -134,13 +141,16 @@ class DecodeLoop:
         limit = min(params.max_tokens, self.max_context - len(prompt))
         seed = secrets.randbits(63) if params.seed is None else params.seed
         stats = GenerationStats(seed=seed, prompt_tokens=len(prompt))
-        request = Request(list(prompt), params, seed, self._free_slots[-1], limit, stats, self._busy_s)
+        ends = self._ends(params, limit)
+        request = Request(list(prompt), params, seed, self._free_slots[-1], ends, stats, self._busy_s)
         begin = time.perf_counter()
         try:
             self.cache.reserve(request.slot, len(prompt) + limit + self.drafter.max_nodes)
             self.drafter.reserve(request.slot, len(prompt) + limit)
+            self.processors.start(request.slot, prompt, params, self.model.vocab_size)
             self._prefill(request)
         except BaseException:
+            self.processors.release(request.slot)
             self.cache.release(request.slot)
             self.drafter.release(request.slot)
             raise
@@ -150,6 +160,14 @@ class DecodeLoop:
         stats.prefill_s = time.perf_counter() - begin
         self._busy_s += stats.prefill_s
         return request
+
+    def _ends(self, params: SamplingParams, limit: int) -> Ends:
+        tokens = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        if not params.stop:
+            return Ends(limit, tokens)
+        if self.text is None:
+            raise EngineError("stop strings need text, and this loop was given no decoder")
+        return Ends(limit, tokens, StopStrings(params.stop, self.text(), params.min_tokens))
 
     def _prefill(self, request: Request) -> None:
         tokens = torch.tensor(request.prompt, device=self.device)
@@ -179,12 +197,16 @@ class DecodeLoop:
         begin = time.perf_counter()
         batch = self._current()
         tree = self.drafter.draft(batch)
+        tree = self._limits.apply(tree) if self._limits else tree
         drafted = time.perf_counter()
         rows = self._rows(batch, tree)
         hidden = self.model.forward(tree.tokens, rows.positions, TorchAttention(self.cache, rows))
-        result = self.verifier.verify(tree, self.model.logits(hidden), batch)
+        logits = self.model.logits(hidden)
+        result = self.verifier.verify(tree, self.processors.apply(tree, logits, batch), batch)
         self.cache.commit(batch.slots, batch.lengths, result)
+        self.processors.observe(batch, result)
         self.drafter.observe(batch, result, result.gather(hidden))
+        self._note_logprobs(batch, logits, result)
         outputs = self._emit(batch, tree, result, begin, drafted)
         self._leave()
         return outputs
@@ -192,6 +214,7 @@ class DecodeLoop:
     def _current(self) -> StepBatch:
         if self._batch is None:
             self._batch = StepBatch.build(tuple(self.requests), self.device)
+            self._limits = TreeLimits.build([request.params for request in self.requests], self.device)
         return self._batch.now()
 
     def _rows(self, batch: StepBatch, tree: DraftTree) -> StepRows:
@@ -204,6 +227,15 @@ class DecodeLoop:
             mask=tree.ancestors,
         )
 
+    def _note_logprobs(self, batch: StepBatch, logits: Tensor, result: VerifyResult) -> None:
+        """For the requests that want them; `_emit` then drops those of tokens that were not emitted."""
+        most = max(-1 if r.params.logprobs is None else r.params.logprobs for r in batch.requests)
+        if most < 0:
+            return
+        for request, found in zip(batch.requests, emitted_logprobs(logits, result, most), strict=True):
+            if request.params.logprobs is not None:
+                request.logprobs += [replace(each, top=each.top[: request.params.logprobs]) for each in found]
+
     def _emit(
         self, batch: StepBatch, tree: DraftTree, result: VerifyResult, begin: float, drafted_at: float
     ) -> list[StepOutput]:
@@ -214,10 +246,12 @@ class DecodeLoop:
         self._busy_s += now - begin
         outputs = []
         for request, (count, nodes, depth, *tokens) in zip(batch.requests, table, strict=True):
-            kept = self._stop(request, tokens[:count])
+            cut, request.finish_reason = request.ends.cut(tokens[:count])
+            kept = tokens[:cut]
             drafted = [index < count - 1 for index in range(len(kept))]
             request.output += kept
             request.drafted += drafted
+            del request.logprobs[len(request.output) :]
             stats = request.stats
             stats.record_step(len(kept), nodes, depth)
             stats.draft_s += (drafted_at - begin) / len(table)
@@ -227,18 +261,6 @@ class DecodeLoop:
             outputs.append(StepOutput(request, kept, drafted))
         return outputs
 
-    def _stop(self, request: Request, tokens: list[int]) -> list[int]:
-        """The tokens up to the request's end, which is noted; nothing after a stop token is emitted."""
-        for index, token in enumerate(tokens):
-            ends = token in request.params.stop_token_ids
-            if ends or (token in self.eos_token_ids and not request.params.ignore_eos):
-                request.finish_reason = "stop"
-                return tokens[: index + 1]
-            if len(request.output) + index + 1 == request.limit:
-                request.finish_reason = "length"
-                return tokens[: index + 1]
-        return tokens
-
     def _leave(self) -> None:
         for request in [r for r in self.requests if r.finish_reason]:
             self.remove(request)
@@ -246,6 +268,7 @@ class DecodeLoop:
     def remove(self, request: Request) -> None:
         """Drop a request, finished or not, and free its slot."""
         self.requests.remove(request)
+        self.processors.release(request.slot)
         self.cache.release(request.slot)
         self.drafter.release(request.slot)
         self._free_slots.append(request.slot)

@@ -1,7 +1,7 @@
 """The engine: the only place that names concrete classes. Loads a model, builds the loop, runs prompts through it."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast, final
 
@@ -18,21 +18,34 @@ from mtp_engine.config import (
     SamplingParams,
     TreeShape,
 )
-from mtp_engine.decode_loop import DecodeLoop, FinishReason, Request
-from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
+from mtp_engine.decode_loop import DecodeLoop, Request
+from mtp_engine.drafters import MTPDrafter, NgramDrafter, Ranking, RootDrafter
 from mtp_engine.errors import EngineError
+from mtp_engine.logprobs import TokenLogprob
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
-from mtp_engine.protocols import Drafter, Progress
+from mtp_engine.protocols import Drafter, Progress, Verifier
 from mtp_engine.stats import GenerationStats
+from mtp_engine.stops import FinishReason, VisibleText
 from mtp_engine.tokenizer import Tokenizer
-from mtp_engine.verifiers import MatchVerifier
+from mtp_engine.verifiers import (
+    BlockVerifier,
+    MatchVerifier,
+    RejectionVerifier,
+    RRSVerifier,
+    TraversalVerifier,
+    TypicalVerifier,
+)
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Raw text, token ids, or chat messages ({"role": ..., "content": ...}) for the model's chat template."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _KV_BUDGET = 4 << 30  # bytes; the default cache holds a full context per slot up to this
+_RULES: dict[str, Callable[[], Verifier]] = {
+    "match": MatchVerifier, "rejection": RejectionVerifier, "block": BlockVerifier, "rrs": RRSVerifier,
+    "traversal": TraversalVerifier, "typical": TypicalVerifier,
+}  # fmt: skip
 _DEFAULT_TREES = {"mtp": TreeShape.parse("tree:7"), "ngram": TreeShape.parse("chain:4")}
 
 
@@ -40,20 +53,23 @@ _DEFAULT_TREES = {"mtp": TreeShape.parse("tree:7"), "ngram": TreeShape.parse("ch
 @dataclass(frozen=True)
 class Generation:
     """A finished answer. drafted[i]: token i was an accepted draft, not the main model's own. The text leaves special
-    tokens out; token_ids hold them, the stop token included."""
+    tokens out and ends before a stop string; token_ids hold them, the stop included. logprobs: one per token where they
+    were asked for. others: the further answers to the same prompt, where n > 1."""
 
     text: str
     token_ids: list[int]
     drafted: list[bool]
     finish_reason: FinishReason
     stats: GenerationStats
+    logprobs: tuple[TokenLogprob, ...] = ()
+    others: tuple["Generation", ...] = ()
 
 
 @final
 @dataclass(frozen=True)
 class Chunk:
-    """What one step added to the answer of prompt `index`. `finished` comes with the last chunk of each prompt; `stats`
-    are the request's own and go on counting."""
+    """What one step added to answer `sample` (of n) of prompt `index`. `finished` comes with each answer's last chunk;
+    `stats` are the request's own and go on counting."""
 
     index: int
     text: str
@@ -61,6 +77,7 @@ class Chunk:
     drafted: list[bool]
     stats: GenerationStats
     finished: Generation | None
+    sample: int = 0
 
 
 @final
@@ -100,7 +117,7 @@ class Engine:
             dequantize=config.dequantize, window_keys=config.window_keys,
         )  # fmt: skip
         drafter = _drafter(files, model, config, progress)
-        loop = _loop(model, drafter, config, slots=config.max_batch, eos=tokenizer.eos_ids)
+        loop = _loop(model, drafter, config, slots=config.max_batch, tokenizer=tokenizer, rule=config.verifier)
         return cls(model, loop, tokenizer, config)
 
     @property
@@ -119,11 +136,12 @@ class Engine:
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Generation]:
         """Answer all prompts; more than max_batch of them wait their turn. One `params` for all, or one each."""
-        answers: dict[int, Generation] = {}
+        answers: list[dict[int, Generation]] = [{} for _ in prompts]
         for chunk in self.stream(prompts, params):
             if chunk.finished:
-                answers[chunk.index] = chunk.finished
-        return [answers[index] for index in range(len(prompts))]
+                answers[chunk.index][chunk.sample] = chunk.finished
+        samples = [[found[sample] for sample in sorted(found)] for found in answers]
+        return [replace(first, others=tuple(others)) for first, *others in samples]
 
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -131,22 +149,27 @@ class Engine:
         """Yield committed tokens as they come. Closing the iterator drops what is unfinished and frees its slots."""
         encoded = [self.encode(prompt) for prompt in prompts]
         each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(encoded)
-        waiting = list(enumerate(zip(encoded, each, strict=True)))[::-1]
-        running: dict[Request, tuple[int, Any]] = {}
+        waiting = [
+            (index, sample, tokens, wanted)
+            for index, (tokens, given) in enumerate(zip(encoded, each, strict=True))
+            for sample, wanted in enumerate(self._samples(given))
+        ][::-1]
+        running: dict[Request, tuple[int, int, VisibleText]] = {}
         try:
             while waiting or running:
                 while waiting and self.loop.has_room:
-                    index, (tokens, wanted) = waiting.pop()
-                    running[self.loop.add(tokens, wanted)] = (index, self.tokenizer.stream())
+                    index, sample, tokens, wanted = waiting.pop()
+                    request = self.loop.add(tokens, wanted)
+                    running[request] = (index, sample, VisibleText(self.tokenizer.stream(), request.ends.strings))
                 for out in self.loop.step():
                     if out.request not in running:
                         continue  # somebody else's request in the same loop
-                    index, decoder = running[out.request]
-                    text = decoder.push(out.tokens)
-                    if out.request.finish_reason:
-                        text += decoder.flush()
+                    index, sample, visible = running[out.request]
+                    finished = self._finished(out.request)
+                    text = visible.push(out.tokens, ended=finished is not None)
+                    if finished:
                         del running[out.request]
-                    yield Chunk(index, text, out.tokens, out.drafted, out.request.stats, self._finished(out.request))
+                    yield Chunk(index, text, out.tokens, out.drafted, out.request.stats, finished, sample)
         finally:
             for request in running:
                 self.loop.remove(request)
@@ -154,13 +177,26 @@ class Engine:
     def _finished(self, request: Request) -> Generation | None:
         if request.finish_reason is None:
             return None
-        text = self.tokenizer.decode(request.output)
-        return Generation(text, request.output, request.drafted, request.finish_reason, request.stats)
+        strings = request.ends.strings
+        text = strings.finish() if strings else self.tokenizer.decode(request.output)
+        return Generation(
+            text, request.output, request.drafted, request.finish_reason, request.stats, tuple(request.logprobs)
+        )
+
+    def _samples(self, params: SamplingParams) -> list[SamplingParams]:
+        """What each of the n answers is decoded with: bad words as token ids, seeds one apart (vLLM's ParentRequest)."""
+        words = [
+            word
+            for given in params.bad_words
+            for word in ([given] if not isinstance(given, str) else self.tokenizer.spellings(given))
+        ]
+        seeds = [None if params.seed is None else (params.seed + sample) % 2**63 for sample in range(params.n)]
+        return [replace(params, bad_words=tuple(words), seed=seed, n=1) for seed in seeds]
 
     def plain(self, prompt: Prompt, params: SamplingParams, *, max_steps: int | None = None) -> Request:
         """Decode without drafting on a loop of its own, for comparison: at most `max_steps` tokens, timed alike."""
-        loop = _loop(self.model, RootDrafter(), self.config, slots=1, eos=list(self.loop.eos_token_ids))
-        request = loop.add(self.encode(prompt), params)
+        loop = _loop(self.model, RootDrafter(), self.config, slots=1, tokenizer=self.tokenizer)
+        request = loop.add(self.encode(prompt), self._samples(params)[0])
         while request.finish_reason is None and (max_steps is None or len(request.output) < max_steps):
             loop.step()
         return request
@@ -200,7 +236,9 @@ def _kv_tokens(model: ModelConfig, config: EngineConfig, slots: int) -> int:
     )
 
 
-def _loop(model: Decoder, drafter: Drafter, config: EngineConfig, *, slots: int, eos: Sequence[int]) -> DecodeLoop:
+def _loop(
+    model: Decoder, drafter: Drafter, config: EngineConfig, *, slots: int, tokenizer: Tokenizer, rule: str = "match"
+) -> DecodeLoop:
     device = model.embedding.device
     cache = HybridKV(
         [layer.attention for layer in model.config.layers],
@@ -215,12 +253,13 @@ def _loop(model: Decoder, drafter: Drafter, config: EngineConfig, *, slots: int,
         model,
         cache,
         drafter,
-        MatchVerifier(),
+        _RULES[rule](),
         slots=slots,
         max_context=config.max_context or model.config.max_context,
-        eos_token_ids=eos,
+        eos_token_ids=tokenizer.eos_ids,
         prefill_chunk=config.prefill_chunk,
         device=device,
+        text=tokenizer.stream,
     )
 
 
@@ -240,6 +279,9 @@ def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:
         mtp = loader.read_mtp_config(files.mtp_folder, config.window_keys)
         if len(shape.widths) > mtp.depth and not mtp.reused:
             raise EngineError(f"tree shape {shape} is deeper than the model's {mtp.depth} MTP layers")
+    # a default tree that the rule cannot check gives way to a chain
+    if config.tree is None and (config.verifier in ("rejection", "block") or config.candidates == "drawn"):
+        shape = TreeShape.parse("chain:3")
     return replace(config, tree=shape, max_context=config.max_context or model.max_context)
 
 
@@ -256,4 +298,6 @@ def _drafter(files: hub.ModelFiles, model: Decoder, config: EngineConfig, progre
         dequantize=config.dequantize, window_keys=config.window_keys, rounded=config.draft_int8,
     )  # fmt: skip
     tokens = _kv_tokens(model.config, config, slots)
-    return MTPDrafter(module, config.tree, slots=slots, tokens=tokens, page_size=config.page_size)
+    chosen: Ranking = "noise" if config.candidates == "auto" else config.candidates
+    ranking: Ranking = "drawn" if config.drawn else chosen
+    return MTPDrafter(module, config.tree, slots=slots, tokens=tokens, page_size=config.page_size, ranking=ranking)

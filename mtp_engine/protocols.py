@@ -52,6 +52,9 @@ class KVCache(Protocol):
 class TargetModel(Protocol):
     """The main model, whose choices decide."""
 
+    @property
+    def vocab_size(self) -> int: ...
+
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """tokens, positions: [B, N] int64 -> hidden [B, N, H], the residual stream before the final norm."""
 

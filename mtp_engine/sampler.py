@@ -57,17 +57,39 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+def _bits(seed: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """32 random bits per (seed, position, token), as int64; shapes as in `gumbel`."""
+    key = _mix((seed & _MASK32) ^ 0x9E3779B9) ^ _mix(((seed >> 32) & _MASK32) ^ 0x85EBCA6B)
+    key = _mix(_mix(key)[:, None] ^ (positions & _MASK32))  # [B, P]
+    return _mix(_mix(tokens & _MASK32) ^ key[..., None])
+
+
 def gumbel(seed: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     """Standard Gumbel noise, the same for the same (seed, position, token) on every device.
 
     seed: [B] int64; positions: [B, P] int64, of the token being chosen; tokens: [V] int64. Returns [B, P, V] fp32.
     """
-    key = _mix((seed & _MASK32) ^ 0x9E3779B9) ^ _mix(((seed >> 32) & _MASK32) ^ 0x85EBCA6B)
-    key = _mix(_mix(key)[:, None] ^ (positions & _MASK32))  # [B, P]
-    bits = _mix(_mix(tokens & _MASK32) ^ key[..., None])
+    bits = _bits(seed, positions, tokens)
     # v = 1 - u keeps 32 bits of resolution where u nears 1, which is where large noise comes from
     v = ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
     return v.neg_().log1p_().neg_().log_().neg_()
+
+
+def uniform(seed: Tensor, numbers: Tensor) -> Tensor:
+    """Uniform noise in (0, 1). seed: [B] int64; numbers: [B, K] int64, which draw of that seed. Returns [B, K] fp32."""
+    bits = _bits(seed, numbers, torch.zeros(1, dtype=torch.int64, device=seed.device))[..., 0]
+    return ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
+
+
+def step_seed(seed: Tensor, lengths: Tensor, purpose: int) -> Tensor:
+    """A seed per request, step and purpose, for noise that must not come twice: [B], [B] int64 -> [B] int64.
+
+    No two steps of a request begin at the same length. Rules that reject need it: a token drafted anew at a position
+    must not depend on noise that a rejection there has already used.
+    """
+    step = _mix((lengths & _MASK32) ^ ((purpose * 0x9E3779B9) & _MASK32))
+    low, high = seed & _MASK32, (seed >> 32) & 0x7FFFFFFF
+    return _mix(low ^ step) | ((_mix(high ^ _mix(step ^ 0x85EBCA6B)) & 0x7FFFFFFF) << 32)
 
 
 def truncate(logits: Tensor, batch: SamplingBatch) -> Tensor:

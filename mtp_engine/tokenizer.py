@@ -71,6 +71,11 @@ class Tokenizer:
         """Token ids of plain text, after BOS where the model wants it. Special-token strings in it stay text."""
         return self._bos + self._plain(text)
 
+    def spellings(self, text: str) -> list[tuple[int, ...]]:
+        """Token ids of a piece of text within a longer one: without and with a space in front."""
+        bare = text.lstrip()
+        return list(dict.fromkeys((tuple(self._plain(bare)), tuple(self._plain(" " + bare)))))
+
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD. Special tokens vanish unless `skip_special` is off."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))

@@ -37,7 +37,7 @@ class Loaded:
         files = hub.locate(DEFAULT_MODEL)
         config = _settle(config, files)
         drafter = _drafter(files, self.engine.model, config, hub.silent)
-        loop = _loop(self.engine.model, drafter, config, slots=config.max_batch, eos=self.engine.tokenizer.eos_ids)
+        loop = _loop(self.engine.model, drafter, config, slots=config.max_batch, tokenizer=self.engine.tokenizer)
         requests = [loop.add(self.engine.encode(prompt), params) for params in PARAMS for prompt in PROMPTS]
         while loop.requests:
             loop.step()

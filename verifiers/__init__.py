@@ -1,5 +1,17 @@
-"""Rules that choose which drafted tokens to keep."""
+"""Rules that choose which drafted tokens to keep. VERIFIERS.md compares them."""
 
+from mtp_engine.verifiers.block import BlockVerifier
 from mtp_engine.verifiers.match import MatchVerifier
+from mtp_engine.verifiers.rejection import RejectionVerifier
+from mtp_engine.verifiers.rrs import RRSVerifier
+from mtp_engine.verifiers.traversal import TraversalVerifier
+from mtp_engine.verifiers.typical import TypicalVerifier
 
-__all__ = ["MatchVerifier"]
+__all__ = [
+    "BlockVerifier",
+    "MatchVerifier",
+    "RRSVerifier",
+    "RejectionVerifier",
+    "TraversalVerifier",
+    "TypicalVerifier",
+]

@@ -28,6 +28,10 @@ class Decoder:
         ropes = {layer.attention.rope for layer in self.config.layers}
         object.__setattr__(self, "_rotary", {rope: RotaryEmbedding(rope, self.embedding.device) for rope in ropes})
 
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """tokens, positions: [B, N] int64 -> hidden [B, N, H], the residual stream before the final norm."""
         tables = {rope: rotary.tables(positions) for rope, rotary in self._rotary.items()}

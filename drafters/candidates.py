@@ -1,0 +1,57 @@
+"""How a drafter picks the children of a node: what its probabilities are ranked by, and the law of what is drawn."""
+
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from mtp_engine.protocols import Batch
+from mtp_engine.sampler import gumbel, step_seed
+
+Ranking = Literal["noise", "drawn", "best"]
+_CANDIDATES = 103  # purpose of step_seed
+
+
+@final
+class Candidates:
+    """One step's ranking. The best of the scores it returns become nodes.
+
+    noise: by probability and the noise of the main model's own choice: what it would choose if its probabilities were
+    the drafter's. best: by probability. drawn: by probability and noise used for nothing else, which draws from the
+    drafter's law without replacement (Gumbel top-k; Kool et al. 2019, "Stochastic beams and where to find them"); the
+    laws are collected in `law`.
+    """
+
+    def __init__(self, ranking: Ranking, batch: Batch, ids: Tensor, vocab: int) -> None:
+        """ids: [n] int64, the tokens of the drafter's scores. vocab: V of the main model."""
+        self._ranking, self._sampling, self._lengths, self._ids, self._vocab = (
+            ranking, batch.sampling, batch.lengths, ids, vocab,
+        )  # fmt: skip
+        self._laws: list[Tensor] = []
+
+    def rank(self, logits: Tensor, level: int, first: int) -> Tensor:
+        """Scores that are log-probabilities given the noise. logits: [B, F, n] of the frontier, whose nodes at depth
+        `level` are number `first` and on -> [B, F, n]."""
+        if self._sampling.greedy or self._ranking == "best":
+            if self._ranking == "drawn":
+                self._laws.append(torch.zeros_like(logits))
+            return logits.log_softmax(-1)
+        temperature = self._sampling.temperature.view(-1, 1, 1)
+        warm = logits / temperature.clamp(min=1e-6)
+        if self._ranking == "noise":
+            noise = gumbel(self._sampling.seed, (self._lengths + level + 1)[:, None], self._ids)
+        else:
+            self._laws.append(warm.softmax(-1) * (temperature > 0))  # at temperature 0 candidates are given, not drawn
+            seed = step_seed(self._sampling.seed, self._lengths, _CANDIDATES)
+            nodes = first + torch.arange(logits.shape[1], device=logits.device)
+            noise = gumbel(seed, nodes.expand(logits.shape[:2]), self._ids)
+        return torch.where(temperature > 0, warm + noise, logits).log_softmax(-1)
+
+    def law(self, nodes: int) -> Tensor | None:
+        """q at every node of a tree whose levels were all ranked, [B, nodes, V]; None unless candidates are drawn."""
+        if not self._laws:
+            return None
+        rows = torch.cat(self._laws, 1)
+        law = rows.new_zeros(rows.shape[0], nodes, self._vocab)
+        law[:, : rows.shape[1], self._ids] = rows
+        return law

@@ -1,0 +1,100 @@
+"""Where an answer ends: limits, stop tokens, and stop strings over the text as it grows."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, final
+
+FinishReason = Literal["stop", "length"]
+
+
+class TextDecoder(Protocol):
+    """Turns tokens into text as they come (tokenizer.StreamDecoder)."""
+
+    def push(self, ids: Iterable[int]) -> str: ...
+    def flush(self) -> str: ...
+
+
+NewDecoder = Callable[[], TextDecoder]
+
+
+@final
+@dataclass
+class StopStrings:
+    """The text of one answer, searched for its stop strings token by token.
+
+    A stop may span the tokens of one step or of several: the text is searched from where a stop that ends in the new
+    part could begin. A character that is unfinished is not text yet.
+    """
+
+    strings: Sequence[str]
+    decoder: TextDecoder
+    not_before: int = 0  # tokens (min_tokens) that must be there first; a stop that begins in them does not count
+    text: str = ""  # so far; cut before the stop once there is one
+    tokens: int = 0
+    found: bool = False
+    _first: int = 0  # where the part of the text begins in which stops count
+
+    def push(self, token: int) -> bool:
+        """Whether the answer ends with this token."""
+        new = self.decoder.push([token])
+        self.tokens += 1
+        before, self.text = len(self.text), self.text + new
+        if self.tokens <= self.not_before:
+            self._first = len(self.text)
+            return False
+        longest = max(map(len, self.strings))
+        start = max(self._first, before - longest + 1)
+        found = [at for string in self.strings if (at := self.text.find(string, start)) >= 0]
+        if found:
+            self.text, self.found = self.text[: min(found)], True
+        return self.found
+
+    def finish(self) -> str:
+        """The whole text once the answer has ended."""
+        if not self.found:
+            self.text += self.decoder.flush()
+        return self.text
+
+    def safe(self) -> int:
+        """How many characters of `text` can no longer become part of a stop."""
+        for size in range(min(max(map(len, self.strings)) - 1, len(self.text)), 0, -1):
+            if any(string.startswith(self.text[-size:]) for string in self.strings):
+                return len(self.text) - size
+        return len(self.text)
+
+
+@final
+@dataclass
+class Ends:
+    """All that ends one request."""
+
+    limit: int
+    tokens: frozenset[int]
+    strings: StopStrings | None = None
+    seen: int = field(default=0, init=False)
+
+    def cut(self, tokens: Sequence[int]) -> tuple[int, FinishReason | None]:
+        """How many of a step's tokens belong to the answer, and why it ends there if it does."""
+        for index, token in enumerate(tokens):
+            self.seen += 1
+            if (self.strings is not None and self.strings.push(token)) or token in self.tokens:
+                return index + 1, "stop"
+            if self.seen == self.limit:
+                return index + 1, "length"
+        return len(tokens), None
+
+
+@final
+class VisibleText:
+    """The text of one answer as it may be shown: what could still turn into a stop string is held back."""
+
+    def __init__(self, decoder: TextDecoder, strings: StopStrings | None) -> None:
+        self._decoder, self._strings, self._shown = decoder, strings, 0
+
+    def push(self, tokens: Sequence[int], *, ended: bool) -> str:
+        """What to show after a step's tokens, which `strings` has seen already."""
+        if self._strings is None:
+            return self._decoder.push(tokens) + (self._decoder.flush() if ended else "")
+        text = self._strings.finish() if ended else self._strings.text[: self._strings.safe()]
+        new, self._shown = text[self._shown :], max(self._shown, len(text))
+        return new

@@ -1,0 +1,37 @@
+"""Recursive rejection without replacement: siblings are tried in the order in which they were drawn.
+
+A rejected sibling leaves the residual max(p - q, 0), and the next one was drawn from q without it. Yang et al.,
+"Multi-candidate speculative decoding", 2401.06706; Jeon et al., "Recursive speculative decoding: accelerating LLM
+inference via sampling without replacement", 2402.14160.
+"""
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from mtp_engine.protocols import Batch
+from mtp_engine.tree import DraftTree, VerifyResult
+from mtp_engine.verifiers.laws import Noise, at, candidate_law, draft_law, keep, rest, target_law
+
+
+@final
+class RRSVerifier:
+    def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
+        """logits: [B, N, V] fp32. One pass over the nodes: parents stand before children, siblings in drawn order."""
+        p, noise = target_law(logits, batch.sampling), Noise.of(tree, batch)
+        q = draft_law(tree, p)
+        last = torch.zeros_like(tree.size)
+        left, law = p[:, 0], q[:, 0]  # [B, V]: what is left of p at node `last`, and what its next child was drawn from
+        for node in range(1, tree.nodes):
+            token = tree.tokens[:, node]
+            drawn = candidate_law(law, token)
+            tried = (tree.parents[:, node] == last) & tree.real[:, node]
+            accepted = tried & (noise.accept[:, node] * at(drawn, token) < at(left, token))
+            residual = rest(left, drawn)
+            residual = residual / residual.sum(-1, keepdim=True)
+            left = torch.where(accepted[:, None], p[:, node], torch.where(tried[:, None], residual, left))
+            without = law.scatter(1, token[:, None], 0.0)
+            law = torch.where(accepted[:, None], q[:, node], torch.where(tried[:, None], without, law))
+            last = torch.where(accepted, node, last)
+        return keep(tree, last, noise.draw(left))
