@@ -47,7 +47,11 @@ ALLOWED: dict[str, tuple[str, str]] = {
         " logprobs stops",
         "torch",
     ),
-    "cli": ("cli config engine errors hub inspect models.make_tiny protocols stats tool_calls mtp_engine", "click rich"),
+    "conformance": ("conformance config engine errors hub logprobs protocols mtp_engine", "torch transformers pytest"),
+    "cli": (
+        "cli conformance config engine errors hub inspect models.make_tiny protocols stats tool_calls mtp_engine",
+        "click rich",
+    ),
 }  # fmt: skip
 
 

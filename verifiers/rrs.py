@@ -28,10 +28,14 @@ class RRSVerifier:
             drawn = candidate_law(law, token)
             tried = (tree.parents[:, node] == last) & tree.real[:, node]
             accepted = tried & (noise.accept[:, node] * at(drawn, token) < at(left, token))
-            residual = rest(left, drawn)
-            residual = residual / residual.sum(-1, keepdim=True)
-            left = torch.where(accepted[:, None], p[:, node], torch.where(tried[:, None], residual, left))
+            left = torch.where(accepted[:, None], p[:, node], torch.where(tried[:, None], residual(left, drawn), left))
             without = law.scatter(1, token[:, None], 0.0)
             law = torch.where(accepted[:, None], q[:, node], torch.where(tried[:, None], without, law))
             last = torch.where(accepted, node, last)
         return keep(tree, last, noise.draw(left))
+
+
+def residual(left: Tensor, drawn: Tensor) -> Tensor:
+    """What is left after a rejection, scaled to sum 1: the next sibling is compared with it. [B, V]."""
+    over = rest(left, drawn)
+    return over / over.sum(-1, keepdim=True)

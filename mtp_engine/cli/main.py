@@ -11,6 +11,7 @@ from typing import Any, final
 import click
 
 from mtp_engine import __version__
+from mtp_engine.cli.conformance import conformance
 from mtp_engine.cli.generate import generate
 from mtp_engine.cli.inspect import inspect
 from mtp_engine.cli.models import models
@@ -96,3 +97,4 @@ def main(context: click.Context) -> None:
 main.add_command(generate)
 main.add_command(models)
 main.add_command(inspect)
+main.add_command(conformance)

@@ -1,0 +1,56 @@
+"""The suite on a named engine, against our own plain decoding of the same weights."""
+
+from collections.abc import Iterator
+
+from mtp_engine import hub
+from mtp_engine.config import DEFAULT_MODEL, EngineConfig
+from mtp_engine.conformance.case import Verdict
+from mtp_engine.conformance.engines import openai_server, ours, plain, transformers_engine
+from mtp_engine.conformance.suite import run_suite
+from mtp_engine.engine import Engine
+from mtp_engine.errors import EngineError
+from mtp_engine.protocols import Progress
+
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) +",
+    "One two three four, one two three four, one two",
+    "Once upon a time there was a",
+    "Water boils at a temperature of",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "Ingredients:\n- 2 cups of flour\n- 1 cup of",
+    "Q: What is the largest planet?\nA:",
+    "The quick brown fox",
+    "import numpy as np\n\n",
+)
+
+
+def verdicts(
+    engine: str,
+    model: str | None = None,
+    *,
+    prompts: int = 4,
+    draws: int = 200,
+    config: EngineConfig | None = None,
+    progress: Progress = hub.silent,
+) -> Iterator[Verdict]:
+    """engine: ours, hf or openai:URL. Raises EngineError for another name or a server that is not there.
+
+    Only our own match rule promises the baseline's text at temperature > 0; of others the law is tested there.
+    """
+    config = config or EngineConfig(max_context=1024)
+    name = model or DEFAULT_MODEL
+    mine = Engine.load(name, config, progress=progress)
+    exact = engine == "ours" and config.verifier == "match"
+    if engine == "ours":
+        candidate = ours(mine)
+    elif engine == "hf":
+        candidate = transformers_engine(str(hub.locate(name).folder), mine)
+    elif engine.startswith("openai:"):
+        candidate = openai_server(engine.removeprefix("openai:"), name, mine)
+    else:
+        raise EngineError(f"engine {engine!r} is not one of ours, hf and openai:URL")
+    texts = [tuple(mine.encode(text)) for text in PROMPTS[: max(1, prompts)]]
+    yield from run_suite(
+        plain(mine), candidate, texts, exact=exact, depths=1 if exact else 0, draws=draws, tie=1e-3, slack=0.05
+    )

@@ -1,0 +1,81 @@
+"""All checks in a row."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from mtp_engine.config import SamplingParams
+from mtp_engine.conformance.case import Case, Generate, Unsupported, Verdict
+from mtp_engine.conformance.exact import equality, honesty, resume, seeds
+from mtp_engine.conformance.law import same_law
+from mtp_engine.conformance.output import logprobs, stops
+
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "temperature": {"temperature": 0.7},
+    "top_k": {"temperature": 1.0, "top_k": 3},
+    "top_p": {"temperature": 1.0, "top_p": 0.5},
+    "min_p": {"temperature": 1.0, "min_p": 0.2},
+    "repetition_penalty": {"temperature": 1.0, "repetition_penalty": 1.5},
+    "frequency_penalty": {"temperature": 1.0, "frequency_penalty": 1.5},
+    "presence_penalty": {"temperature": 1.0, "presence_penalty": 1.5},
+}
+"""What each parameter is tried with. Those that name tokens are added by `run_suite`, which knows the prompts."""
+
+
+def run_suite(
+    baseline: Generate,
+    candidate: Generate,
+    prompts: Sequence[tuple[int, ...]],
+    *,
+    exact: bool = True,
+    tokens: int = 40,
+    depths: int = 1,
+    draws: int = 400,
+    horizon: int = 2,
+    tie: float = 0.0,
+    slack: float = 0.0,
+) -> Iterator[Verdict]:
+    """Verdicts as they come. exact: the candidate claims the baseline's very tokens at temperature > 0 too; otherwise
+    equality is asked for at temperature 0 and the law above it. depths: of the candidate's trees; 0 for an unknown."""
+    greedy = SamplingParams(max_tokens=tokens, seed=0, ignore_eos=True)
+    warm = replace(greedy, temperature=0.8)
+    cases = [Case(prompt, params) for params in ((greedy, warm) if exact else (greedy,)) for prompt in prompts]
+    settings = {**SETTINGS, **_token_settings(baseline, prompts, greedy)}
+    hot = replace(greedy, temperature=1.0)
+    law = partial(same_law, baseline, candidate, draws=draws, horizon=horizon)
+    yield _try("equality", partial(equality, baseline, candidate, cases, tie=tie))
+    for name, setting in settings.items():
+        case = Case(prompts[0], replace(hot, **setting))
+        honest = partial(honesty, name, setting, baseline, candidate, prompts, greedy, depths=depths)
+        yield _try(f"honesty of {name}", honest if exact else partial(law, case, name=f" under {name}"))
+    yield _try("law", partial(law, Case(prompts[0], replace(hot, top_k=8))))
+    yield _try("seeds", partial(seeds, candidate, prompts, warm))
+    yield _try("stops", partial(stops, candidate, cases[:4]))
+    yield _try("logprobs", partial(logprobs, baseline, candidate, cases))
+    if exact:
+        yield _try("resume", partial(resume, candidate, cases[:4], slack=slack))
+
+
+def _try(check: str, run: Callable[[], Verdict]) -> Verdict:
+    try:
+        return run()
+    except Unsupported as refusal:
+        return Verdict(check, None, str(refusal))
+
+
+def _token_settings(
+    baseline: Generate, prompts: Sequence[tuple[int, ...]], greedy: SamplingParams
+) -> dict[str, dict[str, Any]]:
+    """Parameters that name tokens, set so that they must act: on what the model says without them."""
+    said = [
+        sample.tokens for sample in baseline([Case(prompt, replace(greedy, temperature=1.0)) for prompt in prompts])
+    ]
+    common = sorted({token for text in said for token in text})
+    half = tuple(common[::2])
+    return {
+        "logit_bias": {"temperature": 1.0, "logit_bias": dict.fromkeys(half, -3.0)},
+        "bad_words": {"temperature": 1.0, "bad_words": tuple((token,) for token in half)},
+        "allowed_token_ids": {"temperature": 1.0, "allowed_token_ids": half},
+        "min_tokens": {"temperature": 1.0, "stop_token_ids": tuple(common[::3]), "min_tokens": greedy.max_tokens // 2},
+    }

@@ -1,0 +1,214 @@
+"""The published rules: whatever is drafted, the law of what they emit is the main model's, exactly known here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from mtp_engine.config import SamplingParams, TreeShape
+from mtp_engine.drafters.candidates import Candidates, Ranking
+from mtp_engine.drafters.expand import Growth, finish, grow, level_sizes
+from mtp_engine.protocols import Verifier
+from mtp_engine.sampler import SamplingBatch, step_seed, uniform
+from mtp_engine.tree import DraftTree
+from mtp_engine.verifiers import (
+    BlockVerifier,
+    MatchVerifier,
+    RejectionVerifier,
+    RRSVerifier,
+    TraversalVerifier,
+    TypicalVerifier,
+)
+
+VOCAB, HORIZON = 4, 5
+RULES: dict[str, Callable[[], Verifier]] = {
+    "match": MatchVerifier, "rejection": RejectionVerifier, "block": BlockVerifier, "rrs": RRSVerifier,
+    "traversal": TraversalVerifier, "typical": TypicalVerifier,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Batch:
+    lengths: Tensor
+    tokens: Tensor
+    sampling: SamplingBatch
+
+    @property
+    def slots(self) -> Tensor:
+        return torch.arange(len(self.lengths))
+
+
+@dataclass
+class Toy:
+    """Two random Markov chains of order 2: the main model and a drafter that is like it, over VOCAB tokens."""
+
+    main: Tensor  # [V, V, V] logits after two tokens
+    drafter: Tensor
+    ids: Tensor  # the drafter's vocabulary
+
+    @classmethod
+    def draw(cls, seed: int, ids: tuple[int, ...] = (0, 1, 2, 3)) -> "Toy":
+        generator = torch.Generator().manual_seed(seed)
+        main = torch.randn(VOCAB, VOCAB, VOCAB, generator=generator)
+        return cls(main, main + 0.8 * torch.randn(main.shape, generator=generator), torch.tensor(ids))
+
+    def draft(self, batch: Batch, before: Tensor, shape: TreeShape, ranking: Ranking) -> DraftTree:
+        """before: [B] the token in front of the root's."""
+        tree, depth = Growth.start(batch.tokens), 3 if shape.best else len(shape.widths)
+        candidates = Candidates(ranking, batch, self.ids, VOCAB)  # type: ignore[arg-type]
+        for level, (width, keep) in enumerate(level_sizes(shape, depth, 4)):
+            first = tree.tokens.shape[1] - tree.frontier
+            one, two = self.pairs(tree.tokens, tree.parents, before)
+            logits = self.drafter[one, two][:, first:, self.ids]
+            tree = grow(tree, candidates.rank(logits, level, first), self.ids, width, keep)
+        done = finish(tree, shape, torch.ones_like(batch.tokens, dtype=torch.bool))
+        return replace(done, draft=candidates.law(done.nodes))
+
+    def pairs(self, tokens: Tensor, parents: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """The last two tokens at every node."""
+        up = tokens.gather(1, parents.clamp(min=0))
+        return torch.where(parents < 0, before[:, None], up), tokens
+
+    def run(
+        self, rule: Verifier, shape: TreeShape, ranking: Ranking, params: SamplingParams, seeds: Tensor
+    ) -> tuple[Tensor, float]:
+        """HORIZON tokens for every seed after the text (0, 1), [B, HORIZON], and the mean accepted length."""
+        sampling = SamplingBatch.build([params], [0], torch.device("cpu"))
+        seeds = step_seed(seeds, torch.zeros_like(seeds), 5)
+        text = torch.zeros(len(seeds), 2 + HORIZON + 4, dtype=torch.int64)
+        text[:, 1] = 1
+        length = torch.full_like(seeds, 1)  # position of the last token
+        steps = emitted = 0
+        while len(going := (length < 1 + HORIZON).nonzero()[:, 0]):
+            at, rows = length[going, None], text[going]
+            tokens, before = rows.gather(1, at)[:, 0], rows.gather(1, at - 1)[:, 0]
+            batch = Batch(length[going], tokens, replace(sampling, seed=seeds[going]))
+            tree = self.draft(batch, before, shape, ranking)
+            one, two = self.pairs(tree.tokens, tree.parents, before)
+            result = rule.verify(tree, self.main[one, two], batch)  # type: ignore[arg-type]
+            text[going] = rows.scatter(1, at + 1 + torch.arange(tree.max_depth + 1), result.tokens)
+            length[going] += result.counts
+            steps, emitted = steps + len(going), emitted + int(result.counts.sum())
+        return text[:, 2 : 2 + HORIZON], emitted / steps
+
+    def law(self, temperature: float, depth: int = HORIZON) -> Tensor:
+        """The exact probability of every text of `depth` tokens after (0, 1), as a flat tensor."""
+        step = (self.main.double() / temperature).softmax(-1)
+        texts = torch.cartesian_prod(*[torch.arange(VOCAB)] * depth)
+        whole = torch.cat([torch.tensor([[0, 1]]).expand(len(texts), 2), texts], 1)
+        law = torch.ones(len(texts), dtype=torch.float64)
+        for i in range(depth):
+            law *= step[whole[:, i], whole[:, i + 1], whole[:, i + 2]]
+        return law
+
+
+def p_value(texts: Tensor, law: Tensor) -> float:
+    """Chi-square of texts [B, HORIZON] against the exact law; cells expected less than 5 times are one cell."""
+    code = (texts * VOCAB ** torch.arange(HORIZON - 1, -1, -1)).sum(1)
+    seen, expected = torch.bincount(code, minlength=len(law)).double(), law * len(texts)
+    rare = expected < 5
+    seen, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (seen, expected))
+    seen, expected = seen[expected > 0], expected[expected > 0]
+    return float(stats.chisquare(seen.numpy(), expected.numpy() * float(seen.sum() / expected.sum())).pvalue)
+
+
+CASES = [
+    ("match", "2x2x1", "noise"), ("match", "tree:5", "noise"), ("match", "2x2x1", "best"),
+    ("rejection", "chain:3", "drawn"), ("rejection", "chain:3", "best"), ("rejection", "chain:3", "noise"),
+    ("block", "chain:3", "drawn"), ("block", "chain:3", "noise"),
+    ("rrs", "3x2x1", "drawn"), ("rrs", "2x2x2", "best"), ("rrs", "tree:6", "noise"),
+    ("traversal", "3x2x1", "drawn"), ("traversal", "2x2x1", "drawn"), ("traversal", "tree:6", "noise"),
+    ("traversal", "2x2x1", "best"),
+]  # fmt: skip
+PARAMS = SamplingParams(temperature=0.9)
+
+
+@pytest.mark.parametrize(("rule", "shape", "ranking"), CASES)
+def test_the_law_is_the_main_models(rule: str, shape: str, ranking: Ranking) -> None:
+    """120,000 texts of five tokens, in steps of a tree of depth 3: all of them, and p-values of 24 parts."""
+    toy = Toy.draw(3, (0, 1, 3) if shape == "2x2x2" else (0, 1, 2, 3))
+    texts, _ = toy.run(RULES[rule](), TreeShape.parse(shape), ranking, PARAMS, torch.arange(120_000))
+    law = toy.law(0.9)
+    assert float(law.sum()) == pytest.approx(1)
+    assert p_value(texts, law) > 1e-4
+    assert stats.kstest([p_value(part, law) for part in texts.split(5_000)], "uniform").pvalue > 1e-3
+
+
+def test_the_test_sees_a_wrong_law() -> None:
+    """Typical acceptance is lossy; and one at a temperature that is off by 0.05 is told from the right one."""
+    toy = Toy.draw(3)
+    texts, _ = toy.run(TypicalVerifier(), TreeShape.parse("2x2x1"), "best", PARAMS, torch.arange(120_000))
+    assert p_value(texts, toy.law(0.9)) < 1e-9
+    right, _ = toy.run(MatchVerifier(), TreeShape.parse("chain:2"), "best", PARAMS, torch.arange(120_000))
+    near = toy.law(0.95)
+    assert 0.5 * float((near - toy.law(0.9)).abs().sum()) < 0.04
+    assert p_value(right, near) < 1e-9
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_greedy_is_greedy(rule: str) -> None:
+    """At temperature 0 every rule, the lossy one too, says what plain decoding says."""
+    toy = Toy.draw(8)
+    shape = TreeShape.parse("chain:3" if rule in ("rejection", "block") else "3x2x1")
+    greedy = SamplingParams(temperature=0.0)
+    plain, _ = toy.run(MatchVerifier(), TreeShape.parse("chain:1"), "best", greedy, torch.arange(20))
+    for ranking in ("drawn", "best", "noise"):
+        texts, length = toy.run(RULES[rule](), shape, ranking, greedy, torch.arange(20))  # type: ignore[arg-type]
+        assert torch.equal(texts, plain)
+        assert length > 1
+
+
+def test_rules_that_agree_on_chains() -> None:
+    """One child: recursive rejection is chain rejection. One path: traversal is block verification."""
+    toy, chain = Toy.draw(4), TreeShape.parse("chain:3")
+    for tree_rule, chain_rule in ((RRSVerifier(), RejectionVerifier()), (TraversalVerifier(), BlockVerifier())):
+        one, a = toy.run(tree_rule, chain, "drawn", PARAMS, torch.arange(20_000))
+        two, b = toy.run(chain_rule, chain, "drawn", PARAMS, torch.arange(20_000))
+        assert float((one == two).float().mean()) > 0.9999  # but for rounding
+        assert a == pytest.approx(b, abs=1e-3)
+
+
+def test_joint_rules_accept_more() -> None:
+    toy = Toy.draw(3)
+
+    def length(rule: str, shape: str) -> float:
+        return toy.run(RULES[rule](), TreeShape.parse(shape), "drawn", PARAMS, torch.arange(50_000))[1]
+
+    assert length("block", "chain:3") > length("rejection", "chain:3") + 0.01
+    assert length("traversal", "2x2x2") > length("rrs", "2x2x2") + 0.01
+
+
+@pytest.mark.parametrize("rule", ["rejection", "block", "rrs", "traversal", "typical"])
+def test_padded_requests_are_those_without_padding(rule: str) -> None:
+    """Trees of fewer nodes in a batch of larger ones."""
+    toy = Toy.draw(6)
+    seeds = torch.arange(64)
+    sampling = replace(SamplingBatch.build([PARAMS], [0], torch.device("cpu")), seed=seeds)
+    batch = Batch(torch.full((64,), 9), torch.randint(0, VOCAB, (64,)), sampling)
+    before = torch.zeros(64, dtype=torch.int64)
+    long, short = (toy.draft(batch, before, TreeShape.parse(f"chain:{n}"), "drawn") for n in (3, 1))
+    cut = replace(long, size=torch.full_like(long.size, 2))
+    results = []
+    for tree in (cut, short):
+        one, two = toy.pairs(tree.tokens, tree.parents, before)
+        results.append(RULES[rule]().verify(tree, toy.main[one, two], batch))  # type: ignore[arg-type]
+    assert torch.equal(results[0].counts, results[1].counts)
+    assert 0 < int((results[0].counts == 2).sum()) < 64
+    for b, count in enumerate(results[0].counts.tolist()):
+        assert results[0].tokens[b, :count].tolist() == results[1].tokens[b, :count].tolist()
+
+
+def test_step_seeds_and_uniform_noise() -> None:
+    seeds = torch.tensor([0, 1, 2**62 + 7])
+    drawn = {
+        int(step_seed(seeds, torch.full((3,), length), purpose)[b])
+        for length in range(200) for purpose in (1, 2) for b in range(3)
+    }  # fmt: skip
+    assert len(drawn) == 1200
+    assert all(0 <= seed < 2**63 for seed in drawn)
+    u = uniform(torch.arange(3000), torch.arange(20).expand(3000, 20))
+    assert stats.kstest(u.flatten().numpy(), "uniform").pvalue > 1e-3
+    assert abs(float(torch.corrcoef(u.T).fill_diagonal_(0).abs().max())) < 0.1
