@@ -5,6 +5,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from mtp_engine.drafters.expand import Growth
 from mtp_engine.protocols import Batch
 from mtp_engine.sampler import gumbel, step_seed
 
@@ -27,11 +28,13 @@ class Candidates:
         self._ranking, self._sampling, self._lengths, self._ids, self._vocab = (
             ranking, batch.sampling, batch.lengths, ids, vocab,
         )  # fmt: skip
+        self._guide = batch.guide
         self._laws: list[Tensor] = []
 
-    def rank(self, logits: Tensor, level: int, first: int) -> Tensor:
-        """Scores that are log-probabilities given the noise. logits: [B, F, n] of the frontier, whose nodes at depth
-        `level` are number `first` and on -> [B, F, n]."""
+    def rank(self, logits: Tensor, tree: Growth) -> Tensor:
+        """Scores that are log-probabilities given the noise. logits: [B, F, n] of the tree's frontier -> [B, F, n]."""
+        if self._guide is not None:
+            logits = self._guide.apply(tree.tokens, tree.parents, logits, self._ids)
         if self._sampling.greedy or self._ranking == "best":
             if self._ranking == "drawn":
                 self._laws.append(torch.zeros_like(logits))
@@ -39,11 +42,11 @@ class Candidates:
         temperature = self._sampling.temperature.view(-1, 1, 1)
         warm = logits / temperature.clamp(min=1e-6)
         if self._ranking == "noise":
-            noise = gumbel(self._sampling.seed, (self._lengths + level + 1)[:, None], self._ids)
+            noise = gumbel(self._sampling.seed, (self._lengths + tree.level + 1)[:, None], self._ids)
         else:
             self._laws.append(warm.softmax(-1) * (temperature > 0))  # at temperature 0 candidates are given, not drawn
             seed = step_seed(self._sampling.seed, self._lengths, _CANDIDATES)
-            nodes = first + torch.arange(logits.shape[1], device=logits.device)
+            nodes = tree.tokens.shape[1] - tree.frontier + torch.arange(logits.shape[1], device=logits.device)
             noise = gumbel(seed, nodes.expand(logits.shape[:2]), self._ids)
         return torch.where(temperature > 0, warm + noise, logits).log_softmax(-1)
 

@@ -122,8 +122,7 @@ class MTPDrafter:
         candidates = Candidates(self.ranking, batch, self.module.draft_ids, len(self.module.embedding))
         for number, (width, keep) in enumerate(self._levels):
             level = self._run(number, rows, tree, level)
-            first = tree.tokens.shape[1] - tree.frontier
-            scores = candidates.rank(self.module.logits(number, level.frontier), number, first)
+            scores = candidates.rank(self.module.logits(number, level.frontier), tree)
             tree = grow(tree, scores, self.module.draft_ids, width, keep)
         finished = finish(tree, self.shape, counts > 0)
         return replace(finished, draft=candidates.law(finished.nodes))

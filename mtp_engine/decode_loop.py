@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import final
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mtp_engine.attention import StepRows, TorchAttention
 from mtp_engine.cache import HybridKV
-from mtp_engine.config import SamplingParams
+from mtp_engine.config import SamplingParams, Structure
 from mtp_engine.errors import EngineError
+from mtp_engine.guide import Constraint, Guide
 from mtp_engine.limits import TreeLimits
 from mtp_engine.logprobs import TokenLogprob, emitted_logprobs
 from mtp_engine.processors import Processors
@@ -34,6 +35,7 @@ class Request:
     seed: int
     slot: int
     ends: Ends
+    constraint: Constraint | None
     stats: GenerationStats
     started: float  # on the loop's clock
     output: list[int] = field(default_factory=list)
@@ -66,16 +68,18 @@ class StepBatch:
     sampling: SamplingBatch
     slots: Tensor
     host_slots: list[int]
+    guide: Guide | None
 
     @classmethod
-    def build(cls, requests: Sequence[Request], device: torch.device) -> "StepBatch":
+    def build(cls, requests: Sequence[Request], vocab: int, device: torch.device) -> "StepBatch":
         slots = [request.slot for request in requests]
         sampling = SamplingBatch.build([r.params for r in requests], [r.seed for r in requests], device)
-        return cls(requests, sampling, torch.tensor(slots, device=device), slots)
+        guide = Guide.build([request.constraint for request in requests], vocab, device)
+        return cls(requests, sampling, torch.tensor(slots, device=device), slots, guide)
 
     def now(self) -> "StepBatch":
         """The same requests at their present lengths."""
-        return StepBatch(self.requests, self.sampling, self.slots, self.host_slots)
+        return StepBatch(self.requests, self.sampling, self.slots, self.host_slots, self.guide)
 
     @cached_property
     def host_lengths(self) -> list[int]:
@@ -111,11 +115,13 @@ class DecodeLoop:
         prefill_chunk: int,
         device: torch.device,
         text: NewDecoder | None = None,
+        grammars: Callable[[Structure], Constraint] | None = None,
     ) -> None:
-        """text: makes a decoder of tokens to text, which stop strings need."""
+        """text: makes a decoder of tokens to text, which stop strings need. grammars: the same for structures."""
         self.model, self.cache, self.drafter, self.verifier = model, cache, drafter, verifier
         self.max_context, self.eos_token_ids = max_context, frozenset(eos_token_ids)
-        self.prefill_chunk, self.device, self.text = prefill_chunk, device, text
+        self.prefill_chunk, self.device = prefill_chunk, device
+        self.text, self.grammars = text, grammars
         self.processors = Processors(slots=slots, eos_token_ids=eos_token_ids, device=device)
         self.requests: list[Request] = []
         self._free_slots = list(range(slots))[::-1]
@@ -141,8 +147,8 @@ class DecodeLoop:
         limit = min(params.max_tokens, self.max_context - len(prompt))
         seed = secrets.randbits(63) if params.seed is None else params.seed
         stats = GenerationStats(seed=seed, prompt_tokens=len(prompt))
-        ends = self._ends(params, limit)
-        request = Request(list(prompt), params, seed, self._free_slots[-1], ends, stats, self._busy_s)
+        ends, constraint = self._ends(params, limit), self._constraint(params)
+        request = Request(list(prompt), params, seed, self._free_slots[-1], ends, constraint, stats, self._busy_s)
         begin = time.perf_counter()
         try:
             self.cache.reserve(request.slot, len(prompt) + limit + self.drafter.max_nodes)
@@ -168,6 +174,13 @@ class DecodeLoop:
         if self.text is None:
             raise EngineError("stop strings need text, and this loop was given no decoder")
         return Ends(limit, tokens, StopStrings(params.stop, self.text(), params.min_tokens))
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        if params.structure is None:
+            return None
+        if self.grammars is None:
+            raise EngineError("a structure was asked for, and this loop was given no grammars")
+        return self.grammars(params.structure)
 
     def _prefill(self, request: Request) -> None:
         tokens = torch.tensor(request.prompt, device=self.device)
@@ -213,7 +226,7 @@ class DecodeLoop:
 
     def _current(self) -> StepBatch:
         if self._batch is None:
-            self._batch = StepBatch.build(tuple(self.requests), self.device)
+            self._batch = StepBatch.build(tuple(self.requests), self.model.vocab_size, self.device)
             self._limits = TreeLimits.build([request.params for request in self.requests], self.device)
         return self._batch.now()
 
@@ -248,6 +261,8 @@ class DecodeLoop:
         for request, (count, nodes, depth, *tokens) in zip(batch.requests, table, strict=True):
             cut, request.finish_reason = request.ends.cut(tokens[:count])
             kept = tokens[:cut]
+            if request.constraint:
+                request.constraint.advance(kept)
             drafted = [index < count - 1 for index in range(len(kept))]
             request.output += kept
             request.drafted += drafted

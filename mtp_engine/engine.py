@@ -21,6 +21,7 @@ from mtp_engine.config import (
 from mtp_engine.decode_loop import DecodeLoop, Request
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, Ranking, RootDrafter
 from mtp_engine.errors import EngineError
+from mtp_engine.grammar import Grammars
 from mtp_engine.logprobs import TokenLogprob
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
@@ -260,6 +261,7 @@ def _loop(
         prefill_chunk=config.prefill_chunk,
         device=device,
         text=tokenizer.stream,
+        grammars=Grammars(tokenizer.folder, model.config.vocab_size, tokenizer.eos_ids).start,
     )
 
 

@@ -107,6 +107,8 @@ class Processors:
 
     def apply(self, tree: DraftTree, logits: Tensor, batch: Batch) -> Tensor:
         """logits: [B, N, V] fp32 of the main model -> the same shape."""
+        if batch.guide is not None:
+            logits = batch.guide.apply(tree.tokens, tree.parents, logits)
         wanted = self._wanted.values()
         if not wanted:
             return logits

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from mtp_engine.guide import Guide
 from mtp_engine.sampler import SamplingBatch
 from mtp_engine.tree import DraftTree, VerifyResult
 
@@ -24,6 +25,8 @@ class Batch(Protocol):
     def host_lengths(self) -> list[int]: ...
     @property
     def sampling(self) -> SamplingBatch: ...
+    @property
+    def guide(self) -> Guide | None: ...  # constraints on the text, where a request has one
 
 
 class Attention(Protocol):

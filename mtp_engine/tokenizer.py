@@ -32,7 +32,7 @@ class Tokenizer:
 
     def __init__(self, folder: Path, backend: tokenizers.Tokenizer) -> None:
         """Use `Tokenizer.load`. Raises EngineError for a damaged JSON file in `folder`."""
-        self._folder = folder
+        self.folder = self._folder = folder
         self._backend = backend
         # Special-token strings in text are text: a user must not be able to write control tokens.
         backend.encode_special_tokens = True

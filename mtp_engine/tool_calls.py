@@ -58,6 +58,28 @@ def parse_answer(text: str, tools: Sequence[Mapping[str, Any]] = (), *, thinking
     return Message(thoughts.strip() if thoughts is not None else None, _CALL.sub("", text).strip(), calls)
 
 
+def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The JSON schema of one call {"name": ..., "arguments": {...}} of any of the tools: as a Structure, tool-call mode.
+
+    tools: as for `parse_answer`. Raises ValueError where there is none.
+    """
+    if not tools:
+        raise ValueError("no tools were given")
+    calls = []
+    for tool in tools:
+        function = tool.get("function", tool)
+        arguments = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
+        calls.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": function["name"]}, "arguments": arguments},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+
+
 def _schema(tool: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     function = tool.get("function", tool)
     return str(function.get("name")), (function.get("parameters") or {}).get("properties") or {}

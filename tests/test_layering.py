@@ -18,13 +18,15 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "stats": ("", ""),
     "tree": ("", "torch"),
     "sampler": ("config", "torch"),
-    "protocols": ("tree sampler", "torch"),
+    "guide": ("", "torch"),
+    "grammar": ("config errors", "torch llguidance"),
+    "protocols": ("tree sampler guide", "torch"),
     "kernels": ("kernels errors", "torch triton flashinfer tvm_ffi"),
     "cache": ("cache kernels tree config errors", "torch numpy"),
     "attention": ("cache kernels tree", "torch"),
     "models": ("models kernels config errors protocols", "torch numpy safetensors gguf tokenizers"),
     "drafters.expand": ("tree config", "torch"),
-    "drafters.candidates": ("protocols sampler", "torch"),
+    "drafters.candidates": ("protocols sampler drafters.expand", "torch"),
     "verifiers.laws": ("protocols sampler tree", "torch"),
     "drafters": (
         "tree sampler attention cache config protocols kernels models.mtp models.layers drafters.expand drafters.candidates",
@@ -36,7 +38,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "logprobs": ("tree", "torch"),
     "processors": ("config errors protocols tree", "torch"),
     "decode_loop": (
-        "attention cache config errors limits logprobs processors protocols sampler stats stops tree", "torch",
+        "attention cache config errors guide limits logprobs processors protocols sampler stats stops tree", "torch",
     ),
     "tool_calls": ("", ""),
     "tokenizer": ("errors", "tokenizers jinja2"),
@@ -44,7 +46,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "inspect": ("hub config errors models protocols", "torch"),
     "engine": (
         "hub cache config decode_loop drafters errors models protocols stats tokenizer verifiers attention kernels sampler"
-        " logprobs stops",
+        " grammar logprobs stops",
         "torch",
     ),
     "conformance": ("conformance config engine errors hub logprobs protocols mtp_engine", "torch transformers pytest"),

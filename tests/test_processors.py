@@ -119,6 +119,7 @@ class Step:
 
     slots: Tensor
     lengths: Tensor
+    guide: None = None
 
 
 @settings(max_examples=80, deadline=None)

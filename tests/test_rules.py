@@ -35,6 +35,7 @@ class Batch:
     lengths: Tensor
     tokens: Tensor
     sampling: SamplingBatch
+    guide: None = None
 
     @property
     def slots(self) -> Tensor:
@@ -59,11 +60,11 @@ class Toy:
         """before: [B] the token in front of the root's."""
         tree, depth = Growth.start(batch.tokens), 3 if shape.best else len(shape.widths)
         candidates = Candidates(ranking, batch, self.ids, VOCAB)  # type: ignore[arg-type]
-        for level, (width, keep) in enumerate(level_sizes(shape, depth, 4)):
+        for width, keep in level_sizes(shape, depth, 4):
             first = tree.tokens.shape[1] - tree.frontier
             one, two = self.pairs(tree.tokens, tree.parents, before)
             logits = self.drafter[one, two][:, first:, self.ids]
-            tree = grow(tree, candidates.rank(logits, level, first), self.ids, width, keep)
+            tree = grow(tree, candidates.rank(logits, tree), self.ids, width, keep)
         done = finish(tree, shape, torch.ones_like(batch.tokens, dtype=torch.bool))
         return replace(done, draft=candidates.law(done.nodes))
 

@@ -1,0 +1,104 @@
+"""Mean accepted length by verification rule, tree and way of drafting, at several temperatures.
+
+    python bench/rules.py --prompts ../shared/prompts/spec-bench.jsonl --device cuda
+
+40 prompts, T = 0, 0.7, 1.0. Mean accepted length = emitted tokens / verification steps (bonus token included), loop
+steps left out (see acceptance.py). drawn: candidates are drawn and their law q is used; noise: ranked by probability and
+the noise of the main model's own choice; best: by probability.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import click
+from common import conditions, encode, looping, read_prompts
+from rich.console import Console
+from rich.table import Table
+
+from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
+from mtp_engine.config import DEFAULT_MODEL
+from mtp_engine.drafters import MTPDrafter
+from mtp_engine.engine import _loop
+
+# rule, drafting, tree
+RUNS = [
+    *[("match", ranking, tree) for tree in ("chain:3", "4x2x2", "tree:7") for ranking in ("noise", "best")],
+    *[(rule, ranking, "chain:3") for rule in ("rejection", "block") for ranking in ("drawn", "best")],
+    *[(rule, ranking, "4x2x2") for rule in ("rrs", "traversal") for ranking in ("drawn", "best")],
+    ("typical", "best", "4x2x2"),
+]
+
+
+def set_up(engine: Engine, rule: str, ranking: str, tree: str) -> None:
+    """Give the engine a loop with this rule, over the weights that it has."""
+    config = replace(
+        engine.config, tree=TreeShape.parse(tree), verifier=rule, candidates=ranking, allow_lossy=rule == "typical"
+    )
+    slots, tokens = config.max_batch, config.max_batch * config.max_context
+    drafter = MTPDrafter(
+        engine.loop.drafter.module, config.tree, slots=slots, tokens=tokens, page_size=config.page_size, ranking=ranking
+    )
+    engine.loop = _loop(engine.model, drafter, config, slots=slots, tokenizer=engine.tokenizer, rule=rule)
+
+
+def accepted_length(engine: Engine, cases: Sequence[Sequence[int]], params: SamplingParams) -> float:
+    steps: dict[int, list[int]] = {}
+    tokens = number = 0
+    for chunk in engine.stream(cases, params):
+        steps.setdefault(chunk.index, []).append(len(chunk.token_ids))
+        if chunk.finished:
+            flags, at = looping(chunk.finished.token_ids), 0
+            for emitted in steps.pop(chunk.index):
+                if not flags[at]:
+                    tokens, number = tokens + emitted, number + 1
+                at += emitted
+    return tokens / max(number, 1)
+
+
+@click.command()
+@click.option("--prompts", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--limit", default=40, show_default=True)
+@click.option("--longest", default=500, show_default=True, help="Leave out prompts of more tokens.")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True)
+@click.option("--max-tokens", default=48, show_default=True)
+@click.option("--batch", default=40, show_default=True)
+@click.option("--temperature", "temperatures", multiple=True, type=float, default=[0.0, 0.7, 1.0], show_default=True)
+@click.option("--only", multiple=True, help="Rules to run; all if none is named.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--threads", default=0, help="CPU threads; 0 is one per core.")
+def main(
+    prompts: Path, limit: int, longest: int, model: str, max_tokens: int, batch: int,
+    temperatures: tuple[float, ...], only: tuple[str, ...], device: str, threads: int,
+) -> None:  # fmt: skip
+    config = EngineConfig(
+        tree=TreeShape.parse("4x2x2"), max_batch=batch, max_context=1024, device=device, threads=threads
+    )
+    engine = Engine.load(model, config)
+    cases = [tokens for _, tokens in encode(engine, read_prompts(prompts, limit), longest)]
+    table = Table("rule", "drafting", "tree", *[f"T={t:g}" for t in temperatures])
+    lengths: dict[str, dict[str, float]] = {}
+    greedy: dict[str, float] = {}  # by tree: at T = 0 every rule keeps the same path, and every ranking is the same
+    for rule, ranking, tree in RUNS:
+        if only and rule not in only:
+            continue
+        set_up(engine, rule, ranking, tree)
+        found = {}
+        for temperature in temperatures:
+            params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
+            known = greedy.get(tree) if temperature == 0 else None
+            value = known or round(accepted_length(engine, cases, params), 4)
+            found[f"{temperature:g}"] = value
+            if temperature == 0:
+                greedy[tree] = value
+            click.echo(f"{rule} {ranking} {tree} T={temperature:g}: {value}{' (as before)' if known else ''}", err=True)
+        lengths[f"{rule} {ranking} {tree}"] = found
+        table.add_row(rule, ranking, tree, *[f"{value:.3f}" for value in found.values()])
+    Console().print(table)
+    record = {"bench": "rules", "prompts": prompts.name, "cases": len(cases), "max_tokens": max_tokens, "model": model}
+    click.echo(json.dumps({**record, "batch": batch, "accepted_length": lengths, **conditions(device)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Structured output through llguidance (MIT, no dependencies of its own; extra `grammar`).
+
+Chosen over xgrammar (Apache-2.0), which brings transformers, pydantic, triton and apache-tvm-ffi along.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from mtp_engine.config import Structure
+from mtp_engine.errors import EngineError
+
+
+@final
+class Grammars:
+    """Compiles structures for one tokenizer."""
+
+    def __init__(self, folder: Path, vocab: int, eos: Sequence[int]) -> None:
+        """folder: holds tokenizer.json. vocab: rows of the model's head. eos: tokens that may end a complete answer."""
+        self._folder, self._vocab, self._eos = folder, vocab, tuple(eos)
+        self._tokenizer: Any = None
+        self._compiled: dict[Structure, Any] = {}
+
+    def start(self, structure: Structure) -> "GrammarState":
+        """A fresh answer's state. Raises EngineError if llguidance is missing or does not accept the structure."""
+        if structure not in self._compiled:
+            self._compiled[structure] = self._compile(structure)
+        return GrammarState(self._compiled[structure].deep_copy(), self._vocab, self._eos)
+
+    def _compile(self, structure: Structure) -> Any:
+        try:
+            import llguidance
+        except ImportError:
+            raise EngineError("structured output needs llguidance: pip install 'mtp-engine[grammar]'") from None
+        if self._tokenizer is None:
+            path = str(self._folder / "tokenizer.json")
+            self._tokenizer = llguidance.LLTokenizer(path, n_vocab=self._vocab, eos_token=list(self._eos))
+        try:
+            matcher = llguidance.LLMatcher(self._tokenizer, _source(llguidance.LLMatcher, structure), log_level=0)
+        except ValueError as error:
+            raise EngineError(f"the structure is not valid: {error}") from error
+        if matcher.is_error():
+            raise EngineError(f"the structure is not valid: {matcher.get_error().splitlines()[0]}")
+        return matcher
+
+
+def _source(matcher: Any, structure: Structure) -> str:
+    if structure.regex:
+        return str(matcher.grammar_from_regex(structure.regex))
+    if structure.grammar:
+        return str(matcher.grammar_from_lark(structure.grammar))
+    try:
+        schema = json.loads(structure.json)
+    except ValueError as error:
+        raise EngineError(f"the JSON schema is not JSON: {error}") from error
+    # white space that a small model may go on writing for ever is left out, as json.dumps writes it is what is allowed
+    layout = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    return str(matcher.grammar_from_json_schema(schema, defaults=layout))
+
+
+@final
+class GrammarState:
+    """Where one answer stands in its grammar. Masks are kept until the answer grows: drafting and verifying share them."""
+
+    def __init__(self, matcher: Any, vocab: int, eos: Sequence[int]) -> None:
+        self._matcher, self._eos = matcher, frozenset(eos)
+        self._free = torch.full((-(-vocab // 32),), -1, dtype=torch.int32)
+        self._known: dict[tuple[int, ...], Tensor] = {}
+        self._over = False
+
+    def mask(self, path: tuple[int, ...]) -> Tensor:
+        """[W] int32, one bit per token; all ones after the end and after a path that the grammar forbids."""
+        if self._over or self._eos & set(path):
+            return self._free
+        if path not in self._known:
+            taken = self._matcher.try_consume_tokens(list(path)) if path else 0
+            self._known[path] = self._read() if taken == len(path) else self._free
+            if taken:
+                self._matcher.rollback(taken)
+        return self._known[path]
+
+    def _read(self) -> Tensor:
+        bits = bytearray(self._matcher.compute_bitmask())
+        return torch.frombuffer(bits, dtype=torch.int32)[: len(self._free)]
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """`tokens` were emitted. Raises EngineError if the grammar forbids one: the masks were not obeyed."""
+        self._known.clear()
+        for token in tokens:
+            self._over = self._over or token in self._eos
+            if not self._over and not self._matcher.consume_token(token):
+                raise EngineError(f"token {token} does not fit the structure: {self._matcher.get_error()}")

@@ -1,0 +1,54 @@
+"""Masks from constraints on the text, for every node of a tree. Constraints live on the host, so this waits for the tree."""
+
+from collections.abc import Sequence
+from typing import Protocol, final
+
+import torch
+from torch import Tensor
+
+
+class Constraint(Protocol):
+    """What one answer must match (grammar.GrammarState)."""
+
+    def mask(self, path: tuple[int, ...]) -> Tensor:
+        """Which tokens may follow the answer so far and then `path`: [W] int32 on the CPU, one bit per token."""
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """`tokens` now belong to the answer."""
+
+
+@final
+class Guide:
+    """The constraints of a batch; None where a request has none."""
+
+    def __init__(self, constraints: Sequence[Constraint | None], vocab: int, device: torch.device) -> None:
+        self._constraints, self._vocab, self._device = constraints, vocab, device
+        self._free = torch.full((-(-vocab // 32),), -1, dtype=torch.int32)
+
+    @classmethod
+    def build(cls, constraints: Sequence[Constraint | None], vocab: int, device: torch.device) -> "Guide | None":
+        return cls(constraints, vocab, device) if any(constraints) else None
+
+    def apply(self, tokens: Tensor, parents: Tensor, logits: Tensor, ids: Tensor | None = None) -> Tensor:
+        """-inf for what may not follow. tokens, parents: [B, n] of a tree, complete or growing; logits: [B, F, V] of its
+        last F nodes, or [B, F, len(ids)] of the tokens `ids`. A node after which none of them may follow keeps its own.
+        """
+        rows = [
+            self._free if constraint is None else constraint.mask(_path(names, up, node))
+            for constraint, names, up in zip(self._constraints, tokens.tolist(), parents.tolist(), strict=True)
+            for node in range(len(names) - logits.shape[1], len(names))
+        ]
+        packed = torch.stack(rows).to(self._device, non_blocking=True)
+        bits = torch.arange(32, dtype=torch.int32, device=self._device)
+        allowed = ((packed[..., None] >> bits) & 1).bool().flatten(1)[:, : self._vocab].view(*logits.shape[:2], -1)
+        allowed = allowed if ids is None else allowed[..., ids]
+        return logits.masked_fill(~allowed & allowed.any(-1, keepdim=True), -float("inf"))
+
+
+def _path(tokens: Sequence[int], parents: Sequence[int], node: int) -> tuple[int, ...]:
+    """The drafts from the root's child to `node`."""
+    path: list[int] = []
+    while parents[node] >= 0:
+        path.append(tokens[node])
+        node = parents[node]
+    return tuple(path[::-1])

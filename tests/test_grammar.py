@@ -1,0 +1,152 @@
+"""Constraints: every node's choice obeys them, drafts do too, and the text is that of plain decoding."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from test_decode_loop import CPU, SLOTS, VOCAB, Models, decode, make_loop, prompts
+from torch import Tensor
+
+from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
+from mtp_engine.config import Structure
+from mtp_engine.drafters import MTPDrafter, RootDrafter
+from mtp_engine.errors import EngineError
+from mtp_engine.tool_calls import call_schema
+from mtp_engine.tree import DraftTree
+
+
+class Sums:
+    """A constraint that looks at the whole answer: a token may follow if the sum of all is not one less than 3n."""
+
+    def __init__(self) -> None:
+        self.answer: list[int] = []
+
+    def allows(self, text: Sequence[int], token: int) -> bool:
+        return (sum(text) + token) % 3 != 2
+
+    def mask(self, path: tuple[int, ...]) -> Tensor:
+        bits = [0] * (-(-VOCAB // 32))
+        for token in range(VOCAB):
+            if self.allows([*self.answer, *path], token):
+                bits[token // 32] |= 1 << (token % 32)
+        return torch.tensor([word - (1 << 32) if word >> 31 else word for word in bits], dtype=torch.int32)
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            assert self.allows(self.answer, token)
+            self.answer.append(token)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("grammar"))
+
+
+@pytest.mark.parametrize("name", ["4x2x2", "tree:7"])
+def test_trees_are_drafted_and_verified_under_a_constraint(models: Models, name: str) -> None:
+    wanted = [
+        SamplingParams(
+            max_tokens=30, temperature=i / 2, seed=i, frequency_penalty=0.5,
+            structure=None if i == 1 else Structure(regex="any"),
+        )
+        for i in range(SLOTS)
+    ]  # fmt: skip
+    plain = decode(make_loop(models.main, RootDrafter(), grammars=lambda _: Sums()), prompts(), wanted)
+    drafter = MTPDrafter(models.mtp, TreeShape.parse(name), slots=SLOTS, tokens=2048, page_size=8)
+    loop = make_loop(models.main, drafter, grammars=lambda _: Sums())
+    trees, draft = [], drafter.draft
+
+    def spied(batch: Any) -> DraftTree:
+        tree = draft(batch)
+        trees.append((tree, [r.constraint and (r.constraint, list(r.constraint.answer)) for r in batch.requests]))  # type: ignore[attr-defined]
+        return tree
+
+    drafter.draft = spied  # type: ignore[method-assign]
+    found = decode(loop, prompts(), wanted)
+    assert [request.output for request in found] == [request.output for request in plain]
+    assert any(sum(request.output[:k]) % 3 == 2 for request in [plain[1]] for k in range(1, 30)), "it forbids something"
+    for tree, constraints in trees:
+        for b, known in enumerate(constraints):
+            for node in range(1, int(tree.size[b])):
+                if known:
+                    assert obeys(tree, b, node, *known)
+
+
+def obeys(tree: DraftTree, b: int, node: int, constraint: Sums, answer: list[int]) -> bool:
+    path = []
+    while node > 0:
+        path.append(int(tree.tokens[b, node]))
+        node = int(tree.parents[b, node])
+    text = [*answer, *path[::-1]]
+    return constraint.allows(text[:-1], text[-1])
+
+
+def test_a_structure_needs_grammars(models: Models) -> None:
+    with pytest.raises(EngineError, match="no grammars"):
+        make_loop(models.main, RootDrafter()).add([1], SamplingParams(structure=Structure(regex="a")))
+    with pytest.raises(EngineError, match="exactly one"):
+        Structure(regex="a", json="{}")
+
+
+# ---- llguidance and the default model ------------------------------------------------------------------------------
+
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": {
+        "type": "object", "properties": {"city": {"type": "string", "maxLength": 12}, "days": {"type": "integer", "minimum": 1,
+        "maximum": 9}}, "required": ["city", "days"], "additionalProperties": False}}},
+    {"name": "stop"},
+]  # fmt: skip
+STRUCTURES = {
+    "json": Structure(json=json.dumps({"type": "object", "properties": {"name": {"type": "string", "maxLength": 10}, "age": {
+        "type": "integer", "minimum": 0, "maximum": 120}}, "required": ["name", "age"], "additionalProperties": False})),
+    "regex": Structure(regex=r"[A-Z][a-z]{2,8} (was|is) born in [0-9]{4}\."),
+    "grammar": Structure(grammar='start: NUMBER ("+" NUMBER)? "=" NUMBER\nNUMBER: /[0-9]{1,3}/'),
+    "tool": Structure(json=json.dumps(call_schema(TOOLS))),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    pytest.importorskip("llguidance")
+    threads = torch.get_num_threads()
+    yield Engine.load(config=EngineConfig(tree=TreeShape.parse("4x2"), max_context=512, max_batch=4))
+    torch.set_num_threads(threads)
+
+
+def valid(name: str, text: str) -> bool:
+    jsonschema = pytest.importorskip("jsonschema")
+    if STRUCTURES[name].json:
+        jsonschema.validate(json.loads(text), json.loads(STRUCTURES[name].json))
+        return True
+    pattern = STRUCTURES[name].regex or r"[0-9]{1,3}(\+[0-9]{1,3})?=[0-9]{1,3}"
+    return re.fullmatch(pattern, text) is not None
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_answers_are_valid_and_those_of_plain_decoding(engine: Engine, name: str) -> None:
+    params = SamplingParams(max_tokens=60, temperature=1.0, seed=5, structure=STRUCTURES[name], n=2)
+    [drafted] = engine.generate(["Tell me about a person you know, or the weather.\n"], params)
+    [plain] = engine.generate(
+        ["Tell me about a person you know, or the weather.\n"], SamplingParams(**{**vars(params), "speculate": False})
+    )
+    for a, b in zip((drafted, *drafted.others), (plain, *plain.others), strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.finish_reason == "stop"
+        assert valid(name, a.text)
+    assert len({a.text for a in (drafted, *drafted.others)}) > 1
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "wrong", [Structure(json="{"), Structure(json='{"type": 3}'), Structure(regex="("), Structure(grammar="?")]
+)
+def test_a_wrong_structure_is_refused(engine: Engine, wrong: Structure) -> None:
+    with pytest.raises(EngineError, match=r"structure|schema"):
+        engine.generate(["x"], SamplingParams(structure=wrong))
+    assert engine.loop.has_room
+    assert not engine.loop.requests
+    assert engine.model.embedding.device == CPU
