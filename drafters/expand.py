@@ -76,26 +76,29 @@ def grow(tree: Growth, scores: Tensor, ids: Tensor, width: int, keep: int) -> Gr
     )
 
 
-def prune(tree: Growth, nodes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens, parents, depths and joint scores, each [B, nodes + 1], of the root and the `nodes` nodes that score best.
+def best_nodes(tree: Growth, nodes: int) -> Tensor:
+    """The root and the `nodes` best drafted nodes by joint score, in their order: [B, nodes + 1] int64.
 
     A kept node's ancestors are kept: none scores less than its descendants, and the sort is stable, so that on a tie
     the ancestor, which stands first, wins.
     """
     order = tree.scores[:, 1:].sort(dim=-1, descending=True, stable=True).indices[:, :nodes] + 1
-    kept = torch.cat([torch.zeros_like(order[:, :1]), order.sort(-1).values], 1)
+    return torch.cat([torch.zeros_like(order[:, :1]), order.sort(-1).values], 1)
+
+
+def prune(tree: Growth, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, parents and depths, each [B, nodes + 1], of the root and the `nodes` best drafted nodes."""
+    kept = best_nodes(tree, nodes)
     numbers = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
     renumbered = torch.zeros_like(tree.tokens).scatter_(1, kept, numbers)
     parents = tree.parents.gather(1, kept)
     parents = torch.where(parents < 0, parents, renumbered.gather(1, parents.clamp(min=0)))
-    return tree.tokens.gather(1, kept), parents, tree.depths.gather(1, kept), tree.scores.gather(1, kept)
+    return tree.tokens.gather(1, kept), parents, tree.depths.gather(1, kept)
 
 
 def finish(tree: Growth, shape: TreeShape, drafts: Tensor) -> DraftTree:
     """The tree to verify. drafts: [B] bool, False for requests that cannot be drafted for and get their root only."""
-    if shape.best:
-        tokens, parents, depths, scores = prune(tree, shape.best)
-    else:
-        tokens, parents, depths, scores = tree.tokens, tree.parents, tree.depths, tree.scores
+    tokens, parents, depths = prune(tree, shape.best) if shape.best else (tree.tokens, tree.parents, tree.depths)
+    scores = tree.scores.gather(1, best_nodes(tree, shape.best)) if shape.best else tree.scores
     deepest = min(tree.level, tokens.shape[1] - 1)
     return DraftTree(tokens, parents, depths, torch.where(drafts, tokens.shape[1], 1), deepest, scores)

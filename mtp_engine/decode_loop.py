@@ -35,13 +35,13 @@ class Request:
     seed: int
     slot: int
     ends: Ends
-    constraint: Constraint | None
     stats: GenerationStats
     started: float  # on the loop's clock
     output: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)  # per output token: an accepted draft, not the main model's own
     logprobs: list[TokenLogprob] = field(default_factory=list)  # per output token, where they were asked for
     finish_reason: FinishReason | None = None
+    constraint: Constraint | None = None
 
     @property
     def length(self) -> int:
@@ -71,10 +71,10 @@ class StepBatch:
     guide: Guide | None
 
     @classmethod
-    def build(cls, requests: Sequence[Request], vocab: int, device: torch.device) -> "StepBatch":
+    def build(cls, requests: Sequence[Request], device: torch.device) -> "StepBatch":
         slots = [request.slot for request in requests]
         sampling = SamplingBatch.build([r.params for r in requests], [r.seed for r in requests], device)
-        guide = Guide.build([request.constraint for request in requests], vocab, device)
+        guide = Guide.build([request.constraint for request in requests])
         return cls(requests, sampling, torch.tensor(slots, device=device), slots, guide)
 
     def now(self) -> "StepBatch":
@@ -148,7 +148,8 @@ class DecodeLoop:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         stats = GenerationStats(seed=seed, prompt_tokens=len(prompt))
         ends, constraint = self._ends(params, limit), self._constraint(params)
-        request = Request(list(prompt), params, seed, self._free_slots[-1], ends, constraint, stats, self._busy_s)
+        request = Request(list(prompt), params, seed, self._free_slots[-1], ends, stats, self._busy_s)
+        request.constraint = constraint
         begin = time.perf_counter()
         try:
             self.cache.reserve(request.slot, len(prompt) + limit + self.drafter.max_nodes)
@@ -226,7 +227,7 @@ class DecodeLoop:
 
     def _current(self) -> StepBatch:
         if self._batch is None:
-            self._batch = StepBatch.build(tuple(self.requests), self.model.vocab_size, self.device)
+            self._batch = StepBatch.build(tuple(self.requests), self.device)
             self._limits = TreeLimits.build([request.params for request in self.requests], self.device)
         return self._batch.now()
 

@@ -21,27 +21,27 @@ class Constraint(Protocol):
 class Guide:
     """The constraints of a batch; None where a request has none."""
 
-    def __init__(self, constraints: Sequence[Constraint | None], vocab: int, device: torch.device) -> None:
-        self._constraints, self._vocab, self._device = constraints, vocab, device
-        self._free = torch.full((-(-vocab // 32),), -1, dtype=torch.int32)
+    def __init__(self, constraints: Sequence[Constraint | None]) -> None:
+        self._constraints = constraints
 
     @classmethod
-    def build(cls, constraints: Sequence[Constraint | None], vocab: int, device: torch.device) -> "Guide | None":
-        return cls(constraints, vocab, device) if any(constraints) else None
+    def build(cls, constraints: Sequence[Constraint | None]) -> "Guide | None":
+        return cls(constraints) if any(constraints) else None
 
     def apply(self, tokens: Tensor, parents: Tensor, logits: Tensor, ids: Tensor | None = None) -> Tensor:
         """-inf for what may not follow. tokens, parents: [B, n] of a tree, complete or growing; logits: [B, F, V] of its
         last F nodes, or [B, F, len(ids)] of the tokens `ids`. A node after which none of them may follow keeps its own.
         """
-        rows = [
-            self._free if constraint is None else constraint.mask(_path(names, up, node))
+        masks = [
+            None if constraint is None else constraint.mask(_path(names, up, node))
             for constraint, names, up in zip(self._constraints, tokens.tolist(), parents.tolist(), strict=True)
             for node in range(len(names) - logits.shape[1], len(names))
         ]
-        packed = torch.stack(rows).to(self._device, non_blocking=True)
-        bits = torch.arange(32, dtype=torch.int32, device=self._device)
-        allowed = ((packed[..., None] >> bits) & 1).bool().flatten(1)[:, : self._vocab].view(*logits.shape[:2], -1)
-        allowed = allowed if ids is None else allowed[..., ids]
+        free = torch.full_like(next(mask for mask in masks if mask is not None), -1)
+        packed = torch.stack([free if mask is None else mask for mask in masks]).to(logits.device, non_blocking=True)
+        bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+        allowed = ((packed[..., None] >> bits) & 1).bool().view(*logits.shape[:2], -1)  # [B, F, 32 W]
+        allowed = allowed[..., : logits.shape[-1]] if ids is None else allowed[..., ids]
         return logits.masked_fill(~allowed & allowed.any(-1, keepdim=True), -float("inf"))
 
 

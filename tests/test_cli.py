@@ -20,7 +20,7 @@ from mtp_engine import hub
 from mtp_engine.cli.main import main
 from mtp_engine.cli.output import TextWriter, visible
 from mtp_engine.cli.progress import Waits
-from mtp_engine.config import EngineConfig, SamplingParams
+from mtp_engine.config import EngineConfig, SamplingParams, Structure
 from mtp_engine.errors import EngineError
 from mtp_engine.stats import GenerationStats
 from mtp_engine.tokenizer import StreamDecoder
@@ -621,3 +621,45 @@ def test_real_inspect() -> None:
     assert (report["layers"], report["mtp_layers"], report["parameters"]) == (30, 3, 134_515_008)
     assert report["kv_bytes_per_token"]["fp32"] == 30 * 3 * 2 * 64 * 4
     assert invoke("models", "fetch", hub.DEFAULT_MODEL, "--quiet").stdout.strip() == report["folder"]
+
+
+# ---- sampling parameters and structures ----------------------------------------------------------------------------
+
+
+def test_parameters_reach_the_engine(engine: FakeEngine) -> None:
+    given = "--repetition-penalty 1.2 --frequency-penalty 0.5 --presence-penalty -1 --min-tokens 2 --stop A --stop B"
+    assert invoke("generate", "Hi", *given.split(), "--bad-word", "no", "--regex", "a+").exit_code == 0
+    [params] = engine.params
+    assert (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) == (1.2, 0.5, -1.0)
+    assert (params.min_tokens, params.stop, params.bad_words) == (2, ("A", "B"), ("no",))
+    assert params.structure == Structure(regex="a+")
+
+
+def test_structures_come_from_files(engine: FakeEngine, tmp_path: Path) -> None:
+    schema, tools = tmp_path / "schema.json", tmp_path / "tools.json"
+    schema.write_text('{"type": "integer"}')
+    tools.write_text('[{"name": "stop"}]')
+    assert invoke("generate", "Hi", "--json-schema", str(schema)).exit_code == 0
+    assert invoke("generate", "Hi", "--tools", str(tools)).exit_code == 0
+    first, second = (params.structure for params in engine.params)
+    assert first == Structure(json='{"type": "integer"}')
+    assert second
+    assert json.loads(second.json)["properties"]["name"] == {"const": "stop"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--json-schema", "missing.json"], "--json-schema needs a text file"),
+        (["--regex", "a", "--json-schema", __file__], "exactly one"),
+        (["--tools", __file__], "not a JSON list of tools"),
+        (["--verifier", "typical"], "lossy"),
+        (["--verifier", "block", "--tree", "2x2"], "checks chains"),
+        (["--frequency-penalty", "3"], "from -2 to 2"),
+    ],
+)
+def test_bad_parameters_are_one_line(engine: FakeEngine, options: list[str], message: str) -> None:
+    result = invoke("generate", "Hi", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1

@@ -1,5 +1,6 @@
 """`mtp-engine generate`: one prompt in, the answer on stdout as it is committed, statistics on stderr."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from mtp_engine.cli.options import build, setting, settings
 from mtp_engine.cli.output import JsonTarget, TextWriter, console
 from mtp_engine.cli.progress import Waits
 from mtp_engine.cli.report import statistics
-from mtp_engine.config import DEFAULT_MODEL, SAMPLE_STEPS, EngineConfig, SamplingParams, TreeShape
+from mtp_engine.config import DEFAULT_MODEL, SAMPLE_STEPS, EngineConfig, SamplingParams, Structure, TreeShape
 from mtp_engine.errors import EngineError
-from mtp_engine.tool_calls import THINK
+from mtp_engine.tool_calls import THINK, call_schema
 
 if TYPE_CHECKING:
     from mtp_engine.engine import Engine, Generation, Prompt
@@ -38,6 +39,12 @@ _SAMPLING = settings(
     setting(SamplingParams, "top_k", "Keep the k most probable tokens; 0 is off."),
     setting(SamplingParams, "top_p", "Keep the most probable tokens up to this probability mass; 1 is off."),
     setting(SamplingParams, "min_p", "Keep tokens with at least this share of the largest probability; 0 is off."),
+    setting(SamplingParams, "repetition_penalty", "Divide logits of tokens that prompt or answer hold; 1 is off."),
+    setting(SamplingParams, "frequency_penalty", "Subtract this for each time that the answer holds a token."),
+    setting(SamplingParams, "presence_penalty", "Subtract this once for each token that the answer holds."),
+    setting(SamplingParams, "min_tokens", "Do not end before this many tokens."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times."),
+    click.option("--bad-word", "bad_words", multiple=True, metavar="TEXT", help="Never write this; several times."),
     setting(
         SamplingParams,
         "seed",
@@ -45,6 +52,12 @@ _SAMPLING = settings(
         kind=int,
         unset="drawn, and shown",
     ),
+)
+_STRUCTURE = settings(
+    click.option("--json-schema", metavar="FILE", help="The answer must match this JSON schema (extra `grammar`)."),
+    click.option("--regex", metavar="REGEX", help="The answer must match this regular expression."),
+    click.option("--grammar", metavar="FILE", help="The answer must match this Lark/EBNF grammar."),
+    click.option("--tools", metavar="FILE", help="The answer must be a call of one of these tools, as JSON."),
 )
 _COUNT = click.IntRange(min=0)
 _ENGINE = settings(
@@ -60,6 +73,8 @@ _ENGINE = settings(
         kind=str,
         unset="suits the drafter",
     ),
+    setting(EngineConfig, "verifier", "The rule that keeps drafts; all but match keep the law, not the text."),
+    click.option("--allow-lossy", is_flag=True, help="Let a lossy --verifier run."),
     setting(EngineConfig, "draft_vocab", "Most frequent tokens that MTP layers may propose; 0 is all.", kind=_COUNT),
     setting(EngineConfig, "device", "cpu or cuda."),
     setting(EngineConfig, "dtype", "Number format of weights and cache."),
@@ -120,6 +135,7 @@ class _Job:
 @click.command()
 @_PROMPT
 @_SAMPLING
+@_STRUCTURE
 @_ENGINE
 @_OUTPUT
 def generate(**options: Any) -> None:
@@ -133,6 +149,7 @@ def generate(**options: Any) -> None:
       mtp-engine generate --raw --temperature 0.8 --seed 7 "Once upon a time"
       mtp-engine generate --tree 4x2x2 --compare full --color-drafts "Count to ten."
       git diff | mtp-engine generate --system "Summarise this change." -
+      mtp-engine generate --temperature 1 --json-schema person.json "Invent a person."
       mtp-engine generate --prompt-file question.txt --json answer.json --quiet > answer.txt
       mtp-engine generate --json - "Hello" | jq .stats.mean_accepted_length
       mtp-engine generate -- "-1 is a prompt that starts with a dash"
@@ -155,11 +172,29 @@ def _job(options: Mapping[str, Any]) -> _Job:
     if options["thinking"] is not None and options["chat"] is False:
         raise click.UsageError("--thinking and --no-thinking need a chat template and cannot go with --raw")
     tree = None if options["tree"] is None else TreeShape.parse(options["tree"])
-    params = build(SamplingParams, options)
+    params = build(SamplingParams, {**options, "tree": None}, structure=_structure(options))  # tree is the engine's
     config = build(EngineConfig, {**options, "tree": tree}, max_batch=1)
     target = None if options["json_file"] is None else JsonTarget.check(options["json_file"])
     text = _text(options["prompt"], options["prompt_file"])
     return build(_Job, options, text=text, params=params, config=config, json=target)
+
+
+def _structure(options: Mapping[str, Any]) -> Structure | None:
+    """What the answer must match. Raises EngineError for files that cannot be read and more than one of the options."""
+
+    def text(name: str) -> str:
+        return _decode(_read(options[name], name), options[name]) if options[name] else ""
+
+    schema = text("json_schema")
+    if options["tools"]:
+        try:
+            schema += json.dumps(call_schema(json.loads(text("tools"))))
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise EngineError(f"{options['tools']}: not a JSON list of tools ({error})") from error
+    given = {"json": schema, "regex": options["regex"] or "", "grammar": text("grammar")}
+    if options["tools"] and options["json_schema"]:
+        raise click.UsageError("give one of --tools and --json-schema")
+    return Structure(**given) if any(given.values()) else None
 
 
 def _text(prompt: str | None, file: str | None) -> str:
@@ -175,12 +210,12 @@ def _text(prompt: str | None, file: str | None) -> str:
     return text
 
 
-def _read(file: str) -> bytes:
+def _read(file: str, option: str = "prompt_file") -> bytes:
     try:
         return Path(file).read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise EngineError(f"{file}: cannot be read: {reason}; --prompt-file needs a text file") from None
+        raise EngineError(f"{file}: cannot be read: {reason}; --{option.replace('_', '-')} needs a text file") from None
 
 
 def _decode(data: bytes, source: str) -> str:
