@@ -316,7 +316,11 @@ class EngineConfig:
             )
 
     @property
-    def drawn(self) -> bool:
-        """Whether candidates are drawn with a known law q."""
-        suits = self.verifier not in ("match", "typical") and self.tree is not None and not self.tree.best
-        return self.candidates == "drawn" or (self.candidates == "auto" and suits)
+    def ranking(self) -> Literal["noise", "drawn", "best"]:
+        """How candidates are picked, once `tree` is settled: auto couples them to the match rule's noise, draws them
+        for a rule that uses q where the tree's shape does not depend on them, and else takes the best."""
+        if self.candidates != "auto":
+            return self.candidates
+        if self.verifier == "match":
+            return "noise"
+        return "best" if self.verifier == "typical" or self.tree is None or self.tree.best else "drawn"

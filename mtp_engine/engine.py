@@ -19,7 +19,7 @@ from mtp_engine.config import (
     TreeShape,
 )
 from mtp_engine.decode_loop import DecodeLoop, Request
-from mtp_engine.drafters import MTPDrafter, NgramDrafter, Ranking, RootDrafter
+from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.grammar import Grammars
 from mtp_engine.logprobs import TokenLogprob
@@ -47,6 +47,10 @@ _RULES: dict[str, Callable[[], Verifier]] = {
     "match": MatchVerifier, "rejection": RejectionVerifier, "block": BlockVerifier, "rrs": RRSVerifier,
     "traversal": TraversalVerifier, "typical": TypicalVerifier,
 }  # fmt: skip
+_RULE_TREES = {
+    rule: TreeShape.parse(tree)
+    for rule, tree in (("rejection", "chain:3"), ("block", "chain:3"), ("rrs", "4x2x2"), ("traversal", "4x2x2"))
+}
 _DEFAULT_TREES = {"mtp": TreeShape.parse("tree:7"), "ngram": TreeShape.parse("chain:4")}
 
 
@@ -272,7 +276,9 @@ def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:
         raise EngineError(f"max_context is {config.max_context}; {files.name} was made for {model.max_context} tokens")
     if config.drafter == "root":
         return config
-    shape = config.tree or _DEFAULT_TREES[config.drafter]
+    shape = config.tree or (_RULE_TREES if config.drafter == "mtp" else {}).get(
+        config.verifier, _DEFAULT_TREES[config.drafter]
+    )
     if config.drafter == "mtp":
         if files.mtp_folder is None:
             raise EngineError(
@@ -281,9 +287,6 @@ def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:
         mtp = loader.read_mtp_config(files.mtp_folder, config.window_keys)
         if len(shape.widths) > mtp.depth and not mtp.reused:
             raise EngineError(f"tree shape {shape} is deeper than the model's {mtp.depth} MTP layers")
-    # a default tree that the rule cannot check gives way to a chain
-    if config.tree is None and (config.verifier in ("rejection", "block") or config.candidates == "drawn"):
-        shape = TreeShape.parse("chain:3")
     return replace(config, tree=shape, max_context=config.max_context or model.max_context)
 
 
@@ -300,6 +303,6 @@ def _drafter(files: hub.ModelFiles, model: Decoder, config: EngineConfig, progre
         dequantize=config.dequantize, window_keys=config.window_keys, rounded=config.draft_int8,
     )  # fmt: skip
     tokens = _kv_tokens(model.config, config, slots)
-    chosen: Ranking = "noise" if config.candidates == "auto" else config.candidates
-    ranking: Ranking = "drawn" if config.drawn else chosen
-    return MTPDrafter(module, config.tree, slots=slots, tokens=tokens, page_size=config.page_size, ranking=ranking)
+    return MTPDrafter(
+        module, config.tree, slots=slots, tokens=tokens, page_size=config.page_size, ranking=config.ranking
+    )

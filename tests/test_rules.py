@@ -8,9 +8,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from mtp_engine.config import SamplingParams, TreeShape
+from mtp_engine.config import EngineConfig, SamplingParams, TreeShape
 from mtp_engine.drafters.candidates import Candidates, Ranking
 from mtp_engine.drafters.expand import Growth, finish, grow, level_sizes
+from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Verifier
 from mtp_engine.sampler import SamplingBatch, step_seed, uniform
 from mtp_engine.tree import DraftTree
@@ -213,3 +214,30 @@ def test_step_seeds_and_uniform_noise() -> None:
     u = uniform(torch.arange(3000), torch.arange(20).expand(3000, 20))
     assert stats.kstest(u.flatten().numpy(), "uniform").pvalue > 1e-3
     assert abs(float(torch.corrcoef(u.T).fill_diagonal_(0).abs().max())) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("given", "ranking"),
+    [
+        ({}, "noise"), ({"tree": "4x2"}, "noise"), ({"verifier": "rrs", "tree": "4x2"}, "drawn"),
+        ({"verifier": "rrs", "tree": "tree:7"}, "best"), ({"verifier": "block", "tree": "chain:3"}, "drawn"),
+        ({"verifier": "typical", "allow_lossy": True, "tree": "4x2"}, "best"),
+        ({"verifier": "rrs", "tree": "4x2", "candidates": "best"}, "best"),
+    ],
+)  # fmt: skip
+def test_candidates_suit_the_rule(given: dict[str, object], ranking: str) -> None:
+    tree = TreeShape.parse(str(given.pop("tree"))) if "tree" in given else None
+    assert EngineConfig(tree=tree, **given).ranking == ranking  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"verifier": "typical"}, {"verifier": "block", "tree": "2x2"}, {"verifier": "rejection", "tree": "tree:3"},
+        {"candidates": "drawn"}, {"verifier": "rrs", "candidates": "drawn", "tree": "tree:7"},
+    ],
+)  # fmt: skip
+def test_rules_that_cannot_be_are_refused(wrong: dict[str, object]) -> None:
+    tree = TreeShape.parse(str(wrong.pop("tree"))) if "tree" in wrong else None
+    with pytest.raises(EngineError):
+        EngineConfig(tree=tree, **wrong)  # type: ignore[arg-type]

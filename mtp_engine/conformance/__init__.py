@@ -6,7 +6,8 @@ It sees two callables, a baseline and a candidate (see `case.Generate`), and kno
     for verdict in run_suite(baseline, candidate, prompts):
         print(verdict)
 
-Or `mtp-engine conformance --engine ours|hf|openai:URL`, or `pytest --pyargs mtp_engine.conformance --engine ours`.
+Or `mtp-engine conformance --engine ours|hf|openai:URL`, or `pytest --pyargs mtp_engine.conformance`, to which
+`-p mtp_engine.conformance.plugin` adds the same options.
 """
 
 from mtp_engine.conformance.case import Case, Generate, Sample, Unsupported, Verdict

@@ -52,5 +52,13 @@ def verdicts(
         raise EngineError(f"engine {engine!r} is not one of ours, hf and openai:URL")
     texts = [tuple(mine.encode(text)) for text in PROMPTS[: max(1, prompts)]]
     yield from run_suite(
-        plain(mine), candidate, texts, exact=exact, depths=1 if exact else 0, draws=draws, tie=1e-3, slack=0.05
+        plain(mine),
+        candidate,
+        texts,
+        exact=exact,
+        tokens=24,
+        depths=1 if exact else 0,
+        draws=draws,
+        tie=1e-3,
+        slack=0.05,
     )

@@ -1,4 +1,7 @@
-"""`pytest --pyargs mtp_engine.conformance --engine ours`: the kit as tests."""
+"""The kit as a pytest plugin, which adds its options:
+
+pytest -p mtp_engine.conformance.plugin --pyargs mtp_engine.conformance --engine openai:http://localhost:8000/v1
+"""
 
 import pytest
 
