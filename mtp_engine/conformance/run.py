@@ -58,6 +58,7 @@ def verdicts(
         exact=exact,
         tokens=24,
         depths=1 if exact else 0,
+        rounds=6,
         draws=draws,
         tie=1e-3,
         slack=0.05,
