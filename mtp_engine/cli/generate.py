@@ -278,7 +278,7 @@ def _answer(engine: "Engine", prompt: "Prompt", job: _Job, waits: Waits) -> "Gen
             tokens, steps, answer = tokens + len(chunk.token_ids), steps + 1, chunk.finished
             if not job.streams:
                 continue
-            if job.color_drafts:
+            if job.color_drafts and not job.params.stop:  # what a stop string cuts off is no token's text
                 for token, drafted in zip(chunk.token_ids, chunk.drafted, strict=True):
                     writer.write(decoder.push([token]), drafted=drafted)
                 writer.write(decoder.flush() if answer else "")
