@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_engine.config import TreeShape
@@ -23,7 +22,6 @@ class Growth:
     parents: Tensor  # [B, n] int64
     depths: Tensor  # [B, n] int64
     scores: Tensor  # [B, n] fp32, log of the joint draft probability
-    ancestors: Tensor  # [B, n, n] bool, True where column is row's node itself or an ancestor
     frontier: int
     level: int
 
@@ -31,8 +29,7 @@ class Growth:
     def start(cls, roots: Tensor) -> "Growth":
         """roots: [B] int64, the last committed tokens."""
         zeros = torch.zeros_like(roots)[:, None]
-        itself = torch.ones_like(zeros, dtype=torch.bool)[:, None]
-        return cls(roots[:, None], zeros - 1, zeros, zeros.float(), itself, 1, 0)
+        return cls(roots[:, None], zeros - 1, zeros, zeros.float(), 1, 0)
 
 
 def level_sizes(shape: TreeShape, depth: int, beam: int) -> list[tuple[int, int]]:
@@ -63,14 +60,11 @@ def grow(tree: Growth, scores: Tensor, ids: Tensor, width: int, keep: int) -> Gr
     if keep < frontier * width:
         kept = joint.topk(keep, dim=-1).indices.sort(-1).values
         joint, tokens, parents = (value.gather(1, kept) for value in (joint, tokens, parents))
-    inherited = tree.ancestors.gather(1, parents[..., None].expand(-1, -1, first + frontier))
-    itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=scores.device).expand(batch, -1, -1)
     return Growth(
         tokens=torch.cat([tree.tokens, tokens], 1),
         parents=torch.cat([tree.parents, parents], 1),
         depths=torch.cat([tree.depths, torch.full_like(tokens, tree.level + 1)], 1),
         scores=torch.cat([tree.scores, joint], 1),
-        ancestors=torch.cat([F.pad(tree.ancestors, (0, tokens.shape[1])), torch.cat([inherited, itself], 2)], 1),
         frontier=keep,
         level=tree.level + 1,
     )

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_engine.attention import StepRows, TorchAttention
+from mtp_engine.attention import AttentionFactory, StepRows, TorchAttention
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import TreeShape
 from mtp_engine.drafters.expand import Growth, finish, grow, level_sizes
@@ -38,11 +37,11 @@ class _NewRows:
     """Rows of committed tokens that the MTP layers have not seen yet: `counts` per request, padded at the end."""
 
     slots: Tensor  # [B]
-    host_slots: list[int]
     tokens: Tensor  # [B, R]
     hidden: Tensor  # [B, R, H], of the position before each token
     counts: Tensor  # [B]
     start: Tensor  # [B], position of the first token
+    bound: int  # no request has more tokens
 
     def positions(self) -> Tensor:
         return self.start[:, None] + torch.arange(self.tokens.shape[1], device=self.tokens.device)
@@ -67,10 +66,14 @@ class MTPDrafter:
         tokens: int,
         page_size: int,
         beam: int = 8,
+        attention: AttentionFactory = TorchAttention,
+        ring_page: int = 1,
+        ring_rows: int = 1,
     ) -> None:
         """shape: at most as deep as the module has levels. tokens: capacity of MTP layers with full attention.
-        beam: how many nodes of a level are given children when the shape is tree:N."""
-        self.module, self.shape = module, shape
+        beam: how many nodes of a level are given children when the shape is tree:N. ring_page: see HybridKV.
+        ring_rows: a ring takes at least this many rows at a time."""
+        self.module, self.shape, self.attention = module, shape, attention
         self.depth = min(module.config.depth, shape.best) if shape.best else len(shape.widths)
         self._levels = level_sizes(shape, self.depth, beam)
         self.max_nodes = shape.max_nodes
@@ -79,7 +82,7 @@ class MTPDrafter:
         self.scratch_rows = rows + sum(keep for _, keep in self._levels[:-1])  # rows a step may append to the cache
         self.cache = HybridKV(
             [layer] * len(module.layers), slots=slots, tokens=tokens, page_size=page_size,
-            max_nodes=self.scratch_rows, dtype=embedding.dtype, device=embedding.device,
+            max_nodes=max(self.scratch_rows, ring_rows), ring_page=ring_page, dtype=embedding.dtype, device=embedding.device,
         )  # fmt: skip
         # a chained layer's rows need the whole window of the layer before, so windows add up
         reach = self.depth if module.config.chained and not module.config.reused else 1
@@ -108,16 +111,16 @@ class MTPDrafter:
         if known > 1:
             slots = torch.tensor([slot], device=tokens.device)
             ones = torch.ones_like(slots)
-            rows = _NewRows(slots, [slot], tokens[None, start:-1], hidden[None, :-1], ones * (known - 1), ones * start)
+            new = tokens[None, start:-1]
+            rows = _NewRows(slots, new, hidden[None, :-1], ones * (known - 1), ones * start, len(tokens))
             level = None
             for number in range(min(self.depth, len(self.module.layers))):
                 level = self._run(number, rows, Growth.start(ones), level)
 
     def draft(self, batch: Batch) -> DraftTree:
         slots, counts = batch.slots, self._counts[batch.slots]
-        rows = _NewRows(
-            slots, batch.host_slots, self._tokens[slots], self._hidden[slots], counts, batch.lengths - counts + 1
-        )
+        start = batch.lengths - counts + 1
+        rows = _NewRows(slots, self._tokens[slots], self._hidden[slots], counts, start, batch.bound + self.max_nodes)
         tree, level = Growth.start(batch.tokens), None
         for number, (width, keep) in enumerate(self._levels):
             level = self._run(number, rows, tree, level)
@@ -148,16 +151,10 @@ class MTPDrafter:
         tokens = torch.cat([tokens, tree.tokens[:, 1:]], 1)
         positions = torch.cat([positions, root[:, None] + tree.depths[:, 1:]], 1)
         shift = 0 if reused else number  # how far this level's rows lag behind the first level's
-        step = StepRows(
-            slots=rows.slots,
-            lengths=start,
-            host_slots=rows.host_slots,
-            host_lengths=start.tolist(),
-            positions=positions,
-            mask=_row_mask(new, counts, tree),
-            first=self._first[rows.slots] + shift,
-        )
-        output = self.module.forward(number, tokens, hidden, positions - 1 - shift, TorchAttention(self.cache, step))
+        depth = new + tree.level
+        first = self._first[rows.slots] + shift
+        step = StepRows(rows.slots, start, positions, _forest(new, counts, tree), depth, rows.bound + new, first)
+        output = self.module.forward(number, tokens, hidden, positions - 1 - shift, self.attention(self.cache, step))
         passed = output if self.module.config.chained or reused else hidden
         root_passed = rows.last(passed[:, :new]) if new else before.nodes[:, :1] if before else passed
         return _Level(
@@ -196,11 +193,10 @@ class _Level:
     frontier: Tensor  # [B, F, H] outputs that predict the next level
 
 
-def _row_mask(new: int, counts: Tensor, tree: Growth) -> Tensor:
-    """[B, new + Q, new + Q] bool: new rows see the real ones up to themselves, nodes see those and their ancestors."""
-    nodes = tree.tokens.shape[1] - 1
+def _forest(new: int, counts: Tensor, tree: Growth) -> Tensor:
+    """[B, new + Q] parents: each real new row is above the next, the last one is the root's, and nodes hang below."""
     index = torch.arange(new, device=counts.device)
-    real = (index < counts[:, None])[:, None, :]
-    rows = ((index <= index[:, None]) & real) | (index == index[:, None])
-    below = torch.cat([real.expand(-1, nodes, -1), tree.ancestors[:, 1:, 1:]], 2)
-    return torch.cat([F.pad(rows, (0, nodes)), below], 1)
+    rows = torch.where(index < counts[:, None], index - 1, -1)
+    parents = tree.parents[:, 1:]
+    nodes = torch.where(parents == 0, counts[:, None] - 1, new + parents - 1)
+    return torch.cat([rows, nodes], 1)

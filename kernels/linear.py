@@ -25,6 +25,7 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.bias = bias
+        self.weight = weight if weight.device.type != "cpu" else None  # a packed one is not kept twice
         self._apply = _layout(weight)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -2,23 +2,24 @@
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Literal, final
+from typing import Literal, Protocol, final
 
 import torch
 from torch import Tensor
 
-from mtp_engine.attention import StepRows, TorchAttention
+from mtp_engine.attention import AttentionFactory, StepRows, TorchAttention
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import SamplingParams
 from mtp_engine.errors import EngineError
-from mtp_engine.protocols import Drafter, TargetModel, Verifier
+from mtp_engine.protocols import Drafter, Launched, TargetModel, Verifier
 from mtp_engine.sampler import SamplingBatch
 from mtp_engine.stats import GenerationStats
 from mtp_engine.tree import DraftTree, VerifyResult
 
+SCRATCH_LENGTH = 64  # tokens the scratch slot pretends to hold
 FinishReason = Literal["stop", "length"]
 
 
@@ -56,35 +57,103 @@ class StepOutput:
 
 @final
 @dataclass(frozen=True)
-class StepBatch:
-    """The running requests as tensors (see protocols.Batch)."""
+class Members:
+    """The running requests, until one joins or leaves."""
 
-    requests: Sequence[Request]
+    requests: tuple[Request, ...]
+    slots: Tensor  # [B] int64
     sampling: SamplingBatch
-    slots: Tensor
-    host_slots: list[int]
 
     @classmethod
-    def build(cls, requests: Sequence[Request], device: torch.device) -> "StepBatch":
-        slots = [request.slot for request in requests]
+    def build(cls, requests: Sequence[Request], device: torch.device) -> "Members":
+        slots = torch.tensor([request.slot for request in requests], device=device)
         sampling = SamplingBatch.build([r.params for r in requests], [r.seed for r in requests], device)
-        return cls(requests, sampling, torch.tensor(slots, device=device), slots)
+        return cls(tuple(requests), slots, sampling)
 
-    def now(self) -> "StepBatch":
-        """The same requests at their present lengths."""
-        return StepBatch(self.requests, self.sampling, self.slots, self.host_slots)
 
-    @cached_property
-    def host_lengths(self) -> list[int]:
-        return [request.length for request in self.requests]
+@final
+@dataclass(frozen=True)
+class StepBatch:
+    """The requests of one step at their present lengths (see protocols.Batch)."""
 
-    @cached_property
-    def lengths(self) -> Tensor:
-        return torch.tensor(self.host_lengths, device=self.slots.device)
+    slots: Tensor  # [B] int64
+    sampling: SamplingBatch
+    lengths: Tensor  # [B] int64
+    tokens: Tensor  # [B] int64
+    bound: int
 
-    @cached_property
-    def tokens(self) -> Tensor:
-        return torch.tensor([(r.output or r.prompt)[-1] for r in self.requests], device=self.slots.device)
+
+@final
+class SlotState:
+    """Length and last token of every slot, on the device: the steps go on from them without asking the host.
+
+    The last slot is scratch: a runner may pad its batches with it. Its length never changes.
+    """
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.lengths[-1] = SCRATCH_LENGTH
+
+    def set(self, slot: int, length: int, token: int) -> None:
+        self.lengths[slot], self.tokens[slot] = length, token
+
+    def batch(self, slots: Tensor, sampling: SamplingBatch, bound: int) -> StepBatch:
+        return StepBatch(slots, sampling, self.lengths[slots], self.tokens[slots], bound)
+
+    def advance(self, batch: StepBatch, result: VerifyResult) -> None:
+        self.lengths[batch.slots] = batch.lengths + result.counts
+        self.tokens[batch.slots] = result.tokens.gather(1, result.counts[:, None] - 1)[:, 0]
+        self.lengths[-1] = SCRATCH_LENGTH
+
+
+Draft = Callable[[Tensor, SamplingBatch, int], tuple[StepBatch, DraftTree]]
+Verify = Callable[[StepBatch, DraftTree], Tensor]
+
+
+class Runner(Protocol):
+    """Runs the two halves of a step for the present members."""
+
+    @property
+    def in_flight(self) -> int: ...  # steps launched before the first is waited for
+
+    def prepare(self, members: Members, bound: int) -> None:
+        """What a first use needs, such as compiling; not counted in any statistics."""
+
+    def launch(self, members: Members, bound: int) -> Launched: ...
+
+
+@final
+@dataclass(frozen=True)
+class Done:
+    """A step that ran at once (a Launched)."""
+
+    rows: list[list[int]]
+    draft_s: float
+    verify_s: float
+
+    def wait(self) -> list[list[int]]:
+        return self.rows
+
+
+@final
+class EagerRunner:
+    """Runs each step at once, operation by operation."""
+
+    in_flight = 1
+
+    def __init__(self, draft: Draft, verify: Verify) -> None:
+        self._draft, self._verify = draft, verify
+
+    def prepare(self, members: Members, bound: int) -> None:
+        pass
+
+    def launch(self, members: Members, bound: int) -> Launched:
+        begin = time.perf_counter()
+        batch, tree = self._draft(members.slots, members.sampling, bound)
+        drafted = time.perf_counter()
+        rows = self._verify(batch, tree).tolist()
+        return Done(rows, drafted - begin, time.perf_counter() - drafted)
 
 
 @final
@@ -93,6 +162,9 @@ class DecodeLoop:
 
     Requests may join and leave between any two steps. Prefill covers the prompt without its last token; that token is
     the root of the first tree, so sampling happens in one place only.
+
+    With a runner that keeps several steps in flight, a step begins before the results of the one before it are seen.
+    A request that turns out to have ended takes part in steps already launched, and what they give is dropped.
     """
 
     def __init__(
@@ -107,13 +179,18 @@ class DecodeLoop:
         eos_token_ids: Sequence[int],
         prefill_chunk: int,
         device: torch.device,
+        attention: AttentionFactory = TorchAttention,
+        runner: Callable[[Draft, Verify], Runner] = EagerRunner,
     ) -> None:
         self.model, self.cache, self.drafter, self.verifier = model, cache, drafter, verifier
         self.max_context, self.eos_token_ids = max_context, frozenset(eos_token_ids)
-        self.prefill_chunk, self.device = prefill_chunk, device
+        self.prefill_chunk, self.device, self.attention = prefill_chunk, device, attention
         self.requests: list[Request] = []
+        self.state = SlotState(slots + 1, device)
+        self._runner = runner(self._draft, self._verify)
+        self._flying: deque[tuple[Members, Launched]] = deque()
         self._free_slots = list(range(slots))[::-1]
-        self._batch: StepBatch | None = None  # of the present members; None after a change
+        self._members: Members | None = None  # None after a change
         self._busy_s = 0.0  # the loop's clock: time spent in `add` and `step`, not in the caller
 
     @property
@@ -137,8 +214,9 @@ class DecodeLoop:
         request = Request(list(prompt), params, seed, self._free_slots[-1], limit, stats, self._busy_s)
         begin = time.perf_counter()
         try:
-            self.cache.reserve(request.slot, len(prompt) + limit + self.drafter.max_nodes)
-            self.drafter.reserve(request.slot, len(prompt) + limit)
+            ahead = self.drafter.max_nodes * self._runner.in_flight  # rows of steps that run past the end
+            self.cache.reserve(request.slot, len(prompt) + limit + ahead)
+            self.drafter.reserve(request.slot, len(prompt) + limit + ahead)
             self._prefill(request)
         except BaseException:
             self.cache.release(request.slot)
@@ -146,82 +224,72 @@ class DecodeLoop:
             raise
         self._free_slots.pop()
         self.requests.append(request)
-        self._batch = None
+        self._members = None
         stats.prefill_s = time.perf_counter() - begin
         self._busy_s += stats.prefill_s
         return request
 
     def _prefill(self, request: Request) -> None:
         tokens = torch.tensor(request.prompt, device=self.device)
-        slots = torch.tensor([request.slot], device=self.device)
         recent: list[Tensor] = []
         for start in range(0, len(tokens) - 1, self.prefill_chunk):
             chunk = tokens[None, start : min(start + self.prefill_chunk, len(tokens) - 1)]
-            positions = start + torch.arange(chunk.shape[1], device=self.device)[None]
-            rows = StepRows(
-                slots=slots,
-                lengths=torch.tensor([start], device=self.device),
-                host_slots=[request.slot],
-                host_lengths=[start],
-                positions=positions,
-                mask=positions[:, :, None] >= positions[:, None, :],
-            )
-            hidden = self.model.forward(chunk, positions, TorchAttention(self.cache, rows))[0]
+            rows = StepRows.prompt(request.slot, start, chunk.shape[1], self.device)
+            hidden = self.model.forward(chunk, rows.positions, self.attention(self.cache, rows))[0]
             recent = [torch.cat([*recent, hidden])[-self.drafter.history :]] if self.drafter.history else []
         hidden = recent[0] if recent else torch.empty(0, 0, device=self.device)
         self.drafter.prefill(request.slot, tokens, hidden)
+        self.state.set(request.slot, request.length, request.prompt[-1])
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """Advance every request by one draft-and-verify step; returns what each emitted."""
-        if not self.requests:
-            return []
-        begin = time.perf_counter()
-        batch = self._current()
-        tree = self.drafter.draft(batch)
-        drafted = time.perf_counter()
-        rows = self._rows(batch, tree)
-        hidden = self.model.forward(tree.tokens, rows.positions, TorchAttention(self.cache, rows))
+        """Advance the running requests by one draft-and-verify step; returns what each emitted."""
+        outputs: list[StepOutput] = []
+        while self.requests and not outputs:  # a step may have been launched for requests that have all ended
+            members = self._members = self._members or Members.build(self.requests, self.device)
+            longest = max(request.length for request in self.requests)
+            bound = longest + (self._runner.in_flight + 1) * self.drafter.max_nodes
+            self._runner.prepare(members, bound)
+            begin = time.perf_counter()
+            while len(self._flying) < self._runner.in_flight:
+                self._flying.append((members, self._runner.launch(members, bound)))
+            outputs = self._land(*self._flying.popleft(), begin)
+            self._leave()
+        return outputs
+
+    def _draft(self, slots: Tensor, sampling: SamplingBatch, bound: int) -> tuple[StepBatch, DraftTree]:
+        batch = self.state.batch(slots, sampling, bound)
+        return batch, self.drafter.draft(batch)
+
+    def _verify(self, batch: StepBatch, tree: DraftTree) -> Tensor:
+        """[B, 3 + D+1] int64: tokens to emit, nodes and depth of the tree, then the tokens."""
+        positions = batch.lengths[:, None] + tree.depths
+        rows = StepRows(batch.slots, batch.lengths, positions, tree.forest, tree.max_depth, batch.bound)
+        hidden = self.model.forward(tree.tokens, positions, self.attention(self.cache, rows))
         result = self.verifier.verify(tree, self.model.logits(hidden), batch)
         self.cache.commit(batch.slots, batch.lengths, result)
         self.drafter.observe(batch, result, result.gather(hidden))
-        outputs = self._emit(batch, tree, result, begin, drafted)
-        self._leave()
-        return outputs
-
-    def _current(self) -> StepBatch:
-        if self._batch is None:
-            self._batch = StepBatch.build(tuple(self.requests), self.device)
-        return self._batch.now()
-
-    def _rows(self, batch: StepBatch, tree: DraftTree) -> StepRows:
-        return StepRows(
-            slots=batch.slots,
-            lengths=batch.lengths,
-            host_slots=batch.host_slots,
-            host_lengths=batch.host_lengths,
-            positions=batch.lengths[:, None] + tree.depths,
-            mask=tree.ancestors,
-        )
-
-    def _emit(
-        self, batch: StepBatch, tree: DraftTree, result: VerifyResult, begin: float, drafted_at: float
-    ) -> list[StepOutput]:
-        """Take a step's result to the host, the step's one synchronisation, and hand the tokens out."""
+        self.state.advance(batch, result)
         reached = torch.where(tree.real, tree.depths, 0).amax(1)
-        table = torch.cat([result.counts[:, None], tree.size[:, None], reached[:, None], result.tokens], 1).tolist()
+        return torch.cat([result.counts[:, None], tree.size[:, None], reached[:, None], result.tokens], 1)
+
+    def _land(self, members: Members, launched: Launched, begin: float) -> list[StepOutput]:
+        """Wait for a step, the only synchronisation, and hand its tokens out."""
+        table = launched.wait()
         now = time.perf_counter()
         self._busy_s += now - begin
         outputs = []
-        for request, (count, nodes, depth, *tokens) in zip(batch.requests, table, strict=True):
+        for request, (count, nodes, depth, *tokens) in zip(members.requests, table, strict=True):
+            if request.finish_reason or request not in self.requests:
+                continue  # it ended, or was removed, after this step was launched
             kept = self._stop(request, tokens[:count])
             drafted = [index < count - 1 for index in range(len(kept))]
             request.output += kept
             request.drafted += drafted
             stats = request.stats
             stats.record_step(len(kept), nodes, depth)
-            stats.draft_s += (drafted_at - begin) / len(table)
-            stats.verify_s += (now - drafted_at) / len(table)
+            stats.draft_s += launched.draft_s / len(table)
+            stats.verify_s += launched.verify_s / len(table)
             stats.total_s = self._busy_s - request.started
             stats.ttft_s = stats.ttft_s or stats.total_s
             outputs.append(StepOutput(request, kept, drafted))
@@ -249,4 +317,6 @@ class DecodeLoop:
         self.cache.release(request.slot)
         self.drafter.release(request.slot)
         self._free_slots.append(request.slot)
-        self._batch = None
+        self._members = None
+        if not self.requests:
+            self._flying.clear()

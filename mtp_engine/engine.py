@@ -8,6 +8,7 @@ from typing import Any, cast, final
 import torch
 
 from mtp_engine import hub
+from mtp_engine.backend import Backend, make_backend
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import (
     DEFAULT_MODEL,
@@ -71,8 +72,10 @@ class Engine:
     >>> [answer] = engine.generate([[{"role": "user", "content": "Why is the sky blue?"}]])
     """
 
-    def __init__(self, model: Decoder, loop: DecodeLoop, tokenizer: Tokenizer, config: EngineConfig) -> None:
-        self.model, self.loop, self.tokenizer, self.config = model, loop, tokenizer, config
+    def __init__(
+        self, model: Decoder, loop: DecodeLoop, tokenizer: Tokenizer, config: EngineConfig, backend: Backend
+    ) -> None:
+        self.model, self.loop, self.tokenizer, self.config, self.backend = model, loop, tokenizer, config, backend
 
     @classmethod
     def load(
@@ -89,6 +92,8 @@ class Engine:
         """
         config = config or EngineConfig()
         device = _device(config)
+        if config.dtype == "auto":
+            config = replace(config, dtype="bf16" if device.type == "cuda" else "fp32")
         torch.set_num_threads(config.threads or os.cpu_count() or 1)
         files = hub.locate(name, mtp=mtp, progress=progress)
         tokenizer = Tokenizer.load(files.folder)
@@ -99,9 +104,11 @@ class Engine:
             files.folder, _DTYPES[config.dtype], device, progress,
             dequantize=config.dequantize, window_keys=config.window_keys,
         )  # fmt: skip
-        drafter = _drafter(files, model, config, progress)
-        loop = _loop(model, drafter, config, slots=config.max_batch, eos=tokenizer.eos_ids)
-        return cls(model, loop, tokenizer, config)
+        backend = make_backend(config, device)
+        drafter = _drafter(files, model, config, backend, progress)
+        model = backend.fuse(model)
+        loop = _loop(model, drafter, config, backend, slots=config.max_batch, eos=tokenizer.eos_ids)
+        return cls(model, loop, tokenizer, config, backend)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -159,7 +166,8 @@ class Engine:
 
     def plain(self, prompt: Prompt, params: SamplingParams, *, max_steps: int | None = None) -> Request:
         """Decode without drafting on a loop of its own, for comparison: at most `max_steps` tokens, timed alike."""
-        loop = _loop(self.model, RootDrafter(), self.config, slots=1, eos=list(self.loop.eos_token_ids))
+        eos = list(self.loop.eos_token_ids)
+        loop = _loop(self.model, RootDrafter(), self.config, self.backend, slots=1, eos=eos)
         request = loop.add(self.encode(prompt), params)
         while request.finish_reason is None and (max_steps is None or len(request.output) < max_steps):
             loop.step()
@@ -200,17 +208,23 @@ def _kv_tokens(model: ModelConfig, config: EngineConfig, slots: int) -> int:
     )
 
 
-def _loop(model: Decoder, drafter: Drafter, config: EngineConfig, *, slots: int, eos: Sequence[int]) -> DecodeLoop:
+def _loop(
+    model: Decoder, drafter: Drafter, config: EngineConfig, backend: Backend, *, slots: int, eos: Sequence[int]
+) -> DecodeLoop:
     device = model.embedding.device
     cache = HybridKV(
         [layer.attention for layer in model.config.layers],
-        slots=slots,
-        tokens=_kv_tokens(model.config, config, slots),
+        slots=slots + 1,
+        tokens=_kv_tokens(model.config, config, slots) + backend.scratch_tokens + config.page_size,
         page_size=config.page_size,
-        max_nodes=drafter.max_nodes,
+        max_nodes=max(drafter.max_nodes, backend.ring_rows),
+        ring_page=backend.ring_page,
         dtype=model.embedding.dtype,
         device=device,
     )
+    if backend.scratch_tokens:
+        cache.reserve(slots, backend.scratch_tokens)
+        drafter.reserve(slots, backend.scratch_tokens)
     return DecodeLoop(
         model,
         cache,
@@ -221,6 +235,8 @@ def _loop(model: Decoder, drafter: Drafter, config: EngineConfig, *, slots: int,
         eos_token_ids=eos,
         prefill_chunk=config.prefill_chunk,
         device=device,
+        attention=backend.attention,
+        runner=backend.runner(slots),
     )
 
 
@@ -243,10 +259,12 @@ def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:
     return replace(config, tree=shape, max_context=config.max_context or model.max_context)
 
 
-def _drafter(files: hub.ModelFiles, model: Decoder, config: EngineConfig, progress: Progress) -> Drafter:
+def _drafter(
+    files: hub.ModelFiles, model: Decoder, config: EngineConfig, backend: Backend, progress: Progress
+) -> Drafter:
     if config.drafter == "root" or config.tree is None:
         return RootDrafter()
-    slots = config.max_batch
+    slots = config.max_batch + 1  # the last is scratch
     if config.drafter == "ngram":
         length, device = len(config.tree.widths), model.embedding.device
         return NgramDrafter(length, slots=slots, max_context=config.max_context, device=device)
@@ -255,5 +273,8 @@ def _drafter(files: hub.ModelFiles, model: Decoder, config: EngineConfig, progre
         files.mtp_folder, model, config.draft_vocab, progress,
         dequantize=config.dequantize, window_keys=config.window_keys, rounded=config.draft_int8,
     )  # fmt: skip
-    tokens = _kv_tokens(model.config, config, slots)
-    return MTPDrafter(module, config.tree, slots=slots, tokens=tokens, page_size=config.page_size)
+    tokens = _kv_tokens(model.config, config, slots) + backend.scratch_tokens
+    return MTPDrafter(
+        backend.fuse_mtp(module), config.tree, slots=slots, tokens=tokens, page_size=config.page_size,
+        attention=backend.attention, ring_page=backend.ring_page, ring_rows=backend.ring_rows,
+    )  # fmt: skip

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mimo import Run, load, read_all, transformers_config
+from tiny import batch_of
 from torch import Tensor, nn
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.config import MTPConfig
-from mtp_engine.decode_loop import Request, StepBatch
+from mtp_engine.decode_loop import Request
 from mtp_engine.drafters.mtp import MTPDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.models import loader
@@ -121,7 +122,7 @@ def test_all_three_layers_equal_the_reference(tiny: Setting, data: st.DataObject
         drafter.reserve(r.slot, 200)
         drafter.prefill(r.slot, torch.tensor(r.prompt), tiny.hidden(r.prompt[:-1])[-drafter.history :])
     for _ in range(data.draw(st.integers(1, 8))):
-        batch = StepBatch.build(requests, torch.device("cpu"))
+        batch = batch_of(requests)
         tree = drafter.draft(batch)
         counts = torch.tensor([data.draw(st.integers(1, 4)) for _ in requests])  # tokens emitted: accepted drafts + 1
         emitted, hiddens = torch.zeros(len(requests), 4, dtype=torch.int64), torch.zeros(len(requests), 4, 64)
@@ -145,7 +146,7 @@ def test_long_prompt_needs_only_its_last_window(tiny: Setting) -> None:
     hidden = tiny.hidden(prompt[:-1])
     assert drafter.history <= tiny.keys + 3
     drafter.prefill(0, torch.tensor(prompt), hidden[-drafter.history :])
-    tree = drafter.draft(StepBatch.build([request(0, prompt)], torch.device("cpu")))
+    tree = drafter.draft(batch_of([request(0, prompt)]))
     for level in range(3):
         expected = tiny.dense(level, prompt + tree.tokens[0, 1 : 1 + level].tolist(), hidden)
         assert (recorder.seen[level][0, 0] - expected).abs().max() <= 1e-4

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import MTP, DenseMTP, write_llama, write_mtp
+from tiny import MTP, DenseMTP, batch_of, write_llama, write_mtp
 
 from mtp_engine.attention import StepRows, TorchAttention
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import SamplingParams, TreeShape
-from mtp_engine.decode_loop import Request, StepBatch
+from mtp_engine.decode_loop import Request
 from mtp_engine.drafters.mtp import MTPDrafter
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
@@ -48,14 +48,8 @@ def dense_hidden(main: Decoder, tokens: list[int]) -> torch.Tensor:
     cache = HybridKV([x.attention for x in main.config.layers], slots=1, tokens=n + 8, page_size=8, max_nodes=1,
                      dtype=torch.float32, device=device)  # fmt: skip
     cache.reserve(0, n)
-    zero = torch.zeros(1, dtype=torch.int64)
-    positions = torch.arange(n)[None]
-    rows = StepRows(zero, zero, [0], [0], positions, torch.ones(1, n, n, dtype=torch.bool).tril())
-    return main.forward(torch.tensor([tokens]), positions, TorchAttention(cache, rows))[0]
-
-
-def batch_of(requests: list[Request]) -> StepBatch:
-    return StepBatch.build(requests, torch.device("cpu"))
+    rows = StepRows.prompt(0, 0, n, device)
+    return main.forward(torch.tensor([tokens]), rows.positions, TorchAttention(cache, rows))[0]
 
 
 def request(slot: int, prompt: list[int]) -> Request:

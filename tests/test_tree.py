@@ -179,8 +179,6 @@ def check_growth(tree: Growth) -> None:
         assert max(depths) <= tree.level
         if tree.frontier:
             assert depths.count(tree.level) == tree.frontier
-    full = torch.full((len(tree.tokens),), tree.tokens.shape[1])
-    assert torch.equal(tree.ancestors, ancestor_mask(tree.parents, full, tree.level))
 
 
 def check_level(before: Growth, after: Growth, scores: Tensor, ids: Tensor, width: int, keep: int) -> None:

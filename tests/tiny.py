@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mtp_engine.decode_loop import Members, Request, StepBatch
+
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -97,6 +99,14 @@ def write_mtp(folder: Path, seed: int = 1, scale: float = 0.3, width: int = 32, 
     save_file(weights, folder / "mtp.safetensors")
     (folder / "config.json").write_text(json.dumps({"mtp": config}))
     return folder
+
+
+def batch_of(requests: list[Request]) -> StepBatch:
+    """The requests as one step sees them, from what they have emitted so far."""
+    members = Members.build(requests, torch.device("cpu"))
+    lengths = torch.tensor([request.length for request in requests])
+    tokens = torch.tensor([(request.output or request.prompt)[-1] for request in requests])
+    return StepBatch(members.slots, members.sampling, lengths, tokens, int(lengths.max()))
 
 
 @dataclass

@@ -24,10 +24,12 @@ class HybridKV:
         tokens: int,
         page_size: int,
         max_nodes: int,
+        ring_page: int = 1,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """tokens: capacity of the paged layers over all slots. max_nodes: rows a step may append to a ring."""
+        """tokens: capacity of the paged layers over all slots. max_nodes: rows a step may append to a ring.
+        ring_page: rings are rounded up to a multiple of this."""
         kinds: dict[tuple[int | None, int, int, int], list[int]] = {}
         for number, layer in enumerate(layers):
             kinds.setdefault((layer.window, layer.kv_heads, layer.qk_dim, layer.v_dim), []).append(number)
@@ -47,7 +49,7 @@ class HybridKV:
                 self.groups.append(
                     WindowKV(
                         layers=len(members), kv_heads=kv_heads, qk_dim=qk_dim, v_dim=v_dim, slots=slots, window=window,
-                        max_nodes=max_nodes, dtype=dtype, device=device,
+                        max_nodes=max_nodes, page_size=ring_page, dtype=dtype, device=device,
                     )
                 )  # fmt: skip
 

@@ -1,0 +1,157 @@
+"""A step as two CUDA graphs, drafting and verifying, captured once per batch size and context bound and then replayed.
+
+Between two steps the host only queues the next graphs: lengths, last tokens and caches are on the device. Results come
+back through pinned memory, and the host waits for the oldest step in flight alone.
+"""
+
+from collections import deque
+from dataclasses import dataclass, fields, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from mtp_engine.decode_loop import SCRATCH_LENGTH, Draft, Members, Verify
+from mtp_engine.errors import EngineError
+from mtp_engine.sampler import SamplingBatch
+
+_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # a batch is padded up to one of these
+_SMALLEST_BOUND = 1024
+SCRATCH_TOKENS = SCRATCH_LENGTH + 128  # room the scratch slot needs in the caches
+
+
+def bucket(size: int) -> int:
+    """The batch size to capture for `size` requests."""
+    return next((each for each in _BATCHES if each >= size), size)
+
+
+def bound_bucket(bound: int) -> int:
+    """The context bound to capture for: kernels launch for the bound and leave at once what lies past the length."""
+    wanted = _SMALLEST_BOUND
+    while wanted < bound:
+        wanted *= 4
+    return wanted
+
+
+@final
+@dataclass
+class _Captured:
+    """The graphs of one batch size, and the tensors that they read and write."""
+
+    slots: Tensor
+    sampling: SamplingBatch
+    draft: torch.cuda.CUDAGraph
+    verify: torch.cuda.CUDAGraph
+    table: Tensor  # [B, 3 + D+1] int64
+    members: Members | None = None  # whose slots and parameters are loaded
+
+    def load(self, members: Members, scratch: int) -> None:
+        if self.members is members:
+            return
+        count, self.members = len(members.slots), members
+        self.slots.fill_(scratch)
+        self.slots[:count].copy_(members.slots)
+        for mine, given in zip(_tensors(self.sampling), _tensors(members.sampling), strict=True):
+            mine[:count].copy_(given)
+
+
+@final
+class Flight:
+    """A step in flight (a Launched)."""
+
+    def __init__(self, rows: Tensor, marks: tuple[torch.cuda.Event, ...]) -> None:
+        self._rows, self._marks = rows, marks
+        self.draft_s = self.verify_s = 0.0
+
+    def wait(self) -> list[list[int]]:
+        start, drafted, end, landed = self._marks
+        try:
+            landed.synchronize()
+        except RuntimeError as error:
+            raise gpu_failure(error) from error
+        self.draft_s, self.verify_s = start.elapsed_time(drafted) / 1e3, drafted.elapsed_time(end) / 1e3
+        rows: list[list[int]] = self._rows.tolist()
+        return rows
+
+
+@final
+class GraphRunner:
+    """Replays steps (a Runner). in_flight: steps queued before the host waits for the first of them."""
+
+    def __init__(self, draft: Draft, verify: Verify, *, in_flight: int, scratch: int, device: torch.device) -> None:
+        self.in_flight = in_flight
+        self._draft, self._verify, self._scratch, self._device = draft, verify, scratch, device
+        self._captured: dict[tuple[int, int, bool, bool], _Captured] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._pinned: deque[Tensor] = deque(maxlen=in_flight + 1)
+
+    def prepare(self, members: Members, bound: int) -> None:
+        if (key := _key(members, bound)) not in self._captured:
+            try:
+                self._captured[key] = self._capture(members, key[0], key[1])
+            except RuntimeError as error:
+                raise gpu_failure(error) from error
+
+    def launch(self, members: Members, bound: int) -> Flight:
+        step, count = self._captured[_key(members, bound)], len(members.slots)
+        step.load(members, self._scratch)
+        marks = tuple(torch.cuda.Event(enable_timing=True) for _ in range(4))
+        marks[0].record()
+        step.draft.replay()
+        marks[1].record()
+        step.verify.replay()
+        marks[2].record()
+        host = self._host(step.table)
+        host.copy_(step.table, non_blocking=True)
+        marks[3].record()
+        return Flight(host[:count], marks)
+
+    def _host(self, table: Tensor) -> Tensor:
+        """Pinned memory that no step in flight still writes to."""
+        if len(self._pinned) == self._pinned.maxlen and self._pinned[0].numel() >= table.numel():
+            buffer = self._pinned.popleft()
+        else:
+            buffer = torch.empty(table.numel(), dtype=table.dtype, pin_memory=True)
+        self._pinned.append(buffer)
+        return buffer[: table.numel()].view(table.shape)
+
+    def _capture(self, members: Members, batch: int, bound: int) -> _Captured:
+        """Run the step once, on the scratch slot, so that kernels are compiled, and record it."""
+        slots = torch.full((batch,), self._scratch, device=self._device)
+        sampling = _enlarged(members.sampling, batch)
+        draft, verify = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            self._verify(*self._draft(slots, sampling, bound))
+            side.synchronize()
+            with torch.cuda.graph(draft, pool=self._pool, stream=side):
+                drafted = self._draft(slots, sampling, bound)
+            with torch.cuda.graph(verify, pool=self._pool, stream=side):
+                table = self._verify(*drafted)
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        return _Captured(slots, sampling, draft, verify, table)
+
+
+def _key(members: Members, bound: int) -> tuple[int, int, bool, bool]:
+    sampling = members.sampling
+    return bucket(len(members.slots)), bound_bucket(bound), sampling.greedy, sampling.truncated
+
+
+def _tensors(sampling: SamplingBatch) -> list[Tensor]:
+    values = (getattr(sampling, field.name) for field in fields(sampling))
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _enlarged(sampling: SamplingBatch, batch: int) -> SamplingBatch:
+    """A copy with room for `batch` requests, all with the first one's parameters."""
+    values: dict[str, Any] = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
+    return replace(sampling, **{n: v[:1].repeat(batch) for n, v in values.items() if isinstance(v, Tensor)})
+
+
+def gpu_failure(error: RuntimeError) -> EngineError:
+    """What a CUDA error means for the user."""
+    text = str(error).splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text:
+        return EngineError(f"the GPU's memory is full ({text}): lower kv_tokens, max_batch or max_context")
+    return EngineError(f"the GPU failed ({text}): start the program anew; if it happens again, check nvidia-smi")
