@@ -1,13 +1,18 @@
-"""Growing a tree level by level from the drafter's scores: pure tensor functions, no model."""
+"""Growing a tree level by level from the drafter's scores: pure tensor functions, no model.
+
+DraftOps is what a drafter asks for: TorchDraftOps here, or kernels in drafters/device.py.
+"""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
 
 from mtp_engine.config import TreeShape
-from mtp_engine.tree import DraftTree
+from mtp_engine.protocols import Batch
+from mtp_engine.sampler import gumbel
+from mtp_engine.tree import DraftTree, VerifyResult
 
 
 @final
@@ -30,6 +35,123 @@ class Growth:
         """roots: [B] int64, the last committed tokens."""
         zeros = torch.zeros_like(roots)[:, None]
         return cls(roots[:, None], zeros - 1, zeros, zeros.float(), 1, 0)
+
+
+@final
+@dataclass(frozen=True)
+class Level:
+    """What the next level is grown from."""
+
+    logits: Tensor  # [B, F, n] fp32, a row per frontier node
+    ids: Tensor  # [n] int64, the tokens scored
+    ahead: int  # the tokens' position is length + ahead
+    width: int  # candidates per frontier node
+    keep: int  # of all of them become nodes
+
+
+@final
+@dataclass(frozen=True)
+class LevelRows:
+    """The rows of one level: R new ones, of which `counts` are real, and the drafted nodes.
+
+    Each real new row is above the next, the last one is the root's, and the nodes hang below; -1 is the cache.
+    """
+
+    positions: Tensor  # [B, R + Q] int64
+    parents: Tensor  # [B, R + Q] int64
+    offsets: Tensor  # [B, R + Q] int64, position - start
+    rotary: Tensor  # [B, R + Q] int64, position - 1 - shift
+    first: Tensor  # [B] int64, the request's first row at this level
+
+
+class DraftOps(Protocol):
+    """What a drafter does besides running its layers: growing trees, and carrying rows from level to level."""
+
+    def start(self, batch: Batch, levels: list[tuple[int, int]], choices: int) -> Growth:
+        """levels: `width` and `keep` of each; choices: tokens to choose from."""
+
+    def grow(self, tree: Growth, batch: Batch, level: Level) -> Growth: ...
+
+    def finish(self, tree: Growth, batch: Batch, level: Level, best: int, ready: Tensor) -> DraftTree:
+        """Grow the last level and give the tree to verify, `best` nodes of it if that is not 0.
+
+        ready: [B] int64; requests where it is 0 get their root only.
+        """
+
+    def rows(self, tree: Growth, new: int, counts: Tensor, start: Tensor, first: Tensor, shift: int) -> LevelRows:
+        """first: [B], of level 0, which lies `shift` before this level's."""
+
+    def inputs(
+        self, tree: Growth, tokens: Tensor, embedding: Tensor, hidden: Tensor, above: Tensor, carry: Tensor, slots: Tensor,
+        counts: Tensor, *, deeper: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Embeddings and hidden states [B, R + Q, H] of a level's rows, whose first R are of `tokens` [B, R].
+
+        hidden: at the first level the states themselves, deeper those of the rows of the level above. There a row gets
+        its parent's; one without parent gets carry[slots[b]], which becomes the state of the last real new row.
+        """
+
+    def last(self, values: Tensor, counts: Tensor) -> Tensor:
+        """values: [B, R, H] -> [B, 1, H], the last real row's (the first where there is none)."""
+
+    def observe(
+        self, slots: Tensor, result: VerifyResult, hidden: Tensor, tokens_table: Tensor, hidden_table: Tensor,
+        counts_table: Tensor,
+    ) -> None:  # fmt: skip
+        """Keep what a step emitted: row i of a slot becomes token i and the hidden state [B, N, H] of the node before it."""
+
+
+@final
+class TorchDraftOps:
+    """Any device, operation by operation (DraftOps)."""
+
+    def start(self, batch: Batch, levels: list[tuple[int, int]], choices: int) -> Growth:
+        return Growth.start(batch.tokens)
+
+    def grow(self, tree: Growth, batch: Batch, level: Level) -> Growth:
+        sampling, logits = batch.sampling, level.logits
+        if not sampling.greedy:
+            temperature = sampling.temperature.view(-1, 1, 1)
+            noise = gumbel(sampling.seed, batch.lengths[:, None] + level.ahead, level.ids)
+            logits = torch.where(temperature > 0, logits / temperature.clamp(min=1e-6) + noise, logits)
+        return grow(tree, logits.log_softmax(-1), level.ids, level.width, level.keep)
+
+    def finish(self, tree: Growth, batch: Batch, level: Level, best: int, ready: Tensor) -> DraftTree:
+        return finish(self.grow(tree, batch, level), best, ready > 0)
+
+    def rows(self, tree: Growth, new: int, counts: Tensor, start: Tensor, first: Tensor, shift: int) -> LevelRows:
+        index = torch.arange(new, device=counts.device).expand(len(counts), -1)
+        above = torch.where(index < counts[:, None], index - 1, -1)
+        parents = tree.parents[:, 1:]
+        nodes = torch.where(parents == 0, counts[:, None] * min(new, 1) - 1, new + parents - 1)
+        offsets = torch.cat([index, counts[:, None] - 1 + tree.depths[:, 1:]], 1)
+        positions = start[:, None] + offsets
+        return LevelRows(positions, torch.cat([above, nodes], 1), offsets, positions - 1 - shift, first + shift)
+
+    def inputs(
+        self, tree: Growth, tokens: Tensor, embedding: Tensor, hidden: Tensor, above: Tensor, carry: Tensor, slots: Tensor,
+        counts: Tensor, *, deeper: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        embedded = embedding[torch.cat([tokens, tree.tokens[:, 1:]], 1)]
+        if not deeper:
+            return embedded, hidden
+        carried = carry[slots][:, None]
+        carry[slots] = self.last(hidden, counts)[:, 0]
+        source = above.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[2])
+        return embedded, torch.where((above >= 0)[..., None], hidden.gather(1, source), carried)
+
+    def last(self, values: Tensor, counts: Tensor) -> Tensor:
+        index = (counts - 1).clamp(min=0)[:, None, None]
+        return values.gather(1, index.expand(-1, 1, values.shape[2]))
+
+    def observe(
+        self, slots: Tensor, result: VerifyResult, hidden: Tensor, tokens_table: Tensor, hidden_table: Tensor,
+        counts_table: Tensor,
+    ) -> None:  # fmt: skip
+        rows = result.tokens.shape[1]
+        tokens_table[slots, :rows] = result.tokens
+        hidden_table[slots, :rows] = result.gather(hidden)
+        counts_table[slots] = result.counts
 
 
 def level_sizes(shape: TreeShape, depth: int, beam: int) -> list[tuple[int, int]]:
@@ -85,8 +207,8 @@ def prune(tree: Growth, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
     return tree.tokens.gather(1, kept), parents, tree.depths.gather(1, kept)
 
 
-def finish(tree: Growth, shape: TreeShape, drafts: Tensor) -> DraftTree:
+def finish(tree: Growth, best: int, drafts: Tensor) -> DraftTree:
     """The tree to verify. drafts: [B] bool, False for requests that cannot be drafted for and get their root only."""
-    tokens, parents, depths = prune(tree, shape.best) if shape.best else (tree.tokens, tree.parents, tree.depths)
+    tokens, parents, depths = prune(tree, best) if best else (tree.tokens, tree.parents, tree.depths)
     deepest = min(tree.level, tokens.shape[1] - 1)
     return DraftTree(tokens, parents, depths, torch.where(drafts, tokens.shape[1], 1), deepest)

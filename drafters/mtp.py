@@ -24,10 +24,9 @@ from torch import Tensor
 from mtp_engine.attention import AttentionFactory, StepRows, TorchAttention
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import TreeShape
-from mtp_engine.drafters.expand import Growth, finish, grow, level_sizes
+from mtp_engine.drafters.expand import DraftOps, Growth, Level, LevelRows, TorchDraftOps, level_sizes
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Batch
-from mtp_engine.sampler import SamplingBatch, gumbel
 from mtp_engine.tree import DraftTree, VerifyResult
 
 
@@ -42,14 +41,7 @@ class _NewRows:
     counts: Tensor  # [B]
     start: Tensor  # [B], position of the first token
     bound: int  # no request has more tokens
-
-    def positions(self) -> Tensor:
-        return self.start[:, None] + torch.arange(self.tokens.shape[1], device=self.tokens.device)
-
-    def last(self, values: Tensor) -> Tensor:
-        """values: [B, R, H] -> [B, 1, H], the last real row's (the first where there is none)."""
-        index = (self.counts - 1).clamp(min=0)[:, None, None]
-        return values.gather(1, index.expand(-1, 1, values.shape[2]))
+    full: bool = False  # all rows are real, and there is no tree: a chain
 
 
 @final
@@ -67,6 +59,7 @@ class MTPDrafter:
         page_size: int,
         beam: int = 8,
         attention: AttentionFactory = TorchAttention,
+        ops: DraftOps | None = None,
         ring_page: int = 1,
         ring_rows: int = 1,
     ) -> None:
@@ -74,6 +67,7 @@ class MTPDrafter:
         beam: how many nodes of a level are given children when the shape is tree:N. ring_page: see HybridKV.
         ring_rows: a ring takes at least this many rows at a time."""
         self.module, self.shape, self.attention = module, shape, attention
+        self.ops = ops or TorchDraftOps()
         self.depth = min(module.config.depth, shape.best) if shape.best else len(shape.widths)
         self._levels = level_sizes(shape, self.depth, beam)
         self.max_nodes = shape.max_nodes
@@ -112,7 +106,7 @@ class MTPDrafter:
             slots = torch.tensor([slot], device=tokens.device)
             ones = torch.ones_like(slots)
             new = tokens[None, start:-1]
-            rows = _NewRows(slots, new, hidden[None, :-1], ones * (known - 1), ones * start, len(tokens))
+            rows = _NewRows(slots, new, hidden[None, :-1], ones * (known - 1), ones * start, len(tokens), True)
             level = None
             for number in range(min(self.depth, len(self.module.layers))):
                 level = self._run(number, rows, Growth.start(ones), level)
@@ -121,66 +115,54 @@ class MTPDrafter:
         slots, counts = batch.slots, self._counts[batch.slots]
         start = batch.lengths - counts + 1
         rows = _NewRows(slots, self._tokens[slots], self._hidden[slots], counts, start, batch.bound + self.max_nodes)
-        tree, level = Growth.start(batch.tokens), None
+        ids, last = self.module.draft_ids, len(self._levels) - 1
+        tree, level = self.ops.start(batch, self._levels, len(ids)), None
         for number, (width, keep) in enumerate(self._levels):
             level = self._run(number, rows, tree, level)
-            scores = self._score(self.module.logits(number, level.frontier), batch.lengths + number + 1, batch.sampling)
-            tree = grow(tree, scores, self.module.draft_ids, width, keep)
-        return finish(tree, self.shape, counts > 0)
+            grown = Level(self.module.logits(number, level.frontier), ids, number + 1, width, keep)
+            if number < last:
+                tree = self.ops.grow(tree, batch, grown)
+        return self.ops.finish(tree, batch, grown, self.shape.best, counts)
 
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
-        rows = result.tokens.shape[1]
-        self._tokens[batch.slots, :rows] = result.tokens
-        self._hidden[batch.slots, :rows] = self.module.main_hidden(hidden)
-        self._counts[batch.slots] = result.counts
+        states = self.module.main_hidden(hidden)
+        self.ops.observe(batch.slots, result, states, self._tokens, self._hidden, self._counts)
 
     def _run(self, number: int, rows: _NewRows, tree: Growth, before: "_Level | None") -> "_Level":
         """Level `number` over the new rows and the tree's nodes so far. `before`: what the level above passes on."""
-        reused = self.module.config.reused
-        root = rows.start + rows.counts - 1  # position of the last committed token
-        if before is not None and reused:  # the new rows are in this layer's cache already
-            start, counts = root + 1, torch.zeros_like(rows.counts)
-            tokens, hidden, positions = rows.tokens[:, :0], rows.hidden[:, :0], rows.positions()[:, :0]
-        else:
-            start, counts = rows.start, rows.counts
-            tokens, hidden, positions = rows.tokens, self._row_hidden(number, rows, before), rows.positions()
-        new = tokens.shape[1]
-        if before is not None:
-            parents = tree.parents[:, 1:, None].expand(-1, -1, hidden.shape[2])
-            hidden = torch.cat([hidden, before.nodes.gather(1, parents)], 1)
-        tokens = torch.cat([tokens, tree.tokens[:, 1:]], 1)
-        positions = torch.cat([positions, root[:, None] + tree.depths[:, 1:]], 1)
-        shift = 0 if reused else number  # how far this level's rows lag behind the first level's
-        depth = new + tree.level
-        first = self._first[rows.slots] + shift
-        step = StepRows(rows.slots, start, positions, _forest(new, counts, tree), depth, rows.bound + new, first)
-        output = self.module.forward(number, tokens, hidden, positions - 1 - shift, self.attention(self.cache, step))
-        passed = output if self.module.config.chained or reused else hidden
-        root_passed = rows.last(passed[:, :new]) if new else before.nodes[:, :1] if before else passed
-        return _Level(
-            rows=passed[:, :new],
-            nodes=torch.cat([root_passed, passed[:, new:]], 1),
-            frontier=rows.last(output) if before is None else output[:, -tree.frontier :],
+        if before is not None and self.module.config.reused:
+            return self._again(number, rows, tree, before)
+        shift = 0 if self.module.config.reused else number  # how far this level's rows lag behind the first level's
+        new, slots = rows.tokens.shape[1], rows.slots
+        level = self.ops.rows(tree, new, rows.counts, rows.start, self._first[slots], shift)
+        embedded, hidden = self.ops.inputs(
+            tree, rows.tokens, self.module.embedding, before.passed if before else rows.hidden, level.parents,
+            self._carry[number], slots, rows.counts, deeper=before is not None,
+        )  # fmt: skip
+        output = self._forward(number, rows, rows.start, level, new + tree.level, embedded, hidden)
+        passed = output if self.module.config.chained or self.module.config.reused else hidden
+        return _Level(passed, self.ops.last(output, rows.counts) if before is None else output[:, -tree.frontier :])
+
+    def _again(self, number: int, rows: _NewRows, tree: Growth, before: "_Level") -> "_Level":
+        """A deeper level of a layer that is used again: the new rows are in its cache, only the drafted nodes run."""
+        none = torch.zeros_like(rows.counts)
+        start = rows.start + rows.counts
+        level = self.ops.rows(tree, 0, none, start, self._first[rows.slots], 0)
+        root = self.ops.last(before.passed, rows.counts) if number == 1 else before.passed[:, :1]
+        states = torch.cat([root, before.passed[:, rows.tokens.shape[1] if number == 1 else 1 :]], 1)
+        hidden = states.gather(1, tree.parents[:, 1:, None].expand(-1, -1, states.shape[2]))
+        embedded = self.module.embedding[tree.tokens[:, 1:]]
+        output = self._forward(number, rows, start, level, tree.level, embedded, hidden)
+        return _Level(torch.cat([root, output], 1), output[:, -tree.frontier :])
+
+    def _forward(
+        self, number: int, rows: _NewRows, start: Tensor, level: LevelRows, depth: int, embedded: Tensor, hidden: Tensor
+    ) -> Tensor:
+        bound = rows.bound + embedded.shape[1]
+        step = StepRows(
+            rows.slots, start, level.positions, level.parents, depth, bound, level.first, rows.full, level.offsets
         )
-
-    def _row_hidden(self, number: int, rows: _NewRows, before: "_Level | None") -> Tensor:
-        """Hidden states of the new rows at level `number`, [B, R, H]: those of the level above, one row on."""
-        if before is None:
-            return rows.hidden
-        carried = self._carry[number, rows.slots][:, None]
-        self._carry[number, rows.slots] = rows.last(before.rows)[:, 0]
-        return torch.cat([carried, before.rows[:, :-1]], 1)
-
-    def _score(self, logits: Tensor, positions: Tensor, sampling: SamplingBatch) -> Tensor:
-        """Log-probabilities of the tokens at `positions` [B]: of the draft itself at temperature 0, of the draft given
-        the noise at temperature > 0. logits: [B, F, n] -> [B, F, n]."""
-        if not sampling.greedy:
-            temperature = sampling.temperature.view(-1, 1, 1)
-            noisy = logits / temperature.clamp(min=1e-6) + gumbel(
-                sampling.seed, positions[:, None], self.module.draft_ids
-            )
-            logits = torch.where(temperature > 0, noisy, logits)
-        return logits.log_softmax(-1)
+        return self.module.forward(number, embedded, hidden, level.rotary, self.attention(self.cache, step))
 
 
 @final
@@ -188,15 +170,5 @@ class MTPDrafter:
 class _Level:
     """What a level hands to the next: the hidden states of its rows, and its outputs at the newest tree nodes."""
 
-    rows: Tensor  # [B, R, H] of the new rows
-    nodes: Tensor  # [B, 1 + Q, H] of the root and the tree's nodes
+    passed: Tensor  # [B, R + Q, H]; from the second use of a layer on [B, 1 + Q, H], the root's first
     frontier: Tensor  # [B, F, H] outputs that predict the next level
-
-
-def _forest(new: int, counts: Tensor, tree: Growth) -> Tensor:
-    """[B, new + Q] parents: each real new row is above the next, the last one is the root's, and nodes hang below."""
-    index = torch.arange(new, device=counts.device)
-    rows = torch.where(index < counts[:, None], index - 1, -1)
-    parents = tree.parents[:, 1:]
-    nodes = torch.where(parents == 0, counts[:, None] - 1, new + parents - 1)
-    return torch.cat([rows, nodes], 1)

@@ -36,6 +36,7 @@ class StepRows:
     bound: int  # no request has more than this many tokens, these rows included; known on the host
     first: Tensor | None = None  # [B] int64; None = 0
     chain: bool = False  # each row's parent is the row before it
+    offsets: Tensor | None = None  # [B, N] int64, positions - lengths, where that is at hand
 
     @classmethod
     def prompt(cls, slot: int, start: int, count: int, device: torch.device) -> "StepRows":

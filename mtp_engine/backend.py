@@ -1,6 +1,7 @@
 """What the engine runs on: torch alone, or kernels and CUDA graphs. Chosen once, when a model is loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import final
@@ -10,9 +11,12 @@ import torch
 from mtp_engine.attention import AttentionFactory, TorchAttention
 from mtp_engine.config import EngineConfig
 from mtp_engine.decode_loop import Draft, EagerRunner, Runner, Verify
+from mtp_engine.drafters.expand import DraftOps, TorchDraftOps
 from mtp_engine.errors import EngineError
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
+from mtp_engine.protocols import Verifier
+from mtp_engine.verifiers import DeviceMatchVerifier, MatchVerifier
 
 RunnerFactory = Callable[[Draft, Verify], Runner]
 
@@ -28,7 +32,8 @@ def _same_module(module: MTPModule) -> MTPModule:
 @final
 @dataclass(frozen=True)
 class Backend:
-    """attention: makes each step's attention. runner: for a loop of so many slots. fuse, fuse_mtp: wrap the modules.
+    """attention: makes each step's attention. runner, verifier, ops: for a loop of so many slots. fuse, fuse_mtp: wrap
+    the modules. kernels: caches move rows by kernels.
 
     ring_page, ring_rows: rings are whole pages and take at least so many rows at a time. scratch_tokens: room that the
     scratch slot needs; 0 = there is none.
@@ -38,9 +43,12 @@ class Backend:
     runner: Callable[[int], RunnerFactory] = lambda slots: EagerRunner
     fuse: Callable[[Decoder], Decoder] = _same_decoder
     fuse_mtp: Callable[[MTPModule], MTPModule] = _same_module
+    verifier: Callable[[int], Verifier] = lambda slots: MatchVerifier()
+    ops: Callable[[int], DraftOps] = lambda slots: TorchDraftOps()
     ring_page: int = 1
     ring_rows: int = 1
     scratch_tokens: int = 0
+    kernels: bool = False
 
 
 def make_backend(config: EngineConfig, device: torch.device) -> Backend:
@@ -58,13 +66,36 @@ def make_backend(config: EngineConfig, device: torch.device) -> Backend:
             "need 8.0 (Ampere) or above: use --attention torch --dtype fp32"
         )
     from mtp_engine.cuda_attention import MOST_ROWS, exact_attention
-    from mtp_engine.cuda_graph import SCRATCH_TOKENS, GraphRunner
+    from mtp_engine.cuda_graph import SCRATCH_TOKENS, GraphRunner, bucket
+    from mtp_engine.drafters.device import DeviceDraftOps
     from mtp_engine.models.fused import fuse, fuse_mtp
 
     def runner(slots: int) -> RunnerFactory:
         return partial(GraphRunner, in_flight=config.steps_in_flight, scratch=slots, device=device)
 
+    most = bucket(config.max_batch)
     return Backend(
-        exact_attention, runner, fuse, fuse_mtp,
-        ring_page=config.page_size, ring_rows=MOST_ROWS, scratch_tokens=SCRATCH_TOKENS,
-    )  # fmt: skip
+        attention=exact_attention,
+        runner=runner,
+        fuse=fuse,
+        fuse_mtp=fuse_mtp,
+        verifier=lambda slots: DeviceMatchVerifier(most, device),
+        ops=lambda slots: DeviceDraftOps(most, device),
+        ring_page=config.page_size,
+        ring_rows=MOST_ROWS,
+        scratch_tokens=SCRATCH_TOKENS,
+        kernels=True,
+    )
+
+
+@contextmanager
+def gpu_errors() -> Iterator[None]:
+    """What CUDA says, as something the user can act on."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        text = str(error).splitlines()[0]
+        raise EngineError(f"the GPU's memory is full: lower kv_tokens, max_batch or max_context ({text})") from error
+    except torch.AcceleratorError as error:
+        text = str(error).splitlines()[0]
+        raise EngineError(f"the GPU failed: start anew, and look at nvidia-smi if it happens again ({text})") from error

@@ -27,7 +27,9 @@ class DeviceRows:
     @cached_property
     def ancestry(self) -> tuple[Tensor, Tensor]:
         """Paths [B, N, N] int32 and tree masks [B, N] int64, see kernels.tree_attention.ancestry."""
-        return ancestry(self.rows.parents, self.rows.positions - self.rows.lengths[:, None])
+        rows = self.rows
+        offsets = rows.positions - rows.lengths[:, None] if rows.offsets is None else rows.offsets
+        return ancestry(rows.parents, offsets)
 
     @cached_property
     def first(self) -> Tensor:
@@ -36,17 +38,21 @@ class DeviceRows:
 
     @cached_property
     def pages(self) -> list[Tensor]:
-        """[B, P] int32 per cache group."""
-        return [group.device_pages[self.rows.slots] for group in self.cache.groups]
+        """[B, P] int32 per cache group: of pages, those that the bound allows."""
+        bound = self.rows.bound
+        tables = [
+            group.device_pages if isinstance(group, WindowKV) else group.device_pages[:, : -(-bound // group.page_size)]
+            for group in self.cache.groups
+        ]
+        return [table[self.rows.slots] for table in tables]
 
     @cached_property
     def targets(self) -> list[Tensor]:
         """[B, N] int64 per cache group: the storage rows that keys and values of these rows go to."""
-        nodes = self.rows.positions.shape[1]
-        behind = self.rows.lengths[:, None] + torch.arange(nodes, device=self.rows.lengths.device)
+        rows, count = self.rows, self.rows.positions.shape[1]
         return [
-            storage_rows(pages, behind, group.page_size, pages.shape[1])
-            for group, pages in zip(self.cache.groups, self.pages, strict=True)
+            storage_rows(group.device_pages, rows.lengths, count, group.page_size, requests=rows.slots)
+            for group in self.cache.groups
         ]
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:

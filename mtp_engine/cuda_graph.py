@@ -4,19 +4,22 @@ Between two steps the host only queues the next graphs: lengths, last tokens and
 back through pinned memory, and the host waits for the oldest step in flight alone.
 """
 
+import gc
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from mtp_engine.decode_loop import SCRATCH_LENGTH, Draft, Members, Verify
-from mtp_engine.errors import EngineError
+from mtp_engine.decode_loop import Draft, Members, Verify
 from mtp_engine.sampler import SamplingBatch
+from mtp_engine.slots import SCRATCH_LENGTH
 
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # a batch is padded up to one of these
-_SMALLEST_BOUND = 1024
+_SMALLEST_BOUND = 512
 SCRATCH_TOKENS = SCRATCH_LENGTH + 128  # room the scratch slot needs in the caches
 
 
@@ -29,7 +32,7 @@ def bound_bucket(bound: int) -> int:
     """The context bound to capture for: kernels launch for the bound and leave at once what lies past the length."""
     wanted = _SMALLEST_BOUND
     while wanted < bound:
-        wanted *= 4
+        wanted *= 2
     return wanted
 
 
@@ -65,10 +68,7 @@ class Flight:
 
     def wait(self) -> list[list[int]]:
         start, drafted, end, landed = self._marks
-        try:
-            landed.synchronize()
-        except RuntimeError as error:
-            raise gpu_failure(error) from error
+        landed.synchronize()
         self.draft_s, self.verify_s = start.elapsed_time(drafted) / 1e3, drafted.elapsed_time(end) / 1e3
         rows: list[list[int]] = self._rows.tolist()
         return rows
@@ -87,15 +87,15 @@ class GraphRunner:
 
     def prepare(self, members: Members, bound: int) -> None:
         if (key := _key(members, bound)) not in self._captured:
-            try:
-                self._captured[key] = self._capture(members, key[0], key[1])
-            except RuntimeError as error:
-                raise gpu_failure(error) from error
+            self._captured[key] = self._capture(members, key[0], key[1])
 
     def launch(self, members: Members, bound: int) -> Flight:
         step, count = self._captured[_key(members, bound)], len(members.slots)
         step.load(members, self._scratch)
-        marks = tuple(torch.cuda.Event(enable_timing=True) for _ in range(4))
+        marks = tuple(
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(4)
+        )
         marks[0].record()
         step.draft.replay()
         marks[1].record()
@@ -105,6 +105,9 @@ class GraphRunner:
         host.copy_(step.table, non_blocking=True)
         marks[3].record()
         return Flight(host[:count], marks)
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self._device)
 
     def _host(self, table: Tensor) -> Tensor:
         """Pinned memory that no step in flight still writes to."""
@@ -120,9 +123,9 @@ class GraphRunner:
         slots = torch.full((batch,), self._scratch, device=self._device)
         sampling = _enlarged(members.sampling, batch)
         draft, verify = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream(self._device)
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), _no_collection():
             self._verify(*self._draft(slots, sampling, bound))
             side.synchronize()
             with torch.cuda.graph(draft, pool=self._pool, stream=side):
@@ -131,6 +134,17 @@ class GraphRunner:
                 table = self._verify(*drafted)
         torch.cuda.current_stream(self._device).wait_stream(side)
         return _Captured(slots, sampling, draft, verify, table)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage may hold graphs of other loops, and freeing one spoils a capture."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _key(members: Members, bound: int) -> tuple[int, int, bool, bool]:
@@ -146,12 +160,5 @@ def _tensors(sampling: SamplingBatch) -> list[Tensor]:
 def _enlarged(sampling: SamplingBatch, batch: int) -> SamplingBatch:
     """A copy with room for `batch` requests, all with the first one's parameters."""
     values: dict[str, Any] = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
-    return replace(sampling, **{n: v[:1].repeat(batch) for n, v in values.items() if isinstance(v, Tensor)})
-
-
-def gpu_failure(error: RuntimeError) -> EngineError:
-    """What a CUDA error means for the user."""
-    text = str(error).splitlines()[0]
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text:
-        return EngineError(f"the GPU's memory is full ({text}): lower kv_tokens, max_batch or max_context")
-    return EngineError(f"the GPU failed ({text}): start the program anew; if it happens again, check nvidia-smi")
+    larger: dict[str, Any] = {n: v[:1].repeat(batch) for n, v in values.items() if isinstance(v, Tensor)}
+    return replace(sampling, **larger)

@@ -16,10 +16,10 @@ from mtp_engine.config import SamplingParams
 from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Drafter, Launched, TargetModel, Verifier
 from mtp_engine.sampler import SamplingBatch
+from mtp_engine.slots import SlotState, StepBatch
 from mtp_engine.stats import GenerationStats
-from mtp_engine.tree import DraftTree, VerifyResult
+from mtp_engine.tree import DraftTree
 
-SCRATCH_LENGTH = 64  # tokens the scratch slot pretends to hold
 FinishReason = Literal["stop", "length"]
 
 
@@ -71,42 +71,6 @@ class Members:
         return cls(tuple(requests), slots, sampling)
 
 
-@final
-@dataclass(frozen=True)
-class StepBatch:
-    """The requests of one step at their present lengths (see protocols.Batch)."""
-
-    slots: Tensor  # [B] int64
-    sampling: SamplingBatch
-    lengths: Tensor  # [B] int64
-    tokens: Tensor  # [B] int64
-    bound: int
-
-
-@final
-class SlotState:
-    """Length and last token of every slot, on the device: the steps go on from them without asking the host.
-
-    The last slot is scratch: a runner may pad its batches with it. Its length never changes.
-    """
-
-    def __init__(self, slots: int, device: torch.device) -> None:
-        self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.lengths[-1] = SCRATCH_LENGTH
-
-    def set(self, slot: int, length: int, token: int) -> None:
-        self.lengths[slot], self.tokens[slot] = length, token
-
-    def batch(self, slots: Tensor, sampling: SamplingBatch, bound: int) -> StepBatch:
-        return StepBatch(slots, sampling, self.lengths[slots], self.tokens[slots], bound)
-
-    def advance(self, batch: StepBatch, result: VerifyResult) -> None:
-        self.lengths[batch.slots] = batch.lengths + result.counts
-        self.tokens[batch.slots] = result.tokens.gather(1, result.counts[:, None] - 1)[:, 0]
-        self.lengths[-1] = SCRATCH_LENGTH
-
-
 Draft = Callable[[Tensor, SamplingBatch, int], tuple[StepBatch, DraftTree]]
 Verify = Callable[[StepBatch, DraftTree], Tensor]
 
@@ -121,6 +85,9 @@ class Runner(Protocol):
         """What a first use needs, such as compiling; not counted in any statistics."""
 
     def launch(self, members: Members, bound: int) -> Launched: ...
+
+    def settle(self) -> None:
+        """Wait until all that was queued is done."""
 
 
 @final
@@ -146,6 +113,9 @@ class EagerRunner:
         self._draft, self._verify = draft, verify
 
     def prepare(self, members: Members, bound: int) -> None:
+        pass
+
+    def settle(self) -> None:
         pass
 
     def launch(self, members: Members, bound: int) -> Launched:
@@ -181,12 +151,13 @@ class DecodeLoop:
         device: torch.device,
         attention: AttentionFactory = TorchAttention,
         runner: Callable[[Draft, Verify], Runner] = EagerRunner,
+        kernels: bool = False,
     ) -> None:
         self.model, self.cache, self.drafter, self.verifier = model, cache, drafter, verifier
         self.max_context, self.eos_token_ids = max_context, frozenset(eos_token_ids)
         self.prefill_chunk, self.device, self.attention = prefill_chunk, device, attention
         self.requests: list[Request] = []
-        self.state = SlotState(slots + 1, device)
+        self.state = SlotState(slots + 1, device, kernels=kernels)
         self._runner = runner(self._draft, self._verify)
         self._flying: deque[tuple[Members, Launched]] = deque()
         self._free_slots = list(range(slots))[::-1]
@@ -218,6 +189,7 @@ class DecodeLoop:
             self.cache.reserve(request.slot, len(prompt) + limit + ahead)
             self.drafter.reserve(request.slot, len(prompt) + limit + ahead)
             self._prefill(request)
+            self._runner.settle()
         except BaseException:
             self.cache.release(request.slot)
             self.drafter.release(request.slot)
@@ -262,22 +234,23 @@ class DecodeLoop:
         return batch, self.drafter.draft(batch)
 
     def _verify(self, batch: StepBatch, tree: DraftTree) -> Tensor:
-        """[B, 3 + D+1] int64: tokens to emit, nodes and depth of the tree, then the tokens."""
+        """See SlotState.advance."""
         positions = batch.lengths[:, None] + tree.depths
-        rows = StepRows(batch.slots, batch.lengths, positions, tree.forest, tree.max_depth, batch.bound)
+        rows = StepRows(
+            batch.slots, batch.lengths, positions, tree.parents, tree.max_depth, batch.bound, offsets=tree.depths
+        )
         hidden = self.model.forward(tree.tokens, positions, self.attention(self.cache, rows))
         result = self.verifier.verify(tree, self.model.logits(hidden), batch)
         self.cache.commit(batch.slots, batch.lengths, result)
-        self.drafter.observe(batch, result, result.gather(hidden))
-        self.state.advance(batch, result)
-        reached = torch.where(tree.real, tree.depths, 0).amax(1)
-        return torch.cat([result.counts[:, None], tree.size[:, None], reached[:, None], result.tokens], 1)
+        self.drafter.observe(batch, result, hidden)
+        return self.state.advance(batch, tree, result)
 
     def _land(self, members: Members, launched: Launched, begin: float) -> list[StepOutput]:
         """Wait for a step, the only synchronisation, and hand its tokens out."""
         table = launched.wait()
         now = time.perf_counter()
-        self._busy_s += now - begin
+        # queued steps run on while the caller handles what came before: such a step counts in full
+        self._busy_s += max(now - begin, launched.draft_s + launched.verify_s)
         outputs = []
         for request, (count, nodes, depth, *tokens) in zip(members.requests, table, strict=True):
             if request.finish_reason or request not in self.requests:

@@ -8,7 +8,7 @@ from typing import Any, cast, final
 import torch
 
 from mtp_engine import hub
-from mtp_engine.backend import Backend, make_backend
+from mtp_engine.backend import Backend, gpu_errors, make_backend
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import (
     DEFAULT_MODEL,
@@ -24,10 +24,10 @@ from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
+from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Drafter, Progress
 from mtp_engine.stats import GenerationStats
 from mtp_engine.tokenizer import Tokenizer
-from mtp_engine.verifiers import MatchVerifier
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Raw text, token ids, or chat messages ({"role": ..., "content": ...}) for the model's chat template."""
@@ -78,6 +78,7 @@ class Engine:
         self.model, self.loop, self.tokenizer, self.config, self.backend = model, loop, tokenizer, config, backend
 
     @classmethod
+    @gpu_errors()
     def load(
         cls,
         name: str = DEFAULT_MODEL,
@@ -107,7 +108,7 @@ class Engine:
         backend = make_backend(config, device)
         drafter = _drafter(files, model, config, backend, progress)
         model = backend.fuse(model)
-        loop = _loop(model, drafter, config, backend, slots=config.max_batch, eos=tokenizer.eos_ids)
+        loop = make_loop(model, drafter, config, backend, slots=config.max_batch, eos=tokenizer.eos_ids)
         return cls(model, loop, tokenizer, config, backend)
 
     @property
@@ -144,8 +145,12 @@ class Engine:
             while waiting or running:
                 while waiting and self.loop.has_room:
                     index, (tokens, wanted) = waiting.pop()
-                    running[self.loop.add(tokens, wanted)] = (index, self.tokenizer.stream())
-                for out in self.loop.step():
+                    with gpu_errors():
+                        request = self.loop.add(tokens, wanted)
+                    running[request] = (index, self.tokenizer.stream())
+                with gpu_errors():
+                    outputs = self.loop.step()
+                for out in outputs:
                     if out.request not in running:
                         continue  # somebody else's request in the same loop
                     index, decoder = running[out.request]
@@ -167,7 +172,7 @@ class Engine:
     def plain(self, prompt: Prompt, params: SamplingParams, *, max_steps: int | None = None) -> Request:
         """Decode without drafting on a loop of its own, for comparison: at most `max_steps` tokens, timed alike."""
         eos = list(self.loop.eos_token_ids)
-        loop = _loop(self.model, RootDrafter(), self.config, self.backend, slots=1, eos=eos)
+        loop = make_loop(self.model, RootDrafter(), self.config, self.backend, slots=1, eos=eos)
         request = loop.add(self.encode(prompt), params)
         while request.finish_reason is None and (max_steps is None or len(request.output) < max_steps):
             loop.step()
@@ -194,7 +199,7 @@ def _device(config: EngineConfig) -> torch.device:
     return device
 
 
-def _kv_tokens(model: ModelConfig, config: EngineConfig, slots: int) -> int:
+def kv_tokens(model: ModelConfig, config: EngineConfig, slots: int) -> int:
     context = config.max_context or model.max_context
     if config.kv_tokens:
         return config.kv_tokens
@@ -208,17 +213,18 @@ def _kv_tokens(model: ModelConfig, config: EngineConfig, slots: int) -> int:
     )
 
 
-def _loop(
+def make_loop(
     model: Decoder, drafter: Drafter, config: EngineConfig, backend: Backend, *, slots: int, eos: Sequence[int]
 ) -> DecodeLoop:
     device = model.embedding.device
     cache = HybridKV(
         [layer.attention for layer in model.config.layers],
         slots=slots + 1,
-        tokens=_kv_tokens(model.config, config, slots) + backend.scratch_tokens + config.page_size,
+        tokens=kv_tokens(model.config, config, slots) + backend.scratch_tokens + config.page_size,
         page_size=config.page_size,
         max_nodes=max(drafter.max_nodes, backend.ring_rows),
         ring_page=backend.ring_page,
+        kernels=backend.kernels,
         dtype=model.embedding.dtype,
         device=device,
     )
@@ -229,7 +235,7 @@ def _loop(
         model,
         cache,
         drafter,
-        MatchVerifier(),
+        backend.verifier(slots),
         slots=slots,
         max_context=config.max_context or model.config.max_context,
         eos_token_ids=eos,
@@ -237,6 +243,7 @@ def _loop(
         device=device,
         attention=backend.attention,
         runner=backend.runner(slots),
+        kernels=backend.kernels,
     )
 
 
@@ -273,8 +280,15 @@ def _drafter(
         files.mtp_folder, model, config.draft_vocab, progress,
         dequantize=config.dequantize, window_keys=config.window_keys, rounded=config.draft_int8,
     )  # fmt: skip
-    tokens = _kv_tokens(model.config, config, slots) + backend.scratch_tokens
+    return mtp_drafter(module, model.config, config, backend)
+
+
+def mtp_drafter(module: MTPModule, model: ModelConfig, config: EngineConfig, backend: Backend) -> MTPDrafter:
+    """The drafter of a main model's MTP layers, for config.tree."""
+    assert config.tree is not None
+    slots = config.max_batch + 1  # the last is scratch
     return MTPDrafter(
-        backend.fuse_mtp(module), config.tree, slots=slots, tokens=tokens, page_size=config.page_size,
-        attention=backend.attention, ring_page=backend.ring_page, ring_rows=backend.ring_rows,
+        backend.fuse_mtp(module), config.tree, slots=slots, page_size=config.page_size, attention=backend.attention,
+        tokens=kv_tokens(model, config, slots) + backend.scratch_tokens, ops=backend.ops(slots),
+        ring_page=backend.ring_page, ring_rows=backend.ring_rows,
     )  # fmt: skip

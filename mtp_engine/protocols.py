@@ -88,7 +88,7 @@ class Drafter(Protocol):
     def draft(self, batch: Batch) -> DraftTree: ...
 
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
-        """A step was kept: hidden [B, D+1, H] of the kept nodes, result.tokens the tokens they led to."""
+        """A step was kept. hidden: [B, N, H] of all its nodes, of which result.path names those kept."""
 
 
 class Launched(Protocol):

@@ -7,6 +7,12 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on a CPU, slowly
+    from interpreter import repair
+
+    repair()
+
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)  # CI must not depend on luck
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")

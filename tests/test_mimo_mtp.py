@@ -137,7 +137,7 @@ def test_all_three_layers_equal_the_reference(tiny: Setting, data: st.DataObject
             hiddens[b, : len(new)] = tiny.hidden(known + new[:-1])[len(known) - 1 :]
             emitted[b, : len(new)] = torch.tensor(new)
             r.output += new
-        drafter.observe(batch, VerifyResult(torch.zeros(len(requests), 4, dtype=torch.int64), emitted, counts), hiddens)
+        drafter.observe(batch, VerifyResult(torch.arange(4).repeat(len(requests), 1), emitted, counts), hiddens)
 
 
 def test_long_prompt_needs_only_its_last_window(tiny: Setting) -> None:

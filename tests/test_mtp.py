@@ -93,7 +93,7 @@ def test_drafts_equal_full_recomputation(models: "Models", name: str, data: st.D
         batch = batch_of(requests)
         tree = drafter.draft(batch)
         kept = [data.draw(st.integers(0, drafter.depth)) for _ in requests]  # drafts accepted this time
-        path = torch.zeros(len(requests), tree.max_depth + 1, dtype=torch.int64)
+        path = torch.arange(tree.max_depth + 1).repeat(len(requests), 1)  # as if the tree were a chain
         tokens = torch.zeros_like(path)
         hiddens = torch.zeros(*path.shape, 32)
         for b, r in enumerate(requests):

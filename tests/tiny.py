@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtp_engine.decode_loop import Members, Request, StepBatch
+from mtp_engine.decode_loop import Members, Request
+from mtp_engine.slots import StepBatch
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

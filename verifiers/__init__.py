@@ -1,5 +1,5 @@
 """Rules that choose which drafted tokens to keep."""
 
-from mtp_engine.verifiers.match import MatchVerifier
+from mtp_engine.verifiers.match import DeviceMatchVerifier, MatchVerifier
 
-__all__ = ["MatchVerifier"]
+__all__ = ["DeviceMatchVerifier", "MatchVerifier"]

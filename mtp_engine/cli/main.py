@@ -13,6 +13,7 @@ import click
 from mtp_engine import __version__
 from mtp_engine.cli.generate import generate
 from mtp_engine.cli.inspect import inspect
+from mtp_engine.cli.kernels import kernels
 from mtp_engine.cli.models import models
 from mtp_engine.cli.output import one_line
 from mtp_engine.errors import EngineError
@@ -96,3 +97,4 @@ def main(context: click.Context) -> None:
 main.add_command(generate)
 main.add_command(models)
 main.add_command(inspect)
+main.add_command(kernels)

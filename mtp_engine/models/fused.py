@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mtp_engine.config import RopeConfig
 from mtp_engine.kernels import dense, moe
+from mtp_engine.kernels.experts import ExpertStack, PlainStack
 from mtp_engine.kernels.fp8 import BlockLinear, BlockMatrix
 from mtp_engine.kernels.linear import Linear
 from mtp_engine.kernels.rope import rope_tables
@@ -46,6 +47,11 @@ def weight_of(linear: LinearMap) -> Tensor | BlockMatrix:
     weight = linear.weight if isinstance(linear, Linear | BlockLinear) else None
     assert weight is not None, "a layer that keeps its weight is wanted"
     return weight
+
+
+def _stack(experts: ExpertStack) -> PlainStack | BlockMatrix:
+    assert isinstance(experts, PlainStack | BlockMatrix)
+    return experts
 
 
 def bias_of(linear: LinearMap) -> Tensor | None:
@@ -115,7 +121,7 @@ class FusedBlock:
     ) -> Tensor:
         batch, nodes, _ = x.shape
         if batch * nodes > MOST_ROWS:
-            return self.block(x, tables, attention, layer)
+            return self._many(x, tables, attention, layer)
         inner, norm, device_attention = (
             self.block.attention,
             self.block.attention_norm,
@@ -133,13 +139,24 @@ class FusedBlock:
             layer, q.view(batch, nodes, c.heads, c.qk_dim), scale=c.qk_dim**-0.5, sink=inner.sink
         )
         flat = dense.linear(y.flatten(0, 1).flatten(1), weight_of(inner.out), residual=flat)
-        return _ffn(self.block.ffn, self.block.ffn_norm, flat).view(x.shape)
+        return ffn(self.block.ffn, self.block.ffn_norm, flat).view(x.shape)
+
+    def _many(
+        self, x: Tensor, tables: Mapping[RopeConfig, tuple[Tensor, Tensor]], attention: Attention, layer: int
+    ) -> Tensor:
+        block = self.block
+        if not isinstance(block.ffn, MoE):
+            return block(x, tables, attention, layer)
+        x = x + block.attention(block.attention_norm(x), tables[block.attention.config.rope], attention, layer)
+        return ffn(block.ffn, block.ffn_norm, x.flatten(0, 1)).view(x.shape)
 
 
-def _ffn(ffn: object, norm: RMSNorm, x: Tensor) -> Tensor:
+def ffn(layer: object, norm: RMSNorm, x: Tensor) -> Tensor:
     """x + ffn(norm(x)). x: [M, H]."""
-    if isinstance(ffn, MoE):
-        return moe.moe(x, ffn, norm)
-    assert isinstance(ffn, GatedMLP)
-    h = dense.gated(x, weight_of(ffn.gate_up), norm=norm.weight, eps=norm.eps)
-    return dense.linear(h, weight_of(ffn.down), residual=x)
+    if isinstance(layer, MoE):
+        c = layer.config
+        y, routing = moe.route(x, norm.weight, norm.eps, layer.router, layer.bias, c.per_token, c.normalise, c.scale)
+        return moe.down(moe.gate_up(y, routing, _stack(layer.gate_up)), routing, _stack(layer.down), x)
+    assert isinstance(layer, GatedMLP)
+    h = dense.gated(x, weight_of(layer.gate_up), norm=norm.weight, eps=norm.eps)
+    return dense.linear(h, weight_of(layer.down), residual=x)

@@ -41,11 +41,11 @@ class MTPModule:
         """The main model's pre-norm hidden state as the layers want it. [..., H] -> [..., H]."""
         return self.main_norm(hidden) if self.config.hidden == "post_norm" else hidden
 
-    def forward(self, level: int, tokens: Tensor, hidden: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Rows of layer `level`: tokens, positions [B, N] int64 (position = row j), hidden [B, N, H] -> [B, N, H]."""
+    def forward(self, level: int, embedded: Tensor, hidden: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Rows of layer `level`: tokens' embeddings and hidden [B, N, H], positions [B, N] int64 (row j) -> [B, N, H]."""
         index = 0 if self.config.reused else level
         layer = self.layers[index]
-        x = layer.join(self.embedding[tokens], hidden)
+        x = layer.join(embedded, hidden)
         return layer.block(x, {self.config.layer.attention.rope: self.rotary(positions)}, attention, index)
 
     def logits(self, level: int, output: Tensor) -> Tensor:
