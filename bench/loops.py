@@ -85,7 +85,9 @@ def build(model: Model, tree: str | None, batch: int, context: int, config: Engi
     shape = TreeShape.parse(tree) if tree else None
     config = replace(config, tree=shape, max_batch=batch, max_context=0, kv_tokens=batch * (context + 2 * ROOM))
     device, recorders = model.main.embedding.device, []
-    backend = replace(make_backend(config, device), fuse_mtp=lambda module: module)  # it is fused already
+    backend = replace(
+        make_backend(config, device, lambda *_: None), fuse_mtp=lambda module: module
+    )  # it is fused already
 
     def runner(slots: int) -> Callable[..., Runner]:
         def make(draft: Any, verify: Any) -> Runner:

@@ -192,5 +192,5 @@ def load(name: str, config: EngineConfig, path: str = DEFAULT_MODEL, mtp: str | 
     rotary = RotaryEmbedding(mtp_config.layer.attention.rope, device)
     ids = torch.arange(min(vocab, main_config.vocab_size), device=device)
     module = MTPModule(mtp_config, layers, main.embedding, main.norm, ids, rotary)
-    backend = make_backend(config, device)
+    backend = make_backend(config, device, lambda *_: None)
     return Model(name, backend.fuse(main), backend.fuse_mtp(module), names, shape.contexts, shape.tree)

@@ -145,6 +145,11 @@ class TreePlan:
         self._tables[: len(flat)].copy_(staging.tables[: len(flat)], non_blocking=True)
         staging.copied.record()
 
+    @property
+    def page_table(self) -> Tensor:
+        """[max_pages] int32 on the device, request after request, which a graph may rewrite between plans."""
+        return self._tables[2 * self._shape.batch + 1 :]
+
     def run(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, *,
         tree_mask: Tensor, prefix: Tensor, low: Tensor, sink: Tensor, scale: float, out: Tensor,

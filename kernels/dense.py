@@ -42,8 +42,10 @@ def tile_for(rows: int, k: int, itemsize: int, exact: bool) -> Tile:
     if rows < 3200:
         return Tile(16, 64, 4, 4 if k <= 768 else 6)
     if rows <= 8192:
-        return Tile(32, 64 if k == 4096 and rows > 4096 else 128, 4, 4)
-    return Tile(64, 64, 2, 4) if itemsize == 2 else Tile(64, 64, 4, 4)
+        return Tile(16, 64, 4, 5) if rows > k else Tile(16 if itemsize == 2 else 32, 128, 4, 4)
+    if itemsize == 1:
+        return Tile(64, 64, 4, 4)
+    return Tile(32, 64, 4, 3) if rows <= 65536 else Tile(64, 64, 2, 4)
 
 
 def _matrix(weight: Weight) -> Tensor:
@@ -75,7 +77,10 @@ def _launch(
     (m, k), itemsize = x.shape, data.element_size()
     assert data.shape[1] == k, (x.shape, data.shape)
     assert data.stride(1) == x.stride(1) == 1, (x.stride(), data.stride())
-    tokens = 16 if m <= 16 or _exact(x, weight) else 32
+    # what is read in less than 3 us is bound by latency: more CTAs then beat larger ones, and starting the next kernel
+    # early only takes their places
+    small = data.numel() * itemsize <= PREFETCH
+    tokens = 16 if m <= 16 or small or _exact(x, weight) else 32
     stage = tile.depth * tile.warps * (tile.rows * itemsize + (tokens + 1) * x.element_size())  # bytes
     pieces = min(max(32 * tile.warps // tile.rows, 1), 8)
     ahead = min(k * itemsize, PREFETCH // data.shape[0]) // 128 * 128 // pieces
@@ -84,7 +89,7 @@ def _launch(
         x, x.stride(0) if m > 1 else k, norm, eps, data, data.stride(0), scale, table,
         0 if scale is None else scale.stride(0), m, ahead if aligned else 0, **own,
         K=k, ROWS=tile.rows, BM=tokens, DEPTH=tile.depth, WARPS=tile.warps, BLOCK=block,
-        PDL=pdl(), launch_pdl=pdl(), num_warps=tile.warps, num_stages=min(tile.stages, 1 + SHARED // stage),
+        PDL=(2 if small else 1) * pdl(), launch_pdl=pdl(), num_warps=tile.warps, num_stages=min(tile.stages, 1 + SHARED // stage),
     )  # fmt: skip
 
 

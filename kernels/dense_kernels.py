@@ -24,12 +24,14 @@ def _halves(acc, WARPS: tl.constexpr, P: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def _begin(weight, w_stride, row, ahead, ROWS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr):
-    """Lets the next kernel start, asks for the first bytes of the weight rows, then waits for the previous kernel.
+    """Asks for the first bytes of the weight rows and waits for the previous kernel. Lets the next one start before that
+    (PDL = 1) or after it (2).
 
     row: [ROWS] int64; ahead: bytes per thread, a multiple of 16, or 0.
     """
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        if PDL == 1:
+            tl.extra.cuda.gdc_launch_dependents()
         if ahead > 0:
             PIECES: tl.constexpr = min(max(32 * WARPS // ROWS, 1), 8)
             address = (weight + row * w_stride).to(tl.int64)[:, None] + tl.arange(0, PIECES)[None, :] * ahead
@@ -37,6 +39,8 @@ def _begin(weight, w_stride, row, ahead, ROWS: tl.constexpr, WARPS: tl.constexpr
             asm: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;"
             tl.inline_asm_elementwise(asm, "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1)
         tl.extra.cuda.gdc_wait()
+        if PDL == 2:
+            tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -54,13 +54,15 @@ class Plan:
     merge_warps: int = 1
 
     @classmethod
-    def default(cls, dtype: torch.dtype, rows: int, kv_heads: int) -> "Plan":
-        """rows: (node, head) rows that share far keys, or one node's if there are none. They may not decide arithmetic."""
+    def default(cls, dtype: torch.dtype, rows: int, kv_heads: int, dim: int) -> "Plan":
+        """rows: (node, head) rows that share far keys, or one node's if there are none. They may not decide arithmetic.
+        dim: of queries."""
+        depth = 2 if dim <= 64 else 1  # measured: wide heads gain more from two programs per multiprocessor
         # few heads make few programs: shorter splits keep more of the GPU busy
         splits = (128, 32, 1024, 28, 4096) if kv_heads >= 8 else (128, 32, 512, 56, 4096)
         if dtype == torch.float32:  # without tensor cores; only exact, not fast
             return cls(splits=splits, rows=16, warps=8, depth=0)
-        return cls(splits=splits) if rows <= 64 else cls(splits=splits, rows=128, warps=8)
+        return cls(splits=splits, depth=depth) if rows <= 64 else cls(splits=splits, rows=128, warps=8, depth=depth)
 
     def far(self, bound: int) -> int:
         """How many splits the far keys of a row at position bound - 1 fall into."""
@@ -305,7 +307,7 @@ def tree_attention(
     batch, nodes, heads, dim = q.shape
     kv_heads, v_dim = v_cache.shape[1:]
     group = heads // kv_heads
-    plan = plan or Plan.default(q.dtype, group if window else nodes * group, kv_heads)
+    plan = plan or Plan.default(q.dtype, group if window else nodes * group, kv_heads, dim)
     assert nodes <= MAX_NODES <= plan.tile, "more rows, or smaller tiles, and far keys would differ between rows"
     assert group <= plan.rows, "a node's heads must fit into one block"
     assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (q, k_cache, v_cache, pages, positions)), "last dimension"

@@ -15,7 +15,7 @@ from mtp_engine.drafters.expand import DraftOps, TorchDraftOps
 from mtp_engine.errors import EngineError
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
-from mtp_engine.protocols import Verifier
+from mtp_engine.protocols import Progress, Verifier
 from mtp_engine.verifiers import DeviceMatchVerifier, MatchVerifier
 
 RunnerFactory = Callable[[Draft, Verify], Runner]
@@ -51,7 +51,7 @@ class Backend:
     kernels: bool = False
 
 
-def make_backend(config: EngineConfig, device: torch.device) -> Backend:
+def make_backend(config: EngineConfig, device: torch.device, progress: Progress) -> Backend:
     """Raises EngineError where the kernels that config asks for cannot run here."""
     if device.type != "cuda" or config.attention == "torch":
         return Backend()
@@ -70,12 +70,22 @@ def make_backend(config: EngineConfig, device: torch.device) -> Backend:
     from mtp_engine.drafters.device import DeviceDraftOps
     from mtp_engine.models.fused import fuse, fuse_mtp
 
+    attention: AttentionFactory = exact_attention
+    refresh = None
+    if config.attention == "flashinfer":
+        if config.dtype == "fp32":
+            raise EngineError("FlashInfer computes in bf16: use --dtype bf16, or --attention exact")
+        from mtp_engine.flashinfer_attention import FlashInferAttention
+
+        attention = FlashInferAttention(progress)
+        refresh = attention.refresh
+
     def runner(slots: int) -> RunnerFactory:
-        return partial(GraphRunner, in_flight=config.steps_in_flight, scratch=slots, device=device)
+        return partial(GraphRunner, in_flight=config.steps_in_flight, scratch=slots, device=device, refresh=refresh)
 
     most = bucket(config.max_batch)
     return Backend(
-        attention=exact_attention,
+        attention=attention,
         runner=runner,
         fuse=fuse,
         fuse_mtp=fuse_mtp,

@@ -55,6 +55,12 @@ class DeviceRows:
             for group in self.cache.groups
         ]
 
+    def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See protocols.DeviceAttention."""
+        index, member = self.cache.place[layer]
+        group = self.cache.groups[index]
+        return group.k[member], group.v[member], self.targets[index].flatten()
+
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         index, member = self.cache.place[layer]
         self.cache.groups[index].write(member, self.targets[index], k, v)
@@ -68,9 +74,7 @@ class ExactAttention:
         self._step = DeviceRows(cache, rows)
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        index, member = self._step.cache.place[layer]
-        group = self._step.cache.groups[index]
-        return group.k[member], group.v[member], self._step.targets[index].flatten()
+        return self._step.destination(layer)
 
     def attend(self, layer: int, q: Tensor, *, scale: float, sink: Tensor | None) -> Tensor:
         step, rows = self._step, self._step.rows

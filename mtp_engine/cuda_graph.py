@@ -6,7 +6,7 @@ back through pinned memory, and the host waits for the oldest step in flight alo
 
 import gc
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, final
@@ -78,9 +78,15 @@ class Flight:
 class GraphRunner:
     """Replays steps (a Runner). in_flight: steps queued before the host waits for the first of them."""
 
-    def __init__(self, draft: Draft, verify: Verify, *, in_flight: int, scratch: int, device: torch.device) -> None:
+    def __init__(
+        self, draft: Draft, verify: Verify, *, in_flight: int, scratch: int, device: torch.device,
+        refresh: Callable[[list[int], list[int]], None] | None = None,
+    ) -> None:  # fmt: skip
+        """scratch: the slot that pads batches. refresh: called before each step with the
+        slots and the most tokens that each may have."""
         self.in_flight = in_flight
         self._draft, self._verify, self._scratch, self._device = draft, verify, scratch, device
+        self._refresh = refresh
         self._captured: dict[tuple[int, int, bool, bool], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._pinned: deque[Tensor] = deque(maxlen=in_flight + 1)
@@ -92,6 +98,8 @@ class GraphRunner:
     def launch(self, members: Members, bound: int) -> Flight:
         step, count = self._captured[_key(members, bound)], len(members.slots)
         step.load(members, self._scratch)
+        if self._refresh:
+            self._refresh(*self._bounds(members, bound))
         marks = tuple(
             torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             for _ in range(4)
@@ -108,6 +116,13 @@ class GraphRunner:
 
     def settle(self) -> None:
         torch.cuda.synchronize(self._device)
+
+    def _bounds(self, members: Members, bound: int) -> tuple[list[int], list[int]]:
+        """Slots and the most tokens each may have, padding included; the longest request has `bound` at most."""
+        requests = members.requests
+        margin, padding = bound - max(r.length for r in requests), bucket(len(requests)) - len(requests)
+        slots = [r.slot for r in requests] + [self._scratch] * padding
+        return slots, [r.length + margin for r in requests] + [SCRATCH_TOKENS] * padding
 
     def _host(self, table: Tensor) -> Tensor:
         """Pinned memory that no step in flight still writes to."""
@@ -127,6 +142,8 @@ class GraphRunner:
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side), _no_collection():
             self._verify(*self._draft(slots, sampling, bound))
+            if self._refresh:  # plans exist from now on; the first ones were made for nothing
+                self._refresh([self._scratch] * batch, [SCRATCH_TOKENS] * batch)
             side.synchronize()
             with torch.cuda.graph(draft, pool=self._pool, stream=side):
                 drafted = self._draft(slots, sampling, bound)

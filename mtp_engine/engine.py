@@ -105,7 +105,7 @@ class Engine:
             files.folder, _DTYPES[config.dtype], device, progress,
             dequantize=config.dequantize, window_keys=config.window_keys,
         )  # fmt: skip
-        backend = make_backend(config, device)
+        backend = make_backend(config, device, progress)
         drafter = _drafter(files, model, config, backend, progress)
         model = backend.fuse(model)
         loop = make_loop(model, drafter, config, backend, slots=config.max_batch, eos=tokenizer.eos_ids)

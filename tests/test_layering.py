@@ -29,10 +29,11 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "slots": ("kernels sampler tree", "torch"),
     "decode_loop": ("attention cache config errors protocols sampler slots stats tree", "torch"),
     "cuda_attention": ("attention cache kernels protocols", "torch"),
+    "flashinfer_attention": ("attention cache cuda_attention kernels protocols", "torch"),
     "cuda_graph": ("decode_loop errors sampler slots", "torch"),
     "backend": (
-        "attention config cuda_attention cuda_graph decode_loop drafters errors models.decoder models.fused models.mtp "
-        "protocols verifiers",
+        "attention config cuda_attention cuda_graph flashinfer_attention decode_loop drafters errors models.decoder "
+        "models.fused models.mtp protocols verifiers",
         "torch triton",
     ),
     "tool_calls": ("", ""),

@@ -71,7 +71,7 @@ def make(heads: Heads, parents: Tensor, lengths: list[int], *, first: int = 0, d
         "first": torch.full((batch,), first, device=DEVICE),
         "page_size": PAGE, "wrap": pages, "window": heads.window, "bound": most, "scale": heads.qk**-0.5,
         "sink": torch.randn(heads.query, generator=g, device=DEVICE) if heads.sink else None,
-        "plan": replace(Plan.default(dtype, nodes * heads.query // heads.kv, heads.kv), splits=SPLITS),
+        "plan": replace(Plan.default(dtype, nodes * heads.query // heads.kv, heads.kv, heads.qk), splits=SPLITS),
     }  # fmt: skip
     for b, length in enumerate(lengths):
         begin = max(length - heads.window + 1, 0) if heads.window else 0
@@ -100,7 +100,7 @@ def alone(call: Any, b: int, i: int) -> Any:
         "q": call["q"][b : b + 1, i : i + 1], "pages": call["pages"][b : b + 1], "first": call["first"][b : b + 1],
         "lengths": torch.tensor([position], device=DEVICE), "positions": torch.tensor([[position]], device=DEVICE),
         "paths": torch.zeros(1, 1, 1, dtype=torch.int32, device=DEVICE), "bound": position + 1,
-        "plan": replace(Plan.default(call["q"].dtype, 1, 8), splits=call["plan"].splits),
+        "plan": replace(Plan.default(call["q"].dtype, 1, 8, 64), splits=call["plan"].splits),
     }  # fmt: skip
     return one
 
@@ -109,7 +109,7 @@ def part(call: Any, rows: int) -> Any:
     """The same step with the first `rows` rows only."""
     group = call["q"].shape[2] // call["k_cache"].shape[1]
     fewer = {name: call[name][:, :rows] for name in ("q", "positions")}
-    plan = replace(Plan.default(call["q"].dtype, rows * group, 8), splits=call["plan"].splits)
+    plan = replace(Plan.default(call["q"].dtype, rows * group, 8, 64), splits=call["plan"].splits)
     return call | fewer | {"paths": call["paths"][:, :rows, :rows].contiguous(), "plan": plan}
 
 
@@ -226,7 +226,7 @@ REAL_CASES += [(63, torch.float32), (5000, torch.float32)]
 def test_real_shapes_on_the_gpu(heads: Heads, length: int, dtype: torch.dtype) -> None:
     parents = torch.stack([forest(64, length), torch.arange(-1, 63)])
     call = make(heads, parents, [length, max(length - 37, 0)], dtype=dtype, seed=length)
-    call["plan"] = Plan.default(dtype, 64 * heads.query // heads.kv, heads.kv)
+    call["plan"] = Plan.default(dtype, 64 * heads.query // heads.kv, heads.kv, heads.qk)
     y = tree_attention(**call)
     assert torch.isfinite(y).all()
     for b in (0, 1):

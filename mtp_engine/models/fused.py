@@ -138,7 +138,8 @@ class FusedBlock:
         y = device_attention.attend(
             layer, q.view(batch, nodes, c.heads, c.qk_dim), scale=c.qk_dim**-0.5, sink=inner.sink
         )
-        flat = dense.linear(y.flatten(0, 1).flatten(1), weight_of(inner.out), residual=flat)
+        y = y.flatten(0, 1).flatten(1)
+        flat = dense.linear(y, weight_of(inner.out), residual=flat)
         return ffn(self.block.ffn, self.block.ffn_norm, flat).view(x.shape)
 
     def _many(
