@@ -74,7 +74,7 @@ class DraftTree:
     @classmethod
     def chain(cls, tokens: Tensor, size: Tensor) -> "DraftTree":
         """A path per request. tokens: [B, N] int64 with the last committed token first; size: [B] int64."""
-        depths = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        depths = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)  # kernels want it whole
         return cls(tokens, depths - 1, depths, size, tokens.shape[1] - 1)
 
 

@@ -26,7 +26,7 @@ from mtp_engine.verifiers import DeviceMatchVerifier
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SLOTS, PAGE = 3, 16
-PROMPTS = [[5, 9, 2, 40, 17, 33, 8], [3], [7] * 4 + [11, 30] * 9]
+PROMPTS = [[5, 9, 2, 40, 17, 33, 8], [3], [7] * 4 + [11, 30] * (80 if DEVICE.type == "cuda" else 9)]
 LLAMA = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
 HEADS = {
     "heads": 4,

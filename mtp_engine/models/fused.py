@@ -24,6 +24,7 @@ from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Attention, DeviceAttention
 
 _FP32 = torch.float32
+MOST_NODES = 64  # of a request that DeviceAttention takes; more are a prompt
 MOST_ROWS = 256  # from here on a product is bound by arithmetic, and cuBLAS is better at that
 
 
@@ -120,7 +121,7 @@ class FusedBlock:
         self, x: Tensor, tables: Mapping[RopeConfig, tuple[Tensor, Tensor]], attention: Attention, layer: int
     ) -> Tensor:
         batch, nodes, _ = x.shape
-        if batch * nodes > MOST_ROWS:
+        if batch * nodes > MOST_ROWS or nodes > MOST_NODES:
             return self._many(x, tables, attention, layer)
         inner, norm, device_attention = (
             self.block.attention,
