@@ -11,7 +11,6 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -129,9 +128,10 @@ def main(
     cases = encode(engines["plain"], read_prompts(prompts, limit), longest)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
     seconds, tokens, steps, same = (defaultdict(float) for _ in range(4))
-    longest_prompt = max((prompt for _, prompt in cases), key=len)
+    shortest, longest_prompt = (f((prompt for _, prompt in cases), key=len) for f in (min, max))
     for engine in engines.values():
-        our_decoder(engine, longest_prompt, replace(params, max_tokens=8))  # compiles, and captures CUDA graphs
+        for prompt in (shortest, longest_prompt):
+            our_decoder(engine, prompt, params)  # compiles, and captures the CUDA graphs of every length
     for _ in range(3 if reference else 0):
         reference(longest_prompt, 8)
     for _, prompt in track(cases, console=Console(stderr=True)):

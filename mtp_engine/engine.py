@@ -34,7 +34,10 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _KV_BUDGET = 4 << 30  # bytes; the default cache holds a full context per slot up to this
-_DEFAULT_TREES = {"mtp": TreeShape.parse("tree:7"), "ngram": TreeShape.parse("chain:4")}
+_DEFAULT_TREES = {  # what measured fastest, see bench/LOG.md
+    "cpu": {"mtp": TreeShape.parse("tree:7"), "ngram": TreeShape.parse("chain:4")},
+    "cuda": {"mtp": TreeShape.parse("tree:15"), "ngram": TreeShape.parse("chain:4")},
+}
 
 
 @final
@@ -254,7 +257,7 @@ def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:
         raise EngineError(f"max_context is {config.max_context}; {files.name} was made for {model.max_context} tokens")
     if config.drafter == "root":
         return config
-    shape = config.tree or _DEFAULT_TREES[config.drafter]
+    shape = config.tree or _DEFAULT_TREES[torch.device(config.device).type][config.drafter]
     if config.drafter == "mtp":
         if files.mtp_folder is None:
             raise EngineError(
