@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
+from mtp_engine.backend import make_backend
 from mtp_engine.config import DEFAULT_MODEL
-from mtp_engine.drafters import MTPDrafter
-from mtp_engine.engine import _loop
+from mtp_engine.engine import make_loop, mtp_drafter
 
 # rule, drafting, tree
 RUNS = [
@@ -36,11 +36,10 @@ def set_up(engine: Engine, rule: str, ranking: str, tree: str) -> None:
     config = replace(
         engine.config, tree=TreeShape.parse(tree), verifier=rule, candidates=ranking, allow_lossy=rule == "typical"
     )
-    slots, tokens = config.max_batch, config.max_batch * config.max_context
-    drafter = MTPDrafter(
-        engine.loop.drafter.module, config.tree, slots=slots, tokens=tokens, page_size=config.page_size, ranking=ranking
-    )
-    engine.loop = _loop(engine.model, drafter, config, slots=slots, tokenizer=engine.tokenizer, rule=rule)
+    backend = make_backend(config, engine.loop.device, lambda *_: None)
+    unfused = replace(backend, fuse_mtp=lambda module: module)  # it is fused already
+    drafter = mtp_drafter(engine.loop.drafter.module, engine.model_config, config, unfused)
+    engine.loop = make_loop(engine.model, drafter, config, backend, slots=config.max_batch, tokenizer=engine.tokenizer)
 
 
 def accepted_length(engine: Engine, cases: Sequence[Sequence[int]], params: SamplingParams) -> float:

@@ -3,6 +3,7 @@
 from mtp_engine.drafters.candidates import Ranking
 from mtp_engine.drafters.mtp import MTPDrafter
 from mtp_engine.drafters.ngram import NgramDrafter
+from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.drafters.root import RootDrafter
 
-__all__ = ["MTPDrafter", "NgramDrafter", "Ranking", "RootDrafter"]
+__all__ = ["MTPDrafter", "NgramDrafter", "Ranking", "RootDrafter", "TorchDraftOps"]

@@ -1,14 +1,17 @@
-"""Growing a tree level by level from the drafter's scores: pure tensor functions, no model."""
+"""Growing a tree level by level from the drafter's scores: pure tensor functions, no model.
+
+DraftOps is what a drafter asks for: torch operations in drafters/portable.py, or kernels in drafters/device.py.
+"""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_engine.config import TreeShape
-from mtp_engine.tree import DraftTree
+from mtp_engine.protocols import Batch
+from mtp_engine.tree import DraftTree, VerifyResult
 
 
 @final
@@ -23,7 +26,6 @@ class Growth:
     parents: Tensor  # [B, n] int64
     depths: Tensor  # [B, n] int64
     scores: Tensor  # [B, n] fp32, log of the joint draft probability
-    ancestors: Tensor  # [B, n, n] bool, True where column is row's node itself or an ancestor
     frontier: int
     level: int
 
@@ -31,8 +33,71 @@ class Growth:
     def start(cls, roots: Tensor) -> "Growth":
         """roots: [B] int64, the last committed tokens."""
         zeros = torch.zeros_like(roots)[:, None]
-        itself = torch.ones_like(zeros, dtype=torch.bool)[:, None]
-        return cls(roots[:, None], zeros - 1, zeros, zeros.float(), itself, 1, 0)
+        return cls(roots[:, None], zeros - 1, zeros, zeros.float(), 1, 0)
+
+
+@final
+@dataclass(frozen=True)
+class Level:
+    """What the next level is grown from."""
+
+    logits: Tensor  # [B, F, n] fp32, a row per frontier node
+    ids: Tensor  # [n] int64, the tokens scored
+    ahead: int  # the tokens' position is length + ahead
+    width: int  # candidates per frontier node
+    keep: int  # of all of them become nodes
+
+
+@final
+@dataclass(frozen=True)
+class LevelRows:
+    """The rows of one level: R new ones, of which `counts` are real, and the drafted nodes.
+
+    Each real new row is above the next, the last one is the root's, and the nodes hang below; -1 is the cache.
+    """
+
+    positions: Tensor  # [B, R + Q] int64
+    parents: Tensor  # [B, R + Q] int64
+    offsets: Tensor  # [B, R + Q] int64, position - start
+    rotary: Tensor  # [B, R + Q] int64, position - 1 - shift
+    first: Tensor  # [B] int64, the request's first row at this level
+
+
+class DraftOps(Protocol):
+    """What a drafter does besides running its layers: growing trees, and carrying rows from level to level."""
+
+    def start(self, batch: Batch, levels: list[tuple[int, int]], ids: Tensor, vocab: int) -> Growth:
+        """levels: `width` and `keep` of each; ids: [n] int64, the tokens to choose from; vocab: V of the main model."""
+
+    def grow(self, tree: Growth, batch: Batch, level: Level) -> Growth: ...
+
+    def finish(self, tree: Growth, batch: Batch, level: Level, best: int, ready: Tensor) -> DraftTree:
+        """Grow the last level and give the tree to verify, `best` nodes of it if that is not 0.
+
+        ready: [B] int64; requests where it is 0 get their root only.
+        """
+
+    def rows(self, tree: Growth, new: int, counts: Tensor, start: Tensor, first: Tensor, shift: int) -> LevelRows:
+        """first: [B], of level 0, which lies `shift` before this level's."""
+
+    def inputs(
+        self, tree: Growth, tokens: Tensor, embedding: Tensor, hidden: Tensor, above: Tensor, carry: Tensor, slots: Tensor,
+        counts: Tensor, *, deeper: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Embeddings and hidden states [B, R + Q, H] of a level's rows, whose first R are of `tokens` [B, R].
+
+        hidden: at the first level the states themselves, deeper those of the rows of the level above. There a row gets
+        its parent's; one without parent gets carry[slots[b]], which becomes the state of the last real new row.
+        """
+
+    def last(self, values: Tensor, counts: Tensor) -> Tensor:
+        """values: [B, R, H] -> [B, 1, H], the last real row's (the first where there is none)."""
+
+    def observe(
+        self, slots: Tensor, result: VerifyResult, hidden: Tensor, tokens_table: Tensor, hidden_table: Tensor,
+        counts_table: Tensor,
+    ) -> None:  # fmt: skip
+        """Keep what a step emitted: row i of a slot becomes token i and the hidden state [B, N, H] of the node before it."""
 
 
 def level_sizes(shape: TreeShape, depth: int, beam: int) -> list[tuple[int, int]]:
@@ -63,14 +128,11 @@ def grow(tree: Growth, scores: Tensor, ids: Tensor, width: int, keep: int) -> Gr
     if keep < frontier * width:
         kept = joint.topk(keep, dim=-1).indices.sort(-1).values
         joint, tokens, parents = (value.gather(1, kept) for value in (joint, tokens, parents))
-    inherited = tree.ancestors.gather(1, parents[..., None].expand(-1, -1, first + frontier))
-    itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=scores.device).expand(batch, -1, -1)
     return Growth(
         tokens=torch.cat([tree.tokens, tokens], 1),
         parents=torch.cat([tree.parents, parents], 1),
         depths=torch.cat([tree.depths, torch.full_like(tokens, tree.level + 1)], 1),
         scores=torch.cat([tree.scores, joint], 1),
-        ancestors=torch.cat([F.pad(tree.ancestors, (0, tokens.shape[1])), torch.cat([inherited, itself], 2)], 1),
         frontier=keep,
         level=tree.level + 1,
     )
@@ -96,9 +158,9 @@ def prune(tree: Growth, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
     return tree.tokens.gather(1, kept), parents, tree.depths.gather(1, kept)
 
 
-def finish(tree: Growth, shape: TreeShape, drafts: Tensor) -> DraftTree:
+def finish(tree: Growth, best: int, drafts: Tensor) -> DraftTree:
     """The tree to verify. drafts: [B] bool, False for requests that cannot be drafted for and get their root only."""
-    tokens, parents, depths = prune(tree, shape.best) if shape.best else (tree.tokens, tree.parents, tree.depths)
-    scores = tree.scores.gather(1, best_nodes(tree, shape.best)) if shape.best else tree.scores
+    tokens, parents, depths = prune(tree, best) if best else (tree.tokens, tree.parents, tree.depths)
+    scores = tree.scores.gather(1, best_nodes(tree, best)) if best else tree.scores
     deepest = min(tree.level, tokens.shape[1] - 1)
     return DraftTree(tokens, parents, depths, torch.where(drafts, tokens.shape[1], 1), deepest, scores)

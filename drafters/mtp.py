@@ -15,18 +15,17 @@ Hidden states. Row p of layer k needs the hidden state of position p-1-k, which 
 the row before the first new one is carried over from the last step, and a tree node takes its parent's.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_engine.attention import StepRows, TorchAttention
+from mtp_engine.attention import AttentionFactory, StepRows, TorchAttention
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import TreeShape
-from mtp_engine.drafters.candidates import Candidates, Ranking
-from mtp_engine.drafters.expand import Growth, finish, grow, level_sizes
+from mtp_engine.drafters.expand import DraftOps, Growth, Level, LevelRows, level_sizes
+from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
@@ -38,24 +37,17 @@ class _NewRows:
     """Rows of committed tokens that the MTP layers have not seen yet: `counts` per request, padded at the end."""
 
     slots: Tensor  # [B]
-    host_slots: list[int]
     tokens: Tensor  # [B, R]
     hidden: Tensor  # [B, R, H], of the position before each token
     counts: Tensor  # [B]
     start: Tensor  # [B], position of the first token
-
-    def positions(self) -> Tensor:
-        return self.start[:, None] + torch.arange(self.tokens.shape[1], device=self.tokens.device)
-
-    def last(self, values: Tensor) -> Tensor:
-        """values: [B, R, H] -> [B, 1, H], the last real row's (the first where there is none)."""
-        index = (self.counts - 1).clamp(min=0)[:, None, None]
-        return values.gather(1, index.expand(-1, 1, values.shape[2]))
+    bound: int  # no request has more tokens
+    full: bool = False  # all rows are real, and there is no tree: a chain
 
 
 @final
 class MTPDrafter:
-    """Grows one tree level per MTP layer, of the candidates that come first by `ranking` (see Candidates)."""
+    """Grows one tree level per MTP layer, of the candidates that come first by its `ops`' ranking (see Candidates)."""
 
     def __init__(
         self,
@@ -66,11 +58,16 @@ class MTPDrafter:
         tokens: int,
         page_size: int,
         beam: int = 8,
-        ranking: Ranking = "noise",
+        attention: AttentionFactory = TorchAttention,
+        ops: DraftOps | None = None,
+        ring_page: int = 1,
+        ring_rows: int = 1,
     ) -> None:
         """shape: at most as deep as the module has levels. tokens: capacity of MTP layers with full attention.
-        beam: how many nodes of a level are given children when the shape is tree:N."""
-        self.module, self.shape, self.ranking = module, shape, ranking
+        beam: how many nodes of a level are given children when the shape is tree:N. ring_page: see HybridKV.
+        ring_rows: a ring takes at least this many rows at a time."""
+        self.module, self.shape, self.attention = module, shape, attention
+        self.ops = ops or TorchDraftOps()
         self.depth = min(module.config.depth, shape.best) if shape.best else len(shape.widths)
         self._levels = level_sizes(shape, self.depth, beam)
         self.max_nodes = shape.max_nodes
@@ -79,7 +76,7 @@ class MTPDrafter:
         self.scratch_rows = rows + sum(keep for _, keep in self._levels[:-1])  # rows a step may append to the cache
         self.cache = HybridKV(
             [layer] * len(module.layers), slots=slots, tokens=tokens, page_size=page_size,
-            max_nodes=self.scratch_rows, dtype=embedding.dtype, device=embedding.device,
+            max_nodes=max(self.scratch_rows, ring_rows), ring_page=ring_page, dtype=embedding.dtype, device=embedding.device,
         )  # fmt: skip
         # a chained layer's rows need the whole window of the layer before, so windows add up
         reach = self.depth if module.config.chained and not module.config.reused else 1
@@ -108,73 +105,64 @@ class MTPDrafter:
         if known > 1:
             slots = torch.tensor([slot], device=tokens.device)
             ones = torch.ones_like(slots)
-            rows = _NewRows(slots, [slot], tokens[None, start:-1], hidden[None, :-1], ones * (known - 1), ones * start)
+            new = tokens[None, start:-1]
+            rows = _NewRows(slots, new, hidden[None, :-1], ones * (known - 1), ones * start, len(tokens), True)
             level = None
             for number in range(min(self.depth, len(self.module.layers))):
                 level = self._run(number, rows, Growth.start(ones), level)
 
     def draft(self, batch: Batch) -> DraftTree:
         slots, counts = batch.slots, self._counts[batch.slots]
-        rows = _NewRows(
-            slots, batch.host_slots, self._tokens[slots], self._hidden[slots], counts, batch.lengths - counts + 1
-        )
-        tree, level = Growth.start(batch.tokens), None
-        candidates = Candidates(self.ranking, batch, self.module.draft_ids, len(self.module.embedding))
+        start = batch.lengths - counts + 1
+        rows = _NewRows(slots, self._tokens[slots], self._hidden[slots], counts, start, batch.bound + self.max_nodes)
+        ids, last = self.module.draft_ids, len(self._levels) - 1
+        tree, level = self.ops.start(batch, self._levels, ids, len(self.module.embedding)), None
         for number, (width, keep) in enumerate(self._levels):
             level = self._run(number, rows, tree, level)
-            scores = candidates.rank(self.module.logits(number, level.frontier), tree)
-            tree = grow(tree, scores, self.module.draft_ids, width, keep)
-        finished = finish(tree, self.shape, counts > 0)
-        return replace(finished, draft=candidates.law(finished.nodes))
+            grown = Level(self.module.logits(number, level.frontier), ids, number + 1, width, keep)
+            if number < last:
+                tree = self.ops.grow(tree, batch, grown)
+        return self.ops.finish(tree, batch, grown, self.shape.best, counts)
 
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
-        rows = result.tokens.shape[1]
-        self._tokens[batch.slots, :rows] = result.tokens
-        self._hidden[batch.slots, :rows] = self.module.main_hidden(hidden)
-        self._counts[batch.slots] = result.counts
+        states = self.module.main_hidden(hidden)
+        self.ops.observe(batch.slots, result, states, self._tokens, self._hidden, self._counts)
 
     def _run(self, number: int, rows: _NewRows, tree: Growth, before: "_Level | None") -> "_Level":
         """Level `number` over the new rows and the tree's nodes so far. `before`: what the level above passes on."""
-        reused = self.module.config.reused
-        root = rows.start + rows.counts - 1  # position of the last committed token
-        if before is not None and reused:  # the new rows are in this layer's cache already
-            start, counts = root + 1, torch.zeros_like(rows.counts)
-            tokens, hidden, positions = rows.tokens[:, :0], rows.hidden[:, :0], rows.positions()[:, :0]
-        else:
-            start, counts = rows.start, rows.counts
-            tokens, hidden, positions = rows.tokens, self._row_hidden(number, rows, before), rows.positions()
-        new = tokens.shape[1]
-        if before is not None:
-            parents = tree.parents[:, 1:, None].expand(-1, -1, hidden.shape[2])
-            hidden = torch.cat([hidden, before.nodes.gather(1, parents)], 1)
-        tokens = torch.cat([tokens, tree.tokens[:, 1:]], 1)
-        positions = torch.cat([positions, root[:, None] + tree.depths[:, 1:]], 1)
-        shift = 0 if reused else number  # how far this level's rows lag behind the first level's
-        step = StepRows(
-            slots=rows.slots,
-            lengths=start,
-            host_slots=rows.host_slots,
-            host_lengths=start.tolist(),
-            positions=positions,
-            mask=_row_mask(new, counts, tree),
-            first=self._first[rows.slots] + shift,
-        )
-        output = self.module.forward(number, tokens, hidden, positions - 1 - shift, TorchAttention(self.cache, step))
-        passed = output if self.module.config.chained or reused else hidden
-        root_passed = rows.last(passed[:, :new]) if new else before.nodes[:, :1] if before else passed
-        return _Level(
-            rows=passed[:, :new],
-            nodes=torch.cat([root_passed, passed[:, new:]], 1),
-            frontier=rows.last(output) if before is None else output[:, -tree.frontier :],
-        )
+        if before is not None and self.module.config.reused:
+            return self._again(number, rows, tree, before)
+        shift = 0 if self.module.config.reused else number  # how far this level's rows lag behind the first level's
+        new, slots = rows.tokens.shape[1], rows.slots
+        level = self.ops.rows(tree, new, rows.counts, rows.start, self._first[slots], shift)
+        embedded, hidden = self.ops.inputs(
+            tree, rows.tokens, self.module.embedding, before.passed if before else rows.hidden, level.parents,
+            self._carry[number], slots, rows.counts, deeper=before is not None,
+        )  # fmt: skip
+        output = self._forward(number, rows, rows.start, level, new + tree.level, embedded, hidden)
+        passed = output if self.module.config.chained or self.module.config.reused else hidden
+        return _Level(passed, self.ops.last(output, rows.counts) if before is None else output[:, -tree.frontier :])
 
-    def _row_hidden(self, number: int, rows: _NewRows, before: "_Level | None") -> Tensor:
-        """Hidden states of the new rows at level `number`, [B, R, H]: those of the level above, one row on."""
-        if before is None:
-            return rows.hidden
-        carried = self._carry[number, rows.slots][:, None]
-        self._carry[number, rows.slots] = rows.last(before.rows)[:, 0]
-        return torch.cat([carried, before.rows[:, :-1]], 1)
+    def _again(self, number: int, rows: _NewRows, tree: Growth, before: "_Level") -> "_Level":
+        """A deeper level of a layer that is used again: the new rows are in its cache, only the drafted nodes run."""
+        none = torch.zeros_like(rows.counts)
+        start = rows.start + rows.counts
+        level = self.ops.rows(tree, 0, none, start, self._first[rows.slots], 0)
+        root = self.ops.last(before.passed, rows.counts) if number == 1 else before.passed[:, :1]
+        states = torch.cat([root, before.passed[:, rows.tokens.shape[1] if number == 1 else 1 :]], 1)
+        hidden = states.gather(1, tree.parents[:, 1:, None].expand(-1, -1, states.shape[2]))
+        embedded = self.module.embedding[tree.tokens[:, 1:]]
+        output = self._forward(number, rows, start, level, tree.level, embedded, hidden)
+        return _Level(torch.cat([root, output], 1), output[:, -tree.frontier :])
+
+    def _forward(
+        self, number: int, rows: _NewRows, start: Tensor, level: LevelRows, depth: int, embedded: Tensor, hidden: Tensor
+    ) -> Tensor:
+        bound = rows.bound + embedded.shape[1]
+        step = StepRows(
+            rows.slots, start, level.positions, level.parents, depth, bound, level.first, rows.full, level.offsets
+        )
+        return self.module.forward(number, embedded, hidden, level.rotary, self.attention(self.cache, step))
 
 
 @final
@@ -182,16 +170,5 @@ class MTPDrafter:
 class _Level:
     """What a level hands to the next: the hidden states of its rows, and its outputs at the newest tree nodes."""
 
-    rows: Tensor  # [B, R, H] of the new rows
-    nodes: Tensor  # [B, 1 + Q, H] of the root and the tree's nodes
+    passed: Tensor  # [B, R + Q, H]; from the second use of a layer on [B, 1 + Q, H], the root's first
     frontier: Tensor  # [B, F, H] outputs that predict the next level
-
-
-def _row_mask(new: int, counts: Tensor, tree: Growth) -> Tensor:
-    """[B, new + Q, new + Q] bool: new rows see the real ones up to themselves, nodes see those and their ancestors."""
-    nodes = tree.tokens.shape[1] - 1
-    index = torch.arange(new, device=counts.device)
-    real = (index < counts[:, None])[:, None, :]
-    rows = ((index <= index[:, None]) & real) | (index == index[:, None])
-    below = torch.cat([real.expand(-1, nodes, -1), tree.ancestors[:, 1:, 1:]], 2)
-    return torch.cat([F.pad(rows, (0, nodes)), below], 1)

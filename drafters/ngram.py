@@ -35,13 +35,12 @@ class NgramDrafter:
         self._text[slot, : len(tokens)] = tokens
 
     def draft(self, batch: Batch) -> DraftTree:
-        longest = max(batch.host_lengths) + 1
         text = self._text[batch.slots]
-        chains = text.new_zeros(len(batch.host_slots), self.max_nodes)
+        chains = text.new_zeros(len(text), self.max_nodes)
         chains[:, 0] = batch.tokens
         size = torch.ones_like(batch.lengths)
         for suffix in self._suffixes:
-            starts, found = self._match(text[:, :longest], batch.lengths, suffix)
+            starts, found = self._match(text[:, : batch.bound + 1], batch.lengths, suffix)
             offsets = torch.arange(self._length, device=text.device)
             follow = (starts + suffix)[:, None] + offsets
             drafted = text.gather(1, follow.clamp(max=text.shape[1] - 1))

@@ -25,17 +25,13 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.bias = bias
-        self._apply = _layout(weight)
+        packed = weight.device.type == "cpu" and weight.dtype == torch.float32 and packed_is_faster()
+        self.weight = None if packed else weight  # a packed one is not kept twice
+        self._apply = _packed(weight) if packed else _plain(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self._apply(x)
         return y if self.bias is None else y + self.bias
-
-
-def _layout(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and packed_is_faster():
-        return _packed(weight)
-    return _plain(weight)
 
 
 def _plain(weight: Tensor) -> Callable[[Tensor], Tensor]:

@@ -4,7 +4,7 @@ Rows of a step lie behind the cached prefix at cache slots length + row index. I
 its slot: position = length + depth. Positions decide rotation and windows, slots decide where keys lie.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import final
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from mtp_engine.cache import HybridKV, PagedKV, WindowKV
 from mtp_engine.kernels.reference import attend, visible_bias
+from mtp_engine.protocols import Attention
+from mtp_engine.tree import ancestor_mask
 
 
 @final
@@ -21,49 +23,71 @@ from mtp_engine.kernels.reference import attend, visible_bias
 class StepRows:
     """The rows of a step and which of them see which.
 
-    A row sees a cached key or another row if `mask` (rows) or order (cache) allows it, if the key's position is at
-    least `first`, and in a windowed layer if fewer than `window` positions lie between them. Cached keys before
-    `first` hold nothing.
+    The rows form a forest. A row sees the cached keys and the rows above it, itself included; of these only those at
+    position `first` or later, and in a windowed layer only those less than `window` positions away. Cached keys before
+    `first` hold nothing. From a row up, positions fall one by one down to `lengths`.
     """
 
     slots: Tensor  # [B] int64
     lengths: Tensor  # [B] int64, cached tokens
-    host_slots: Sequence[int]
-    host_lengths: Sequence[int]
     positions: Tensor  # [B, N] int64
-    mask: Tensor  # [B, N, N] bool
+    parents: Tensor  # [B, N] int64, smaller than the row's own index; -1 = the prefix is above it
+    depth: int  # no row has more rows above it than this
+    bound: int  # no request has more than this many tokens, these rows included; known on the host
     first: Tensor | None = None  # [B] int64; None = 0
+    chain: bool = False  # each row's parent is the row before it
+    offsets: Tensor | None = None  # [B, N] int64, positions - lengths, where that is at hand
+
+    @classmethod
+    def prompt(cls, slot: int, start: int, count: int, device: torch.device) -> "StepRows":
+        """`count` tokens of one request behind `start` cached ones."""
+        index = torch.arange(count, device=device)[None]
+        slots, lengths = (torch.full((1,), value, device=device) for value in (slot, start))
+        return cls(slots, lengths, start + index, index - 1, count - 1, start + count, chain=True)
+
+    def part(self, start: int, stop: int) -> "StepRows":
+        """Rows start..stop-1 of a chain, the ones before them counted as cached."""
+        assert self.chain, "only a chain can be cut"
+        span, length = slice(start, stop), self.lengths + start
+        index = torch.arange(stop - start, device=length.device).expand(len(length), -1)
+        depth = stop - start - 1
+        return StepRows(self.slots, length, self.positions[:, span], index - 1, depth, self.bound, self.first, True)
 
     @cached_property
-    def rows_seen(self) -> Tensor:
-        """[B, N, N] bool: `mask` without keys before `first`; a row always sees itself."""
+    def seen(self) -> Tensor:
+        """[B, N, N] bool: the rows that a row sees, windows aside."""
+        nodes = self.positions.shape[1]
+        if self.chain:
+            mask = self.positions[:, :, None] >= self.positions[:, None, :]
+        else:
+            size = torch.full_like(self.lengths, nodes)
+            mask = ancestor_mask(self.parents, size, self.depth)
         if self.first is None:
-            return self.mask
-        exists = self.positions >= self.first[:, None]
-        return self.mask & (
-            exists[:, None, :] | torch.eye(self.mask.shape[1], dtype=torch.bool, device=self.mask.device)
-        )
+            return mask
+        exists = (self.positions >= self.first[:, None])[:, None, :]
+        return mask & (exists | torch.eye(nodes, dtype=torch.bool, device=mask.device))
 
     def window_seen(self, window: int, prefix: Tensor) -> Tensor:
         """prefix: [B, S] positions of cached keys -> [B, N, S + N] bool."""
         first = 0 if self.first is None else self.first[:, None]
         near = self.positions[..., None] - prefix[:, None, :] < window
         near_rows = self.positions[..., None] - self.positions[:, None, :] < window
-        return torch.cat([near & (prefix >= first)[:, None, :], near_rows & self.rows_seen], -1)
+        return torch.cat([near & (prefix >= first)[:, None, :], near_rows & self.seen], -1)
 
-    def paged_seen(self, b: int) -> Tensor:
-        """[1, N, length + N] bool for request b."""
-        length = self.host_lengths[b]
-        prefix = torch.ones(length, dtype=torch.bool, device=self.mask.device)
+    def paged_seen(self, b: int, length: int) -> Tensor:
+        """[1, N, length + N] bool for request b, which has `length` cached tokens."""
+        prefix = torch.ones(length, dtype=torch.bool, device=self.positions.device)
         if self.first is not None:
-            prefix = torch.arange(length, device=self.mask.device) >= self.first[b]
-        nodes = self.mask.shape[1]
-        return torch.cat([prefix.expand(1, nodes, -1), self.rows_seen[b : b + 1]], -1)
+            prefix = torch.arange(length, device=self.positions.device) >= self.first[b]
+        return torch.cat([prefix.expand(1, self.positions.shape[1], -1), self.seen[b : b + 1]], -1)
 
 
 @final
 class TorchAttention:
-    """The twin of the CUDA kernels: exact, any device, any head shapes. One object per step."""
+    """The twin of the CUDA kernels: exact, any device, any head shapes. One object per step.
+
+    It reads the lengths of paged caches on the host, which costs a synchronisation on a GPU.
+    """
 
     def __init__(self, cache: HybridKV, rows: StepRows) -> None:
         self._cache, self._rows = cache, rows
@@ -75,6 +99,7 @@ class TorchAttention:
             for group in cache.groups
         ]
         self._biases: dict[tuple[int, int], list[Tensor]] = {}
+        self._host = list(zip(rows.slots.tolist(), rows.lengths.tolist(), strict=True)) if cache.paged else []
 
     def _bias(self, index: int, group: int) -> list[Tensor]:
         """What the layers of cache group `index` add to their scores: per request if paged, else one for all."""
@@ -83,7 +108,7 @@ class TorchAttention:
             if isinstance(kv, WindowKV):
                 seen = [rows.window_seen(kv.window, kv.prefix_positions(rows.lengths))]
             else:
-                seen = [rows.paged_seen(b) for b in range(len(rows.host_slots))]
+                seen = [rows.paged_seen(b, length) for b, (_, length) in enumerate(self._host)]
             self._biases[index, group] = [visible_bias(each, group) for each in seen]
         return self._biases[index, group]
 
@@ -96,7 +121,7 @@ class TorchAttention:
         if isinstance(group, PagedKV):
             group.write(member, self._targets[index], k, v)
             out = []
-            for b, slot in enumerate(self._rows.host_slots):
+            for b, (slot, _) in enumerate(self._host):
                 keys, values = group.read(member, slot, bias[b].shape[-1])
                 out.append(attend(q[b : b + 1], keys[None], values[None], bias[b], scale, sink))
             return torch.cat(out) if len(out) > 1 else out[0]
@@ -108,3 +133,7 @@ class TorchAttention:
             member, self._targets[index], k, v
         )  # after reading: a long chunk overwrites what its start still sees
         return y
+
+
+AttentionFactory = Callable[[HybridKV, StepRows], Attention]
+"""Makes the attention of one step: TorchAttention, or the CUDA ones in cuda_attention.py."""

@@ -272,6 +272,11 @@ class EngineConfig:
     verifier: which drafts are kept; VERIFIERS.md compares the rules. allow_lossy lets one run that changes the output's
     law. candidates: how MTP layers pick them: by their probabilities and the noise of the main model's own choice,
     drawn from their probabilities by fresh noise (rules that use q), or the most probable ones; auto suits the rule.
+
+    On a GPU: dtype auto is bf16 (fp32 on a CPU). attention exact is our kernel, whose rows are the same bits in every
+    batch and tree, so that bf16 text does not depend on drafting; flashinfer is FlashInfer's; torch needs neither Triton
+    nor FlashInfer, and runs without CUDA graphs. steps_in_flight is how many steps are queued before the host looks at
+    the first one's tokens: with 1 the GPU waits for the host after every step.
     """
 
     drafter: Literal["mtp", "ngram", "root"] = "mtp"
@@ -282,7 +287,9 @@ class EngineConfig:
     candidates: Literal["auto", "noise", "drawn", "best"] = "auto"
     allow_lossy: bool = False
     device: str = "cpu"
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    attention: Literal["exact", "flashinfer", "torch"] = "exact"
+    steps_in_flight: int = 2
     threads: int = 0
     max_batch: int = 8
     max_context: int = 0
@@ -294,7 +301,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         limits = {"draft_vocab": 0, "threads": 0, "max_context": 0, "kv_tokens": 0, "window_keys": 0}
-        for name, least in {**limits, "max_batch": 1, "page_size": 1, "prefill_chunk": 1}.items():
+        for name, least in {**limits, "max_batch": 1, "page_size": 1, "prefill_chunk": 1, "steps_in_flight": 1}.items():
             if getattr(self, name) < least:
                 raise EngineError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.drafter == "ngram" and self.tree and set(self.tree.widths) != {1}:

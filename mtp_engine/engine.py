@@ -1,13 +1,14 @@
 """The engine: the only place that names concrete classes. Loads a model, builds the loop, runs prompts through it."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast, final
 
 import torch
 
 from mtp_engine import hub
+from mtp_engine.backend import Backend, gpu_errors, make_backend
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import (
     DEFAULT_MODEL,
@@ -18,40 +19,33 @@ from mtp_engine.config import (
     SamplingParams,
     TreeShape,
 )
-from mtp_engine.decode_loop import DecodeLoop, Request
+from mtp_engine.decode_loop import DecodeLoop
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.grammar import Grammars
 from mtp_engine.logprobs import TokenLogprob
+from mtp_engine.members import Request
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
-from mtp_engine.protocols import Drafter, Progress, Verifier
+from mtp_engine.models.mtp import MTPModule
+from mtp_engine.protocols import Drafter, Progress
 from mtp_engine.stats import GenerationStats
 from mtp_engine.stops import FinishReason, VisibleText
 from mtp_engine.tokenizer import Tokenizer
-from mtp_engine.verifiers import (
-    BlockVerifier,
-    MatchVerifier,
-    RejectionVerifier,
-    RRSVerifier,
-    TraversalVerifier,
-    TypicalVerifier,
-)
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Raw text, token ids, or chat messages ({"role": ..., "content": ...}) for the model's chat template."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _KV_BUDGET = 4 << 30  # bytes; the default cache holds a full context per slot up to this
-_RULES: dict[str, Callable[[], Verifier]] = {
-    "match": MatchVerifier, "rejection": RejectionVerifier, "block": BlockVerifier, "rrs": RRSVerifier,
-    "traversal": TraversalVerifier, "typical": TypicalVerifier,
-}  # fmt: skip
 _RULE_TREES = {
     rule: TreeShape.parse(tree)
     for rule, tree in (("rejection", "chain:3"), ("block", "chain:3"), ("rrs", "4x2x2"), ("traversal", "4x2x2"))
 }
-_DEFAULT_TREES = {"mtp": TreeShape.parse("tree:7"), "ngram": TreeShape.parse("chain:4")}
+_DEFAULT_TREES = {  # what measured fastest, see bench/LOG.md
+    "cpu": {"mtp": TreeShape.parse("tree:7"), "ngram": TreeShape.parse("chain:4")},
+    "cuda": {"mtp": TreeShape.parse("tree:15"), "ngram": TreeShape.parse("chain:4")},
+}
 
 
 @final
@@ -93,10 +87,13 @@ class Engine:
     >>> [answer] = engine.generate([[{"role": "user", "content": "Why is the sky blue?"}]])
     """
 
-    def __init__(self, model: Decoder, loop: DecodeLoop, tokenizer: Tokenizer, config: EngineConfig) -> None:
-        self.model, self.loop, self.tokenizer, self.config = model, loop, tokenizer, config
+    def __init__(
+        self, model: Decoder, loop: DecodeLoop, tokenizer: Tokenizer, config: EngineConfig, backend: Backend
+    ) -> None:
+        self.model, self.loop, self.tokenizer, self.config, self.backend = model, loop, tokenizer, config, backend
 
     @classmethod
+    @gpu_errors()
     def load(
         cls,
         name: str = DEFAULT_MODEL,
@@ -111,6 +108,8 @@ class Engine:
         """
         config = config or EngineConfig()
         device = _device(config)
+        if config.dtype == "auto":
+            config = replace(config, dtype="bf16" if device.type == "cuda" else "fp32")
         torch.set_num_threads(config.threads or os.cpu_count() or 1)
         files = hub.locate(name, mtp=mtp, progress=progress)
         tokenizer = Tokenizer.load(files.folder)
@@ -121,9 +120,11 @@ class Engine:
             files.folder, _DTYPES[config.dtype], device, progress,
             dequantize=config.dequantize, window_keys=config.window_keys,
         )  # fmt: skip
-        drafter = _drafter(files, model, config, progress)
-        loop = _loop(model, drafter, config, slots=config.max_batch, tokenizer=tokenizer, rule=config.verifier)
-        return cls(model, loop, tokenizer, config)
+        backend = make_backend(config, device, progress)
+        drafter = _drafter(files, model, config, backend, progress)
+        model = backend.fuse(model)
+        loop = make_loop(model, drafter, config, backend, slots=config.max_batch, tokenizer=tokenizer)
+        return cls(model, loop, tokenizer, config, backend)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -164,9 +165,12 @@ class Engine:
             while waiting or running:
                 while waiting and self.loop.has_room:
                     index, sample, tokens, wanted = waiting.pop()
-                    request = self.loop.add(tokens, wanted)
+                    with gpu_errors():
+                        request = self.loop.add(tokens, wanted)
                     running[request] = (index, sample, VisibleText(self.tokenizer.stream(), request.ends.strings))
-                for out in self.loop.step():
+                with gpu_errors():
+                    outputs = self.loop.step()
+                for out in outputs:
                     if out.request not in running:
                         continue  # somebody else's request in the same loop
                     index, sample, visible = running[out.request]
@@ -200,7 +204,8 @@ class Engine:
 
     def plain(self, prompt: Prompt, params: SamplingParams, *, max_steps: int | None = None) -> Request:
         """Decode without drafting on a loop of its own, for comparison: at most `max_steps` tokens, timed alike."""
-        loop = _loop(self.model, RootDrafter(), self.config, slots=1, tokenizer=self.tokenizer)
+        matching = replace(self.config, verifier="match", candidates="auto")
+        loop = make_loop(self.model, RootDrafter(), matching, self.backend, slots=1, tokenizer=self.tokenizer)
         request = loop.add(self.encode(prompt), self._samples(params)[0])
         while request.finish_reason is None and (max_steps is None or len(request.output) < max_steps):
             loop.step()
@@ -227,7 +232,7 @@ def _device(config: EngineConfig) -> torch.device:
     return device
 
 
-def _kv_tokens(model: ModelConfig, config: EngineConfig, slots: int) -> int:
+def kv_tokens(model: ModelConfig, config: EngineConfig, slots: int) -> int:
     context = config.max_context or model.max_context
     if config.kv_tokens:
         return config.kv_tokens
@@ -241,32 +246,28 @@ def _kv_tokens(model: ModelConfig, config: EngineConfig, slots: int) -> int:
     )
 
 
-def _loop(
-    model: Decoder, drafter: Drafter, config: EngineConfig, *, slots: int, tokenizer: Tokenizer, rule: str = "match"
+def make_loop(
+    model: Decoder, drafter: Drafter, config: EngineConfig, backend: Backend, *, slots: int, tokenizer: Tokenizer | None
 ) -> DecodeLoop:
-    device = model.embedding.device
+    """Without a tokenizer a loop has no stop strings, no structures, and no tokens that end a text."""
+    layers, embedding = [layer.attention for layer in model.config.layers], model.embedding
+    eos = tokenizer.eos_ids if tokenizer else ()
     cache = HybridKV(
-        [layer.attention for layer in model.config.layers],
-        slots=slots,
-        tokens=_kv_tokens(model.config, config, slots),
-        page_size=config.page_size,
-        max_nodes=drafter.max_nodes,
-        dtype=model.embedding.dtype,
-        device=device,
-    )
+        layers, slots=slots + 1, page_size=config.page_size, ring_page=backend.ring_page,
+        tokens=kv_tokens(model.config, config, slots) + backend.scratch_tokens + config.page_size,
+        max_nodes=max(drafter.max_nodes, backend.ring_rows), kernels=backend.kernels,
+        dtype=embedding.dtype, device=embedding.device,
+    )  # fmt: skip
+    if backend.scratch_tokens:
+        cache.reserve(slots, backend.scratch_tokens)
+        drafter.reserve(slots, backend.scratch_tokens)
     return DecodeLoop(
-        model,
-        cache,
-        drafter,
-        _RULES[rule](),
-        slots=slots,
-        max_context=config.max_context or model.config.max_context,
-        eos_token_ids=tokenizer.eos_ids,
-        prefill_chunk=config.prefill_chunk,
-        device=device,
-        text=tokenizer.stream,
-        grammars=Grammars(tokenizer.folder, model.config.vocab_size, tokenizer.eos_ids).start,
-    )
+        model, cache, drafter, backend.verifier(config.verifier), slots=slots, eos_token_ids=eos,
+        max_context=config.max_context or model.config.max_context, prefill_chunk=config.prefill_chunk,
+        device=embedding.device, attention=backend.attention, runner=backend.runner(slots), kernels=backend.kernels,
+        text=tokenizer.stream if tokenizer else None,
+        grammars=Grammars(tokenizer.folder, model.config.vocab_size, eos).start if tokenizer else None,
+    )  # fmt: skip
 
 
 def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:
@@ -276,9 +277,8 @@ def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:
         raise EngineError(f"max_context is {config.max_context}; {files.name} was made for {model.max_context} tokens")
     if config.drafter == "root":
         return config
-    shape = config.tree or (_RULE_TREES if config.drafter == "mtp" else {}).get(
-        config.verifier, _DEFAULT_TREES[config.drafter]
-    )
+    defaults = _DEFAULT_TREES[torch.device(config.device).type][config.drafter]
+    shape = config.tree or (_RULE_TREES if config.drafter == "mtp" else {}).get(config.verifier, defaults)
     if config.drafter == "mtp":
         if files.mtp_folder is None:
             raise EngineError(
@@ -290,10 +290,12 @@ def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:
     return replace(config, tree=shape, max_context=config.max_context or model.max_context)
 
 
-def _drafter(files: hub.ModelFiles, model: Decoder, config: EngineConfig, progress: Progress) -> Drafter:
+def _drafter(
+    files: hub.ModelFiles, model: Decoder, config: EngineConfig, backend: Backend, progress: Progress
+) -> Drafter:
     if config.drafter == "root" or config.tree is None:
         return RootDrafter()
-    slots = config.max_batch
+    slots = config.max_batch + 1  # the last is scratch
     if config.drafter == "ngram":
         length, device = len(config.tree.widths), model.embedding.device
         return NgramDrafter(length, slots=slots, max_context=config.max_context, device=device)
@@ -302,7 +304,15 @@ def _drafter(files: hub.ModelFiles, model: Decoder, config: EngineConfig, progre
         files.mtp_folder, model, config.draft_vocab, progress,
         dequantize=config.dequantize, window_keys=config.window_keys, rounded=config.draft_int8,
     )  # fmt: skip
-    tokens = _kv_tokens(model.config, config, slots)
+    return mtp_drafter(module, model.config, config, backend)
+
+
+def mtp_drafter(module: MTPModule, model: ModelConfig, config: EngineConfig, backend: Backend) -> MTPDrafter:
+    """The drafter of a main model's MTP layers, for config.tree."""
+    assert config.tree is not None
+    slots = config.max_batch + 1  # the last is scratch
     return MTPDrafter(
-        module, config.tree, slots=slots, tokens=tokens, page_size=config.page_size, ranking=config.ranking
-    )
+        backend.fuse_mtp(module), config.tree, slots=slots, page_size=config.page_size, attention=backend.attention,
+        tokens=kv_tokens(model, config, slots) + backend.scratch_tokens, ops=backend.ops(config.ranking),
+        ring_page=backend.ring_page, ring_rows=backend.ring_rows,
+    )  # fmt: skip

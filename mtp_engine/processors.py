@@ -51,7 +51,7 @@ class Processors:
         if wrong := [token for token in named if not 0 <= token < vocab]:
             raise EngineError(f"token {wrong[0]} is outside the vocabulary of {vocab} tokens")
         self._reset(slot)
-        if not _wants(params):
+        if not processes(params):
             return
         self._wanted[slot] = params
         self._prompt_length[slot], self._min_tokens[slot] = len(prompt), params.min_tokens
@@ -170,7 +170,7 @@ def _penalises(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
 
 
-def _wants(params: SamplingParams) -> bool:
+def processes(params: SamplingParams) -> bool:
     fixed = params.logit_bias or params.bad_words or params.min_tokens or params.allowed_token_ids is not None
     return bool(fixed) or _penalises(params)
 

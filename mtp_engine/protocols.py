@@ -20,9 +20,7 @@ class Batch(Protocol):
     @property
     def lengths(self) -> Tensor: ...  # [B] int64, tokens whose KV is cached = position of `tokens`
     @property
-    def host_slots(self) -> list[int]: ...
-    @property
-    def host_lengths(self) -> list[int]: ...
+    def bound(self) -> int: ...  # no request has more cached tokens than this; known on the host
     @property
     def sampling(self) -> SamplingBatch: ...
     @property
@@ -35,6 +33,16 @@ class Attention(Protocol):
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, sink: Tensor | None = None
     ) -> Tensor: ...  # [B, N, Hq, Dk], [B, N, Hkv, Dk], [B, N, Hkv, Dv] -> [B, N, Hq, Dv]
+
+
+class DeviceAttention(Attention, Protocol):
+    """Attention whose two halves the fused kernels call apart, for at most 64 rows of each request."""
+
+    def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the step's keys and values go: storage [R, Hkv, Dk] and [R, Hkv, Dv], and its rows, [B * N] int64."""
+
+    def attend(self, layer: int, q: Tensor, *, scale: float, sink: Tensor | None) -> Tensor:
+        """q: [B, N, Hq, Dk] -> [B, N, Hq, Dv], once keys and values are written."""
 
 
 class KVCache(Protocol):
@@ -86,7 +94,19 @@ class Drafter(Protocol):
     def draft(self, batch: Batch) -> DraftTree: ...
 
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
-        """A step was kept: hidden [B, D+1, H] of the kept nodes, result.tokens the tokens they led to."""
+        """A step was kept. hidden: [B, N, H] of all its nodes, of which result.path names those kept."""
+
+
+class Launched(Protocol):
+    """A step that was started and may still run."""
+
+    def wait(self) -> list[list[int]]:
+        """Per request: tokens to emit, nodes and depth of its tree, then the tokens. Returns when the step is done."""
+
+    @property
+    def draft_s(self) -> float: ...  # seconds, after `wait`
+    @property
+    def verify_s(self) -> float: ...
 
 
 class Verifier(Protocol):

@@ -102,7 +102,8 @@ def truncate(logits: Tensor, batch: SamplingBatch) -> Tensor:
     temperature = batch.temperature.clamp(min=1e-6).view(-1, 1, 1)
     top_p, min_p, top_k = (value.view(-1, 1, 1) for value in (batch.top_p, batch.min_p, batch.top_k))
     vocab = logits.shape[-1]
-    wanted = min(vocab, max(_TOP_P_CANDIDATES, batch.widest_top_k))
+    # a GPU sorts it all: looking whether that is needed would wait for it
+    wanted = vocab if logits.is_cuda else min(vocab, max(_TOP_P_CANDIDATES, batch.widest_top_k))
     best = logits.topk(wanted, dim=-1).values  # [B, N, wanted], falling
     kth = best.gather(-1, (top_k - 1).clamp(0, wanted - 1).expand(*best.shape[:2], 1))
     floor = best[..., :1] + temperature * min_p.log()

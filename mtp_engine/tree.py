@@ -59,6 +59,11 @@ class DraftTree:
         return torch.arange(self.nodes, device=self.size.device) < self.size[:, None]
 
     @cached_property
+    def forest(self) -> Tensor:
+        """[B, N] int64: the parents, and -1 for padding."""
+        return torch.where(self.real, self.parents, -1)
+
+    @cached_property
     def ancestors(self) -> Tensor:
         """[B, N, N] bool, see `ancestor_mask`."""
         return ancestor_mask(self.parents, self.size, self.max_depth)
@@ -72,7 +77,7 @@ class DraftTree:
     @classmethod
     def chain(cls, tokens: Tensor, size: Tensor) -> "DraftTree":
         """A path per request. tokens: [B, N] int64 with the last committed token first; size: [B] int64."""
-        depths = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        depths = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)  # kernels want it whole
         return cls(tokens, depths - 1, depths, size, tokens.shape[1] - 1)
 
 

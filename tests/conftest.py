@@ -1,11 +1,22 @@
 """Shared settings: one thread for tiny tensors, and no GPU tests where there is no GPU."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on a CPU, slowly
+    if importlib.util.find_spec("triton"):
+        from interpreter import repair
+
+        repair()
+
+KERNEL_TESTS = ("dense", "device_path", "draft_ops", "flashinfer", "moe_kernels", "tree_attention", "tree_kernels")
+collect_ignore = [] if importlib.util.find_spec("triton") else [f"test_{name}.py" for name in KERNEL_TESTS]
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)  # CI must not depend on luck
 if os.environ.get("CI"):

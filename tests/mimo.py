@@ -83,8 +83,7 @@ class Run:
         """tokens: [n], the next ones -> their pre-norm hidden states [n, H]."""
         count, start = len(tokens), self.length
         positions = start + torch.arange(count)[None]
-        zero = torch.zeros(1, dtype=torch.int64)
-        rows = StepRows(zero, zero + start, [0], [start], positions, positions[:, :, None] >= positions[:, None, :])
+        rows = StepRows.prompt(0, start, len(tokens), torch.device("cpu"))
         self.length += count
         with torch.inference_mode():
             return self.model.forward(tokens[None], positions, TorchAttention(self.cache, rows))[0]

@@ -52,17 +52,16 @@ def tree_rows(tree: DraftTree, slots: list[int], lengths: list[int], first: list
     return StepRows(
         slots=torch.tensor(slots),
         lengths=start,
-        host_slots=slots,
-        host_lengths=lengths,
         positions=start[:, None] + tree.depths,
-        mask=tree.ancestors,
+        parents=tree.forest,
+        depth=tree.max_depth,
+        bound=max(lengths) + tree.nodes,
         first=None if first is None else torch.tensor(first),
     )
 
 
 def causal_rows(slot: int, start: int, count: int) -> StepRows:
-    chain = DraftTree.chain(torch.zeros(1, count, dtype=torch.int64), torch.tensor([count]))
-    return tree_rows(chain, [slot], [start])
+    return StepRows.prompt(slot, start, count, CPU)
 
 
 def dense_visible(parents: list[int], size: int, length: int, window: int | None, first: int = 0) -> Tensor:

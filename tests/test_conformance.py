@@ -23,7 +23,7 @@ from mtp_engine.cli.main import main
 from mtp_engine.config import SamplingParams, TreeShape
 from mtp_engine.conformance.law import chi_square_p, detectable
 from mtp_engine.decode_loop import DecodeLoop
-from mtp_engine.drafters import MTPDrafter, Ranking, RootDrafter
+from mtp_engine.drafters import MTPDrafter, Ranking, RootDrafter, TorchDraftOps
 from mtp_engine.models import loader
 from mtp_engine.processors import Processors
 from mtp_engine.protocols import Batch, Drafter, Verifier
@@ -50,7 +50,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 def mtp(models: Models, shape: str, ranking: Ranking = "noise") -> MTPDrafter:
-    return MTPDrafter(models.mtp, TreeShape.parse(shape), slots=SLOTS, tokens=2048, page_size=8, ranking=ranking)
+    return MTPDrafter(
+        models.mtp, TreeShape.parse(shape), slots=SLOTS, tokens=2048, page_size=8, ops=TorchDraftOps(ranking)
+    )
 
 
 def engine(models: Models, drafter: Drafter, rule: Verifier | None = None) -> kit.Generate:
@@ -151,7 +153,8 @@ def stale_mtp_rows(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: MTPDrafter, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
         last = result.counts[:, None] - 1
         self._tokens[batch.slots, :1] = result.tokens.gather(1, last)
-        self._hidden[batch.slots, :1] = hidden.gather(1, last[..., None].expand(-1, 1, hidden.shape[2]))
+        node = result.path.gather(1, last)
+        self._hidden[batch.slots, :1] = hidden.gather(1, node[..., None].expand(-1, 1, hidden.shape[2]))
         self._counts[batch.slots] = 1
 
     patch.setattr(MTPDrafter, "observe", wrong)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import SamplingParams, TreeShape
-from mtp_engine.decode_loop import DecodeLoop, Request
+from mtp_engine.decode_loop import DecodeLoop
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.kernels.linear import Linear
+from mtp_engine.members import Request
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
@@ -50,7 +51,7 @@ class Scripted:
     def draft(self, batch: Batch) -> DraftTree:
         following = [
             list(self.texts[seed][length + 1 : length + self.max_nodes])
-            for seed, length in zip(batch.sampling.seed.tolist(), batch.host_lengths, strict=True)
+            for seed, length in zip(batch.sampling.seed.tolist(), batch.lengths.tolist(), strict=True)
         ]
         roots = batch.tokens.tolist()
         if self.kind == "random":
@@ -488,7 +489,9 @@ def test_statistics_of_the_right_drafter(models: Models, plain: Plain) -> None:
 @pytest.mark.parametrize("shape", ["4x2x2", "tree:16", "4"])
 def test_a_draft_vocabulary_smaller_than_the_tree_is_wide(models: Models, plain: Plain, shape: str) -> None:
     texts, ids = plain("greedy"), torch.tensor([4, 9, 30])
-    module = replace(models.mtp, draft_ids=ids, head=Linear(models.main.head_weight[ids]))
+    head = Linear(models.main.head_weight[ids])
+    layers = [replace(layer, head=replace(layer.head, linear=head)) for layer in models.mtp.layers]
+    module = replace(models.mtp, draft_ids=ids, layers=layers)
     drafter = MTPDrafter(module, TreeShape.parse(shape), slots=SLOTS, tokens=2000, page_size=8)
     requests = decode(make_loop(models.main, drafter), prompts(), params_for("greedy", max_tokens=30))
     assert all(r.output == texts[r.seed][len(r.prompt) :][:30] for r in requests)

@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from test_decode_loop import CPU, SLOTS, VOCAB, Models, decode, make_loop, prompts
-from torch import Tensor
+from test_decode_loop import CPU, SLOTS, Models, decode, make_loop, prompts
+from tiny import Sums
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.config import Structure
@@ -16,28 +16,6 @@ from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.tool_calls import call_schema
 from mtp_engine.tree import DraftTree
-
-
-class Sums:
-    """A constraint that looks at the whole answer: a token may follow if the sum of all is not one less than 3n."""
-
-    def __init__(self) -> None:
-        self.answer: list[int] = []
-
-    def allows(self, text: Sequence[int], token: int) -> bool:
-        return (sum(text) + token) % 3 != 2
-
-    def mask(self, path: tuple[int, ...]) -> Tensor:
-        bits = [0] * (-(-VOCAB // 32))
-        for token in range(VOCAB):
-            if self.allows([*self.answer, *path], token):
-                bits[token // 32] |= 1 << (token % 32)
-        return torch.tensor([word - (1 << 32) if word >> 31 else word for word in bits], dtype=torch.int32)
-
-    def advance(self, tokens: Sequence[int]) -> None:
-        for token in tokens:
-            assert self.allows(self.answer, token)
-            self.answer.append(token)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +39,7 @@ def test_trees_are_drafted_and_verified_under_a_constraint(models: Models, name:
 
     def spied(batch: Any) -> DraftTree:
         tree = draft(batch)
-        trees.append((tree, [r.constraint and (r.constraint, list(r.constraint.answer)) for r in batch.requests]))  # type: ignore[attr-defined]
+        trees.append((tree, [r.constraint and (r.constraint, list(r.constraint.answer)) for r in loop.requests]))
         return tree
 
     drafter.draft = spied  # type: ignore[method-assign]

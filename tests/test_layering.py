@@ -23,35 +23,47 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "protocols": ("tree sampler guide", "torch"),
     "kernels": ("kernels errors", "torch triton flashinfer tvm_ffi"),
     "cache": ("cache kernels tree config errors", "torch numpy"),
-    "attention": ("cache kernels tree", "torch"),
+    "attention": ("cache kernels tree protocols", "torch"),
     "models": ("models kernels config errors protocols", "torch numpy safetensors gguf tokenizers"),
-    "drafters.expand": ("tree config", "torch"),
+    "drafters.expand": ("tree config protocols", "torch"),
     "drafters.candidates": ("protocols sampler drafters.expand", "torch"),
-    "verifiers.laws": ("protocols sampler tree", "torch"),
     "drafters": (
-        "tree sampler attention cache config protocols kernels models.mtp models.layers drafters.expand drafters.candidates",
+        "tree sampler attention cache config protocols kernels models.mtp models.layers drafters.expand "
+        "drafters.candidates drafters.portable",
         "torch",
     ),
+    "verifiers.laws": ("protocols sampler tree", "torch"),
     "verifiers": ("tree sampler attention cache config protocols kernels verifiers.laws", "torch"),
+    "slots": ("guide kernels sampler tree", "torch"),
     "stops": ("", ""),
     "limits": ("config tree", "torch"),
     "logprobs": ("tree", "torch"),
     "processors": ("config errors protocols tree", "torch"),
+    "members": ("config guide limits logprobs processors sampler stats stops", "torch"),
+    "runner": ("members protocols slots tree", "torch"),
     "decode_loop": (
-        "attention cache config errors guide limits logprobs processors protocols sampler stats stops tree", "torch",
+        "attention cache config errors guide logprobs members processors protocols runner slots stats stops tree", "torch",
+    ),
+    "cuda_attention": ("attention cache kernels protocols", "torch"),
+    "flashinfer_attention": ("attention cache cuda_attention kernels protocols", "torch"),
+    "cuda_graph": ("errors members protocols runner sampler slots", "torch"),
+    "backend": (
+        "attention config cuda_attention cuda_graph flashinfer_attention drafters errors models.decoder models.fused "
+        "models.mtp protocols runner verifiers",
+        "torch triton",
     ),
     "tool_calls": ("", ""),
     "tokenizer": ("errors", "tokenizers jinja2"),
     "hub": ("config errors models.gguf", "platformdirs filelock huggingface_hub"),
     "inspect": ("hub config errors models protocols", "torch"),
     "engine": (
-        "hub cache config decode_loop drafters errors models protocols stats tokenizer verifiers attention kernels sampler"
-        " grammar logprobs stops",
+        "hub backend cache config decode_loop drafters errors models protocols stats tokenizer attention kernels sampler "
+        "grammar logprobs members stops",
         "torch",
     ),
     "conformance": ("conformance config engine errors hub logprobs protocols mtp_engine", "torch transformers pytest"),
     "cli": (
-        "cli conformance config engine errors hub inspect models.make_tiny protocols stats tool_calls mtp_engine",
+        "cli conformance config engine errors hub inspect kernels models.make_tiny protocols stats tool_calls mtp_engine",
         "click rich",
     ),
 }  # fmt: skip
@@ -169,15 +181,16 @@ def test_drafters_and_verifiers_do_not_know_each_other(folder: str) -> None:
             others = {project_module(name) or "" for name in imported(module)} - {
                 "drafters.expand",
                 "drafters.candidates",
+                "drafters.portable",
                 "verifiers.laws",
             }
             assert not [name for name in others if within(name, "drafters verifiers engine decode_loop")], module
 
 
-def test_only_the_engine_names_concrete_parts() -> None:
+def test_only_the_engine_and_its_backend_name_concrete_parts() -> None:
     for module in SOURCES:
         targets = {project_module(name) or "" for name in imported(module)}
-        if module != "engine" and not within(module, "drafters verifiers"):
+        if module not in ("engine", "backend") and not within(module, "drafters verifiers"):
             assert not [name for name in targets if within(name, "drafters verifiers")], module
         if not within(module, "cli"):
             assert not [name for name in targets if within(name, "cli")], module

@@ -8,8 +8,8 @@ import torch
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape, hub
 from mtp_engine.config import DEFAULT_MODEL
-from mtp_engine.decode_loop import Request
-from mtp_engine.engine import _drafter, _loop, _settle
+from mtp_engine.engine import _drafter, _settle, make_loop
+from mtp_engine.members import Request
 
 pytestmark = pytest.mark.model
 
@@ -36,8 +36,9 @@ class Loaded:
         """All six requests in one batch, on a loop with the drafter that `config` asks for."""
         files = hub.locate(DEFAULT_MODEL)
         config = _settle(config, files)
-        drafter = _drafter(files, self.engine.model, config, hub.silent)
-        loop = _loop(self.engine.model, drafter, config, slots=config.max_batch, tokenizer=self.engine.tokenizer)
+        model, backend = self.engine.model, self.engine.backend
+        drafter = _drafter(files, model, config, backend, hub.silent)
+        loop = make_loop(model, drafter, config, backend, slots=config.max_batch, tokenizer=self.engine.tokenizer)
         requests = [loop.add(self.engine.encode(prompt), params) for params in PARAMS for prompt in PROMPTS]
         while loop.requests:
             loop.step()

@@ -8,15 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mimo import Run, load, read_all
+from tiny import batch_of
 from torch import Tensor
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
-from mtp_engine.decode_loop import Request, StepBatch
 from mtp_engine.drafters.mtp import MTPDrafter
 from mtp_engine.errors import EngineError
+from mtp_engine.members import Request
 from mtp_engine.models import loader
 from mtp_engine.models.make_tiny import TINY, make_tiny
 from mtp_engine.stats import GenerationStats
+from mtp_engine.stops import Ends
 
 TOKENS = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(5))
 
@@ -83,8 +85,8 @@ def test_draft_equals_a_dense_computation(folder: Path) -> None:
     drafter.reserve(0, 60)
     hidden = Run(main, 48)(TOKENS[:-1])
     drafter.prefill(0, TOKENS, hidden)
-    request = Request(TOKENS.tolist(), SamplingParams(), 0, 0, 9, GenerationStats(), 0.0)
-    tree = drafter.draft(StepBatch.build([request], torch.device("cpu")))
+    request = Request(TOKENS.tolist(), SamplingParams(), 0, 0, Ends(9, frozenset()), GenerationStats(), 0.0)
+    tree = drafter.draft(batch_of([request]))
     expected = dense_first_draft(folder, TOKENS, hidden)
     assert tree.tokens[0, 1:].tolist() == expected.topk(3).indices.tolist()
 

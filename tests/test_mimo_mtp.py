@@ -8,18 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mimo import Run, load, read_all, transformers_config
+from tiny import batch_of
 from torch import Tensor, nn
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.config import MTPConfig
-from mtp_engine.decode_loop import Request, StepBatch
 from mtp_engine.drafters.mtp import MTPDrafter
 from mtp_engine.errors import EngineError
+from mtp_engine.members import Request
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.make_tiny import make_tiny
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.stats import GenerationStats
+from mtp_engine.stops import Ends
 from mtp_engine.tree import VerifyResult
 
 
@@ -107,7 +109,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 
 def request(slot: int, prompt: list[int]) -> Request:
-    return Request(prompt, SamplingParams(), 0, slot, 1000, GenerationStats(), 0.0)
+    return Request(prompt, SamplingParams(), 0, slot, Ends(1000, frozenset()), GenerationStats(), 0.0)
 
 
 @settings(max_examples=20, deadline=None)
@@ -121,7 +123,7 @@ def test_all_three_layers_equal_the_reference(tiny: Setting, data: st.DataObject
         drafter.reserve(r.slot, 200)
         drafter.prefill(r.slot, torch.tensor(r.prompt), tiny.hidden(r.prompt[:-1])[-drafter.history :])
     for _ in range(data.draw(st.integers(1, 8))):
-        batch = StepBatch.build(requests, torch.device("cpu"))
+        batch = batch_of(requests)
         tree = drafter.draft(batch)
         counts = torch.tensor([data.draw(st.integers(1, 4)) for _ in requests])  # tokens emitted: accepted drafts + 1
         emitted, hiddens = torch.zeros(len(requests), 4, dtype=torch.int64), torch.zeros(len(requests), 4, 64)
@@ -136,7 +138,7 @@ def test_all_three_layers_equal_the_reference(tiny: Setting, data: st.DataObject
             hiddens[b, : len(new)] = tiny.hidden(known + new[:-1])[len(known) - 1 :]
             emitted[b, : len(new)] = torch.tensor(new)
             r.output += new
-        drafter.observe(batch, VerifyResult(torch.zeros(len(requests), 4, dtype=torch.int64), emitted, counts), hiddens)
+        drafter.observe(batch, VerifyResult(torch.arange(4).repeat(len(requests), 1), emitted, counts), hiddens)
 
 
 def test_long_prompt_needs_only_its_last_window(tiny: Setting) -> None:
@@ -145,7 +147,7 @@ def test_long_prompt_needs_only_its_last_window(tiny: Setting) -> None:
     hidden = tiny.hidden(prompt[:-1])
     assert drafter.history <= tiny.keys + 3
     drafter.prefill(0, torch.tensor(prompt), hidden[-drafter.history :])
-    tree = drafter.draft(StepBatch.build([request(0, prompt)], torch.device("cpu")))
+    tree = drafter.draft(batch_of([request(0, prompt)]))
     for level in range(3):
         expected = tiny.dense(level, prompt + tree.tokens[0, 1 : 1 + level].tolist(), hidden)
         assert (recorder.seen[level][0, 0] - expected).abs().max() <= 1e-4

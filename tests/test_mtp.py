@@ -7,16 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import MTP, DenseMTP, write_llama, write_mtp
+from tiny import MTP, DenseMTP, batch_of, write_llama, write_mtp
 
 from mtp_engine.attention import StepRows, TorchAttention
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import SamplingParams, TreeShape
-from mtp_engine.decode_loop import Request, StepBatch
 from mtp_engine.drafters.mtp import MTPDrafter
+from mtp_engine.members import Request
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.stats import GenerationStats
+from mtp_engine.stops import Ends
 from mtp_engine.tree import DraftTree, VerifyResult
 
 SWITCHES = {
@@ -48,18 +49,12 @@ def dense_hidden(main: Decoder, tokens: list[int]) -> torch.Tensor:
     cache = HybridKV([x.attention for x in main.config.layers], slots=1, tokens=n + 8, page_size=8, max_nodes=1,
                      dtype=torch.float32, device=device)  # fmt: skip
     cache.reserve(0, n)
-    zero = torch.zeros(1, dtype=torch.int64)
-    positions = torch.arange(n)[None]
-    rows = StepRows(zero, zero, [0], [0], positions, torch.ones(1, n, n, dtype=torch.bool).tril())
-    return main.forward(torch.tensor([tokens]), positions, TorchAttention(cache, rows))[0]
-
-
-def batch_of(requests: list[Request]) -> StepBatch:
-    return StepBatch.build(requests, torch.device("cpu"))
+    rows = StepRows.prompt(0, 0, n, device)
+    return main.forward(torch.tensor([tokens]), rows.positions, TorchAttention(cache, rows))[0]
 
 
 def request(slot: int, prompt: list[int]) -> Request:
-    return Request(prompt, SamplingParams(), 0, slot, 1000, GenerationStats(), 0.0)
+    return Request(prompt, SamplingParams(), 0, slot, Ends(1000, frozenset()), GenerationStats(), 0.0)
 
 
 def check_scores(
@@ -99,7 +94,7 @@ def test_drafts_equal_full_recomputation(models: "Models", name: str, data: st.D
         batch = batch_of(requests)
         tree = drafter.draft(batch)
         kept = [data.draw(st.integers(0, drafter.depth)) for _ in requests]  # drafts accepted this time
-        path = torch.zeros(len(requests), tree.max_depth + 1, dtype=torch.int64)
+        path = torch.arange(tree.max_depth + 1).repeat(len(requests), 1)  # as if the tree were a chain
         tokens = torch.zeros_like(path)
         hiddens = torch.zeros(*path.shape, 32)
         for b, r in enumerate(requests):

@@ -66,7 +66,7 @@ class Toy:
             one, two = self.pairs(tree.tokens, tree.parents, before)
             logits = self.drafter[one, two][:, first:, self.ids]
             tree = grow(tree, candidates.rank(logits, tree), self.ids, width, keep)
-        done = finish(tree, shape, torch.ones_like(batch.tokens, dtype=torch.bool))
+        done = finish(tree, shape.best, torch.ones_like(batch.tokens, dtype=torch.bool))
         return replace(done, draft=candidates.law(done.nodes))
 
     def pairs(self, tokens: Tensor, parents: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:

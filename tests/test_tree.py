@@ -179,8 +179,6 @@ def check_growth(tree: Growth) -> None:
         assert max(depths) <= tree.level
         if tree.frontier:
             assert depths.count(tree.level) == tree.frontier
-    full = torch.full((len(tree.tokens),), tree.tokens.shape[1])
-    assert torch.equal(tree.ancestors, ancestor_mask(tree.parents, full, tree.level))
 
 
 def check_level(before: Growth, after: Growth, scores: Tensor, ids: Tensor, width: int, keep: int) -> None:
@@ -214,7 +212,7 @@ def test_growth_and_pruning(text: str, beam: int, ties: bool, seed: int, batch: 
         check_growth(tree)
         check_level(before, tree, scores, ids, width, keep)
     drafts = torch.arange(batch) % 2 == 0
-    final = finish(tree, shape, drafts)
+    final = finish(tree, shape.best, drafts)
     kept = final.nodes
     assert final.size.tolist() == [kept if d else 1 for d in drafts.tolist()]
     assert kept == min(shape.max_nodes, tree.tokens.shape[1])
@@ -293,4 +291,4 @@ def test_a_tree_of_few_nodes_is_not_called_deep() -> None:
     tree = Growth.start(torch.tensor([0]))
     for _ in range(4):
         tree = grow(tree, torch.zeros(1, 1, 1), torch.arange(1), 1, 1)
-    assert finish(tree, TreeShape.parse("tree:2"), torch.tensor([True])).max_depth <= 2
+    assert finish(tree, 2, torch.tensor([True])).max_depth <= 2

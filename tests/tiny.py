@@ -1,6 +1,7 @@
 """Tiny random models on disk, and slow dense references that share no code with the engine."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from mtp_engine.members import Members, Request
+from mtp_engine.slots import StepBatch
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -97,6 +101,37 @@ def write_mtp(folder: Path, seed: int = 1, scale: float = 0.3, width: int = 32, 
     save_file(weights, folder / "mtp.safetensors")
     (folder / "config.json").write_text(json.dumps({"mtp": config}))
     return folder
+
+
+def batch_of(requests: list[Request]) -> StepBatch:
+    """The requests as one step sees them, from what they have emitted so far."""
+    members = Members.build(requests, torch.device("cpu"))
+    lengths = torch.tensor([request.length for request in requests])
+    tokens = torch.tensor([(request.output or request.prompt)[-1] for request in requests])
+    return StepBatch(members.slots, members.sampling, lengths, tokens, int(lengths.max()), members.guide)
+
+
+class Sums:
+    """A constraint that looks at the whole answer: a token may follow if the sum of all is not one less than 3n."""
+
+    def __init__(self, vocab: int = 61) -> None:
+        self.vocab = vocab
+        self.answer: list[int] = []
+
+    def allows(self, text: Sequence[int], token: int) -> bool:
+        return (sum(text) + token) % 3 != 2
+
+    def mask(self, path: tuple[int, ...]) -> Tensor:
+        bits = [0] * (-(-self.vocab // 32))
+        for token in range(self.vocab):
+            if self.allows([*self.answer, *path], token):
+                bits[token // 32] |= 1 << (token % 32)
+        return torch.tensor([word - (1 << 32) if word >> 31 else word for word in bits], dtype=torch.int32)
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            assert self.allows(self.answer, token)
+            self.answer.append(token)
 
 
 @dataclass

@@ -6,10 +6,11 @@ whatever the tree. A greedy tree check is the case temperature = 0.
 
 from typing import final
 
+import torch
 from torch import Tensor
 
 from mtp_engine.protocols import Batch
-from mtp_engine.sampler import choose
+from mtp_engine.sampler import choose, truncate
 from mtp_engine.tree import DraftTree, VerifyResult
 from mtp_engine.verifiers.laws import deepest, path_to
 
@@ -20,6 +21,23 @@ class MatchVerifier:
         """logits: [B, N, V] fp32. Keeps the path on which every draft equals the choice at its parent."""
         choices = choose(logits, tree.depths, tree.max_depth, batch.lengths, batch.sampling)
         return longest_match(tree, choices)
+
+
+@final
+class DeviceMatchVerifier:
+    """MatchVerifier in one launch; the noise is never stored."""
+
+    def __init__(self, max_batch: int, device: torch.device) -> None:
+        self._arrivals = torch.zeros(max_batch, dtype=torch.int32, device=device)
+
+    def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
+        from mtp_engine.kernels.accept import verify
+
+        sampling = batch.sampling
+        logits = truncate(logits, sampling)
+        return VerifyResult(
+            *verify(logits, batch.lengths, sampling.seed, sampling.temperature, self._arrivals, tree, ahead=1)
+        )
 
 
 def longest_match(tree: DraftTree, choices: Tensor) -> VerifyResult:

@@ -24,10 +24,14 @@ class HybridKV:
         tokens: int,
         page_size: int,
         max_nodes: int,
+        ring_page: int = 1,
+        kernels: bool = False,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """tokens: capacity of the paged layers over all slots. max_nodes: rows a step may append to a ring."""
+        """tokens: capacity of the paged layers over all slots. max_nodes: rows a step may append to a ring.
+        ring_page: rings are rounded up to a multiple of this. kernels: move rows with Triton, a launch per group."""
+        self._kernels = kernels
         kinds: dict[tuple[int | None, int, int, int], list[int]] = {}
         for number, layer in enumerate(layers):
             kinds.setdefault((layer.window, layer.kv_heads, layer.qk_dim, layer.v_dim), []).append(number)
@@ -47,7 +51,7 @@ class HybridKV:
                 self.groups.append(
                     WindowKV(
                         layers=len(members), kv_heads=kv_heads, qk_dim=qk_dim, v_dim=v_dim, slots=slots, window=window,
-                        max_nodes=max_nodes, dtype=dtype, device=device,
+                        max_nodes=max_nodes, page_size=ring_page, dtype=dtype, device=device,
                     )
                 )  # fmt: skip
 
@@ -66,6 +70,17 @@ class HybridKV:
 
     def commit(self, slots: Tensor, lengths: Tensor, result: VerifyResult) -> None:
         """Move node path[b, i] to row lengths[b] + i for i < counts[b]. slots, lengths: [B] int64."""
+        if result.path.shape[1] == 1:
+            return  # the root stands where it belongs
+        if self._kernels:
+            from mtp_engine.kernels.kv import move_kept
+
+            for group in self.groups:
+                pages, wrap = group.device_pages, group.device_pages.shape[1]
+                move_kept(
+                    group.k, group.v, pages, lengths, result.path, result.counts, group.page_size, wrap, requests=slots
+                )
+            return
         steps = torch.arange(result.path.shape[1], device=result.path.device)
         target = lengths[:, None] + steps
         # past the kept nodes a row moves onto itself

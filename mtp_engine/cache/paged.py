@@ -30,6 +30,7 @@ class PagedKV:
 
     Row r of the storage is token r % page_size of page r // page_size. Slot s's token t lies in page
     table[s][t // page_size]. Pages are taken in one contiguous run where there is one: then a slot's keys are a view.
+    `device_pages` is the same table as a tensor, [slots, pages] int32.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class PagedKV:
         self.k = _zeros(layers, pages * page_size, kv_heads, qk_dim, dtype, device)
         self.v = _zeros(layers, pages * page_size, kv_heads, v_dim, dtype, device)
         self.table: list[list[int]] = [[] for _ in range(slots)]
-        self._device_table = torch.zeros(slots, pages, dtype=torch.int64, device=device)
+        self.device_pages = torch.zeros(slots, pages, dtype=torch.int32, device=device)
         self._free = [True] * pages
 
     def reserve(self, slot: int, tokens: int) -> None:
@@ -67,7 +68,7 @@ class PagedKV:
         for page in taken:
             self._free[page] = False
         self.table[slot].extend(taken)
-        self._device_table[slot, : len(self.table[slot])] = torch.tensor(self.table[slot])
+        self.device_pages[slot, : len(self.table[slot])] = torch.tensor(self.table[slot], dtype=torch.int32)
 
     def _run(self, count: int) -> list[int] | None:
         start = 0
@@ -85,7 +86,7 @@ class PagedKV:
 
     def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Storage rows of cache slots `positions` [B, N] of the requests in `slots` [B] -> [B, N] int64."""
-        pages = self._device_table[slots].gather(1, positions // self.page_size)
+        pages = self.device_pages[slots].gather(1, positions // self.page_size).long()
         return pages * self.page_size + positions % self.page_size
 
     def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:

@@ -3,6 +3,7 @@
 A query sees `window` keys, itself included, and a step appends at most `max_nodes` rows that may be rejected. A ring of
 window + max_nodes - 1 rows holds both: the oldest key still needed, at length - window + 1, and the newest row, at
 length + max_nodes - 1, are that many apart. One row less would overwrite a needed key. Rejecting a row costs nothing.
+The CUDA kernels see a ring as pages that repeat, so there it is a whole number of pages.
 """
 
 from typing import final
@@ -27,10 +28,14 @@ class WindowKV:
         slots: int,
         window: int,
         max_nodes: int,
+        page_size: int = 1,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.window, self.size, self.device = window, window + max_nodes - 1, device
+        self.window, self.page_size, self.device = window, page_size, device
+        ring = -(-(window + max_nodes - 1) // page_size)  # pages
+        self.size = ring * page_size
+        self.device_pages = torch.arange(slots * ring, dtype=torch.int32, device=device).view(slots, ring)
         # zeros: rows never written are masked, but NaN from uninitialised memory would survive a mask (0 * NaN)
         self.k = torch.zeros(layers, slots * self.size, kv_heads, qk_dim, dtype=dtype, device=device)
         self.v = torch.zeros(layers, slots * self.size, kv_heads, v_dim, dtype=dtype, device=device)

@@ -77,7 +77,9 @@ _ENGINE = settings(
     click.option("--allow-lossy", is_flag=True, help="Let a lossy --verifier run."),
     setting(EngineConfig, "draft_vocab", "Most frequent tokens that MTP layers may propose; 0 is all.", kind=_COUNT),
     setting(EngineConfig, "device", "cpu or cuda."),
-    setting(EngineConfig, "dtype", "Number format of weights and cache."),
+    setting(EngineConfig, "dtype", "Number format of weights and cache; auto is bf16 on a GPU, fp32 on a CPU."),
+    setting(EngineConfig, "attention", "On a GPU: the same bits in every tree and batch, FlashInfer, or plain torch."),
+    setting(EngineConfig, "steps_in_flight", "Steps queued on a GPU before the first one's tokens are looked at."),
     setting(EngineConfig, "threads", "CPU threads; 0 is one per core.", kind=_COUNT),
     click.option("--dequantize", is_flag=True, help="Turn FP8 weights into --dtype when loading."),
     setting(

@@ -14,6 +14,7 @@ from mtp_engine import __version__
 from mtp_engine.cli.conformance import conformance
 from mtp_engine.cli.generate import generate
 from mtp_engine.cli.inspect import inspect
+from mtp_engine.cli.kernels import kernels
 from mtp_engine.cli.models import models
 from mtp_engine.cli.output import one_line
 from mtp_engine.errors import EngineError
@@ -97,4 +98,5 @@ def main(context: click.Context) -> None:
 main.add_command(generate)
 main.add_command(models)
 main.add_command(inspect)
+main.add_command(kernels)
 main.add_command(conformance)

@@ -6,7 +6,7 @@ from typing import final
 from mtp_engine.config import LayerConfig, ModelConfig, MTPConfig
 from mtp_engine.kernels.linear import Linear
 from mtp_engine.models.decoder import Decoder
-from mtp_engine.models.layers import Block, GatedMLP, RMSNorm, SelfAttention
+from mtp_engine.models.layers import Block, GatedMLP, Head, Join, LinearMap, RMSNorm, RotaryEmbedding, SelfAttention
 from mtp_engine.models.moe import MoE
 from mtp_engine.models.mtp import MTPLayer
 from mtp_engine.models.weights import Weights
@@ -38,18 +38,23 @@ def decoder(weights: Weights, config: ModelConfig, progress: Progress) -> Decode
         progress("loading weights", i + 1, len(config.layers))
         blocks.append(block(weights, f"model.layers.{i}", layer, hidden, config.norm_eps, FFN_NORM))
     norm = RMSNorm(weights.tensor("model.norm.weight", hidden), config.norm_eps)
-    return Decoder(config, embedding, blocks, norm, Linear(head), head)
+    unembed = Linear(head)
+    rotary = {rope: RotaryEmbedding(rope, weights.device) for rope in {layer.attention.rope for layer in config.layers}}
+    return Decoder(config, embedding, blocks, norm, Head(norm, unembed), unembed, head, rotary)
 
 
-def mtp_layer(weights: Weights, names: MTPNames, k: int, config: MTPConfig, main: Decoder) -> MTPLayer:
-    """MTP layer k. Without a final norm of its own it ends in the main model's."""
+def mtp_layer(weights: Weights, names: MTPNames, k: int, config: MTPConfig, main: Decoder, head: LinearMap) -> MTPLayer:
+    """MTP layer k. Without a final norm of its own it ends in the main model's. head: [H] -> [n], shared by all."""
     prefix, hidden, eps = f"{names.prefix}.{k}", main.config.hidden_size, main.config.norm_eps
     return MTPLayer(
-        embedding_norm=_norm(weights, f"{prefix}.{names.embedding_norm}", hidden, eps),
-        hidden_norm=_norm(weights, f"{prefix}.{names.hidden_norm}", hidden, eps),
-        projection=weights.linear([(f"{prefix}.{names.projection}", hidden)], 2 * hidden),
+        join=Join(
+            embedding_norm=_norm(weights, f"{prefix}.{names.embedding_norm}", hidden, eps),
+            hidden_norm=_norm(weights, f"{prefix}.{names.hidden_norm}", hidden, eps),
+            projection=weights.linear([(f"{prefix}.{names.projection}", hidden)], 2 * hidden),
+            hidden_first=config.concat == "hidden_first",
+        ),
         block=block(weights, prefix, config.layer, hidden, eps, names.ffn_norm),
-        final_norm=_norm(weights, f"{prefix}.{names.final_norm}", hidden, eps) if config.own_norm else main.norm,
+        head=Head(_norm(weights, f"{prefix}.{names.final_norm}", hidden, eps) if config.own_norm else main.norm, head),
     )
 
 

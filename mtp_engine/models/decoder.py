@@ -1,13 +1,13 @@
 """The main model: embedding, blocks, norm, head. Families differ in configuration and weight names only."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
 
 from mtp_engine.config import ModelConfig, RopeConfig
-from mtp_engine.models.layers import Block, LinearMap, RMSNorm, RotaryEmbedding
+from mtp_engine.models.layers import BlockMap, LinearMap, RMSNorm, RotaryMap
 from mtp_engine.protocols import Attention
 
 
@@ -18,15 +18,12 @@ class Decoder:
 
     config: ModelConfig
     embedding: Tensor  # [V, H]
-    blocks: Sequence[Block]
-    norm: RMSNorm
-    head: LinearMap  # [H] -> [V]
+    blocks: Sequence[BlockMap]
+    norm: RMSNorm  # the final one, which the head applies and MTP layers may
+    head: Callable[[Tensor], Tensor]  # [..., H] before the final norm -> [..., V] fp32
+    unembed: LinearMap  # [..., H] -> [..., V], the head without its norm
     head_weight: Tensor  # [V, H], for reduced draft heads; the embedding itself where the head is tied
-    _rotary: dict[RopeConfig, RotaryEmbedding] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        ropes = {layer.attention.rope for layer in self.config.layers}
-        object.__setattr__(self, "_rotary", {rope: RotaryEmbedding(rope, self.embedding.device) for rope in ropes})
+    rotary: Mapping[RopeConfig, RotaryMap]  # of every rotary setting among the layers
 
     @property
     def vocab_size(self) -> int:
@@ -34,7 +31,7 @@ class Decoder:
 
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """tokens, positions: [B, N] int64 -> hidden [B, N, H], the residual stream before the final norm."""
-        tables = {rope: rotary.tables(positions) for rope, rotary in self._rotary.items()}
+        tables = {rope: rotary(positions) for rope, rotary in self.rotary.items()}
         x = self.embedding[tokens]
         for layer, block in enumerate(self.blocks):
             x = block(x, tables, attention, layer)
@@ -42,4 +39,4 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] fp32."""
-        return self.head(self.norm(hidden)).float()
+        return self.head(hidden)

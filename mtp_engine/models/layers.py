@@ -12,6 +12,12 @@ from torch import Tensor
 from mtp_engine.config import AttentionConfig, RopeConfig
 from mtp_engine.protocols import Attention
 
+BlockMap = Callable[[Tensor, Mapping[RopeConfig, tuple[Tensor, Tensor]], Attention, int], Tensor]
+"""A decoder layer, called as Block is."""
+
+RotaryMap = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Positions [B, N] -> the tables of RotaryEmbedding."""
+
 LinearMap = Callable[[Tensor], Tensor]
 """[..., in] -> [..., out]: kernels.linear.Linear, or kernels.fp8.BlockLinear."""
 
@@ -28,17 +34,45 @@ class RMSNorm:
 
 
 @final
+@dataclass(frozen=True)
+class Head:
+    """Hidden state before its final norm -> logits."""
+
+    norm: RMSNorm
+    linear: LinearMap  # [H] -> [n]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., n] fp32."""
+        return self.linear(self.norm(hidden)).float()
+
+
+@final
+@dataclass(frozen=True)
+class Join:
+    """How an MTP layer begins: the normed embedding and the normed hidden state, side by side, through one product."""
+
+    embedding_norm: RMSNorm
+    hidden_norm: RMSNorm
+    projection: LinearMap  # [2H] -> [H]
+    hidden_first: bool
+
+    def __call__(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """[..., H] each -> [..., H]."""
+        halves = [self.embedding_norm(embedded), self.hidden_norm(hidden)]
+        return self.projection(torch.cat(halves[::-1] if self.hidden_first else halves, -1))
+
+
+@final
 class RotaryEmbedding:
     """Rotates the first `dim` dimensions of each head (Su et al. 2021), halves paired: dimension i with i + dim/2."""
 
     def __init__(self, config: RopeConfig, device: torch.device) -> None:
-        self.dim = config.dim
         exponents = torch.arange(0, config.dim, 2, dtype=torch.float32) / config.dim
-        self._frequencies = _scale(1.0 / config.theta**exponents, config.scaling).to(device)
+        self.frequencies = _scale(1.0 / config.theta**exponents, config.scaling).to(device)
 
-    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions: [B, N] int64 -> cos and signed sin, [B, N, 1, dim] fp32, for `rotate`."""
-        angles = positions[..., None, None].float() * self._frequencies
+        angles = positions[..., None, None].float() * self.frequencies
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 

@@ -13,6 +13,7 @@ from mtp_engine.models import build, llama, mimo, mimo_v2_flash
 from mtp_engine.models.checkpoint import Checkpoint, read_index, read_json
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.fields import Fields
+from mtp_engine.models.layers import RotaryEmbedding
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.models.plan import Plan, make_plan
 from mtp_engine.models.tensors import main_tensors, mtp_tensors
@@ -108,21 +109,16 @@ def load_mtp(
         dequantize=dequantize,
         rounded=rounded,
     )
+    draft_ids = _draft_ids(checkpoint, main, draft_vocab)
+    shared = len(draft_ids) == main.config.vocab_size and not rounded
+    head = main.unembed if shared else weights.make_linear(main.head_weight[draft_ids])
     count = 1 if config.reused else config.depth
     layers = []
     for k in range(count):
         progress("loading MTP layers", k + 1, count)
-        layers.append(build.mtp_layer(weights, names, k, config, main))
-    draft_ids = _draft_ids(checkpoint, main, draft_vocab)
-    shared = len(draft_ids) == main.config.vocab_size and not rounded
-    return MTPModule(
-        config=config,
-        layers=layers,
-        embedding=main.embedding,
-        main_norm=main.norm,
-        head=main.head if shared else weights.make_linear(main.head_weight[draft_ids]),
-        draft_ids=draft_ids,
-    )
+        layers.append(build.mtp_layer(weights, names, k, config, main, head))
+    rotary = RotaryEmbedding(config.layer.attention.rope, main.embedding.device)
+    return MTPModule(config, layers, main.embedding, main.norm, draft_ids, rotary)
 
 
 def _family(folder: Path) -> tuple[ModuleType, Fields]:

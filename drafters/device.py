@@ -1,0 +1,96 @@
+"""Growing trees with kernels: a level in one launch."""
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from mtp_engine.drafters.expand import Growth, Level, LevelRows
+from mtp_engine.drafters.portable import TorchDraftOps
+from mtp_engine.kernels import state
+from mtp_engine.kernels.grow import Finish, Finished, Nodes, Roots, draft_level
+from mtp_engine.protocols import Batch
+from mtp_engine.tree import DraftTree, VerifyResult
+
+
+@final
+class DeviceDraftOps:
+    """TorchDraftOps' twin (DraftOps). Nodes lie in arrays of fixed size, of which a Growth shows the used part.
+
+    Candidates are ranked by noise. Trees that constraints guide wait for the host anyway, and are grown by the twin.
+    """
+
+    def __init__(self, max_batch: int, device: torch.device) -> None:
+        self._arrivals = torch.zeros(
+            max_batch * 65, dtype=torch.int32, device=device
+        )  # a frontier has at most 64 nodes
+        self._requests = torch.arange(max_batch, device=device)
+        self._nodes: Nodes | None = None  # of the tree that grows now
+        self._guided = TorchDraftOps()
+
+    def start(self, batch: Batch, levels: list[tuple[int, int]], ids: Tensor, vocab: int) -> Growth:
+        if batch.guide is not None:
+            return self._guided.start(batch, levels, ids, vocab)
+        size, frontier = 1, 1
+        for width, keep in levels:
+            frontier = min(keep, frontier * min(width, len(ids)))
+            size += frontier
+        self._nodes = Nodes.empty(len(batch.slots), size, batch.slots.device)
+        return _shown(self._nodes, 1, 1, 0)
+
+    def grow(self, tree: Growth, batch: Batch, level: Level) -> Growth:
+        if batch.guide is not None:
+            return self._guided.grow(tree, batch, level)
+        assert self._nodes is not None
+        self._run(tree, batch, level, None)
+        keep = min(level.keep, tree.frontier * min(level.width, len(level.ids)))
+        return _shown(self._nodes, tree.tokens.shape[1] + keep, keep, tree.level + 1)
+
+    def finish(self, tree: Growth, batch: Batch, level: Level, best: int, ready: Tensor) -> DraftTree:
+        if batch.guide is not None:
+            return self._guided.finish(tree, batch, level, best, ready)
+        done = self._run(tree, batch, level, Finish(best, ready))
+        assert done is not None
+        deepest = min(tree.level + 1, done.tokens.shape[1] - 1)
+        return DraftTree(done.tokens, done.parents, done.depths, done.size, deepest)
+
+    def _run(self, tree: Growth, batch: Batch, level: Level, finish: Finish | None) -> Finished | None:
+        assert self._nodes is not None
+        sampling, first = batch.sampling, tree.tokens.shape[1] - tree.frontier
+        roots = Roots(self._requests[: len(batch.slots)], batch.tokens) if tree.level == 0 else None
+        return draft_level(
+            level.logits, batch.lengths, level.ids, sampling.seed, sampling.temperature, self._arrivals, self._nodes, first,
+            min(level.width, len(level.ids)), level.keep, ahead=level.ahead, roots=roots, finish=finish,
+        )  # fmt: skip
+
+    def rows(self, tree: Growth, new: int, counts: Tensor, start: Tensor, first: Tensor, shift: int) -> LevelRows:
+        nodes = tree.tokens.shape[1] - 1
+        return LevelRows(*state.level_rows(counts, start, first, new, tree.parents, tree.depths, nodes, shift))
+
+    def inputs(
+        self, tree: Growth, tokens: Tensor, embedding: Tensor, hidden: Tensor, above: Tensor, carry: Tensor, slots: Tensor,
+        counts: Tensor, *, deeper: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        nodes = tree.tokens.shape[1] - 1
+        if not deeper:
+            return state.level_inputs(embedding, tokens, tree.tokens, nodes, hidden)
+        return state.level_inputs(
+            embedding, tokens, tree.tokens, nodes, hidden, above=above, carry=carry, slots=slots, counts=counts
+        )
+
+    def last(self, values: Tensor, counts: Tensor) -> Tensor:
+        return state.last_rows(values, counts)
+
+    def observe(
+        self, slots: Tensor, result: VerifyResult, hidden: Tensor, tokens_table: Tensor, hidden_table: Tensor,
+        counts_table: Tensor,
+    ) -> None:  # fmt: skip
+        state.observe(
+            slots, result.path, result.tokens, result.counts, hidden, tokens_table, hidden_table, counts_table
+        )
+
+
+def _shown(nodes: Nodes, count: int, frontier: int, level: int) -> Growth:
+    """The first `count` nodes."""
+    tokens, parents, depths = (array[:, :count] for array in (nodes.tokens, nodes.parents, nodes.depths))
+    return Growth(tokens, parents, depths, nodes.scores[:, :count], frontier, level)

@@ -1,0 +1,84 @@
+"""What the small kernels of a step share: the noise, an order on floats, and who comes last.
+
+Their kernels end in "the last program to arrive does the rest": programs leave partial results in scratch memory and
+count themselves in; the last one reduces them and goes on to the next, small, stage. So what would be two to four
+launches is one. Counters are int32 zeros that the caller keeps (`arrivals`) and the kernels leave zero again, so one
+buffer serves all launches of a stream. Which program comes last is chance, what it computes is not: maxima are exact,
+and sums of exponentials are split at absolute indices and added in a fixed order. No result depends on the other
+requests or nodes of the call. Scores may differ from the twins' by some ulp; ties go to the lowest index. Small int
+tensors must be contiguous.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOWEST = tl.constexpr(-(1 << 31))  # ranks below every float's
+LARGEST = tl.constexpr((1 << 31) - 1)
+
+
+def check_contiguous(*values: Tensor) -> None:
+    assert all(value.is_contiguous() for value in values)
+
+
+# ---- noise: sampler.gumbel in uint32 --------------------------------------------------------------------------------
+
+
+@triton.jit
+def mix(x):
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def noise_key(seed, position):
+    key = mix(seed.to(tl.uint32) ^ 0x9E3779B9) ^ mix((seed >> 32).to(tl.uint32) ^ 0x85EBCA6B)
+    return mix(mix(key) ^ position.to(tl.uint32))
+
+
+@triton.jit
+def gumbel_of(key, mixed):
+    """mixed: `mix` of the tokens."""
+    v = tl.minimum((mix(mixed ^ key).to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355225)
+    w = 1.0 - v
+    # -log1p(-v) is -log(w) and what rounding took from w, which is all there is where v is tiny
+    return -tl.log((v - (1.0 - w)) - tl.log(w))
+
+
+# ---- order and arrival ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rank_of(x):
+    """fp32 -> int32 in the same order; 0.0 and -0.0 are equal."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def value_of(rank):
+    return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def pack(rank, index):
+    """An int64 that is larger for a larger rank, and for a lower index among equal ranks."""
+    return (rank.to(tl.int64) << 32) + (LARGEST - index)
+
+
+@triton.jit
+def unpack_index(packed):
+    return LARGEST - (packed & 0xFFFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def arrives_last(arrivals, expected):
+    """Whether this program is the last of `expected`; if so it sees what the others stored (load it with .cg)."""
+    tl.debug_barrier()  # the atomic below releases what every thread has stored, not only its own thread
+    last = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == expected - 1
+    if last:
+        tl.store(arrivals, 0)
+    return last

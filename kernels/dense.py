@@ -1,0 +1,173 @@
+"""The dense layers of a decoding step: few rows, so their time is the time to read the weights once.
+
+Under programmatic dependent launch a kernel asks for the first part of its weights before it waits for its input.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+import triton
+from torch import Tensor
+
+from mtp_engine.kernels.dense_kernels import gated_kernel, linear_kernel, qkv_kernel
+from mtp_engine.kernels.fp8 import BlockMatrix
+from mtp_engine.kernels.launch import pdl
+
+Weight = Tensor | BlockMatrix
+"""[out, in], last dimension contiguous: bf16 or fp32, or FP8 with scales."""
+
+SHARED = 220_000  # bytes of shared memory that the stages of a CTA may take (an H100 has 232,448)
+PREFETCH = 8 << 20  # bytes of a weight that are asked for before the input is there: 2.7 us at 3 TB/s
+
+
+@final
+@dataclass(frozen=True)
+class Tile:
+    """What a CTA takes at a time. `depth` and `warps` set the order of additions along K, the others do not."""
+
+    rows: int  # of W
+    depth: int  # of K, per warp and step; at least 64 where there is a bf16 norm, or its loads are not pipelined
+    warps: int
+    stages: int
+
+
+def tile_for(rows: int, k: int, itemsize: int, exact: bool) -> Tile:
+    """The tile of a weight [rows, k]: 100 CTAs or more, all at once on the chip, with 5 MB or more in flight.
+
+    itemsize: of the weight in bytes; exact: the product is in fp32, without tensor cores.
+    """
+    if exact:
+        return Tile(16 if rows < 4096 else 32, 32, 4, 3)
+    if rows < 3200:
+        return Tile(16, 64, 4, 4 if k <= 768 else 6)
+    if rows <= 8192:
+        return Tile(16, 64, 4, 5) if rows > k else Tile(16 if itemsize == 2 else 32, 128, 4, 4)
+    if itemsize == 1:
+        return Tile(64, 64, 4, 4)
+    return Tile(32, 64, 4, 3) if rows <= 65536 else Tile(64, 64, 2, 4)
+
+
+def _matrix(weight: Weight) -> Tensor:
+    return weight.data if isinstance(weight, BlockMatrix) else weight
+
+
+def _exact(x: Tensor, weight: Weight) -> bool:
+    """Whether the product is in fp32."""
+    return (x if isinstance(weight, BlockMatrix) else weight).dtype == torch.float32
+
+
+def _tile(x: Tensor, weight: Weight) -> Tile:
+    data = _matrix(weight)
+    tile = tile_for(data.shape[0], data.shape[1], data.element_size(), _exact(x, weight))
+    if isinstance(weight, BlockMatrix) and weight.block < tile.depth:
+        return replace(tile, depth=weight.block)
+    return tile
+
+
+def _launch(
+    kernel: Any, units: int, x: Tensor, norm: Tensor | None, eps: float, weight: Weight, tile: Tile, **own: Any
+) -> None:
+    """units: CTAs per tile of tokens; own: the kernel's arguments besides those that `_product` and `_begin` take."""
+    data, scale, table, block = _matrix(weight), None, None, 1
+    if isinstance(weight, BlockMatrix):
+        scale, table, block = weight.scale, weight.rows, weight.block
+        assert scale.stride(1) == 1
+        assert block % tile.depth == 0, (block, tile)
+    (m, k), itemsize = x.shape, data.element_size()
+    assert data.shape[1] == k, (x.shape, data.shape)
+    assert data.stride(1) == x.stride(1) == 1, (x.stride(), data.stride())
+    # what is read in less than 3 us is bound by latency: more CTAs then beat larger ones, and starting the next kernel
+    # early only takes their places
+    small = data.numel() * itemsize <= PREFETCH
+    tokens = 16 if m <= 16 or small or _exact(x, weight) else 32
+    stage = tile.depth * tile.warps * (tile.rows * itemsize + (tokens + 1) * x.element_size())  # bytes
+    pieces = min(max(32 * tile.warps // tile.rows, 1), 8)
+    ahead = min(k * itemsize, PREFETCH // data.shape[0]) // 128 * 128 // pieces
+    aligned = data.data_ptr() % 16 == 0 and data.stride(0) * itemsize % 16 == 0
+    kernel[(triton.cdiv(m, tokens), units)](
+        x, x.stride(0) if m > 1 else k, norm, eps, data, data.stride(0), scale, table,
+        0 if scale is None else scale.stride(0), m, ahead if aligned else 0, **own,
+        K=k, ROWS=tile.rows, BM=tokens, DEPTH=tile.depth, WARPS=tile.warps, BLOCK=block,
+        PDL=(2 if small else 1) * pdl(), launch_pdl=pdl(), num_warps=tile.warps, num_stages=min(tile.stages, 1 + SHARED // stage),
+    )  # fmt: skip
+
+
+def linear(
+    x: Tensor,
+    weight: Weight,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """residual + rmsnorm(x) W^T + bias, rounded once; without `norm` there is no RMS norm.
+
+    x: [M, K] bf16 or fp32; norm: [K]; bias: [N]; residual: [M, N] -> [M, N] in `out_dtype`, by default x's.
+    x * norm is rounded to the type of the product (the weight's, or x's where that is FP8) and the sum is scaled by
+    1 / rms(x). `tile` is for measurements.
+    """
+    rows, tile = _matrix(weight).shape[0], tile or _tile(x, weight)
+    out = x.new_empty(len(x), rows, dtype=out_dtype or x.dtype)
+    assert residual is None or residual.stride(1) == 1
+    stride = 0 if residual is None else residual.stride(0) if len(x) > 1 else rows
+    _launch(
+        linear_kernel, triton.cdiv(rows, tile.rows), x, norm, eps, weight, tile,
+        bias=bias, residual=residual, residual_stride=stride, out=out, N=rows,
+    )  # fmt: skip
+    return out
+
+
+def gated(
+    x: Tensor, weight: Weight, *, norm: Tensor | None = None, eps: float = 0.0, tile: Tile | None = None
+) -> Tensor:
+    """silu(gate) * up with [gate; up] = rmsnorm(x) W^T, rounded once. weight: [2I, K]; x: [M, K] -> [M, I] in x's type."""
+    columns, tile = _matrix(weight).shape[0] // 2, tile or _tile(x, weight)
+    out = x.new_empty(len(x), columns)
+    _launch(gated_kernel, triton.cdiv(columns, tile.rows // 2), x, norm, eps, weight, tile, out=out, N=columns)
+    return out
+
+
+def qkv(
+    x: Tensor,
+    weight: Weight,
+    *,
+    norm: Tensor | None,
+    eps: float,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    qk_dim: int,
+    v_dim: int,
+    value_scale: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Tensor,
+    tile: Tile | None = None,
+) -> Tensor:
+    """The projections of attention: rotated queries are returned, rotated keys and scaled values go into the cache.
+
+    x: [M, K]; weight: [heads * qk + kv * qk + kv * v, K]; cos, sin: [M, rotary] fp32 of `RotaryEmbedding.tables`
+    (signed sine, halves paired); k_cache: [R, kv, qk], v_cache: [R, kv, v] in x's type; rows: [M] int64, the rows of
+    the caches. Returns [M, heads, qk]. Rounds after the product and again after the rotation or the scale.
+    """
+    assert qk_dim % 2 == v_dim % 2 == 0, (qk_dim, v_dim)
+    assert k_cache.dtype == v_cache.dtype == x.dtype, (k_cache.dtype, v_cache.dtype, x.dtype)
+    assert k_cache.stride(2) == v_cache.stride(2) == 1
+    cos, sin = cos.contiguous(), sin.contiguous()
+    tile = tile or _tile(x, weight)
+    pairs = tile.rows // 2
+    units = (heads + kv_heads) * triton.cdiv(qk_dim // 2, pairs) + kv_heads * triton.cdiv(v_dim // 2, pairs)
+    q = x.new_empty(len(x), heads, qk_dim)
+    _launch(
+        qkv_kernel, units, x, norm, eps, weight, tile, bias=bias, cos=cos, sin=sin, value_scale=value_scale, q=q,
+        k_cache=k_cache, k_row=k_cache.stride(0), k_head=k_cache.stride(1),
+        v_cache=v_cache, v_row=v_cache.stride(0), v_head=v_cache.stride(1), slots=rows,
+        HEADS=heads, KV_HEADS=kv_heads, QK_DIM=qk_dim, V_DIM=v_dim, ROTARY=cos.shape[1],
+    )  # fmt: skip
+    return q

@@ -1,0 +1,225 @@
+"""The Triton kernels of kernels/dense.py: y = f(rmsnorm(x) W^T) for few rows of x.
+
+A CTA takes some rows of W and walks along all of K. Weights are the M operand of the tensor core (`mma.m16n8k16`) and
+tokens the N operand, and every warp takes its own slice of each step along K. A token's result is then the same bits
+whatever the number of tokens: the order of additions depends on K and on `depth` and `warps` of the tile, which depend
+on the weight alone, and the tile being three-dimensional keeps Triton from ever choosing wgmma. The sum of squares of
+the RMS norm goes through the tensor core too (a product with ones), so it has the same property.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _halves(acc, WARPS: tl.constexpr, P: tl.constexpr, BM: tl.constexpr):
+    """Adds the warps' shares, in a fixed order, and parts the rows: [WARPS, 2P, BM] -> two of [P, BM]."""
+    acc = tl.permute(tl.reshape(acc, [WARPS, 2, P, BM]), 2, 3, 1, 0)
+    for level in tl.static_range(3):
+        if WARPS >> level > 1:
+            a, b = tl.split(tl.reshape(acc, [P, BM, 2, WARPS >> (level + 1), 2]))
+            acc = a + b
+    return tl.split(tl.reshape(acc, [P, BM, 2]))
+
+
+@triton.jit
+def _begin(weight, w_stride, row, ahead, ROWS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr):
+    """Asks for the first bytes of the weight rows and waits for the previous kernel. Lets the next one start before that
+    (PDL = 1) or after it (2).
+
+    row: [ROWS] int64; ahead: bytes per thread, a multiple of 16, or 0.
+    """
+    if PDL:
+        if PDL == 1:
+            tl.extra.cuda.gdc_launch_dependents()
+        if ahead > 0:
+            PIECES: tl.constexpr = min(max(32 * WARPS // ROWS, 1), 8)
+            address = (weight + row * w_stride).to(tl.int64)[:, None] + tl.arange(0, PIECES)[None, :] * ahead
+            size = tl.zeros([ROWS, PIECES], tl.int32) + ahead
+            asm: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;"
+            tl.inline_asm_elementwise(asm, "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1)
+        tl.extra.cuda.gdc_wait()
+        if PDL == 2:
+            tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _product(
+    x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
+    K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows `row` ([ROWS] int64) of W times tokens first..first+BM-1 of rmsnorm(x): two of [ROWS / 2, BM] fp32."""
+    STEP: tl.constexpr = DEPTH * WARPS
+    EVEN: tl.constexpr = K % STEP == 0
+    kind: tl.constexpr = x.dtype.element_ty if scale is not None else weight.dtype.element_ty
+    warp = tl.arange(0, WARPS)
+    k = (warp * DEPTH)[:, None, None] + tl.arange(0, DEPTH)[None, None, :]
+    token = (first + tl.arange(0, BM))[None, :, None]
+    w_at = weight + row[None, :, None] * w_stride + k
+    x_at = x + token.to(tl.int64) * x_stride + k
+    acc = tl.zeros([WARPS, ROWS, BM], tl.float32)
+    squares = tl.zeros([WARPS, 16, BM], tl.float32)  # 16 equal rows
+    ones = tl.full([WARPS, 16, DEPTH], 1.0, tl.float32).to(kind)
+    if scale is not None:
+        scale_at = scale + tl.load(table + row)[None, :] * scale_stride
+        if norm is not None:
+            # still ones, but made from some byte: Triton lays out the operands of a product by the narrowest type that
+            # was loaded for it, and x must have one layout in both products, or its loads are not pipelined
+            byte = tl.load((weight + tl.arange(0, DEPTH)[None, None, :]).to(tl.pointer_type(tl.int8)))
+            ones = tl.broadcast_to(((byte | 1) & 1).to(tl.float32).to(kind), [WARPS, 16, DEPTH])
+    for start in range(0, K, STEP):
+        inside = k < K - start
+        if EVEN:
+            w = tl.load(w_at + start)
+            values = tl.load(x_at + start, mask=token < M, other=0.0)
+        else:
+            w = tl.load(w_at + start, mask=inside, other=0.0)
+            values = tl.load(x_at + start, mask=(token < M) & inside, other=0.0)
+        if norm is not None:
+            if EVEN:
+                factor = tl.load(norm + start + k)
+            else:
+                factor = tl.load(norm + start + k, mask=inside, other=0.0)
+            wide = values.to(tl.float32)
+            square = wide * wide
+            if kind == tl.float32:
+                squares = tl.dot(ones, tl.trans(square, 0, 2, 1), squares, input_precision="ieee")
+            else:  # the square of a bf16 number has 16 significant bits: two bf16 numbers hold it exactly
+                high = (square.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+                squares = tl.dot(ones, tl.trans(high.to(kind), 0, 2, 1), squares)
+                squares = tl.dot(ones, tl.trans((square - high).to(kind), 0, 2, 1), squares)
+            values = wide * factor.to(tl.float32)
+        values = tl.trans(values.to(kind), 0, 2, 1)
+        if scale is not None:
+            block = tl.minimum((start + warp * DEPTH) // BLOCK, (K - 1) // BLOCK)
+            share = tl.load(scale_at + block[:, None])
+            # fp8 -> fp16 -> fp32 -> bf16 is exact, and faster than fp8 -> bf16, which Triton sends through a slow unit
+            exact = w.to(tl.float16).to(tl.float32).to(kind)
+            acc += tl.dot(exact, values, input_precision="ieee") * share[:, :, None]
+        else:
+            acc = tl.dot(w, values, acc, input_precision="ieee")
+    a, b = _halves(acc, WARPS, ROWS // 2, BM)
+    if norm is not None:
+        total, _ = _halves(squares, WARPS, 8, BM)
+        rms = tl.rsqrt(tl.max(total, 0) / K + eps)[None, :]
+        a, b = a * rms, b * rms
+    return a, b
+
+
+@triton.jit(do_not_specialize=["M", "ahead"])
+def linear_kernel(
+    x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, M, ahead,
+    bias, residual, residual_stride, out, N: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(1) * ROWS
+    row = tl.minimum(start + tl.arange(0, ROWS), N - 1).to(tl.int64)
+    _begin(weight, w_stride, row, ahead, ROWS, WARPS, PDL)
+    first = tl.program_id(0) * BM
+    token = (first + tl.arange(0, BM)).to(tl.int64)[None, :]
+    n = start + tl.arange(0, ROWS // 2)[:, None]
+    n2 = n + ROWS // 2
+    keep, keep2 = (token < M) & (n < N), (token < M) & (n2 < N)
+    if residual is not None:
+        base_a = tl.load(residual + token * residual_stride + n, mask=keep, other=0.0).to(tl.float32)
+        base_b = tl.load(residual + token * residual_stride + n2, mask=keep2, other=0.0).to(tl.float32)
+    if bias is not None:
+        bias_a = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+        bias_b = tl.load(bias + n2, mask=n2 < N, other=0.0).to(tl.float32)
+    a, b = _product(
+        x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
+        K, ROWS, BM, DEPTH, WARPS, BLOCK,
+    )  # fmt: skip
+    if bias is not None:
+        a, b = a + bias_a, b + bias_b
+    if residual is not None:
+        a, b = a + base_a, b + base_b
+    tl.store(out + token * N + n, a.to(out.dtype.element_ty), mask=keep)
+    tl.store(out + token * N + n2, b.to(out.dtype.element_ty), mask=keep2)
+
+
+@triton.jit(do_not_specialize=["M", "ahead"])
+def gated_kernel(
+    x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, M, ahead,
+    out, N: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """N: columns of `out`, half the rows of the weight."""
+    P: tl.constexpr = ROWS // 2
+    r = tl.arange(0, ROWS)
+    row = (tl.minimum(tl.program_id(1) * P + r % P, N - 1) + r // P * N).to(tl.int64)
+    _begin(weight, w_stride, row, ahead, ROWS, WARPS, PDL)
+    first = tl.program_id(0) * BM
+    gate, up = _product(
+        x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
+        K, ROWS, BM, DEPTH, WARPS, BLOCK,
+    )  # fmt: skip
+    token = (first + tl.arange(0, BM)).to(tl.int64)[None, :]
+    n = tl.program_id(1) * P + tl.arange(0, P)[:, None]
+    tl.store(out + token * N + n, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=(token < M) & (n < N))
+
+
+@triton.jit
+def _dimension(p, half, dim, rotary):
+    """Dimension `half` (0 or 1) of pair p of a head of `dim`. The pairs below rotary / 2 are those that turn together."""
+    return tl.where(p < rotary // 2, p + half * (rotary // 2), p + tl.where(half == 0, rotary // 2, dim // 2))
+
+
+@triton.jit(do_not_specialize=["M", "ahead"])
+def qkv_kernel(
+    x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, M, ahead,
+    bias, cos, sin, value_scale, q, k_cache, k_row, k_head, v_cache, v_row, v_head, slots,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, QK_DIM: tl.constexpr, V_DIM: tl.constexpr, ROTARY: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A CTA's rows are pairs of dimensions of one head, as `_dimension` pairs them. k_row .. v_head: strides of the caches."""
+    P: tl.constexpr = ROWS // 2
+    PARTS: tl.constexpr = (QK_DIM // 2 + P - 1) // P  # CTAs per head
+    V_PARTS: tl.constexpr = (V_DIM // 2 + P - 1) // P
+    kind: tl.constexpr = x.dtype.element_ty
+    unit = tl.program_id(1)
+    values = unit >= (HEADS + KV_HEADS) * PARTS
+    rest = unit - (HEADS + KV_HEADS) * PARTS
+    head = tl.where(values, rest // V_PARTS, unit // PARTS)
+    part = tl.where(values, rest % V_PARTS, unit % PARTS)
+    dim = tl.where(values, V_DIM, QK_DIM)
+    rotary = tl.where(values, 0, ROTARY)
+    base = tl.where(values, (HEADS + KV_HEADS) * QK_DIM + head * V_DIM, head * QK_DIM)
+    r = tl.arange(0, ROWS)
+    row = (base + _dimension(tl.minimum(part * P + r % P, dim // 2 - 1), r // P, dim, rotary)).to(tl.int64)
+    _begin(weight, w_stride, row, ahead, ROWS, WARPS, PDL)
+    first = tl.program_id(0) * BM
+    token = (first + tl.arange(0, BM)).to(tl.int64)[None, :]
+    p = part * P + tl.arange(0, P)[:, None]
+    i, j = _dimension(p, 0, dim, rotary), _dimension(p, 1, dim, rotary)
+    keep = (token < M) & (p < dim // 2)
+    turns = keep & (p < rotary // 2)
+    cos_i = tl.load(cos + token * ROTARY + i, mask=turns, other=1.0)
+    sin_i = tl.load(sin + token * ROTARY + i, mask=turns, other=0.0)
+    cos_j = tl.load(cos + token * ROTARY + j, mask=turns, other=1.0)
+    sin_j = tl.load(sin + token * ROTARY + j, mask=turns, other=0.0)
+    slot = tl.load(slots + token, mask=token < M, other=0)
+    if bias is not None:
+        bias_a = tl.load(bias + base + i, mask=p < dim // 2, other=0.0).to(tl.float32)
+        bias_b = tl.load(bias + base + j, mask=p < dim // 2, other=0.0).to(tl.float32)
+    a, b = _product(
+        x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
+        K, ROWS, BM, DEPTH, WARPS, BLOCK,
+    )  # fmt: skip
+    if bias is not None:
+        a, b = a + bias_a, b + bias_b
+    a, b = a.to(kind).to(tl.float32), b.to(kind).to(tl.float32)  # as where the product is a tensor of its own
+    a, b = a * cos_i + b * sin_i, b * cos_j + a * sin_j
+    if unit < HEADS * PARTS:
+        line = q + token * (HEADS * QK_DIM) + head * QK_DIM
+    elif unit < (HEADS + KV_HEADS) * PARTS:
+        line = k_cache + slot * k_row + (head - HEADS) * k_head
+    else:
+        line = v_cache + slot * v_row + head * v_head
+        a, b = a * value_scale, b * value_scale
+    tl.store(line + i, a.to(kind), mask=keep)
+    tl.store(line + j, b.to(kind), mask=keep)

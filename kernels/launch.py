@@ -1,0 +1,15 @@
+"""How Triton kernels are launched here."""
+
+import os
+from functools import cache
+
+import torch
+
+
+@cache
+def pdl() -> bool:
+    """Whether kernels use programmatic dependent launch: a kernel starts, and fetches its weights, before the one it
+    depends on has ended. Hopper and later; never in Triton's interpreter. MTP_ENGINE_PDL=0 turns it off."""
+    if os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("MTP_ENGINE_PDL") == "0":
+        return False
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)

@@ -1,0 +1,133 @@
+"""What the engine runs on: torch alone, or kernels and CUDA graphs. Chosen once, when a model is loaded."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import final
+
+import torch
+
+from mtp_engine.attention import AttentionFactory, TorchAttention
+from mtp_engine.config import EngineConfig
+from mtp_engine.drafters import Ranking, TorchDraftOps
+from mtp_engine.drafters.expand import DraftOps
+from mtp_engine.errors import EngineError
+from mtp_engine.models.decoder import Decoder
+from mtp_engine.models.mtp import MTPModule
+from mtp_engine.protocols import Progress, Verifier
+from mtp_engine.runner import Draft, EagerRunner, Runner, Verify
+from mtp_engine.verifiers import (
+    BlockVerifier,
+    DeviceMatchVerifier,
+    MatchVerifier,
+    RejectionVerifier,
+    RRSVerifier,
+    TraversalVerifier,
+    TypicalVerifier,
+)
+
+RunnerFactory = Callable[[Draft, Verify], Runner]
+_RULES: dict[str, Callable[[], Verifier]] = {
+    "match": MatchVerifier, "rejection": RejectionVerifier, "block": BlockVerifier, "rrs": RRSVerifier,
+    "traversal": TraversalVerifier, "typical": TypicalVerifier,
+}  # fmt: skip
+
+
+def _rule(name: str) -> Verifier:
+    return _RULES[name]()
+
+
+def _same_decoder(decoder: Decoder) -> Decoder:
+    return decoder
+
+
+def _same_module(module: MTPModule) -> MTPModule:
+    return module
+
+
+@final
+@dataclass(frozen=True)
+class Backend:
+    """attention: makes each step's attention. runner: for a loop of so many slots. verifier: by the rule's name. ops: by
+    how candidates are picked. fuse, fuse_mtp: wrap the modules. kernels: caches move rows by kernels.
+
+    ring_page, ring_rows: rings are whole pages and take at least so many rows at a time. scratch_tokens: room that the
+    scratch slot needs; 0 = there is none.
+    """
+
+    attention: AttentionFactory = TorchAttention
+    runner: Callable[[int], RunnerFactory] = lambda slots: EagerRunner
+    fuse: Callable[[Decoder], Decoder] = _same_decoder
+    fuse_mtp: Callable[[MTPModule], MTPModule] = _same_module
+    verifier: Callable[[str], Verifier] = _rule
+    ops: Callable[[Ranking], DraftOps] = TorchDraftOps
+    ring_page: int = 1
+    ring_rows: int = 1
+    scratch_tokens: int = 0
+    kernels: bool = False
+
+
+def make_backend(config: EngineConfig, device: torch.device, progress: Progress) -> Backend:
+    """Raises EngineError where the kernels that config asks for cannot run here."""
+    if device.type != "cuda" or config.attention == "torch":
+        return Backend()
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        raise EngineError("Triton is missing: install it (pip install triton), or use --attention torch") from None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        raise EngineError(
+            f"{torch.cuda.get_device_name(device)} is of compute capability {capability[0]}.{capability[1]}; the kernels "
+            "need 8.0 (Ampere) or above: use --attention torch --dtype fp32"
+        )
+    from mtp_engine.cuda_attention import MOST_ROWS, exact_attention
+    from mtp_engine.cuda_graph import SCRATCH_TOKENS, GraphRunner, bucket
+    from mtp_engine.drafters.device import DeviceDraftOps
+    from mtp_engine.models.fused import fuse, fuse_mtp
+
+    attention: AttentionFactory = exact_attention
+    refresh = None
+    if config.attention == "flashinfer":
+        if config.dtype == "fp32":
+            raise EngineError("FlashInfer computes in bf16: use --dtype bf16, or --attention exact")
+        from mtp_engine.flashinfer_attention import FlashInferAttention
+
+        attention = FlashInferAttention(progress)
+        refresh = attention.refresh
+
+    captures = config.verifier == "match" and config.ranking == "noise"  # the rest is torch operations
+    in_flight = config.steps_in_flight if captures else 1
+
+    def runner(slots: int) -> RunnerFactory:
+        return partial(
+            GraphRunner, in_flight=in_flight, scratch=slots, device=device, refresh=refresh, captures=captures
+        )
+
+    most = bucket(config.max_batch)
+    return Backend(
+        attention=attention,
+        runner=runner,
+        fuse=fuse,
+        fuse_mtp=fuse_mtp,
+        verifier=lambda rule: DeviceMatchVerifier(most, device) if rule == "match" else _rule(rule),
+        ops=lambda ranking: DeviceDraftOps(most, device) if ranking == "noise" else TorchDraftOps(ranking),
+        ring_page=config.page_size,
+        ring_rows=MOST_ROWS,
+        scratch_tokens=SCRATCH_TOKENS,
+        kernels=True,
+    )
+
+
+@contextmanager
+def gpu_errors() -> Iterator[None]:
+    """What CUDA says, as something the user can act on."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        text = str(error).splitlines()[0]
+        raise EngineError(f"the GPU's memory is full: lower kv_tokens, max_batch or max_context ({text})") from error
+    except torch.AcceleratorError as error:
+        text = str(error).splitlines()[0]
+        raise EngineError(f"the GPU failed: start anew, and look at nvidia-smi if it happens again ({text})") from error

@@ -1,0 +1,68 @@
+"""What the requests of a step are: their slots, and how far each slot has come."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from mtp_engine.guide import Guide
+from mtp_engine.sampler import SamplingBatch
+from mtp_engine.tree import DraftTree, VerifyResult
+
+SCRATCH_LENGTH = 64  # tokens the scratch slot pretends to hold
+
+
+@final
+@dataclass(frozen=True)
+class StepBatch:
+    """The requests of one step at their present lengths (see protocols.Batch)."""
+
+    slots: Tensor  # [B] int64
+    sampling: SamplingBatch
+    lengths: Tensor  # [B] int64
+    tokens: Tensor  # [B] int64
+    bound: int
+    guide: Guide | None = None
+
+
+@final
+class SlotState:
+    """Length and last token of every slot, on the device: the steps go on from them without asking the host.
+
+    The last slot is scratch: a runner may pad its batches with it. Its length never changes.
+    """
+
+    def __init__(self, slots: int, device: torch.device, *, kernels: bool) -> None:
+        self._kernels = kernels
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.lengths[-1:].fill_(SCRATCH_LENGTH)
+
+    def set(self, slot: int, length: int, token: int) -> None:
+        self.lengths[slot], self.tokens[slot] = length, token
+
+    def batch(self, slots: Tensor, sampling: SamplingBatch, bound: int, guide: Guide | None = None) -> StepBatch:
+        return StepBatch(slots, sampling, self.lengths[slots], self.tokens[slots], bound, guide)
+
+    def advance(self, batch: StepBatch, tree: DraftTree, result: VerifyResult) -> Tensor:
+        """Move the slots on, and give the step's table, [B, 3 + D+1] int64: tokens to emit, nodes and depth of the tree,
+        then the tokens."""
+        if self._kernels:
+            from mtp_engine.kernels.state import advance
+
+            return advance(
+                batch.slots,
+                batch.lengths,
+                result.tokens,
+                result.counts,
+                tree.size,
+                tree.depths,
+                self.lengths,
+                self.tokens,
+            )
+        self.lengths[batch.slots] = batch.lengths + result.counts
+        self.tokens[batch.slots] = result.tokens.gather(1, result.counts[:, None] - 1)[:, 0]
+        self.lengths[-1] = SCRATCH_LENGTH
+        reached = torch.where(tree.real, tree.depths, 0).amax(1)
+        return torch.cat([result.counts[:, None], tree.size[:, None], reached[:, None], result.tokens], 1)

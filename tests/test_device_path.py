@@ -1,0 +1,157 @@
+"""The whole path of a GPU step, kernels and all: what it emits does not depend, by a single bit, on drafting.
+
+Without a GPU the kernels run in Triton's interpreter, operation by operation; with one, as CUDA graphs.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import MTP, Sums, write_llama, write_mtp
+
+from mtp_engine.attention import AttentionFactory
+from mtp_engine.cache import HybridKV
+from mtp_engine.config import SamplingParams, Structure, TreeShape
+from mtp_engine.cuda_attention import MOST_ROWS, exact_attention
+from mtp_engine.cuda_graph import SCRATCH_TOKENS, GraphRunner
+from mtp_engine.decode_loop import DecodeLoop
+from mtp_engine.drafters import MTPDrafter, RootDrafter
+from mtp_engine.drafters.device import DeviceDraftOps
+from mtp_engine.members import Request
+from mtp_engine.models import loader
+from mtp_engine.models.fused import fuse, fuse_mtp
+from mtp_engine.models.make_tiny import make_tiny
+from mtp_engine.protocols import Drafter
+from mtp_engine.runner import EagerRunner
+from mtp_engine.verifiers import DeviceMatchVerifier
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SLOTS, PAGE = 3, 16
+PROMPTS = [[5, 9, 2, 40, 17, 33, 8], [3], [7] * 4 + [11, 30] * (80 if DEVICE.type == "cuda" else 9)]
+LLAMA = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+HEADS = {
+    "heads": 4,
+    "kv_heads": 2,
+    "qk_dim": 16,
+    "v_dim": 16,
+    "rope_dim": 16,
+    "rope_theta": 1e4,
+    "window": 20,
+    "sink": False,
+}
+
+
+class Model:
+    """A tiny model with MTP layers, through the kernels."""
+
+    def __init__(self, folder: Path, mtp: Path, dtype: torch.dtype) -> None:
+        decoder = loader.load_main(folder, dtype, DEVICE, lambda *_: None)
+        module = loader.load_mtp(mtp, decoder, 0, lambda *_: None)
+        self.decoder, self.module = fuse(decoder), fuse_mtp(module)
+
+    def drafter(self, shape: str) -> Drafter:
+        if shape == "root":
+            return RootDrafter()
+        return MTPDrafter(
+            self.module, TreeShape.parse(shape), slots=SLOTS + 1, tokens=2000, page_size=PAGE, attention=exact_attention,
+            ops=DeviceDraftOps(4, DEVICE), ring_page=PAGE, ring_rows=MOST_ROWS,
+        )  # fmt: skip
+
+    def loop(self, shape: str, attention: AttentionFactory = exact_attention) -> DecodeLoop:
+        drafter = self.drafter(shape)
+        layers = [layer.attention for layer in self.decoder.config.layers]
+        cache = HybridKV(
+            layers, slots=SLOTS + 1, tokens=2000, page_size=PAGE, max_nodes=MOST_ROWS, ring_page=PAGE, kernels=True,
+            dtype=self.decoder.embedding.dtype, device=DEVICE,
+        )  # fmt: skip
+        cache.reserve(SLOTS, SCRATCH_TOKENS)
+        drafter.reserve(SLOTS, SCRATCH_TOKENS)
+        graphs = partial(GraphRunner, in_flight=2, scratch=SLOTS, device=DEVICE)
+        return DecodeLoop(
+            self.decoder, cache, drafter, DeviceMatchVerifier(4, DEVICE), slots=SLOTS, max_context=400,
+            eos_token_ids=[], prefill_chunk=80, device=DEVICE, attention=attention,
+            kernels=True, runner=graphs if DEVICE.type == "cuda" else EagerRunner, 
+            grammars=lambda _: Sums(self.decoder.config.vocab_size),
+        )  # fmt: skip
+
+
+def decode(loop: DecodeLoop, prompts: list[list[int]], params: list[SamplingParams]) -> list[Request]:
+    requests = [loop.add(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+    while loop.requests:
+        loop.step()
+    return requests
+
+
+@pytest.fixture(scope="module", params=["llama", "mimo", "mimo-fp8"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    root = tmp_path_factory.mktemp(request.param)
+    if request.param == "llama":
+        folder = write_llama(root / "main", **LLAMA)
+        mtp = write_mtp(root / "mtp", width=64, **{**MTP, "attention": HEADS})
+        return Model(folder, mtp, torch.bfloat16)
+    folder = make_tiny(root / "tiny", fp8=request.param == "mimo-fp8", sliding_window=20)
+    return Model(folder, folder, torch.bfloat16)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_bf16_text_does_not_depend_on_the_tree(model: Model, temperature: float) -> None:
+    """Alone or in a batch, plain or over any tree, a prompt gets the same tokens."""
+    tokens = 60 if DEVICE.type == "cuda" else 12
+    params = SamplingParams(max_tokens=tokens, temperature=temperature, seed=3)
+    plain = [decode(model.loop("root"), [prompt], [params])[0].output for prompt in PROMPTS]
+    assert all(len(text) == tokens for text in plain)
+    for shape in ("chain:3", "2x2x1", "tree:6"):
+        assert [r.output for r in decode(model.loop(shape), PROMPTS, [params] * 3)] == plain, shape
+
+
+def test_steps_that_are_not_plain(model: Model) -> None:
+    """What the host or torch operations have a part in: the same tokens over trees as without."""
+    tokens = 40 if DEVICE.type == "cuda" else 8
+    common = {"max_tokens": tokens, "temperature": 0.8}
+    params = [
+        SamplingParams(seed=1, frequency_penalty=0.7, bad_words=((4, 5), (9,)), logprobs=2, **common),
+        SamplingParams(seed=2, structure=Structure(regex="any"), **common),
+        SamplingParams(seed=3, tree=TreeShape.parse("2x1"), top_p=0.9, **common),
+    ]
+    plain = [decode(model.loop("root"), [prompt], [each])[0] for prompt, each in zip(PROMPTS, params, strict=True)]
+    for shape in ("2x2x1", "tree:6"):
+        found = decode(model.loop(shape), PROMPTS, params)
+        assert [r.output for r in found] == [r.output for r in plain], shape
+        assert [p.token for p in found[0].logprobs] == found[0].output
+        assert sum(found[1].output) % 3 != 2
+
+
+@pytest.mark.cuda
+def test_plain_and_other_steps_take_turns(model: Model) -> None:
+    """A request that is not plain joins while graphs are in flight, and leaves before the plain one ends."""
+    params = [
+        SamplingParams(max_tokens=60, temperature=0.7, seed=4),
+        SamplingParams(max_tokens=12, temperature=0.7, seed=5, frequency_penalty=1.0, logprobs=0),
+    ]
+    alone = [decode(model.loop("root"), [PROMPTS[i]], [each])[0].output for i, each in enumerate(params)]
+    loop = model.loop("tree:6")
+    first = loop.add(PROMPTS[0], params[0])
+    loop.step()
+    second = loop.add(PROMPTS[1], params[1])
+    while loop.requests:
+        loop.step()
+    assert [first.output, second.output] == alone
+
+
+@pytest.mark.cuda
+def test_requests_join_and_leave_steps_in_flight(model: Model) -> None:
+    """With steps queued ahead, a request that ends, one that is removed and one that joins take nothing from others."""
+    params = [SamplingParams(max_tokens=count, temperature=0.7, seed=count) for count in (5, 40, 31, 17)]
+    alone = [decode(model.loop("root"), [PROMPTS[i % 3]], [each])[0].output for i, each in enumerate(params)]
+    loop = model.loop("tree:6")
+    first = [loop.add(PROMPTS[i], params[i]) for i in range(2)]
+    loop.step()
+    dropped = loop.add(PROMPTS[2], params[2])
+    while not first[0].finish_reason:
+        loop.step()
+    loop.remove(dropped)
+    late = loop.add(PROMPTS[0], params[3])
+    while loop.requests:
+        loop.step()
+    assert [first[0].output, first[1].output, late.output] == [alone[0], alone[1], alone[3]]

@@ -1,0 +1,129 @@
+"""What carries rows from level to level and from step to step: kernels against the torch operations, bit for bit."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tree import draft_trees, random_tree
+from torch import Tensor
+
+from mtp_engine.drafters.device import DeviceDraftOps
+from mtp_engine.drafters.expand import DraftOps, Growth
+from mtp_engine.drafters.portable import TorchDraftOps
+from mtp_engine.sampler import SamplingBatch
+from mtp_engine.slots import SlotState, StepBatch
+from mtp_engine.tree import DraftTree, VerifyResult
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OPS: tuple[DraftOps, DraftOps] = (TorchDraftOps(), DeviceDraftOps(8, DEVICE))
+FEW = settings(max_examples=25, deadline=None)
+
+
+def growth(tree: DraftTree, nodes: int) -> Growth:
+    """The tree's first nodes, as far as they have grown."""
+    parents = torch.where(tree.real, tree.parents, 0)
+    parts = (x[:, : nodes + 1].to(DEVICE) for x in (tree.tokens, parents, tree.depths))
+    return Growth(*parts, torch.zeros(len(parents), nodes + 1, device=DEVICE), 1, 1)
+
+
+def integers(seed: int, low: int, high: int, *shape: int) -> Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def floats(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@FEW
+@given(tree=draft_trees(vocab=3, max_nodes=6), new=st.integers(0, 4), shift=st.integers(0, 2), seed=st.integers(0, 99))
+def test_rows(tree: DraftTree, new: int, shift: int, seed: int) -> None:
+    batch = len(tree.tokens)
+    counts, start = integers(seed, 0, new + 1, batch), integers(seed + 1, 0, 50, batch)
+    for nodes in range(0 if new else 1, tree.nodes):
+        torch_rows, rows = (ops.rows(growth(tree, nodes), new, counts, start, start // 2, shift) for ops in OPS)
+        for name in ("positions", "parents", "offsets", "rotary", "first"):
+            assert torch.equal(getattr(rows, name), getattr(torch_rows, name)), name
+
+
+def test_rows_see_their_ancestors() -> None:
+    """A real row sees the real ones up to itself, a node those and its ancestors in the tree."""
+    tree = random_tree(random.Random(5), [6, 6], 6, 9)
+    counts, start, new = torch.tensor([3, 1], device=DEVICE), torch.tensor([10, 20], device=DEVICE), 4
+    for ops in OPS:
+        above = ops.rows(growth(tree, 5), new, counts, start, start * 0, 0).parents.tolist()
+        for b, row in enumerate(above):
+            for i in range(new + 5):
+                seen, at = {i}, row[i]
+                while at >= 0:
+                    seen.add(at)
+                    at = row[at]
+                if i < new:
+                    expected = set(range(i + 1)) if i < counts[b] else {i}
+                else:
+                    ancestors = tree.ancestors[b, i - new + 1].nonzero()[:, 0].tolist()
+                    expected = set(range(int(counts[b]))) | {new + node - 1 for node in ancestors if node}
+                assert seen == expected
+
+
+@FEW
+@given(tree=draft_trees(vocab=20, max_nodes=6), new=st.integers(1, 4), seed=st.integers(0, 99))
+def test_inputs(tree: DraftTree, new: int, seed: int) -> None:
+    """Embeddings and carried states, at the first level and below; padding rows may hold anything."""
+    batch, width, nodes = len(tree.tokens), 24, tree.nodes - 1
+    counts, slots = integers(seed, 1, new + 1, batch), torch.randperm(batch + 2, device=DEVICE)[:batch]
+    tokens, embedding = integers(seed, 0, 20, batch, new), floats(seed, 20, width)
+    first, above = floats(seed, batch, new, width), floats(seed + 1, batch, new + nodes, width)
+    for hidden, deeper, drafted in ((first, False, 0), (above, True, nodes)):
+        got = []
+        for ops in OPS:
+            carry, grown = floats(7, batch + 2, width), growth(tree, drafted)
+            parents = ops.rows(grown, new, counts, counts, counts, 0).parents
+            embedded, states = ops.inputs(
+                grown, tokens, embedding, hidden, parents, carry, slots, counts, deeper=deeper
+            )
+            real = torch.arange(new + drafted, device=DEVICE)
+            real = (real < counts[:, None]) | (real >= new)
+            got.append((embedded, torch.where(real[..., None], states, 0), carry))
+        assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
+    assert torch.equal(*(ops.last(first, counts - 1) for ops in OPS))
+
+
+@FEW
+@given(tree=draft_trees(vocab=20, max_nodes=6), seed=st.integers(0, 99))
+def test_what_a_step_leaves(tree: DraftTree, seed: int) -> None:
+    """What the drafter and the slots keep, and the table that the host reads."""
+    batch, depth = len(tree.tokens), tree.max_depth + 1
+    slots, counts = torch.randperm(batch + 1, device=DEVICE)[:batch], integers(seed, 1, depth + 1, batch)
+    path, tokens = integers(seed, 0, tree.nodes, batch, depth), integers(seed + 1, 0, 20, batch, depth)
+    result, hidden = VerifyResult(path, tokens, counts), floats(seed, batch, tree.nodes, 24)
+    kept = []
+    for ops in OPS:
+        tables = (
+            integers(3, 0, 9, batch + 1, depth + 1),
+            floats(3, batch + 1, depth + 1, 24),
+            integers(4, 0, 9, batch + 1),
+        )
+        ops.observe(slots, result, hidden, *tables)
+        kept.append(tables)
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+    moved = DraftTree(*(x.to(DEVICE) for x in (tree.tokens, tree.parents, tree.depths, tree.size)), tree.max_depth)
+    lengths, sampling = integers(seed, 5, 90, batch), SamplingBatch.build([], [], DEVICE)
+    states = [SlotState(batch + 2, DEVICE, kernels=kernels) for kernels in (False, True)]
+    tables = [state.advance(StepBatch(slots, sampling, lengths, lengths, 99), moved, result) for state in states]
+    assert torch.equal(*tables)
+    assert torch.equal(*(state.lengths for state in states))
+    assert torch.equal(*(state.tokens for state in states))
+
+
+@pytest.mark.cuda
+def test_the_scratch_slot_stays() -> None:
+    """Padding of a batch shares one slot, which must not grow."""
+    state = SlotState(3, DEVICE, kernels=True)
+    before, slots = state.lengths.clone(), torch.tensor([2, 2], device=DEVICE)
+    ones = torch.ones(2, dtype=torch.int64, device=DEVICE)
+    result = VerifyResult(ones[:, None] * 0, ones[:, None] * 7, ones)
+    batch = StepBatch(slots, SamplingBatch.build([], [], DEVICE), state.lengths[slots], ones, 9)
+    state.advance(batch, DraftTree.root(ones), result)
+    assert torch.equal(state.lengths, before)

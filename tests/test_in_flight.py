@@ -1,0 +1,104 @@
+"""Steps in flight: plain ones overlap, others wait for the host, and nothing that is emitted depends on it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from test_decode_loop import SLOTS, Models, make_loop, prompts
+from tiny import Sums
+
+from mtp_engine.config import SamplingParams, Structure, TreeShape
+from mtp_engine.decode_loop import DecodeLoop
+from mtp_engine.drafters import MTPDrafter, RootDrafter
+from mtp_engine.members import Members, Request
+from mtp_engine.protocols import Launched
+from mtp_engine.runner import Draft, EagerRunner, Verify
+
+PLAIN = {"temperature": 0.7, "top_p": 0.9, "stop_token_ids": (5, 44)}
+OTHERS: dict[str, dict[str, Any]] = {
+    "penalties": {"frequency_penalty": 0.6, "repetition_penalty": 1.2, "temperature": 0.8},
+    "bad words": {"bad_words": ((3,), (7, 9)), "min_tokens": 12, "stop_token_ids": tuple(range(30))},
+    "logprobs": {"logprobs": 3, "temperature": 0.5},
+    "structure": {"structure": Structure(regex="any"), "temperature": 0.5},
+    "no drafts": {"speculate": False, "temperature": 0.9},
+    "small trees": {"tree": TreeShape.parse("2x1"), "temperature": 0.9},
+}
+
+
+class Queue:
+    """A Runner whose steps are done when they are launched, but counted as in flight until they are waited for."""
+
+    in_flight = 3
+
+    def __init__(self, draft: Draft, verify: Verify) -> None:
+        self._eager, self._flying = EagerRunner(draft, verify), 0
+        self.most: dict[bool, int] = {}  # by whether members were plain
+
+    def prepare(self, members: Members, bound: int) -> None: ...
+    def settle(self) -> None: ...
+
+    def launch(self, members: Members, bound: int) -> Launched:
+        done, owner = self._eager.launch(members, bound), self
+        assert members.plain or self._flying == 0, "it needs what the step before gives"
+        self._flying += 1
+        self.most[members.plain] = max(self.most.get(members.plain, 0), self._flying)
+
+        class Flight:
+            draft_s, verify_s = done.draft_s, done.verify_s
+
+            def wait(self) -> list[list[int]]:
+                owner._flying -= 1
+                return done.wait()
+
+        return Flight()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("flight"))
+
+
+def run(loop: DecodeLoop, waves: Sequence[Sequence[SamplingParams]]) -> list[Request]:
+    """Each wave joins two steps after the one before; in the end all have ended by themselves."""
+    requests: list[Request] = []
+    for wave in waves:
+        for params in wave:
+            requests.append(loop.add(prompts()[len(requests) % SLOTS], params))
+        loop.step()
+        loop.step()
+    while loop.requests:
+        loop.step()
+    loop.cache.check()
+    return requests
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_plain_steps_overlap_and_others_do_not(models: Models, name: str) -> None:
+    """A request that wants more joins while steps are in flight, and leaves before the others."""
+    waves = [
+        [SamplingParams(max_tokens=40, seed=index, **PLAIN) for index in range(2)],
+        [SamplingParams(max_tokens=16, seed=2, **OTHERS[name])],
+        [SamplingParams(max_tokens=30, seed=3, **PLAIN)],
+    ]
+    runners: list[Queue] = []
+
+    def runner(draft: Draft, verify: Verify) -> Queue:
+        runners.append(Queue(draft, verify))
+        return runners[-1]
+
+    drafter = MTPDrafter(models.mtp, TreeShape.parse("3x2"), slots=SLOTS, tokens=2048, page_size=8)
+    grammars = {"grammars": lambda _: Sums(), "tokens": 2048}
+    found = run(make_loop(models.main, drafter, runner=runner, **grammars), waves)
+    expected = run(make_loop(models.main, RootDrafter(), **grammars), waves)
+    assert [request.output for request in found] == [request.output for request in expected]
+    assert all(len(request.logprobs) == len(request.output) for request in found if request.params.logprobs)
+    assert [[p.token for p in r.logprobs] for r in found] == [[p.token for p in r.logprobs] for r in expected]
+    assert runners[0].most == {True: 3, False: 1}
+
+
+def test_what_is_plain(models: Models) -> None:
+    loop = make_loop(models.main, RootDrafter(), grammars=lambda _: Sums())
+    for name, others in {"plain": PLAIN, **OTHERS}.items():
+        request = loop.add(prompts()[0], SamplingParams(max_tokens=20, **others))
+        assert Members.build([request], loop.device).plain == (name == "plain"), name
+        loop.remove(request)
