@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape, hub
+from mtp_engine.backend import Backend
 from mtp_engine.config import DEFAULT_MODEL
 from mtp_engine.decode_loop import Request
-from mtp_engine.engine import _drafter, _loop, _settle
+from mtp_engine.engine import _drafter, _settle, make_loop
 
 pytestmark = pytest.mark.model
 
@@ -36,8 +37,8 @@ class Loaded:
         """All six requests in one batch, on a loop with the drafter that `config` asks for."""
         files = hub.locate(DEFAULT_MODEL)
         config = _settle(config, files)
-        drafter = _drafter(files, self.engine.model, config, hub.silent)
-        loop = _loop(self.engine.model, drafter, config, slots=config.max_batch, eos=self.engine.tokenizer.eos_ids)
+        drafter, eos = _drafter(files, self.engine.model, config, Backend(), hub.silent), self.engine.tokenizer.eos_ids
+        loop = make_loop(self.engine.model, drafter, config, Backend(), slots=config.max_batch, eos=eos)
         requests = [loop.add(self.engine.encode(prompt), params) for params in PARAMS for prompt in PROMPTS]
         while loop.requests:
             loop.step()
