@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mtp_engine.attention import AttentionFactory, StepRows
 from mtp_engine.cache import HybridKV, WindowKV
+from mtp_engine.kernels.ancestry import ancestry
 from mtp_engine.kernels.kv import storage_rows
-from mtp_engine.kernels.tree_attention import ancestry, tree_attention
+from mtp_engine.kernels.tree_attention import tree_attention
 from mtp_engine.protocols import Attention
 
 MOST_ROWS = 64  # of a request in one call: the tree mask has 64 bits; longer chains are cut

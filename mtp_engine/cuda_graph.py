@@ -92,14 +92,14 @@ class GraphRunner:
         self._draft, self._verify, self._scratch, self._device = draft, verify, scratch, device
         self._refresh, self._captures = refresh, captures
         self._eager = EagerRunner(draft, verify)
-        self._ready: set[int] = set()  # batch sizes that ran eagerly
+        self._ready: set[tuple[int, int]] = set()  # batch sizes and bounds that ran eagerly
         self._captured: dict[tuple[int, int, bool, bool], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._pinned: deque[Tensor] = deque(maxlen=in_flight + 1)
 
     def prepare(self, members: Members, bound: int) -> None:
         if not self._replays(members):
-            self._make_ready(members, bound_bucket(bound))
+            self._make_ready(members, bound)
         elif (key := _key(members, bound)) not in self._captured:
             self._captured[key] = self._capture(members, key[0], key[1])
 
@@ -133,12 +133,15 @@ class GraphRunner:
         return self._captures and members.plain
 
     def _make_ready(self, members: Members, bound: int) -> None:
-        """An eager step on the scratch slot: plans that `refresh` is to keep good exist from then on."""
-        count = len(members.slots)
-        if self._refresh and count not in self._ready:
-            self._ready.add(count)
-            scratch = self._scratched(members, count)
-            self._verify(scratch, *self._draft(scratch, bound))
+        """An eager step on the scratch slot, at first: kernels are compiled, and plans for `refresh` exist."""
+        count, bound = len(members.slots), bound_bucket(bound)
+        if (count, bound) in self._ready:
+            return
+        self._ready.add((count, bound))
+        scratch = self._scratched(members, count)
+        if self._refresh:
+            self._refresh([self._scratch] * count, [SCRATCH_TOKENS] * count)
+        self._verify(scratch, *self._draft(scratch, bound))
 
     def _scratched(self, members: Members, batch: int) -> Members:
         """Plain members that all sit in the scratch slot, with the first one's sampling parameters."""

@@ -108,8 +108,6 @@ class Engine:
         """
         config = config or EngineConfig()
         device = _device(config)
-        if config.dtype == "auto":
-            config = replace(config, dtype="bf16" if device.type == "cuda" else "fp32")
         torch.set_num_threads(config.threads or os.cpu_count() or 1)
         files = hub.locate(name, mtp=mtp, progress=progress)
         tokenizer = Tokenizer.load(files.folder)
@@ -275,9 +273,12 @@ def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:
     model = loader.read_config(files.folder, config.window_keys)
     if config.max_context > model.max_context:
         raise EngineError(f"max_context is {config.max_context}; {files.name} was made for {model.max_context} tokens")
+    device = torch.device(config.device).type
+    if config.dtype == "auto":
+        config = replace(config, dtype="bf16" if device == "cuda" else "fp32")
     if config.drafter == "root":
         return config
-    defaults = _DEFAULT_TREES[torch.device(config.device).type][config.drafter]
+    defaults = _DEFAULT_TREES[device][config.drafter]
     shape = config.tree or (_RULE_TREES if config.drafter == "mtp" else {}).get(config.verifier, defaults)
     if config.drafter == "mtp":
         if files.mtp_folder is None:

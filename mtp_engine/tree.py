@@ -59,11 +59,6 @@ class DraftTree:
         return torch.arange(self.nodes, device=self.size.device) < self.size[:, None]
 
     @cached_property
-    def forest(self) -> Tensor:
-        """[B, N] int64: the parents, and -1 for padding."""
-        return torch.where(self.real, self.parents, -1)
-
-    @cached_property
     def ancestors(self) -> Tensor:
         """[B, N, N] bool, see `ancestor_mask`."""
         return ancestor_mask(self.parents, self.size, self.max_depth)

@@ -53,7 +53,7 @@ def tree_rows(tree: DraftTree, slots: list[int], lengths: list[int], first: list
         slots=torch.tensor(slots),
         lengths=start,
         positions=start[:, None] + tree.depths,
-        parents=tree.forest,
+        parents=tree.parents,
         depth=tree.max_depth,
         bound=max(lengths) + tree.nodes,
         first=None if first is None else torch.tensor(first),

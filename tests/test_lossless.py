@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape, hub
+from mtp_engine.backend import Backend
 from mtp_engine.config import DEFAULT_MODEL
 from mtp_engine.engine import _drafter, _settle, make_loop
 from mtp_engine.members import Request
@@ -36,7 +37,7 @@ class Loaded:
         """All six requests in one batch, on a loop with the drafter that `config` asks for."""
         files = hub.locate(DEFAULT_MODEL)
         config = _settle(config, files)
-        model, backend = self.engine.model, self.engine.backend
+        model, backend = self.engine.model, Backend()
         drafter = _drafter(files, model, config, backend, hub.silent)
         loop = make_loop(model, drafter, config, backend, slots=config.max_batch, tokenizer=self.engine.tokenizer)
         requests = [loop.add(self.engine.encode(prompt), params) for params in PARAMS for prompt in PROMPTS]

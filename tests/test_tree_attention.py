@@ -13,14 +13,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
-from mtp_engine.kernels.tree_attention import (
-    Plan,
-    Scratch,
-    ancestry,
-    ancestry_twin,
-    tree_attention,
-    tree_attention_twin,
-)
+from mtp_engine.kernels.ancestry import ancestry, ancestry_twin
+from mtp_engine.kernels.tree_attention import Plan, Scratch, tree_attention, tree_attention_twin
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 16

@@ -1,0 +1,194 @@
+"""The Triton side of kernels/moe.py."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["M"])
+def router_kernel(x, norm, router, y, partial, eps, M, H: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr,
+            COLUMNS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """y = rmsnorm(x), and the router logits of COLUMNS columns of y: partial [H / COLUMNS, M, E].
+
+    The fp32 router is cut into three bf16 parts of 8 bits, and y is bf16: every product is exact, the sums are fp32.
+    """
+    piece = tl.program_id(1)
+    e = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    columns = piece * COLUMNS + tl.arange(0, COLUMNS)
+    w = tl.load(router + e[:, None] * H + columns, (e < E)[:, None] & (columns < H), other=0.0)
+    gain = tl.load(norm + columns, columns < H, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    live = (m < M)[:, None]
+    wide = tl.arange(0, 4 * COLUMNS)
+    squares = tl.zeros([TOKENS, 4 * COLUMNS], tl.float32)
+    for start in tl.static_range(0, H, 4 * COLUMNS):
+        part = tl.load(x + m[:, None] * H + start + wide, live & (start + wide < H), other=0.0).to(tl.float32)
+        squares += part * part
+    inverse = tl.rsqrt(tl.sum(squares, 1) / H + eps)
+    part = tl.load(x + m[:, None] * H + columns, live & (columns < H), other=0.0).to(tl.float32)
+    rounded = (part * inverse[:, None] * gain).to(tl.bfloat16)
+    if tl.program_id(0) == 0:
+        tl.store(y + m[:, None] * H + columns, rounded, live & (columns < H))
+    high = w.to(tl.bfloat16)
+    rest = w - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    logits = tl.dot(low, rounded.T)
+    logits = tl.dot(middle, rounded.T, logits)
+    logits = tl.dot(high, rounded.T, logits)
+    tl.store(partial + (piece * M + m) * E + e[:, None], logits, (e < E)[:, None] & (m < M))
+
+
+@triton.jit(do_not_specialize=["M"])
+def choose_kernel(partial, bias, weights, experts, slots, pairs, scale, M, PIECES: tl.constexpr, E: tl.constexpr,
+            E_PAD: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program: the K experts of every token, and the pairs of every expert, as `Routing` has them."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    e = tl.arange(0, E_PAD)
+    offset = tl.load(bias + e, e < E, other=0.0)
+    count = tl.zeros([E_PAD], tl.int32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    first = 0
+    while first < M:  # not `range`: Triton's interpreter cannot take its bounds from arguments under numpy 2.4
+        m = first + tl.arange(0, TOKENS)
+        live = (m < M)[:, None] & (e < E)
+        logits = tl.zeros([TOKENS, E_PAD], tl.float32)
+        for piece in tl.static_range(PIECES):
+            logits += tl.load(partial + (piece * M + m[:, None]) * E + e, live, other=0.0)
+        score = tl.sigmoid(logits)
+        rank = tl.where(e < E, score + offset, -float("inf"))
+        taken = tl.zeros([TOKENS, E_PAD], tl.int32)
+        for _ in tl.static_range(K):
+            best = e == tl.argmax(rank, 1)[:, None]  # of equals the lowest
+            taken = tl.where(best, 1, taken)
+            rank = tl.where(best, -float("inf"), rank)
+        total = tl.sum(tl.where(taken == 1, score, 0.0), 1) + 1e-20
+        share = score / total[:, None] if NORMALISE else score
+        pair = m[:, None] * K + tl.cumsum(taken, 1) - taken
+        taken = tl.where(live, taken, 0)
+        tl.store(weights + pair, share * scale, taken == 1)
+        tl.store(experts + pair, tl.broadcast_to(e[None, :], [TOKENS, E_PAD]), taken == 1)
+        tl.store(pairs + e * M + count + tl.cumsum(taken, 0) - taken, pair, taken == 1)
+        count += tl.sum(taken, 0)
+        first += TOKENS
+    hit = (count > 0).to(tl.int32)
+    before = tl.cumsum(hit, 0) - hit
+    slot = tl.where(hit == 1, before, tl.sum(hit, 0) + e - before)
+    tl.store(slots + slot, e + (count.to(tl.int64) << 32), e < E)
+
+
+@triton.jit
+def _widen(w, dtype: tl.constexpr):
+    """e4m3 -> dtype, exactly. Directly, Triton 3.6 goes through a conversion that runs at a sixteenth of the FMA rate."""
+    return w.to(tl.float16).to(tl.float32).to(dtype)
+
+
+@triton.jit
+def _product(x, rows, live, w, first, scale0, scale1, upper, C: tl.constexpr, WIDTH: tl.constexpr,
+             SCALED: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
+    """w[first] @ x[rows].T, [len(first), len(rows)] fp32, in ascending blocks of WIDTH columns. x, w: [., C].
+
+    SCALED: block b's product counts scale0[b] times, or scale1[b] times in `upper` rows.
+    """
+    k = tl.arange(0, WIDTH)
+    x_at = x + rows[:, None] * C + k
+    w_at = w + first[:, None] * C + k
+    total = tl.zeros([first.shape[0], rows.shape[0]], tl.float32)
+    for block in tl.range(0, C // WIDTH, loop_unroll_factor=UNROLL):
+        weight = tl.load(w_at + block * WIDTH)
+        part = tl.load(x_at + block * WIDTH, live[:, None], other=0.0)
+        if SCALED:
+            factor = tl.where(upper, tl.load(scale1 + block), tl.load(scale0 + block))
+            total += tl.dot(_widen(weight, part.dtype), part.T) * factor[:, None]
+        else:
+            total = tl.dot(weight, part.T, total)
+    return total
+
+
+@triton.jit(do_not_specialize=["M"])
+def gate_up_kernel(y, w, scale, table, slots, pairs, h, M, S: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr,
+             K: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+             TOKENS: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """h[pair] = silu(gate) * up, COLUMNS columns for all pairs of one chosen expert. y: [M, H]; h: [M * K, INNER]."""
+    n, slot = tl.program_id(0) * COLUMNS, tl.program_id(1)
+    r = tl.arange(0, 2 * COLUMNS)
+    upper = r >= COLUMNS
+    first = tl.where(upper, INNER - COLUMNS, 0) + n + r  # gate's rows, then up's
+    row0, row1 = 0, 0
+    if SCALED:
+        row0, row1 = tl.load(table + n), tl.load(table + INNER + n)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    packed = tl.load(slots + slot)
+    e, count = packed & 0xFFFFFFFF, packed >> 32
+    scale0 = scale + (e * S + row0) * (H // WIDTH)
+    scale1 = scale + (e * S + row1) * (H // WIDTH)
+    start = 0
+    while start < count:
+        t = start + tl.arange(0, TOKENS)
+        pair = tl.load(pairs + e * M + t, t < count, other=0)
+        both = _product(y, pair // K, t < count, w + e * (2 * INNER * H), first, scale0, scale1, upper, H, WIDTH, SCALED,
+                        UNROLL)  # fmt: skip
+        if PDL:  # not before: what `_down` then prefetches must not leave L2 again; nor may it read slots too early
+            tl.extra.cuda.gdc_launch_dependents()
+        gate, up = tl.split(tl.permute(tl.reshape(both, [2, COLUMNS, TOKENS]), [1, 2, 0]))
+        value = (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty)
+        at = h + pair * INNER + n + tl.arange(0, COLUMNS)[:, None]
+        tl.store(at, value, tl.broadcast_to((t < count)[None, :], [COLUMNS, TOKENS]))
+        start += TOKENS
+
+
+@triton.jit(do_not_specialize=["M"])
+def down_kernel(h, w, scale, table, slots, pairs, y, M, S: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr,
+          SCALED: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+          UNROLL: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """y[pair] = down(h[pair]), COLUMNS columns for all pairs of one chosen expert. h: [M * K, INNER]; y: [M * K, H]."""
+    n, slot = tl.program_id(0) * COLUMNS, tl.program_id(1)
+    first = n + tl.arange(0, COLUMNS)
+    row = tl.load(table + n) if SCALED else 0
+    # complete before this kernel starts: `_gate_up` lets it start only after itself waiting for `_choose`
+    packed = tl.load(slots + slot, cache_modifier=".cg")
+    e, count = packed & 0xFFFFFFFF, packed >> 32
+    if count == 0:
+        return
+    w += e * (H * INNER)
+    if PDL:
+        _prefetch(w + first * INNER, LINES)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    scale += (e * S + row) * (INNER // WIDTH)
+    start = 0
+    while start < count:
+        t = start + tl.arange(0, TOKENS)
+        pair = tl.load(pairs + e * M + t, t < count, other=0)
+        value = _product(h, pair, t < count, w, first, scale, scale, first < 0, INNER, WIDTH, SCALED, UNROLL)
+        tl.store(y + pair * H + first[:, None], value, tl.broadcast_to((t < count)[None, :], [COLUMNS, TOKENS]))
+        start += TOKENS
+
+
+@triton.jit
+def _prefetch(rows, LINES: tl.constexpr):
+    """Asks for the first LINES * 128 bytes at each pointer to come to L2, and does not wait for them."""
+    lines = rows[:, None] + tl.arange(0, LINES) * (1024 // rows.dtype.element_ty.primitive_bitwidth)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def sum_kernel(y, weights, residual, out, H: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr):
+    """out[m] = residual[m] + sum over k of weights[m, k] * y[m, k], k ascending, rounded once."""
+    m = tl.program_id(1)
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    total = tl.zeros([COLUMNS], tl.float32)
+    for k in tl.static_range(K):
+        total += tl.load(weights + m * K + k) * tl.load(y + (m * K + k) * H + n, n < H, other=0.0)
+    total += tl.load(residual + m * H + n, n < H, other=0.0).to(tl.float32)
+    tl.store(out + m * H + n, total.to(out.dtype.element_ty), n < H)
