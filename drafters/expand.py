@@ -138,29 +138,24 @@ def grow(tree: Growth, scores: Tensor, ids: Tensor, width: int, keep: int) -> Gr
     )
 
 
-def best_nodes(tree: Growth, nodes: int) -> Tensor:
-    """The root and the `nodes` best drafted nodes by joint score, in their order: [B, nodes + 1] int64.
+def prune(tree: Growth, nodes: int) -> Growth:
+    """The root and the `nodes` best drafted nodes by joint score, in their order.
 
     A kept node's ancestors are kept: none scores less than its descendants, and the sort is stable, so that on a tie
     the ancestor, which stands first, wins.
     """
     order = tree.scores[:, 1:].sort(dim=-1, descending=True, stable=True).indices[:, :nodes] + 1
-    return torch.cat([torch.zeros_like(order[:, :1]), order.sort(-1).values], 1)
-
-
-def prune(tree: Growth, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, parents and depths, each [B, nodes + 1], of the root and the `nodes` best drafted nodes."""
-    kept = best_nodes(tree, nodes)
+    kept = torch.cat([torch.zeros_like(order[:, :1]), order.sort(-1).values], 1)
     numbers = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
     renumbered = torch.zeros_like(tree.tokens).scatter_(1, kept, numbers)
-    parents = tree.parents.gather(1, kept)
+    tokens, parents, depths, scores = (x.gather(1, kept) for x in (tree.tokens, tree.parents, tree.depths, tree.scores))
     parents = torch.where(parents < 0, parents, renumbered.gather(1, parents.clamp(min=0)))
-    return tree.tokens.gather(1, kept), parents, tree.depths.gather(1, kept)
+    return Growth(tokens, parents, depths, scores, 0, tree.level)
 
 
 def finish(tree: Growth, best: int, drafts: Tensor) -> DraftTree:
     """The tree to verify. drafts: [B] bool, False for requests that cannot be drafted for and get their root only."""
-    tokens, parents, depths = prune(tree, best) if best else (tree.tokens, tree.parents, tree.depths)
-    scores = tree.scores.gather(1, best_nodes(tree, best)) if best else tree.scores
-    deepest = min(tree.level, tokens.shape[1] - 1)
-    return DraftTree(tokens, parents, depths, torch.where(drafts, tokens.shape[1], 1), deepest, scores)
+    tree = prune(tree, best) if best else tree
+    nodes = tree.tokens.shape[1]
+    size = torch.where(drafts, nodes, 1)
+    return DraftTree(tree.tokens, tree.parents, tree.depths, size, min(tree.level, nodes - 1), tree.scores)

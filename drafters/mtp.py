@@ -41,6 +41,7 @@ class _NewRows:
     hidden: Tensor  # [B, R, H], of the position before each token
     counts: Tensor  # [B]
     start: Tensor  # [B], position of the first token
+    first: Tensor  # [B], the request's first row at level 0
     bound: int  # no request has more tokens
     full: bool = False  # all rows are real, and there is no tree: a chain
 
@@ -106,15 +107,16 @@ class MTPDrafter:
             slots = torch.tensor([slot], device=tokens.device)
             ones = torch.ones_like(slots)
             new = tokens[None, start:-1]
-            rows = _NewRows(slots, new, hidden[None, :-1], ones * (known - 1), ones * start, len(tokens), True)
+            counts, first = ones * (known - 1), ones * start
+            rows = _NewRows(slots, new, hidden[None, :-1], counts, first, first, len(tokens), True)
             level = None
             for number in range(min(self.depth, len(self.module.layers))):
                 level = self._run(number, rows, Growth.start(ones), level)
 
     def draft(self, batch: Batch) -> DraftTree:
         slots, counts = batch.slots, self._counts[batch.slots]
-        start = batch.lengths - counts + 1
-        rows = _NewRows(slots, self._tokens[slots], self._hidden[slots], counts, start, batch.bound + self.max_nodes)
+        start, bound = batch.lengths - counts + 1, batch.bound + self.max_nodes
+        rows = _NewRows(slots, self._tokens[slots], self._hidden[slots], counts, start, self._first[slots], bound)
         ids, last = self.module.draft_ids, len(self._levels) - 1
         tree, level = self.ops.start(batch, self._levels, ids, len(self.module.embedding)), None
         for number, (width, keep) in enumerate(self._levels):
@@ -133,11 +135,11 @@ class MTPDrafter:
         if before is not None and self.module.config.reused:
             return self._again(number, rows, tree, before)
         shift = 0 if self.module.config.reused else number  # how far this level's rows lag behind the first level's
-        new, slots = rows.tokens.shape[1], rows.slots
-        level = self.ops.rows(tree, new, rows.counts, rows.start, self._first[slots], shift)
+        new = rows.tokens.shape[1]
+        level = self.ops.rows(tree, new, rows.counts, rows.start, rows.first, shift)
         embedded, hidden = self.ops.inputs(
             tree, rows.tokens, self.module.embedding, before.passed if before else rows.hidden, level.parents,
-            self._carry[number], slots, rows.counts, deeper=before is not None,
+            self._carry[number], rows.slots, rows.counts, deeper=before is not None,
         )  # fmt: skip
         output = self._forward(number, rows, rows.start, level, new + tree.level, embedded, hidden)
         passed = output if self.module.config.chained or self.module.config.reused else hidden
@@ -147,7 +149,7 @@ class MTPDrafter:
         """A deeper level of a layer that is used again: the new rows are in its cache, only the drafted nodes run."""
         none = torch.zeros_like(rows.counts)
         start = rows.start + rows.counts
-        level = self.ops.rows(tree, 0, none, start, self._first[rows.slots], 0)
+        level = self.ops.rows(tree, 0, none, start, rows.first, 0)
         root = self.ops.last(before.passed, rows.counts) if number == 1 else before.passed[:, :1]
         states = torch.cat([root, before.passed[:, rows.tokens.shape[1] if number == 1 else 1 :]], 1)
         hidden = states.gather(1, tree.parents[:, 1:, None].expand(-1, -1, states.shape[2]))

@@ -152,7 +152,7 @@ def qkv(
 ) -> Tensor:
     """The projections of attention: rotated queries are returned, rotated keys and scaled values go into the cache.
 
-    x: [M, K]; weight: [heads * qk + kv * qk + kv * v, K]; cos, sin: [M, rotary] fp32 of `RotaryEmbedding.tables`
+    x: [M, K]; weight: [heads * qk + kv * qk + kv * v, K]; cos, sin: [M, rotary] fp32 of `RotaryEmbedding`
     (signed sine, halves paired); k_cache: [R, kv, qk], v_cache: [R, kv, v] in x's type; rows: [M] int64, the rows of
     the caches. Returns [M, heads, qk]. Rounds after the product and again after the rotation or the scale.
     """

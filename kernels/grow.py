@@ -1,6 +1,6 @@
 """Growing a tree: the best candidates of a level and the nodes they become, in one launch (see kernels/arrival.py).
 
-Twins: drafters.expand's TorchGrower.grow, grow and prune.
+Twins: drafters.portable.TorchDraftOps.grow, and grow and prune of drafters.expand.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _WARPS, _LONG_WARPS = 1, 4  # of `candidates`; one warp needs no barriers betwee
 @final
 @dataclass(frozen=True)
 class Nodes:
-    """A tree under construction in arrays of fixed size: expand.Growth without its ancestor mask."""
+    """A tree under construction in arrays of fixed size, of which expand.Growth shows the used part."""
 
     tokens: Tensor  # [B, cap] int64
     parents: Tensor  # [B, cap] int64

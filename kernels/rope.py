@@ -26,7 +26,7 @@ def _tables(positions, frequencies, cos, sin, HALF: tl.constexpr, BLOCK: tl.cons
 
 
 def rope_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of models.layers.RotaryEmbedding.tables, its twin.
+    """cos and signed sin of models.layers.RotaryEmbedding, its twin.
 
     positions: [B, N] int64; frequencies: [dim / 2] fp32 -> two [B, N, 1, dim] fp32.
     """

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from mtp_engine.attention import AttentionFactory, StepRows
 from mtp_engine.cache import HybridKV, WindowKV
-from mtp_engine.kernels.ancestry import ancestry
+from mtp_engine.kernels.ancestry import MAX_NODES, ancestry
 from mtp_engine.kernels.kv import storage_rows
 from mtp_engine.kernels.tree_attention import tree_attention
 from mtp_engine.protocols import Attention
 
-MOST_ROWS = 64  # of a request in one call: the tree mask has 64 bits; longer chains are cut
+MOST_ROWS = MAX_NODES  # of a request in one call; longer chains are cut
 
 
 @final
@@ -27,7 +27,7 @@ class DeviceRows:
 
     @cached_property
     def ancestry(self) -> tuple[Tensor, Tensor]:
-        """Paths [B, N, N] int32 and tree masks [B, N] int64, see kernels.tree_attention.ancestry."""
+        """Paths [B, N, N] int32 and tree masks [B, N] int64, see kernels.ancestry."""
         rows = self.rows
         offsets = rows.positions - rows.lengths[:, None] if rows.offsets is None else rows.offsets
         return ancestry(rows.parents, offsets)

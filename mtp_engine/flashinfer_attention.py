@@ -87,6 +87,7 @@ class _Step:
     def __init__(self, owner: FlashInferAttention, cache: HybridKV, rows: StepRows) -> None:
         self._owner, self._step = owner, DeviceRows(cache, rows)
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
+        self._no_sinks: dict[int, Tensor] = {}  # by the number of heads
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         return self._step.destination(layer)
@@ -100,7 +101,9 @@ class _Step:
             self._views[index] = self._seen(group, plan)
         prefix, low = self._views[index]
         if sink is None:
-            sink = torch.full((heads,), -float("inf"), device=q.device)
+            if heads not in self._no_sinks:
+                self._no_sinks[heads] = torch.full((heads,), -float("inf"), device=q.device)
+            sink = self._no_sinks[heads]
         out = torch.empty(batch * nodes, heads, group.v.shape[3], dtype=q.dtype, device=q.device)
         k, v = (x[member].view(-1, group.page_size, *x.shape[2:]) for x in (group.k, group.v))
         plan.run(

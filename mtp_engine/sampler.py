@@ -64,21 +64,24 @@ def _bits(seed: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     return _mix(_mix(tokens & _MASK32) ^ key[..., None])
 
 
+def _open_unit(bits: Tensor) -> Tensor:
+    """32-bit integers -> fp32 in (0, 1)."""
+    return ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
+
+
 def gumbel(seed: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     """Standard Gumbel noise, the same for the same (seed, position, token) on every device.
 
     seed: [B] int64; positions: [B, P] int64, of the token being chosen; tokens: [V] int64. Returns [B, P, V] fp32.
     """
-    bits = _bits(seed, positions, tokens)
     # v = 1 - u keeps 32 bits of resolution where u nears 1, which is where large noise comes from
-    v = ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
+    v = _open_unit(_bits(seed, positions, tokens))
     return v.neg_().log1p_().neg_().log_().neg_()
 
 
 def uniform(seed: Tensor, numbers: Tensor) -> Tensor:
     """Uniform noise in (0, 1). seed: [B] int64; numbers: [B, K] int64, which draw of that seed. Returns [B, K] fp32."""
-    bits = _bits(seed, numbers, torch.zeros(1, dtype=torch.int64, device=seed.device))[..., 0]
-    return ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
+    return _open_unit(_bits(seed, numbers, torch.zeros(1, dtype=torch.int64, device=seed.device))[..., 0])
 
 
 def step_seed(seed: Tensor, lengths: Tensor, purpose: int) -> Tensor:

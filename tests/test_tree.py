@@ -222,9 +222,6 @@ def test_growth_and_pruning(text: str, beam: int, ties: bool, seed: int, batch: 
         assert torch.equal(final.tokens, tree.tokens)
 
 
-Pruned = tuple[Tensor, Tensor, Tensor]  # tokens, parents, depths
-
-
 def paths_of(tokens: Tensor, parents: Tensor) -> list[tuple[int, ...]]:
     """Every drafted node of one tree as its tokens from the root. tokens, parents: [n]."""
     paths: list[tuple[int, ...]] = [()]
@@ -233,9 +230,9 @@ def paths_of(tokens: Tensor, parents: Tensor) -> list[tuple[int, ...]]:
     return paths[1:]
 
 
-def check_pruned(tree: Growth, small: Pruned, nodes: int) -> None:
+def check_pruned(tree: Growth, small: Growth, nodes: int) -> None:
     """The best nodes by score, closed under ancestors, and each still on the path it was on."""
-    for b, (tokens, parents, depths) in enumerate(zip(*small, strict=True)):
+    for b, (tokens, parents, depths) in enumerate(zip(small.tokens, small.parents, small.depths, strict=True)):
         full = dict(zip(paths_of(tree.tokens[b], tree.parents[b]), tree.scores[b, 1:].tolist(), strict=True))
         kept = paths_of(tokens, parents)
         assert len(set(kept)) == len(kept) == min(nodes, len(full))
@@ -260,8 +257,8 @@ def test_best_n_of_all_paths(seed: int) -> None:
             steps = zip((4, *path), path, strict=False)
             scores[path] = float(sum(tables[level, a, b] for level, (a, b) in enumerate(steps)))
     best = sorted(scores, key=lambda path: -scores[path])[:4]
-    tokens, parents, _ = prune(tree, 4)
-    assert set(paths_of(tokens[0], parents[0])) == set(best)
+    small = prune(tree, 4)
+    assert set(paths_of(small.tokens[0], small.parents[0])) == set(best)
 
 
 @pytest.mark.parametrize("certain", [0, 1, 2])
@@ -274,8 +271,8 @@ def test_a_certain_token_ties_with_its_parent_and_loses(certain: int) -> None:
         tree = grow(tree, scores, torch.arange(3), 2, 2)
     for nodes in range(1, 6):
         check_pruned(tree, prune(tree, nodes), nodes)
-    tokens, parents, _ = prune(tree, 2)
-    assert paths_of(tokens[0], parents[0]) == [(certain,), (certain, certain)]
+    small = prune(tree, 2)
+    assert paths_of(small.tokens[0], small.parents[0]) == [(certain,), (certain, certain)]
 
 
 def test_a_vocabulary_smaller_than_the_tree_is_wide() -> None:

@@ -38,7 +38,7 @@ def choose_scores(logits: Tensor, positions: Tensor, seed: Tensor, temperature: 
 
 
 def draft_scores(logits: Tensor, positions: Tensor, ids: Tensor, seed: Tensor, temperature: Tensor) -> Tensor:
-    """The scores by which expand.TorchDraftOps grows: [B, F, n] fp32."""
+    """The scores by which TorchDraftOps grows: [B, F, n] fp32."""
     temperature = temperature.view(-1, 1, 1)
     noisy = logits.float() / temperature.clamp(min=1e-6) + gumbel(seed, positions[:, None], ids)
     return torch.where(temperature > 0, noisy, logits.float()).log_softmax(-1)
@@ -315,11 +315,11 @@ def test_prune(data: st.DataObject, best: int) -> None:
     )  # fmt: skip
     ready = torch.arange(len(nodes.tokens), device=DEVICE) % 2
     finished = growing.prune(nodes, count, Finish(best, ready))
-    tokens, parents, depths = expand.prune(growth, best)
-    assert torch.equal(finished.tokens, tokens)
-    assert torch.equal(finished.parents, parents)
-    assert torch.equal(finished.depths, depths)
-    assert torch.equal(finished.size, torch.where(ready > 0, tokens.shape[1], 1))
+    expected = expand.prune(growth, best)
+    assert torch.equal(finished.tokens, expected.tokens)
+    assert torch.equal(finished.parents, expected.parents)
+    assert torch.equal(finished.depths, expected.depths)
+    assert torch.equal(finished.size, torch.where(ready > 0, expected.tokens.shape[1], 1))
 
 
 def test_prune_is_stable() -> None:
@@ -492,10 +492,9 @@ def test_large_growth_and_pruning() -> None:
     nodes.depths[:, 1:65], nodes.depths[:, 0] = 1, 0
     growth = expand.Growth(*(x[:, :256] for x in growing._arrays(nodes)), 1, 2)
     finished = growing.prune(nodes, 255, Finish(63, zeros + 1))
-    for got, expected in zip(
-        (finished.tokens, finished.parents, finished.depths), expand.prune(growth, 63), strict=True
-    ):
-        assert torch.equal(got, expected)
+    expected = expand.prune(growth, 63)
+    for name in ("tokens", "parents", "depths"):
+        assert torch.equal(getattr(finished, name), getattr(expected, name))
 
 
 @pytest.mark.cuda

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mtp_engine.config import RopeConfig
 from mtp_engine.kernels import dense, moe
+from mtp_engine.kernels.ancestry import MAX_NODES
 from mtp_engine.kernels.experts import ExpertStack, PlainStack
 from mtp_engine.kernels.fp8 import BlockLinear, BlockMatrix
 from mtp_engine.kernels.linear import Linear
@@ -24,7 +25,6 @@ from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Attention, DeviceAttention
 
 _FP32 = torch.float32
-MOST_NODES = 64  # of a request that DeviceAttention takes; more are a prompt
 MOST_ROWS = 256  # from here on a product is bound by arithmetic, and cuBLAS is better at that
 
 
@@ -121,7 +121,7 @@ class FusedBlock:
         self, x: Tensor, tables: Mapping[RopeConfig, tuple[Tensor, Tensor]], attention: Attention, layer: int
     ) -> Tensor:
         batch, nodes, _ = x.shape
-        if batch * nodes > MOST_ROWS or nodes > MOST_NODES:
+        if batch * nodes > MOST_ROWS or nodes > MAX_NODES:  # more nodes are a prompt
             return self._many(x, tables, attention, layer)
         inner, norm, device_attention = (
             self.block.attention,
