@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from mtp_engine import EngineConfig
 from mtp_engine.attention import StepRows
+from mtp_engine.kernels.attention_check import graph_micros
 from mtp_engine.kernels.experts import route
 from mtp_engine.models.layers import Block
 from mtp_engine.protocols import Attention
@@ -30,24 +30,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
             run()
             times.append(time.perf_counter() - begin)
         return statistics.median(times)
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-        side.synchronize()
-        with torch.cuda.graph(graph, stream=side):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    for _ in range(5):
-        graph.replay()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(_REPLAYS + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        graph.replay()
-        mark.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in pairwise(marks)) / 1e3
+    return graph_micros(run, calls=1, replays=_REPLAYS) / 1e6
 
 
 def plain_block(block: Any) -> Block:

@@ -3,8 +3,7 @@
 Twins: sampler.choose and verifiers.match.longest_match.
 """
 
-from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Protocol
 
 import torch
 import triton
@@ -42,12 +41,10 @@ def _read_tree(b, node, tokens, parents, depths, size, N: tl.constexpr):
 
 @triton.jit
 def _walk(
-    b, chosen, node, real, token, up, depth, slot, path, out, counts, lengths, last,
+    b, chosen, node, real, token, up, depth, path, out, counts,
     NP: tl.constexpr, DEPTH: tl.constexpr, DP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """verifiers.match.longest_match for request b. chosen, node, ..., depth: [NP], from `_read_tree`."""
-    if lengths is not None:
-        length = tl.load(lengths + slot)
     alive = (real & ((node == 0) | (tl.gather(chosen, up, 0) == token))).to(tl.int32)
     for _ in tl.static_range(STEPS):  # each round looks twice as far up
         alive = alive & tl.gather(alive, up, 0)
@@ -63,16 +60,12 @@ def _walk(
     tl.store(path + rest, tip + tl.zeros_like(rest), mask=past)
     tl.store(out + rest, final_token + tl.zeros_like(rest), mask=past)
     tl.store(counts + b, accepted + 1)
-    if lengths is not None:
-        tl.store(lengths + slot, length + accepted + 1)
-        tl.store(last + slot, final_token)
 
 
 @triton.jit
 def _choose_kernel(
     logits, positions, seed, temperature, partial, arrivals, choices,
-    tokens, parents, depths, size, path, out, counts, slots, lengths, last,
-    vocab, ahead, stride_b, stride_n, splits,
+    tokens, parents, depths, size, path, out, counts, vocab, ahead, stride_b, stride_n, splits,
     BY_DEPTH: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, SPAN: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr,
     DEPTH: tl.constexpr, DP: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -102,11 +95,8 @@ def _choose_kernel(
     top = tl.max(rank, 0)
     tl.store(partial + (b * N + n) * splits + split, pack(top, tl.min(tl.where(rank == top, at, LARGEST), 0)))
     node, part = tl.arange(0, NP), tl.arange(0, SP)
-    slot = 0
     if tokens is not None:  # read now, while nothing depends on it
         real, token, up, depth = _read_tree(b, node, tokens, parents, depths, size, N)
-    if slots is not None:
-        slot = tl.load(slots + b)
     if arrives_last(arrivals + b, N * splits):
         where = partial + (b * N + node)[:, None] * splits + part[None, :]
         mask = (node < N)[:, None] & (part < splits)[None, :]
@@ -114,36 +104,21 @@ def _choose_kernel(
         if tokens is None:
             tl.store(choices + b * N + node, chosen, mask=node < N)
         else:
-            _walk(
-                b, chosen, node, real, token, up, depth, slot, path, out, counts, lengths, last, NP, DEPTH, DP, STEPS
-            )  # fmt: skip
+            _walk(b, chosen, node, real, token, up, depth, path, out, counts, NP, DEPTH, DP, STEPS)
 
 
 @triton.jit
 def _accept_kernel(
-    choices, tokens, parents, depths, size, path, out, counts, slots, lengths, last,
+    choices, tokens, parents, depths, size, path, out, counts,
     N: tl.constexpr, NP: tl.constexpr, DEPTH: tl.constexpr, DP: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     b, node = tl.program_id(0), tl.arange(0, NP)
-    slot = 0
-    if slots is not None:
-        slot = tl.load(slots + b)
     real, token, up, depth = _read_tree(b, node, tokens, parents, depths, size, N)
     chosen = tl.load(choices + b * N + node, mask=node < N, other=0).to(tl.int32)
-    _walk(b, chosen, node, real, token, up, depth, slot, path, out, counts, lengths, last, NP, DEPTH, DP, STEPS)
-
-
-@final
-@dataclass(frozen=True)
-class SlotState:
-    """What accepting moves on, where it is kept on the device: request b's is entry slots[b], all distinct."""
-
-    slots: Tensor  # [B] int64
-    lengths: Tensor  # [S] int64, grows by counts
-    last: Tensor  # [S] int64, becomes the last kept token
+    _walk(b, chosen, node, real, token, up, depth, path, out, counts, NP, DEPTH, DP, STEPS)
 
 
 class Tree(Protocol):
@@ -170,7 +145,7 @@ def choose(
     being chosen; seed: [B] int64; temperature: [B] fp32; arrivals: [>= B] int32 zeros. The noise is never stored.
     """
     choices = torch.empty_like(positions)
-    _launch_choose(logits, positions, seed, temperature, arrivals, ahead, choices, None, None)
+    _launch_choose(logits, positions, seed, temperature, arrivals, ahead, choices, None)
     return choices
 
 
@@ -183,27 +158,26 @@ def verify(
     tree: Tree,
     *,
     ahead: int = 0,
-    state: SlotState | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`choose`, then `accept`, in one launch.
 
     positions: as for `choose`, or those of the roots, [B]; the nodes' are then their depths further on.
     """
     kept = _outputs(tree)
-    _launch_choose(logits, positions, seed, temperature, arrivals, ahead, None, (tree, kept), state)
+    _launch_choose(logits, positions, seed, temperature, arrivals, ahead, None, (tree, kept))
     return kept
 
 
-def accept(tree: Tree, choices: Tensor, *, state: SlotState | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def accept(tree: Tree, choices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The path [B, D+1], tokens [B, D+1] and counts [B] of verifiers.match.longest_match; one launch.
 
-    choices: [B, N] int64. `state`, if given, is moved on too.
+    choices: [B, N] int64.
     """
     batch, nodes = tree.tokens.shape
     kept = _outputs(tree)
     check_contiguous(choices, tree.tokens, tree.parents, tree.depths, tree.size)
     _accept_kernel[(batch,)](
-        choices, tree.tokens, tree.parents, tree.depths, tree.size, *kept, *_state(state), **_walk_sizes(tree), N=nodes,
+        choices, tree.tokens, tree.parents, tree.depths, tree.size, *kept, **_walk_sizes(tree), N=nodes,
         NP=_padded(nodes), PDL=pdl(), launch_pdl=pdl(), num_warps=1,
     )  # fmt: skip
     return kept
@@ -218,7 +192,6 @@ def _launch_choose(
     ahead: int,
     choices: Tensor | None,
     walk: tuple[Tree, tuple[Tensor, Tensor, Tensor]] | None,
-    state: SlotState | None,
 ) -> None:
     batch, nodes, vocab = logits.shape
     by_depth = positions.dim() == 1
@@ -237,7 +210,7 @@ def _launch_choose(
         tree = (walk[0].tokens, walk[0].parents, walk[0].depths, walk[0].size, *walk[1])
         sizes = _walk_sizes(walk[0])
     _choose_kernel[(splits, nodes, batch)](
-        logits, positions, seed, temperature, partial, arrivals, choices, *tree, *_state(state), vocab, ahead,
+        logits, positions, seed, temperature, partial, arrivals, choices, *tree, vocab, ahead,
         logits.stride(0), logits.stride(1), splits, **sizes, BY_DEPTH=by_depth, N=nodes, NP=padded, SPAN=span,
         SP=triton.next_power_of_2(splits), BLOCK=_TILE, PDL=pdl(), launch_pdl=pdl(), num_warps=_TILE_WARPS,
     )  # fmt: skip
@@ -255,7 +228,3 @@ def _walk_sizes(tree: Tree) -> dict[str, int]:
 def _outputs(tree: Tree) -> tuple[Tensor, Tensor, Tensor]:
     path = tree.tokens.new_empty(tree.tokens.shape[0], tree.max_depth + 1)
     return path, torch.empty_like(path), torch.empty_like(tree.size)
-
-
-def _state(state: SlotState | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return (None, None, None) if state is None else (state.slots, state.lengths, state.last)

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from mtp_engine.drafters import expand
 from mtp_engine.kernels import accept as accepting
-from mtp_engine.kernels import arrival, kv
+from mtp_engine.kernels import arrival
 from mtp_engine.kernels import grow as growing
-from mtp_engine.kernels.accept import SlotState
 from mtp_engine.kernels.grow import Finish, Nodes, Roots
-from mtp_engine.kernels.kv import move_kept, move_rows, storage_rows
+from mtp_engine.kernels.kv import move_kept, storage_rows
 from mtp_engine.sampler import gumbel
 from mtp_engine.tree import DraftTree, VerifyResult, ancestor_mask
 from mtp_engine.verifiers.match import longest_match
@@ -165,16 +164,8 @@ def test_accept(tree: DraftTree, seed: int) -> None:
             children = [i for i in range(1, tree.nodes) if parents[i] == node]
             if children:
                 choices[b, node] = int(tree.tokens[b, rng.choice(children)])
-    tree, choices, batch = moved(tree), choices.to(DEVICE), len(tree.size)
-    slots = torch.arange(batch, device=DEVICE).flip(0) + 1
-    state = SlotState(slots, torch.arange(batch + 2, device=DEVICE) * 10, torch.full((batch + 2,), -7, device=DEVICE))
-    expected = longest_match(tree, choices)
-    check_result(accepting.accept(tree, choices), expected)
-    check_result(accepting.accept(tree, choices, state=state), expected)
-    assert torch.equal(state.lengths[slots], slots * 10 + expected.counts)
-    assert torch.equal(state.last[slots], expected.tokens.gather(1, expected.counts[:, None] - 1)[:, 0])
-    assert state.last[[0, -1]].tolist() == [-7, -7]
-    assert state.lengths[[0, -1]].tolist() == [0, 10 * (batch + 1)]
+    tree, choices = moved(tree), choices.to(DEVICE)
+    check_result(accepting.accept(tree, choices), longest_match(tree, choices))
 
 
 @settings(max_examples=6, deadline=None)
@@ -186,16 +177,10 @@ def test_verify_is_choose_and_accept(tree: DraftTree, seed: int) -> None:
     logits[..., 3:] -= 20  # one of the three tokens the tree is made of
     nodes = torch.arange(batch, device=DEVICE)[:, None] * 7 + tree.depths
     choices = accepting.choose(logits, nodes + 1, noise.seed, noise.temperature, arrivals())
-    state = SlotState(*torch.zeros(3, batch, dtype=torch.int64, device=DEVICE).unbind(0))
-    state.slots.copy_(torch.arange(batch))
-    result = accepting.verify(logits, nodes, noise.seed, noise.temperature, arrivals(), tree, ahead=1, state=state)
-    check_result(result, longest_match(tree, choices))
-    assert torch.equal(state.lengths, result[2])
-    roots = nodes[:, 0].contiguous()
-    check_result(
-        accepting.verify(logits, roots, noise.seed, noise.temperature, arrivals(), tree, ahead=1),
-        longest_match(tree, choices),
-    )
+    expected = longest_match(tree, choices)
+    for positions in (nodes, nodes[:, 0].contiguous()):
+        result = accepting.verify(logits, positions, noise.seed, noise.temperature, arrivals(), tree, ahead=1)
+        check_result(result, expected)
 
 
 def check_invariance(batch: int, nodes: int, vocab: int) -> None:
@@ -375,7 +360,7 @@ def test_draft_level_is_its_parts(keep: int, best: int) -> None:
     page=st.sampled_from([1, 4, 16]),
 )
 def test_moves(tree: DraftTree, seed: int, wrap: int, page: int) -> None:
-    """Both entries against reference.move_rows' rule, over a shuffled page table that may wrap."""
+    """Against reference.move_rows' rule, over a shuffled page table that may wrap and whose rows have any order."""
     result = longest_match(tree, torch.randint(0, 3, tree.tokens.shape, generator=generator(seed)))
     batch, moves = result.path.shape
     if wrap * page < tree.nodes:
@@ -392,20 +377,13 @@ def test_moves(tree: DraftTree, seed: int, wrap: int, page: int) -> None:
     source = torch.where(steps < result.counts[:, None], source, target)
     k, v = (torch.randn(2, batch * count * page, 2, dim, generator=generator(seed)) for dim in (8, 6))
     expected = [x.clone().index_copy_(1, target.flatten(), x[:, source.flatten()]) for x in (k, v)]
-    source, target, pages, lengths, path, counts = (
-        x.to(DEVICE) for x in (source, target, pages, lengths, result.path, result.counts)
-    )
+    pages, lengths, path, counts = (x.to(DEVICE) for x in (pages, lengths, result.path, result.counts))
     strided = torch.stack([lengths, lengths], 1)[:, 0]
     order = torch.randperm(batch, generator=generator(seed)).to(DEVICE)
-    for entry in ("rows", "pages", "requests"):
+    for table, requests in ((pages, None), (pages[order], order.argsort())):
         got = [x.clone().to(DEVICE) for x in (k, v)]
-        if entry == "rows":
-            move_rows(*got, source, target)
-        elif entry == "pages":
-            move_kept(*got, pages, strided, path, counts, page, wrap)
-        else:
-            move_kept(*got, pages[order], strided, path, counts, page, wrap, requests=order.argsort())
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(got, expected, strict=True)), entry
+        move_kept(*got, table, strided, path, counts, page, wrap, requests=requests)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(got, expected, strict=True))
     slots = lengths[:, None] + torch.arange(3, device=DEVICE)
     expected_rows = twin_storage_rows(pages, slots, page, count)
     got_rows = storage_rows(pages[order], lengths, 3, page, requests=order.argsort())
@@ -415,10 +393,11 @@ def test_moves(tree: DraftTree, seed: int, wrap: int, page: int) -> None:
 def test_moves_in_several_pieces() -> None:
     """Rows wider than a program's share, k and v of different widths, a long chain of overlapping moves."""
     k, v = (torch.randn(2, 40, 2, dim, generator=generator(dim)) for dim in (96, 40))
-    source = torch.arange(1, 34)[None].to(DEVICE)
-    expected = [torch.cat([x[:, 1:34], x[:, 33:]], 1) for x in (k, v)]
+    path = torch.tensor([[0, *range(2, 34)]], device=DEVICE)
+    pages, zeros = torch.arange(5, device=DEVICE, dtype=torch.int32)[None], torch.zeros_like(path[0, :1])
+    expected = [torch.cat([x[:, :1], x[:, 2:34], x[:, 33:]], 1) for x in (k, v)]
     got = [x.to(DEVICE) for x in (k, v)]
-    move_rows(*got, source, source - 1)
+    move_kept(*got, pages, zeros, path, zeros + 33, 8, 5)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(got, expected, strict=True))
 
 
@@ -501,33 +480,31 @@ def test_large_growth_and_pruning() -> None:
 def test_moves_real_shapes() -> None:
     for heads, dim, v_dim, moves in ((3, 64, 64, 4), (4, 192, 128, 16), (8, 192, 128, 64)):
         k, v = (randn(4, 2048, heads, d, seed=d, dtype=torch.bfloat16) for d in (dim, v_dim))
-        path = torch.arange(moves, device=DEVICE).expand(2, -1).clone()
+        path = torch.arange(moves, device=DEVICE).repeat(2, 1)
         path[:, 1:] += torch.tensor([[1], [3]], device=DEVICE)
-        target = torch.tensor([[100], [1000]], device=DEVICE) + torch.arange(moves, device=DEVICE)
-        source = target[:, :1] + path
+        pages = torch.arange(128, device=DEVICE, dtype=torch.int32).view(2, 64)  # slot t of request b: row 1024 b + t
+        lengths = torch.tensor([100, 200], device=DEVICE)
+        root = (lengths + torch.tensor([0, 1024], device=DEVICE))[:, None]
+        target, source = root + torch.arange(moves, device=DEVICE), root + path
         expected = [x.index_copy(1, target.flatten(), x[:, source.flatten()]) for x in (k, v)]
-        move_rows(k, v, source, target)
+        move_kept(k, v, pages, lengths, path, torch.full_like(lengths, moves), 16, 64)
         assert torch.equal(k, expected[0])
         assert torch.equal(v, expected[1])
 
 
 @pytest.mark.cuda
 def test_one_graph_of_all() -> None:
-    """Captured once, replayed with other inputs: the counters come back to zero, the state moves on."""
+    """Captured once, replayed with other inputs: the counters come back to zero."""
     tree = moved(random_tree(random.Random(1), [8, 5], 8, 4))
     logits, noise, counters = randn(2, 8, 49152, seed=1), Noise.draw(2, 1), arrivals()
     logits[..., 4:] -= 50
     positions = tree.depths.clone()
-    state = SlotState(*torch.zeros(3, 2, dtype=torch.int64, device=DEVICE).unbind(0))
-    state.slots.copy_(torch.tensor([1, 0]))
     k, v = (randn(2, 64, 2, 64, seed=s) for s in (1, 2))
     pages = torch.tensor([[0, 1], [3, 2]], dtype=torch.int32, device=DEVICE)
 
     def step() -> tuple[Tensor, Tensor, Tensor]:
-        result = accepting.verify(
-            logits, positions, noise.seed, noise.temperature, counters, tree, ahead=1, state=state
-        )
-        kv.move_kept(k, v, pages, positions[:, 0], result[0], result[2], 16, 2)
+        result = accepting.verify(logits, positions, noise.seed, noise.temperature, counters, tree, ahead=1)
+        move_kept(k, v, pages, positions[:, 0], result[0], result[2], 16, 2)
         return result
 
     step()
@@ -535,12 +512,10 @@ def test_one_graph_of_all() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = step()
-    before = state.lengths.clone()
     for number in range(5):
         positions.copy_(tree.depths + 3 * number)
         logits.copy_(logits.roll(1, 1))
         graph.replay()
         choices = accepting.choose(logits, positions, noise.seed, noise.temperature, counters, ahead=1)
         check_result(result, longest_match(tree, choices))
-        before[state.slots] += result[2]
-        assert torch.equal(state.lengths, before)
+        assert not counters.any()

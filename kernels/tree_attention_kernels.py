@@ -1,0 +1,244 @@
+"""The Triton kernels of kernels/tree_attention.py, whose docstring says which keys are added up in what order."""
+
+import triton
+import triton.language as tl
+
+from mtp_engine.kernels.ancestry import MAX_NODES
+
+_MAX_NODES = tl.constexpr(MAX_NODES)
+_MERGED = tl.constexpr(16)  # runs that the merge takes in at once
+_SMALL = ["pages", "lengths", "positions", "paths", "first", "sink"]  # one compiled kernel, wherever these begin
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _split_start(c, SPLITS: tl.constexpr):
+    """The first position of split c."""
+    start = tl.minimum(c, SPLITS[1]) * SPLITS[0]
+    start += tl.minimum(tl.maximum(c - SPLITS[1], 0), SPLITS[3]) * SPLITS[2]
+    return start + tl.maximum(c - SPLITS[1] - SPLITS[3], 0) * SPLITS[4]
+
+
+@triton.jit
+def _far_end(position, length, TILE: tl.constexpr):
+    """Where a row's far keys end. That is below `length` for the rows of a tree, and made so for padding."""
+    return tl.minimum((position // TILE - 1) * TILE, length)
+
+
+@triton.jit
+def _finish(m, total, acc, sink, SINK: tl.constexpr):
+    """acc / total, the sink in the total. m (log2), total, sink: scalars with acc [D], or [R] with acc [R, D]."""
+    if SINK:
+        sink *= LOG2E
+        top = tl.maximum(m, sink)
+        shrink = tl.exp2(m - top)
+        total = tl.fma(total, shrink, tl.exp2(sink - top))
+        acc *= shrink if len(acc.shape) == 1 else shrink[:, None]
+    return acc / (total if len(acc.shape) == 1 else total[:, None])
+
+
+@triton.jit
+def _absorb(
+    state, queries, k, v, rows, exists, seen, scale, k_row, v_row,
+    DK: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV_PAD: tl.constexpr,
+):  # fmt: skip
+    """One tile's step of the online softmax. A row that sees none of the keys keeps its state bit for bit.
+
+    state: maximum (log2) and sum [R], accumulator [R, DV_PAD]; rows, exists: storage rows of the keys [T] and whether
+    to read them; seen: [R, T].
+    """
+    m, total, acc = state
+    q0, q1 = queries
+    d0, dv = tl.arange(0, D0), tl.arange(0, DV_PAD)
+    k0 = tl.load(k + (rows * k_row)[:, None] + d0, mask=exists[:, None] & (d0 < DK), other=0.0)
+    s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+    if D1:
+        d1 = D0 + tl.arange(0, D1)
+        k1 = tl.load(k + (rows * k_row)[:, None] + d1, mask=exists[:, None] & (d1 < DK), other=0.0)
+        s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
+    values = tl.load(v + (rows * v_row)[:, None] + dv, mask=exists[:, None] & (dv < DV), other=0.0)
+    s = tl.where(seen, s * scale, float("-inf"))
+    top = tl.maximum(m, tl.max(s, 1))
+    safe = tl.where(top == float("-inf"), 0.0, top)  # where a row has seen no key yet
+    p = tl.exp2(s - safe[:, None])
+    shrink = tl.exp2(m - safe)
+    acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+    return top, total * shrink + tl.sum(p, 1), acc
+
+
+@triton.jit
+def _queries(q, valid, DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Queries at pointers q [R], cut where their dimension is no power of two: [R, D0] and, if D1 is not 0, [R, D1]."""
+    d0 = tl.arange(0, D0)
+    q0 = tl.load(q[:, None] + d0, mask=valid[:, None] & (d0 < DK), other=0.0)
+    q1 = q0
+    if D1:
+        d1 = D0 + tl.arange(0, D1)
+        q1 = tl.load(q[:, None] + d1, mask=valid[:, None] & (d1 < DK), other=0.0)
+    return q0, q1
+
+
+@triton.jit
+def _near(own, above, length, begin, WINDOW: tl.constexpr, TILE: tl.constexpr):
+    """The near keys of a row at position `own`: positions low..stop-1, but of those from `length` on only root..stop-1."""
+    low = tl.maximum(own - WINDOW + 1, 0) if WINDOW else tl.maximum(own // TILE - 1, 0) * TILE
+    e = tl.arange(0, _MAX_NODES)
+    root = tl.minimum(length + tl.min(tl.where(above >= 0, e, _MAX_NODES), 0), own)
+    return tl.minimum(tl.maximum(low, begin), own), own + 1, root
+
+
+@triton.jit
+def _block(nodes, splits, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """What this program serves. Programs of a request: far splits, last first (the long ones), then the nodes.
+
+    Returns whether it takes a far split, its key head, its node (if near), its split (if far), the first of its rows
+    among the (node, head) rows of the key head, and which rows there are, their nodes and their heads, [ROWS] each.
+    """
+    blocks = tl.cdiv(nodes * GROUP, ROWS)
+    far = tl.program_id(0) < splits * blocks * KV_HEADS
+    task = tl.program_id(0) - tl.where(far, 0, splits * blocks * KV_HEADS)
+    kv_head, task = task % KV_HEADS, task // KV_HEADS
+    r = tl.arange(0, ROWS)
+    origin = tl.where(far, task % blocks * ROWS, task * GROUP)
+    valid = r < tl.minimum(nodes * GROUP - origin, tl.where(far, ROWS, GROUP))
+    row, head = (origin + r) // GROUP, kv_head * GROUP + (origin + r) % GROUP
+    return far, kv_head, task, splits - 1 - task // blocks, origin, valid, row, head
+
+
+@triton.jit
+def _ancestors(path, length, nodes, near, TILE: tl.constexpr):
+    """A near run's rows of the step by position, in the tile of `length` and in the one after: [TILE] each."""
+    ahead = length // TILE * TILE - length + tl.arange(0, TILE)
+    here = tl.load(path + ahead, mask=(ahead >= 0) & (ahead < nodes) & near, other=0)
+    there = tl.load(path + ahead + TILE, mask=(ahead + TILE < nodes) & near, other=0)
+    return here, there
+
+
+@triton.jit
+def _add_up(
+    queries, pages, k, v, span, end, length, own, node, ancestors, wrap, scale, k_row, v_row,
+    DK: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The run over positions `span`: low, stop and root as from `_near`. Returns what `_absorb` calls the state.
+
+    pages: pointer to the request's row of the table; end: [ROWS], where each row's keys end; own, node: of a near run.
+    """
+    low, stop, root = span
+    here, there = ancestors
+    m, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DV_PAD], tl.float32)
+    # a page's number, then its keys: two loads deep
+    for base in tl.range(low // TILE * TILE, stop, TILE, num_stages=1 + 2 * DEPTH):
+        pos = base + tl.arange(0, TILE)
+        exists = (pos >= low) & (pos < stop) & ((pos < length) | (pos >= root))
+        step = tl.where(pos == own, node, tl.where(base > length, there, here))
+        slot = tl.where(pos < length, pos, length + step)
+        page = tl.load(pages + (slot // PAGE % wrap if WINDOW else slot // PAGE), mask=exists, other=0)
+        m, total, acc = _absorb(
+            (m, total, acc), queries, k, v, page.to(tl.int64) * PAGE + slot % PAGE, exists,
+            exists & (pos < end[:, None]), scale, k_row, v_row, DK, DV, D0, D1, DV_PAD,
+        )  # fmt: skip
+    return m, total, acc
+
+
+@triton.jit
+def _store_run(state, acc_out, stats_out, run, runs, valid, dv, ROWS: tl.constexpr, DV: tl.constexpr):
+    """state: from `_add_up`; run: the first row's, counted over all rows (int64); runs: how many each row has."""
+    m, total, acc = state
+    target = tl.arange(0, ROWS) * runs
+    tl.store(acc_out + run * DV + (target * DV)[:, None] + dv, acc, mask=valid[:, None] & (dv < DV))
+    tl.store(stats_out + run * 2 + target * 2, m, mask=valid)
+    tl.store(stats_out + run * 2 + target * 2 + 1, total, mask=valid)
+
+
+@triton.jit(
+    do_not_specialize=["position_stride", "page_stride", "wrap", "nodes", "splits"],
+    do_not_specialize_on_alignment=_SMALL,
+)
+def runs_kernel(
+    q, k_cache, v_cache, pages, lengths, positions, paths, first, sink, out, acc_out, stats_out,
+    q_batch, q_node, q_head, k_row, k_head, v_row, v_head, position_stride, page_stride, wrap, nodes, splits, scale,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    DEPTH: tl.constexpr, WHOLE: tl.constexpr, SINK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One run of one block of rows, see `_block`; the result itself where there is no other run (WHOLE)."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    b = tl.program_id(1)
+    far, kv_head, node, split, origin, valid, row, head = _block(nodes, splits, GROUP, KV_HEADS, ROWS)
+
+    # all that needs no other load is read at once
+    dv, e = tl.arange(0, DV_PAD), tl.arange(0, _MAX_NODES)
+    positions += b * position_stride
+    path = paths + (b * nodes + node) * nodes
+    length = tl.load(lengths + b).to(tl.int32)
+    begin = tl.load(first + b).to(tl.int32)
+    own = tl.load(positions + node, mask=not far, other=-1).to(tl.int32)
+    above = tl.load(path + e, mask=(e < nodes) & (not far), other=-1)
+    position = tl.load(positions + row, mask=valid, other=0).to(tl.int32)
+    queries = _queries(q + b.to(tl.int64) * q_batch + row * q_node + head * q_head, valid, DK, D0, D1)
+
+    root = length
+    if far:
+        low = tl.maximum(_split_start(split, SPLITS), begin)
+        stop = tl.minimum(_split_start(split + 1, SPLITS), _far_end(length + nodes - 1, length, TILE))
+    else:
+        low, stop, root = _near(own, above, length, begin, WINDOW, TILE)
+    if low // TILE * TILE >= stop:
+        return
+    end = tl.where(far, _far_end(position, length, TILE), stop)
+    ancestors = _ancestors(path, length, nodes, not far, TILE)  # read here, out of the way of the loop's loads
+    m, total, acc = _add_up(
+        queries, pages + b * page_stride, k_cache + kv_head * k_head, v_cache + kv_head * v_head, (low, stop, root), end,
+        length, own, node, ancestors, wrap, scale, k_row, v_row, DK, DV, D0, D1, DV_PAD, PAGE, WINDOW, TILE, ROWS, DEPTH,
+    )  # fmt: skip
+    if WHOLE:
+        y = _finish(m, total, acc, tl.load(sink + head, mask=valid, other=0.0).to(tl.float32) if SINK else total, SINK)
+        out += b.to(tl.int64) * nodes * (KV_HEADS * GROUP * DV)
+        target = (row * (KV_HEADS * GROUP) + head) * DV
+        tl.store(out + target[:, None] + dv, y.to(out.dtype.element_ty), mask=valid[:, None] & (dv < DV))
+    else:
+        run = ((b * KV_HEADS + kv_head) * nodes * GROUP + origin).to(tl.int64) * (splits + 1)
+        run += tl.where(far, split + 1, 0)
+        _store_run((m, total, acc), acc_out, stats_out, run, splits + 1, valid, dv, ROWS, DV)
+
+
+@triton.jit(do_not_specialize=["position_stride", "nodes", "splits"], do_not_specialize_on_alignment=_SMALL)
+def merge_kernel(
+    acc_in, stats_in, lengths, positions, first, sink, out, position_stride, nodes, splits,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, SINK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The runs of one node's head, added up. Run 0 is the near one, run c + 1 that of split c."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row, head = tl.program_id(0) // (KV_HEADS * GROUP), tl.program_id(0) % (KV_HEADS * GROUP)
+    b, node = row // nodes, row % nodes
+    position = tl.load(positions + b * position_stride + node).to(tl.int32)
+    end = _far_end(position, tl.load(lengths + b).to(tl.int32), TILE)
+    begin = tl.load(first + b).to(tl.int32)
+    weight = tl.load(sink + head).to(tl.float32) if SINK else 0.0
+    dv = tl.arange(0, DV_PAD)
+    m, total, acc = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32), tl.zeros([DV_PAD], tl.float32)
+    runs = ((b * KV_HEADS + head // GROUP) * nodes * GROUP + node * GROUP + head % GROUP).to(tl.int64) * (splits + 1)
+    done = 0
+    while (done == 0) | (_split_start(done - 1, SPLITS) < end):
+        run = done + tl.arange(0, _MERGED)
+        begins = tl.maximum(_split_start(run - 1, SPLITS), begin) // TILE * TILE
+        there = (run == 0) | ((begins < tl.minimum(_split_start(run, SPLITS), end)) & (run <= splits))
+        tops = tl.load(stats_in + runs * 2 + run * 2, mask=there, other=float("-inf"))
+        sums = tl.load(stats_in + runs * 2 + run * 2 + 1, mask=there, other=0.0)
+        part = tl.load(acc_in + runs * DV + (run * DV)[:, None] + dv, mask=there[:, None] & (dv < DV), other=0.0)
+        top = tl.maximum(m, tl.max(tops, 0))
+        share, shrink = tl.exp2(tops - top), tl.exp2(m - top)
+        acc = acc * shrink + tl.sum(part * share[:, None], 0)
+        total = total * shrink + tl.sum(sums * share, 0)
+        m = top
+        done += _MERGED
+    y = _finish(m, total, acc, weight, SINK)
+    tl.store(out + tl.program_id(0).to(tl.int64) * DV + dv, y.to(out.dtype.element_ty), mask=dv < DV)
