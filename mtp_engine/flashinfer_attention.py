@@ -31,7 +31,7 @@ class _Planned:
     plan: TreePlan
     rows: int
     batch: int
-    slots: list[int] = field(default_factory=list)
+    tables: list[list[int]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
     def refresh(self, slots: list[int], bounds: list[int]) -> None:
@@ -39,10 +39,12 @@ class _Planned:
         group = self.group
         if isinstance(group, WindowKV) or self.batch != len(slots):
             return
-        if self.slots == slots and all(b + self.rows <= t for b, t in zip(bounds, self.tokens, strict=True)):
+        tables = [list(group.table[slot]) for slot in slots]
+        if not all(tables):
+            return  # the cache of another loop, which has no such requests
+        if self.tables == tables and all(b + self.rows <= t for b, t in zip(bounds, self.tokens, strict=True)):
             return
-        self.slots, self.tokens = slots, [bound + self.rows + _SLACK for bound in bounds]
-        tables = [group.table[slot] for slot in slots]
+        self.tables, self.tokens = tables, [bound + self.rows + _SLACK for bound in bounds]
         pages = [min(-(-n // group.page_size), len(t)) for n, t in zip(self.tokens, tables, strict=True)]
         self.plan.plan([count * group.page_size for count in pages], tables)
 
