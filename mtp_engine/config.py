@@ -75,6 +75,8 @@ class MTPConfig:
     hidden: the main model's hidden state is taken before or after its final norm.
     concat: order of the two halves that eh_proj reads.
     own_norm: each layer ends in its own norm; otherwise the main model's final norm is shared.
+    features: layers of the main model whose outputs are mixed into the hidden state that the MTP layers read (the idea of
+    EAGLE-3, Li et al. 2025, arXiv 2503.01840); none in any published MTP checkpoint.
     """
 
     depth: int
@@ -84,6 +86,7 @@ class MTPConfig:
     hidden: Literal["pre_norm", "post_norm"] = "pre_norm"
     concat: Literal["embedding_first", "hidden_first"] = "embedding_first"
     own_norm: bool = True
+    features: tuple[int, ...] = ()
 
 
 @final

@@ -248,6 +248,8 @@ def make_loop(
     model: Decoder, drafter: Drafter, config: EngineConfig, backend: Backend, *, slots: int, tokenizer: Tokenizer | None
 ) -> DecodeLoop:
     """Without a tokenizer a loop has no stop strings, no structures, and no tokens that end a text."""
+    if isinstance(drafter, MTPDrafter):
+        model = replace(model, features=drafter.module.config.features)
     layers, embedding = [layer.attention for layer in model.config.layers], model.embedding
     eos = tokenizer.eos_ids if tokenizer else ()
     cache = HybridKV(

@@ -17,6 +17,7 @@ from mtp_engine.cli.inspect import inspect
 from mtp_engine.cli.kernels import kernels
 from mtp_engine.cli.models import models
 from mtp_engine.cli.output import one_line
+from mtp_engine.cli.train import train
 from mtp_engine.errors import EngineError
 
 _NAME = "mtp-engine"  # also for `python -m mtp_engine.cli`
@@ -100,3 +101,4 @@ main.add_command(models)
 main.add_command(inspect)
 main.add_command(kernels)
 main.add_command(conformance)
+main.add_command(train)

@@ -1,18 +1,36 @@
 """Putting models together from named weights. Main models share their names; those of MTP layers differ by family."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol, final
 
-from mtp_engine.config import LayerConfig, ModelConfig, MTPConfig
+import torch
+from torch import Tensor
+
+from mtp_engine.config import AttentionConfig, LayerConfig, ModelConfig, MTPConfig
+from mtp_engine.kernels.experts import ExpertStack
 from mtp_engine.kernels.linear import Linear
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.layers import Block, GatedMLP, Head, Join, LinearMap, RMSNorm, RotaryEmbedding, SelfAttention
 from mtp_engine.models.moe import MoE
-from mtp_engine.models.mtp import MTPLayer
-from mtp_engine.models.weights import Weights
+from mtp_engine.models.mtp import FeatureMix, MTPLayer
+from mtp_engine.models.weights import Parts
 from mtp_engine.protocols import Progress
 
 FFN_NORM = "post_attention_layernorm"
+FEATURES = "model.mtp.features"
+
+
+class WeightSource(Protocol):
+    """Where weights come from: models.weights.Weights reads them, training.trainable.TrainableWeights makes them."""
+
+    @property
+    def device(self) -> torch.device: ...
+    def tensor(self, name: str, *shape: int) -> Tensor: ...
+    def exact(self, name: str, *shape: int) -> Tensor: ...
+    def linear(self, parts: Parts, columns: int, *, bias: bool = False) -> LinearMap: ...
+    def qkv(self, prefix: str, a: AttentionConfig, columns: int) -> LinearMap: ...
+    def experts(self, names: Sequence[Parts], columns: int) -> ExpertStack: ...
 
 
 @final
@@ -28,7 +46,7 @@ class MTPNames:
     final_norm: str = "final_layernorm"
 
 
-def decoder(weights: Weights, config: ModelConfig, progress: Progress) -> Decoder:
+def decoder(weights: WeightSource, config: ModelConfig, progress: Progress) -> Decoder:
     """The main model."""
     hidden, vocab = config.hidden_size, config.vocab_size
     embedding = weights.tensor("model.embed_tokens.weight", vocab, hidden)
@@ -43,7 +61,9 @@ def decoder(weights: Weights, config: ModelConfig, progress: Progress) -> Decode
     return Decoder(config, embedding, blocks, norm, Head(norm, unembed), unembed, head, rotary)
 
 
-def mtp_layer(weights: Weights, names: MTPNames, k: int, config: MTPConfig, main: Decoder, head: LinearMap) -> MTPLayer:
+def mtp_layer(
+    weights: WeightSource, names: MTPNames, k: int, config: MTPConfig, main: Decoder, head: LinearMap
+) -> MTPLayer:
     """MTP layer k. Without a final norm of its own it ends in the main model's. head: [H] -> [n], shared by all."""
     prefix, hidden, eps = f"{names.prefix}.{k}", main.config.hidden_size, main.config.norm_eps
     return MTPLayer(
@@ -58,7 +78,15 @@ def mtp_layer(weights: Weights, names: MTPNames, k: int, config: MTPConfig, main
     )
 
 
-def block(weights: Weights, prefix: str, layer: LayerConfig, hidden: int, eps: float, ffn_norm: str) -> Block:
+def feature_mix(weights: WeightSource, config: MTPConfig, hidden: int, eps: float) -> FeatureMix | None:
+    """What mixes the features of `config` into the main model's hidden state, if there are any."""
+    if not config.features:
+        return None
+    norms = [_norm(weights, f"{FEATURES}.{i}.norm", hidden, eps) for i in range(len(config.features))]
+    return FeatureMix(norms, weights.linear([(f"{FEATURES}.proj", hidden)], len(config.features) * hidden))
+
+
+def block(weights: WeightSource, prefix: str, layer: LayerConfig, hidden: int, eps: float, ffn_norm: str) -> Block:
     """The decoder layer whose tensor names start with `prefix`; `ffn_norm` is the name of the norm before its FFN."""
     a = layer.attention
     return Block(
@@ -76,11 +104,11 @@ def block(weights: Weights, prefix: str, layer: LayerConfig, hidden: int, eps: f
     )
 
 
-def _norm(weights: Weights, name: str, hidden: int, eps: float) -> RMSNorm:
+def _norm(weights: WeightSource, name: str, hidden: int, eps: float) -> RMSNorm:
     return RMSNorm(weights.tensor(f"{name}.weight", hidden), eps)
 
 
-def _mlp(weights: Weights, prefix: str, layer: LayerConfig, hidden: int) -> GatedMLP:
+def _mlp(weights: WeightSource, prefix: str, layer: LayerConfig, hidden: int) -> GatedMLP:
     wide = layer.intermediate
     return GatedMLP(
         gate_up=weights.linear([(f"{prefix}.gate_proj", wide), (f"{prefix}.up_proj", wide)], hidden),
@@ -88,7 +116,7 @@ def _mlp(weights: Weights, prefix: str, layer: LayerConfig, hidden: int) -> Gate
     )
 
 
-def _moe(weights: Weights, prefix: str, layer: LayerConfig, hidden: int) -> MoE:
+def _moe(weights: WeightSource, prefix: str, layer: LayerConfig, hidden: int) -> MoE:
     moe, wide = layer.moe, layer.intermediate
     assert moe is not None
     experts = [f"{prefix}.experts.{e}" for e in range(moe.experts)]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
 from mtp_engine.config import ModelConfig, RopeConfig
@@ -24,19 +25,25 @@ class Decoder:
     unembed: LinearMap  # [..., H] -> [..., V], the head without its norm
     head_weight: Tensor  # [V, H], for reduced draft heads; the embedding itself where the head is tied
     rotary: Mapping[RopeConfig, RotaryMap]  # of every rotary setting among the layers
+    features: tuple[int, ...] = ()  # layers whose outputs `forward` returns too
 
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """tokens, positions: [B, N] int64 -> hidden [B, N, H], the residual stream before the final norm."""
+        """tokens, positions: [B, N] int64 -> hidden [B, N, H], the residual stream before the final norm.
+
+        With F features it is [B, N, (F + 1) * H]: their layers' outputs stand before it.
+        """
         tables = {rope: rotary(positions) for rope, rotary in self.rotary.items()}
-        x = self.embedding[tokens]
+        x, kept = self.embedding[tokens], []
         for layer, block in enumerate(self.blocks):
             x = block(x, tables, attention, layer)
-        return x
+            if layer in self.features:
+                kept.append(x)
+        return torch.cat([*kept, x], -1) if kept else x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., V] fp32."""
-        return self.head(hidden)
+        """[..., H], or what `forward` gave -> [..., V] fp32."""
+        return self.head(hidden[..., -self.config.hidden_size :].contiguous())

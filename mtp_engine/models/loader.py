@@ -98,15 +98,15 @@ def load_mtp(
     rounded: their matrices may become int8 where that is faster.
     """
     config = read_mtp_config(folder, window_keys)
-    own = "mtp" in read_json(folder / "config.json")
+    own = read_json(folder / "config.json").get("mtp")
     names = build.MTPNames() if own else _family(folder)[0].MTP_NAMES
     checkpoint = Checkpoint(folder)
     weights = Weights(
         checkpoint,
         main.embedding.dtype,
         main.embedding.device,
-        fp8_block=None if own else read_config(folder).fp8_block,
-        dequantize=dequantize,
+        fp8_block=own.get("fp8_block") if own else read_config(folder).fp8_block,
+        dequantize=dequantize or bool(own),  # ours are small: FP8 only saves them space on disk
         rounded=rounded,
     )
     draft_ids = _draft_ids(checkpoint, main, draft_vocab)
@@ -118,7 +118,8 @@ def load_mtp(
         progress("loading MTP layers", k + 1, count)
         layers.append(build.mtp_layer(weights, names, k, config, main, head))
     rotary = RotaryEmbedding(config.layer.attention.rope, main.embedding.device)
-    return MTPModule(config, layers, main.embedding, main.norm, draft_ids, rotary)
+    mix = build.feature_mix(weights, config, main.config.hidden_size, main.config.norm_eps)
+    return MTPModule(config, layers, main.embedding, main.norm, draft_ids, rotary, mix)
 
 
 def _family(folder: Path) -> tuple[ModuleType, Fields]:
@@ -141,10 +142,13 @@ def _described(folder: Path, raw: dict[str, Any]) -> MTPConfig:
     """Our own description: the keys are the fields of MTPConfig."""
     try:
         attention = dict(raw["attention"])
-        rope = RopeConfig(attention.pop("rope_dim"), float(attention.pop("rope_theta")))
+        scaling = attention.pop("rope_scaling", None)
+        rope = RopeConfig(
+            attention.pop("rope_dim"), float(attention.pop("rope_theta")), tuple(scaling) if scaling else None
+        )
         layer = LayerConfig(AttentionConfig(rope=rope, **attention), raw["intermediate_size"])
         switches = {key: raw[key] for key in ("depth", "chained", "reused", "hidden", "concat", "own_norm")}
-        return MTPConfig(layer=layer, **switches)
+        return MTPConfig(layer=layer, features=tuple(raw.get("features", ())), **switches)
     except KeyError as missing:
         raise EngineError(f"{folder / 'config.json'}: the field mtp.{missing.args[0]} is missing") from None
     except TypeError as error:

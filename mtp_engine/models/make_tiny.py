@@ -4,30 +4,24 @@ The weights are random, but the MTP layers agree with the main model now and the
 projection passes the token's embedding on, so both mostly continue from the last token.
 """
 
-import json
 import zlib
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
-from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
-from mtp_engine.config import ModelConfig
-from mtp_engine.kernels.fp8 import fused_rows, plain_rows, quantise_blocks
 from mtp_engine.models import mimo, mimo_v2_flash
+from mtp_engine.models.export import MARKS, SPECIAL, add_marks, fp8_settings, write_model, write_tokenizer
 from mtp_engine.models.fields import Fields
-from mtp_engine.models.tensors import Stored, main_tensors, mtp_tensors, qkv_scale_rows
 
 Family = Literal["mimo_v2_flash", "mimo"]
-_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<reserved>")
-_EOS = 256 + _SPECIAL.index("<|im_end|>")
+_EOS = 256 + SPECIAL.index("<|im_end|>")
 _COMMON = {
-    "hidden_act": "silu", "vocab_size": 256 + len(_SPECIAL) + len(_MARKS), "tie_word_embeddings": False,
+    "hidden_act": "silu", "vocab_size": 256 + len(SPECIAL) + len(MARKS), "tie_word_embeddings": False,
     "eos_token_id": _EOS, "pad_token_id": 256, "torch_dtype": "bfloat16",
 }  # fmt: skip
 TINY: dict[Family, dict[str, Any]] = {
@@ -77,90 +71,28 @@ def make_tiny(
     """
     raw = {**TINY[family], **changes}
     if fp8:
-        raw["quantization_config"] = {
-            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [block, block],
-        }  # fmt: skip
+        raw["quantization_config"] = fp8_settings(block)
     module = {"mimo_v2_flash": mimo_v2_flash, "mimo": mimo}[family]
     config, names = module.parse(Fields(raw)), module.MTP_NAMES
     depth = mtp_layers if mtp_layers is not None else {"mimo_v2_flash": 3, "mimo": 1}[family]
     mtp = module.parse_mtp(Fields(raw), [f"{names.prefix}.{k}." for k in range(depth)])
-    files = _shards(list(main_tensors(config)), shards)
-    if mtp:
-        files["model_mtp.safetensors"] = list(mtp_tensors(config, mtp, names))
-    folder.mkdir(parents=True, exist_ok=True)
-    draw = _Draw(config, seed, embedding_first=mtp is not None and mtp.concat == "embedding_first")
-    for file, tensors in files.items():
-        save_file({tensor.name: draw.tensor(tensor) for tensor in tensors}, folder / file, metadata={"format": "pt"})
-    total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
-    where = {tensor.name: file for file, tensors in files.items() for tensor in tensors}
-    _write_json(folder / "config.json", raw)
-    _write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))},
-    )
-    _write_tokenizer(folder)
+    draw = _Draw(config.hidden_size, seed, embedding_first=mtp is not None and mtp.concat == "embedding_first")
+    write_model(folder, raw, config, mtp, names, draw, shards=shards)
+    write_tokenizer(folder, _tokenizer(), _TEMPLATE)
     return folder
 
 
-def _shards(tensors: Sequence[Stored], count: int) -> dict[str, list[Stored]]:
-    """`count` files of about equal size, in the tensors' order."""
-    files: dict[str, list[Stored]] = {f"model-{n + 1:05}-of-{count:05}.safetensors": [] for n in range(count)}
-    lists, total, done = list(files.values()), sum(tensor.nbytes for tensor in tensors), 0
-    for tensor in tensors:
-        lists[min(done * count // total, count - 1)].append(tensor)
-        done += tensor.nbytes
-    return files
-
-
 @final
+@dataclass(frozen=True)
 class _Draw:
-    """Random values that depend on seed and name only, stored as a `Stored` says."""
+    """Random values that depend on seed and name only."""
 
-    def __init__(self, config: ModelConfig, seed: int, *, embedding_first: bool) -> None:
-        self._seed, self._block, self._hidden = seed, config.fp8_block, config.hidden_size
-        self._embedding_first = embedding_first
-        self._fused = {
-            f"model.layers.{i}.self_attn": layer.attention
-            for i, layer in enumerate(config.layers)
-            if config.fp8_block and layer.attention.window is None
-        }
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+    hidden: int
+    seed: int
+    embedding_first: bool
 
-    def tensor(self, stored: Stored) -> Tensor:
-        name, shape = stored.name, stored.shape
-        if self._block and (stored.dtype == "F8_E4M3" or not stored.is_parameter):
-            weight = name.removesuffix("_scale_inv")
-            prefix = weight.rsplit(".", 2)[0]
-            group = prefix if prefix in self._fused else weight
-            if self._last[0] != group:
-                self._last = (group, self._fused_group(group) if group in self._fused else self._plain(weight, shape))
-            return self._last[1][name]
-        return self._values(name, shape).to({"F32": torch.float32, "BF16": torch.bfloat16}[stored.dtype])
-
-    def _plain(self, name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """An FP8 matrix and its scales. It is bf16 before, so that both kinds of checkpoint start from the same."""
-        assert self._block is not None
-        weight = self._values(name, shape).bfloat16()
-        pair = quantise_blocks(weight, plain_rows([shape[0]], self._block), -(-shape[0] // self._block), self._block)
-        return dict(zip((name, f"{name}_scale_inv"), pair, strict=True))
-
-    def _fused_group(self, prefix: str) -> dict[str, Tensor]:
-        """Queries, keys and values of a global layer: one section per key head, quantised together, then split."""
-        assert self._block is not None
-        a = self._fused[prefix]
-        sizes = [a.heads * a.qk_dim, a.kv_heads * a.qk_dim, a.kv_heads * a.v_dim]
-        names = [f"{prefix}.{name}_proj.weight" for name in "qkv"]
-        stacked = torch.cat([self._values(n, (rows, self._hidden)) for n, rows in zip(names, sizes, strict=True)])
-        rows = fused_rows(a.kv_heads, sizes[0] // a.kv_heads, a.qk_dim, a.v_dim, self._block)
-        scale_rows = qkv_scale_rows(a, self._block)
-        data, scale = quantise_blocks(stacked.bfloat16(), rows, sum(scale_rows), self._block)
-        scales = scale.split(list(scale_rows))  # type: ignore[no-untyped-call]
-        parts = dict(zip(names, data.split(sizes), strict=True))  # type: ignore[no-untyped-call]
-        parts |= {f"{name}_scale_inv": part for name, part in zip(names, scales, strict=True)}
-        return {name: part.contiguous() for name, part in parts.items()}
-
-    def _values(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (self._seed * 0x9E3779B1 & 0xFFFFFFFF))
+    def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (self.seed * 0x9E3779B1 & 0xFFFFFFFF))
         values = torch.randn(shape, generator=generator)
         kind = name.split(".")[-2]
         if "norm" in kind:
@@ -173,8 +105,8 @@ class _Draw:
             return values
         values *= _GAIN.get(kind, 1.0) * shape[1] ** -0.5
         if kind in ("eh_proj", "input_proj"):
-            start = 0 if self._embedding_first else self._hidden
-            values[:, start : start + self._hidden] += torch.eye(self._hidden)
+            start = 0 if self.embedding_first else self.hidden
+            values[:, start : start + self.hidden] += torch.eye(self.hidden)
         return values
 
 
@@ -191,20 +123,11 @@ _GAIN = {
 }
 
 
-def _write_tokenizer(folder: Path) -> None:
+def _tokenizer() -> Tokenizer:
     """A byte-level tokenizer without merges: one token per byte, then the special ones and the visible marks."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in _SPECIAL])
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in _MARKS])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    _write_json(folder / "tokenizer_config.json", settings)
-    _write_json(folder / "generation_config.json", {"eos_token_id": _EOS})
-    (folder / "chat_template.jinja").write_text(_TEMPLATE, encoding="utf-8")
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    add_marks(tokenizer)
+    return tokenizer

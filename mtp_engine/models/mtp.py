@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
 from mtp_engine.config import MTPConfig
-from mtp_engine.models.layers import BlockMap, RMSNorm, RotaryMap
+from mtp_engine.models.layers import BlockMap, LinearMap, RMSNorm, RotaryMap
 from mtp_engine.protocols import Attention
 
 
@@ -19,6 +20,21 @@ class MTPLayer:
     join: Callable[[Tensor, Tensor], Tensor]
     block: BlockMap
     head: Callable[[Tensor], Tensor]  # [..., H] -> [..., n] fp32 over the draft vocabulary, its final norm included
+
+
+@final
+@dataclass(frozen=True)
+class FeatureMix:
+    """h + projection(the earlier layers' outputs, each normed, side by side)."""
+
+    norms: Sequence[RMSNorm]
+    projection: LinearMap  # [F * H] -> [H]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[..., (F + 1) * H] -> [..., H]."""
+        *features, last = hidden.chunk(len(self.norms) + 1, -1)
+        normed = [norm(each) for norm, each in zip(self.norms, features, strict=True)]
+        return last + self.projection(torch.cat(normed, -1))
 
 
 @final
@@ -36,9 +52,12 @@ class MTPModule:
     main_norm: RMSNorm
     draft_ids: Tensor  # [n] int64, token of each head row
     rotary: RotaryMap
+    mix: FeatureMix | None = None
 
     def main_hidden(self, hidden: Tensor) -> Tensor:
-        """The main model's pre-norm hidden state as the layers want it. [..., H] -> [..., H]."""
+        """The main model's pre-norm hidden state as the layers want it. [..., H], or with features more -> [..., H]."""
+        if self.mix:
+            return self.mix(hidden)
         return self.main_norm(hidden) if self.config.hidden == "post_norm" else hidden
 
     def forward(self, level: int, embedded: Tensor, hidden: Tensor, positions: Tensor, attention: Attention) -> Tensor:

@@ -7,7 +7,7 @@ from typing import final
 
 from mtp_engine.config import AttentionConfig, LayerConfig, ModelConfig, MTPConfig
 from mtp_engine.kernels.fp8 import fused_sizes
-from mtp_engine.models.build import FFN_NORM, MTPNames
+from mtp_engine.models.build import FEATURES, FFN_NORM, MTPNames
 
 BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 
@@ -56,6 +56,10 @@ def mtp_tensors(config: ModelConfig, mtp: MTPConfig, names: MTPNames) -> Iterato
             yield Stored(f"{prefix}.{norm}.weight", (hidden,))
         yield Stored(f"{prefix}.{names.projection}.weight", (hidden, 2 * hidden))
         yield from _block(prefix, mtp.layer, config, names.ffn_norm)
+    if mtp.features:
+        for i in range(len(mtp.features)):
+            yield Stored(f"{FEATURES}.{i}.norm.weight", (hidden,))
+        yield Stored(f"{FEATURES}.proj.weight", (hidden, len(mtp.features) * hidden))
 
 
 def _block(prefix: str, layer: LayerConfig, config: ModelConfig, ffn_norm: str) -> Iterator[Stored]:

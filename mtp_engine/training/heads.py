@@ -1,0 +1,163 @@
+"""The MTP layers of a frozen main model: their configuration, their first values, and the folder they are kept in."""
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mtp_engine.config import AttentionConfig, LayerConfig, ModelConfig, MTPConfig
+from mtp_engine.errors import EngineError
+from mtp_engine.kernels.fp8 import plain_rows, quantise_blocks
+from mtp_engine.models import build
+from mtp_engine.models.checkpoint import Checkpoint
+from mtp_engine.models.decoder import Decoder
+from mtp_engine.models.layers import RotaryEmbedding
+from mtp_engine.models.mtp import MTPModule
+from mtp_engine.training.trainable import TrainableWeights
+
+WEIGHTS = "mtp.safetensors"
+DRAFT_IDS = "draft_token_ids"
+_FP8_BLOCK = 64
+_NAMES = build.MTPNames()
+
+
+def plan_heads(
+    model: ModelConfig, layers: int, *, chained: bool, window: int, width: int = 0, features: Sequence[int] = ()
+) -> MTPConfig:
+    """MTP layers like the main model's last layer. window: keys a row sees, 0 = all; width: of the FFN, 0 = the same;
+    features: see MTPConfig.
+
+    Raises EngineError for a layer that cannot be copied, and for features that are no layers before the last.
+    """
+    if list(features) != sorted({f for f in features if 0 <= f < len(model.layers) - 1}):
+        raise EngineError(f"features are layers from 0 to {len(model.layers) - 2}, in rising order, each once")
+    last = model.layers[-1]
+    dense = max((layer.intermediate for layer in model.layers if layer.moe is None), default=0)
+    width = width or (last.intermediate if last.moe is None else dense)
+    if not width:
+        raise EngineError("the model has no dense FFN to size the MTP layers by: give --width")
+    attention = replace(last.attention, window=window or None)
+    return MTPConfig(depth=layers, layer=LayerConfig(attention, width), chained=chained, features=tuple(features))
+
+
+def build_heads(config: MTPConfig, main: Decoder, weights: TrainableWeights) -> MTPModule:
+    """A module of fresh parameters over the main model's embedding and head."""
+    layers = [build.mtp_layer(weights, _NAMES, k, config, main, main.unembed) for k in range(config.depth)]
+    rotary = RotaryEmbedding(config.layer.attention.rope, main.embedding.device)
+    draft_ids = torch.arange(main.vocab_size, device=main.embedding.device)
+    mix = build.feature_mix(weights, config, main.config.hidden_size, main.config.norm_eps)
+    return MTPModule(config, layers, main.embedding, main.norm, draft_ids, rotary, mix)
+
+
+@final
+@dataclass(frozen=True)
+class FirstValues:
+    """What the layers begin with: earlier MTP layers where they are given, else the main model's last block, and a
+    projection that passes the hidden state on. The earlier ones may be narrower: the FFN's new rows start at no effect.
+    """
+
+    main: Checkpoint
+    last_layer: int
+    hidden_rms: float  # of the main model's hidden states: hnorm restores the size that its block knows
+    earlier: Checkpoint | None = None
+    seed: int = 0
+
+    def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if self.earlier is not None and name in self.earlier:
+            return self._widened(name, shape, self.earlier.raw(name, self.earlier.shape(name)).float())
+        if name.startswith(build.FEATURES):
+            return torch.ones(shape) if "norm" in name else torch.zeros(shape)  # they begin with no effect
+        tail = name.removeprefix(f"{_NAMES.prefix}.").split(".", 1)[1]
+        if tail == "enorm.weight":
+            return torch.ones(shape)
+        if tail == "hnorm.weight":
+            return torch.full(shape, self.hidden_rms)
+        if tail == "eh_proj.weight":
+            noise = self._noise(name, (shape[0], shape[0])) * (0.5 * shape[0] ** -0.5)
+            return torch.cat([noise, torch.eye(shape[0])], 1)
+        source = f"model.layers.{self.last_layer}.{tail.replace(_NAMES.ffn_norm, build.FFN_NORM)}"
+        if tail == "final_layernorm.weight":
+            source = "model.norm.weight"
+        if source in self.main and self.main.torch_dtype(source).itemsize > 1:
+            return self._widened(name, shape, self.main.raw(source, self.main.shape(source)).float())
+        return torch.ones(shape) if "norm" in name else self._noise(name, shape) * shape[-1] ** -0.5
+
+    def _widened(self, name: str, shape: tuple[int, ...], values: Tensor) -> Tensor:
+        if values.shape == shape:
+            return values
+        if "mlp." not in name or any(new < old for new, old in zip(shape, values.shape, strict=True)):
+            raise EngineError(f"{name} has shape {list(values.shape)}; the layers to be trained want {list(shape)}")
+        out = torch.zeros(shape)
+        if "down_proj" not in name:  # new rows that nothing reads yet
+            out = self._noise(name, shape) * shape[-1] ** -0.5
+        out[: values.shape[0], : values.shape[1]] = values
+        return out
+
+    def _noise(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ self.seed))
+
+
+def save_heads(
+    folder: Path, config: MTPConfig, weights: Mapping[str, Tensor], draft_ids: Tensor, about: Mapping[str, Any],
+    *, fp8: bool = False,
+) -> None:  # fmt: skip
+    """Write mtp.safetensors and config.json, each whole or not at all. about: further fields of config.json.
+
+    Tensors are bf16; fp8: those of the FFNs are FP8 with a scale per block. draft_ids: [n] int32, tokens by falling
+    frequency, for the reduced draft vocabulary.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(weights):
+        value = weights[name].detach().cpu()
+        if fp8 and ".mlp." in name:
+            rows = len(value)
+            blocks = quantise_blocks(value, plain_rows([rows], _FP8_BLOCK), -(-rows // _FP8_BLOCK), _FP8_BLOCK)
+            tensors |= dict(zip((name, f"{name}_scale_inv"), blocks, strict=True))
+        else:
+            tensors[name] = value.bfloat16().contiguous()
+    attention = _attention_fields(config.layer.attention)
+    mtp: dict[str, Any] = {
+        "depth": config.depth, "chained": config.chained, "reused": config.reused, "hidden": config.hidden,
+        "concat": config.concat, "own_norm": config.own_norm, "intermediate_size": config.layer.intermediate,
+        "attention": attention,
+    }  # fmt: skip
+    mtp |= {"features": list(config.features)} if config.features else {}
+    mtp |= {"fp8_block": _FP8_BLOCK} if fp8 else {}
+    atomically(folder / WEIGHTS, lambda path: save_file({**tensors, DRAFT_IDS: draft_ids.to("cpu", torch.int32)}, path))
+    text = json.dumps({**about, "mtp": mtp}, indent=2) + "\n"
+    atomically(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _attention_fields(a: AttentionConfig) -> dict[str, Any]:
+    """What loader.read_mtp_config reads back; defaults are left out."""
+    fields: dict[str, Any] = {
+        "heads": a.heads, "kv_heads": a.kv_heads, "qk_dim": a.qk_dim, "v_dim": a.v_dim,
+        "rope_dim": a.rope.dim, "rope_theta": a.rope.theta, "window": a.window,
+    }  # fmt: skip
+    optional = {"rope_scaling": a.rope.scaling, "sink": a.sink, "bias": a.bias}
+    fields |= {key: value for key, value in optional.items() if value}
+    return fields if math.isclose(a.value_scale, 1.0) else fields | {"value_scale": a.value_scale}
+
+
+def atomically(path: Path, write: Any) -> None:
+    """Have `write` fill a file beside `path`, then put it in its place. Raises EngineError where the disk is full."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(fresh)
+        fresh.replace(path)
+    except Exception as error:  # safetensors raises an error of its own for a full disk
+        if isinstance(error, OSError) or "os error" in str(error).lower():
+            reason = getattr(error, "strerror", None) or error
+            raise EngineError(f"{path} cannot be written ({reason}): free space and run again") from error
+        raise
+    finally:
+        fresh.unlink(missing_ok=True)

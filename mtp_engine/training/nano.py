@@ -1,0 +1,164 @@
+"""`python -m mtp_engine.training.nano`: train mimo-nano on the dialogues of a folder, export it in FP8, measure it.
+
+What is kept between runs lies beside --out, in a folder with `.training` behind its name: tokenizer, corpus, log, and a
+checkpoint until the model is exported.
+"""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import tokenizers
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mtp_engine import hub
+from mtp_engine.config import DEFAULT_MODEL, EngineConfig
+from mtp_engine.errors import EngineError
+from mtp_engine.models.export import write_model, write_tokenizer
+from mtp_engine.models.mimo_v2_flash import MTP_NAMES
+from mtp_engine.tokenizer import Tokenizer
+from mtp_engine.training.heads import atomically
+from mtp_engine.training.nano_model import NanoModel, nano_fields
+from mtp_engine.training.nano_report import evaluate, write_card
+from mtp_engine.training.nano_run import LOG, STATE, Entry, NanoRun, NanoSettings, append_log
+from mtp_engine.training.nano_text import TEMPLATE, NanoCorpus, build_corpus, read_dialogues
+from mtp_engine.training.optimiser import Rates
+
+_FIGURES = "figures.json"
+_SAID_S = 10.0  # seconds between lines where there is no terminal
+
+
+def corpus_in(work: Path, text: Path, writer: str) -> NanoCorpus:
+    """The corpus that is kept in `work`, or one made of the dialogues in `text`, which model `writer` wrote."""
+    if (corpus := NanoCorpus.load(work)) is None:
+        corpus = build_corpus(read_dialogues(text, Tokenizer.load(hub.locate(writer).folder)), work)
+    return corpus
+
+
+def fields_for(work: Path, **changes: Any) -> dict[str, Any]:
+    """config.json of a model with the tokenizer in `work`."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(work / "tokenizer.json"))
+    ids = tokenizer.get_vocab()
+    return nano_fields(len(ids), ids["<|im_end|>"], ids["<|endoftext|>"], **changes)
+
+
+def train(run: NanoRun, console: Console) -> None:
+    """To the end, with a bar or a line now and then; every report goes into the log."""
+    said = -_SAID_S
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("training", total=1.0)
+        for entry in run.run():
+            append_log(run.folder, entry)
+            bar.update(task, completed=entry.share, description=_line(entry))
+            if not console.is_terminal and (entry.seconds - said > _SAID_S or entry.share >= 1):
+                console.print(_line(entry), highlight=False)
+                said = entry.seconds
+
+
+def _line(entry: Entry) -> str:
+    loss = " ".join(f"{x:.3f}" for x in entry.loss)
+    busiest = max((max(row) * len(row) for row in entry.load), default=1.0)
+    speed = f"{entry.tokens_per_s / 1000:,.0f}k tokens/s"
+    return f"step {entry.step}, {entry.share:.0%}: loss {loss}, {speed}, busiest expert x{busiest:.1f}"
+
+
+def export(model: NanoModel, raw: Mapping[str, Any], work: Path, out: Path) -> None:
+    """The model in FP8, with its tokenizer, into `out`: first beside it, then file by file, config.json last."""
+    named = {name: master.cpu() for name, master in model.weights.named().items()}
+    fresh = work / "export"
+    write_model(fresh, raw, model.config, model.mtp, MTP_NAMES, lambda name, shape: named[name].view(shape))
+    write_tokenizer(fresh, tokenizers.Tokenizer.from_file(str(work / "tokenizer.json")), TEMPLATE)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for file in sorted(fresh.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(out / file.name)
+    except OSError as error:
+        raise EngineError(f"{out} cannot be written ({error.strerror}): the model lies in {fresh}") from error
+    shutil.rmtree(fresh)
+
+
+def measure(
+    out: Path, work: Path, corpus: NanoCorpus, config: EngineConfig, command: str, facts: Mapping[str, str], *,
+    reference: str = "",
+) -> None:  # fmt: skip
+    """Evaluate the exported model, write its card, and leave the figures in `work`."""
+    figures, sample = evaluate(out, corpus.held_out, config, reference=reference)
+    write_card(out, command, facts, figures, sample)
+    text = json.dumps({**facts, **asdict(figures)}, indent=1) + "\n"
+    atomically(work / _FIGURES, lambda path: path.write_text(text, encoding="utf-8"))
+    click.echo(text)
+
+
+def facts_of(run: NanoRun, writer: str, out: Path) -> dict[str, str]:
+    """What the card says about data and run."""
+    last = json.loads((run.folder / LOG).read_text(encoding="utf-8").splitlines()[-1])
+    seen = last["step"] * run.settings.rows * run.settings.length
+    size = sum(file.stat().st_size for file in out.iterdir() if file.suffix in (".safetensors", ".json", ".jinja"))
+    return {
+        "parameters": f"{sum(master.numel() for master in run.model.weights.named().values()):,}",
+        "size": f"{size:,} bytes",
+        "text": f"{len(run.corpus.starts) - 1:,} dialogues, {len(run.corpus.tokens):,} tokens, written by {writer}",
+        "trained on": f"{seen:,} tokens in {last['step']:,} steps, {last['seconds']:.0f} s",
+        "last training loss (nats; main model, then MTP layers)": ", ".join(f"{x:.3f}" for x in last["loss"]),
+    }
+
+
+@click.command()
+@click.option(
+    "--text", type=click.Path(path_type=Path, file_okay=False), required=True, help="Dialogues that WRITER wrote."
+)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Where the model goes.")
+@click.option("--writer", default=DEFAULT_MODEL, show_default=True, help="Whose tokens the text is in.")
+@click.option("--steps", type=click.IntRange(min=1), default=4000, show_default=True, help="Of 65,536 tokens.")
+@click.option("--minutes", type=click.FloatRange(min=0), default=0.0, help="End after so much time, not after --steps.")
+@click.option("--device", default="cuda", show_default=True)
+@click.option("--muon", type=float, default=4e-3, show_default=True, help="Rate of the matrices.")
+@click.option("--adam", type=float, default=3e-3, show_default=True, help="Rate of the rest.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--attention", type=click.Choice(["torch", "exact"]), default="torch", show_default=True,
+              help="What measures: torch in fp32, or the engine's kernels in bf16.")  # fmt: skip
+@click.option("--reference", default="", help="A model whose bits per byte on the held-out text are measured, too.")
+def main(
+    text: Path, out: Path, writer: str, steps: int, minutes: float, device: str, muon: float, adam: float, seed: int,
+    attention: Literal["torch", "exact"], reference: str,
+) -> None:  # fmt: skip
+    """Train mimo-nano, export it in FP8 to OUT, and measure it. The same command goes on after a kill."""
+    console, begin = Console(stderr=True), time.monotonic()
+    work = out.with_name(f"{out.name}.training")
+    work.mkdir(parents=True, exist_ok=True)
+    corpus = corpus_in(work, text, writer)
+    console.print(f"{len(corpus.tokens):,} tokens after {time.monotonic() - begin:.0f} s", highlight=False)
+    raw, where = fields_for(work), torch.device(device)
+    settings = NanoSettings(steps=steps, minutes=minutes, seed=seed, rates=Rates(muon, adam, warmup=100, decay=0.1))
+    model = NanoModel(raw, where, torch.bfloat16 if where.type == "cuda" else torch.float32, seed)
+    run = NanoRun(model, corpus, settings, work)
+    if run.resume():
+        console.print(f"going on from step {run.step}", highlight=False)
+    train(run, console)
+    export(model, raw, work, out)
+    command = " ".join(["python -m mtp_engine.training.nano", *sys.argv[1:]])
+    config = EngineConfig(
+        device=device,
+        attention=attention,
+        dtype="fp32" if attention == "torch" else "bf16",
+        max_batch=32,
+        max_context=1024,
+    )
+    measure(out, work, corpus, config, command, facts_of(run, writer, out), reference=reference)
+    (work / STATE).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(standalone_mode=False)
+    except (EngineError, click.ClickException) as error:
+        raise SystemExit(f"Error: {error}") from None

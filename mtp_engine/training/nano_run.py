@@ -1,0 +1,195 @@
+"""The training of mimo-nano: steps, the two phases of its MTP layers, checkpoints, a log."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mtp_engine.errors import EngineError
+from mtp_engine.training.heads import atomically
+from mtp_engine.training.nano_model import MTP_LAYERS, NanoModel
+from mtp_engine.training.nano_text import NanoCorpus
+from mtp_engine.training.optimiser import Optimiser, Rates
+
+STATE, LOG = "state.safetensors", "log.jsonl"
+_OPTIMISER, _PLACE, _SETTINGS = "optimiser/", "place", "settings"
+_ENDLESS = 1 << 40  # steps: the cosine has not begun
+
+
+@final
+@dataclass(frozen=True)
+class NanoSettings:
+    """How long and how. minutes: if not 0, the run ends after so much time and not after `steps`.
+
+    rows: of `length` tokens, in a step. The first MTP layer is trained with the main model, at `mtp_weights[0]` of its
+    loss; in the last share `joint` of the run all of them are, at mtp_weights[1], starting as copies of the first, while
+    the rates fall to zero. Until then rates are constant: the copies have much to learn, and a cosine over the whole
+    run would leave them a seventh of the rate. balance: step of the experts' biases.
+    """
+
+    steps: int = 4000
+    minutes: float = 0.0
+    length: int = 512
+    rows: int = 128
+    joint: float = 0.25
+    mtp_weights: tuple[float, float] = (0.3, 0.1)
+    balance: float = 1e-3
+    rates: Rates = field(default_factory=lambda: Rates(muon=4e-3, adam=3e-3, warmup=100, decay=0.1))
+    seed: int = 0
+    log_every: int = 20
+    checkpoint_s: float = 60.0  # seconds between checkpoints: what a kill can cost
+
+
+@final
+@dataclass(frozen=True)
+class Entry:
+    """A line of the log. share: of the run that is over. loss: nats per token of the main model and of each MTP layer that
+    takes part, over the last steps. load: per mixture, each expert's share of the tokens in the last step."""
+
+    step: int
+    share: float
+    seconds: float
+    loss: list[float]
+    rate: float
+    tokens_per_s: float
+    load: list[list[float]]
+
+
+@final
+class NanoRun:
+    """A model under training, and what is kept of it in `folder`."""
+
+    def __init__(self, model: NanoModel, corpus: NanoCorpus, settings: NanoSettings, folder: Path) -> None:
+        self.model, self.corpus, self.settings, self.folder = model, corpus, settings, folder
+        self._optimiser = Optimiser(model.weights, settings.rates)
+        self.step, self._depth, self._epoch, self._at = 0, 1, 0, 0
+        self._seconds = 0.0  # trained so far
+        self._rows = self._shuffled()
+
+    def run(self) -> Iterator[Entry]:
+        """Train to the end. Checkpoints as it goes; closing the iterator makes one more.
+
+        Raises EngineError if the loss is no number any more: the checkpoint of before is kept.
+        """
+        s, healthy = self.settings, True
+        begin = last = saved = time.monotonic()
+        begin -= self._seconds
+        losses: list[Tensor] = []
+        try:
+            while (share := self._share()) < 1:
+                loss, load = self._train(share)
+                losses.append(loss)
+                self.step += 1
+                self._seconds = time.monotonic() - begin
+                if self.step % s.log_every and self._share() < 1:
+                    continue
+                means = torch.stack([x for x in losses if len(x) == len(loss)]).mean(0).tolist()  # waits for the device
+                if not (healthy := all(map(math.isfinite, means))):
+                    raise self._diverged()
+                now = time.monotonic()
+                self._seconds = now - begin
+                speed = len(losses) * s.rows * s.length / (now - last)
+                yield Entry(
+                    self.step, self._share(), self._seconds, means, self._fall(share), speed,
+                    [[round(part, 4) for part in row] for row in load.tolist()],
+                )  # fmt: skip
+                losses, last = [], time.monotonic()
+                if last - saved > s.checkpoint_s or self._share() >= 1:
+                    self.save()
+                    saved = time.monotonic()
+        except (GeneratorExit, KeyboardInterrupt):
+            if healthy:
+                self.save()
+            raise
+
+    def _share(self) -> float:
+        s = self.settings
+        return min(1.0, self._seconds / (60 * s.minutes) if s.minutes else self.step / s.steps)
+
+    def _fall(self, share: float) -> float:
+        """The rates' part of the full ones, the warm-up aside."""
+        return 0.5 * (1 + math.cos(math.pi * self._late(share)))
+
+    def _late(self, share: float) -> float:
+        """How much of the last phase is over."""
+        return max(0.0, 1 - (1 - share) / self.settings.joint)
+
+    def _train(self, share: float) -> tuple[Tensor, Tensor]:
+        s, late = self.settings, self._late(share)
+        joint = share >= 1 - s.joint
+        if joint and self._depth == 1:
+            self.model.replicate()
+            self._depth = MTP_LAYERS
+        losses = self.model.step(self._batch(), self._depth, s.mtp_weights[joint])
+        self._optimiser.step(self.step, max(self.step + 1, round(self.step / late)) if late else _ENDLESS)
+        return losses, self.model.balance(s.balance * self._fall(share))
+
+    def _batch(self) -> Tensor:
+        if (self._at + 1) * self.settings.rows > len(self._rows):
+            self._epoch, self._at = self._epoch + 1, 0
+            self._rows = self._shuffled()
+        start = self._at * self.settings.rows
+        self._at += 1
+        return self._rows[start : start + self.settings.rows].long()
+
+    def _shuffled(self) -> Tensor:
+        """The rows of this epoch, on the device. Raises EngineError if they do not make one step."""
+        s = self.settings
+        rows = self.corpus.rows(s.length, s.seed * 1_000_003 + self._epoch)
+        if len(rows) < s.rows:
+            raise EngineError(f"the text has {len(rows)} rows of {s.length} tokens, a step takes {s.rows}: write more")
+        return rows.to(self.model.main.embedding.device)
+
+    def _diverged(self) -> EngineError:
+        return EngineError(
+            f"the loss is not a number at step {self.step}; {self.folder / STATE} keeps the last good state, if one was "
+            "written: lower --muon and --adam, and run again with another --out"
+        )
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        tensors = {**self.model.weights.named(), **{f"{_OPTIMISER}{k}": v for k, v in self._optimiser.state().items()}}
+        flat = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+        flat[_PLACE] = torch.tensor([self.step, self._depth, self._epoch, self._at, self._seconds], dtype=torch.float64)
+        about = {_SETTINGS: json.dumps(self._described())}
+        atomically(self.folder / STATE, lambda path: save_file(flat, path, metadata=about))
+
+    def resume(self) -> bool:
+        """Go on from the checkpoint, if there is one. Raises EngineError if it is of another run."""
+        if not (self.folder / STATE).is_file():
+            return False
+        with safe_open(self.folder / STATE, framework="pt") as kept:
+            about, wanted = json.loads(kept.metadata()[_SETTINGS]), json.loads(json.dumps(self._described()))
+            if other := sorted(key for key in wanted if about.get(key) != wanted[key]):
+                raise EngineError(
+                    f"{self.folder} holds a run with another setting of {', '.join(other)}: choose another --out, or delete it"
+                )
+            tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118  it is no mapping
+        for name, master in self.model.weights.named().items():
+            master.copy_(tensors[name])
+        self.model.weights.refresh()
+        moments = {n.removeprefix(_OPTIMISER): x for n, x in tensors.items() if n.startswith(_OPTIMISER)}
+        self._optimiser.restore(moments)
+        *counts, self._seconds = tensors[_PLACE].tolist()
+        self.step, self._depth, self._epoch, self._at = map(int, counts)
+        self._rows = self._shuffled()
+        return True
+
+    def _described(self) -> dict[str, Any]:
+        """What must be the same for a run to be gone on with."""
+        settings = {k: v for k, v in asdict(self.settings).items() if k not in ("log_every", "checkpoint_s")}
+        return {**settings, "model": asdict(self.model.config), "tokens": len(self.corpus.tokens)}
+
+
+def append_log(folder: Path, entry: Entry) -> None:
+    """One line of folder/log.jsonl."""
+    with (folder / LOG).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(entry)) + "\n")

@@ -1,0 +1,154 @@
+"""What MTP layers are trained for: at every depth, the frozen main model's next-token distribution."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import cast, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtp_engine.kernels import distill_reference
+from mtp_engine.models.decoder import Decoder
+from mtp_engine.models.layers import Head
+from mtp_engine.models.mtp import MTPModule
+from mtp_engine.training.attention import SequenceAttention
+
+_LOGIT_BYTES = 1 << 30  # of one matrix of logits
+Distill = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+@final
+@dataclass(frozen=True)
+class Objective:
+    """sum over depths k of decay^k * (KL(p || q_k) - acceptance * log sum(min(p, q_k))), p at `temperature`.
+
+    A row counts for what the path before it is worth: `reach` mixes 1 with the probability that all drafts of smaller
+    depth were accepted, since otherwise the row is never used. The latter is the drafter's own, as in training on its own
+    outputs (HASS, EAGLE-3), without the cost of drafting. given, looped: what tokens that the model did not write, and
+    those in its loops, count beside the answers' 1.
+    """
+
+    decay: float = 0.8
+    temperature: float = 1.0
+    acceptance: float = 0.0
+    reach: float = 0.0
+    given: float = 0.1
+    looped: float = 0.1
+
+    def token_weights(self, kinds: Tensor) -> Tensor:
+        """kinds: [B, L] uint8 of training.data -> [B, L] fp32."""
+        values = torch.tensor([0.0, self.given, 1.0, self.looped], device=kinds.device)
+        return values[kinds.long()]
+
+
+@final
+@dataclass(frozen=True)
+class Measures:
+    """Sums over rows of depth k, [depth, 4] fp32: weighted loss, answer rows, of these the accepted and the matching ones
+    with all smaller depths too. `length` makes accepted lengths of them."""
+
+    sums: Tensor
+    weight: Tensor  # [depth], sum of the rows' weights
+
+    @property
+    def loss(self) -> Tensor:
+        """[depth] mean loss."""
+        return self.sums[:, 0] / self.weight.clamp(min=1e-9)
+
+    def length(self, *, greedy: bool) -> Tensor:
+        """Expected accepted length of a chain, bonus token included, when drafting anew at every answer token; [depth],
+        of the first k + 1 layers. greedy: drafts are accepted if they are the main model's first choice."""
+        column = 3 if greedy else 2
+        return 1 + (self.sums[:, column] / self.sums[:, 1].clamp(min=1)).cumsum(0)
+
+
+def distill_step(
+    main: Decoder, module: MTPModule, tokens: Tensor, kinds: Tensor, objective: Objective, *, scale: float = 1.0
+) -> Measures:
+    """Forward and backward over rows of tokens; the gradients are added to the module's parameters, times `scale`.
+
+    tokens: [B, L] int64; kinds: [B, L] uint8. Row j of depth k predicts token j + k + 2, of which the main model's
+    distribution stands at position j + k + 1. Logits of the whole vocabulary exist for a few sequences at a time only.
+    """
+    batch, length = tokens.shape
+    positions = torch.arange(length, device=tokens.device).expand(batch, -1)
+    reading = replace(main, features=module.config.features)
+    with torch.no_grad():
+        hidden = reading.forward(tokens, positions, SequenceAttention([c.attention.window for c in main.config.layers]))
+    normed = _outputs(module, tokens, module.main_hidden(hidden), positions)
+    leaves = [each.detach() for each in normed]
+    grads = [torch.empty_like(each) for each in leaves]
+    weights = objective.token_weights(kinds)
+    total = weights[:, 2:].sum().clamp(min=1.0)
+    depth = len(normed)
+    sums, mass = torch.zeros(depth, 4, device=tokens.device), torch.zeros(depth, device=tokens.device)
+    rows = max(1, _LOGIT_BYTES // (length * main.vocab_size * main.embedding.element_size()))
+    distill = _distill_for(tokens.device)
+    with torch.no_grad():
+        for start in range(0, batch, rows):
+            span = slice(start, start + rows)
+            part = _Part(
+                main.head_weight, [x[span] for x in leaves], [g[span] for g in grads], weights[span], kinds[span] == 2
+            )
+            part.run(
+                main.norm(hidden[span][..., -main.config.hidden_size :]), objective, scale / total, distill, sums, mass
+            )
+    torch.autograd.backward(normed, grads)
+    return Measures(sums, mass)
+
+
+def _outputs(module: MTPModule, tokens: Tensor, states: Tensor, positions: Tensor) -> list[Tensor]:
+    """Per depth the layer's output after its final norm, [B, L, H]. The last k + 1 rows of depth k lack their token."""
+    config = module.config
+    attention = SequenceAttention([config.layer.attention.window] * config.depth)
+    passed, normed = states, []
+    for k, layer in enumerate(module.layers):
+        later = F.pad(tokens[:, k + 1 :], (0, k + 1))
+        out = module.forward(k, module.embedding[later], passed, positions, attention)
+        passed = out if config.chained else states
+        normed.append(cast(Head, layer.head).norm(out))
+    return normed
+
+
+@final
+@dataclass(frozen=True)
+class _Part:
+    """Some sequences of a batch, whose logits fit in memory."""
+
+    head: Tensor  # [V, H]
+    leaves: Sequence[Tensor]  # per depth [b, L, H]
+    grads: Sequence[Tensor]  # filled
+    weights: Tensor  # [b, L] of tokens
+    answers: Tensor  # [b, L] bool
+
+    def run(
+        self, main: Tensor, objective: Objective, scale: Tensor, distill: Distill, sums: Tensor, mass: Tensor
+    ) -> None:
+        """main: [b, L, H], the main model's hidden states after its final norm."""
+        vocab, length = len(self.head), main.shape[1]
+        target = F.linear(main, self.head).view(-1, vocab)
+        path = matched = torch.ones_like(self.weights)  # per row: all smaller depths were accepted, or matched
+        for k, (leaf, grad) in enumerate(zip(self.leaves, self.grads, strict=True)):
+            shift = k + 1
+            ahead = shift + 1  # the token that a row predicts
+            counted = F.pad(self.weights[:, ahead:], (0, ahead)) * objective.decay**k
+            row = counted * (1 - objective.reach + objective.reach * path)
+            draft = F.linear(leaf, self.head).view(-1, vocab)
+            settings = {"temperature": objective.temperature, "acceptance": objective.acceptance}
+            figures = distill(draft, target, (row * scale).flatten(), shift, **settings)
+            loss, accept, match = (x.view(-1, length) for x in figures)
+            grad.copy_((draft @ self.head).view(leaf.shape))
+            path, matched = path * accept, matched * match
+            answer = F.pad(self.answers[:, ahead:], (0, ahead))
+            kept = [(loss * row).sum(), answer.sum(), (path * answer).sum(), (matched * answer).sum()]
+            sums[k] += torch.stack([x.float() for x in kept])
+            mass[k] += row.sum()
+
+
+def _distill_for(device: torch.device) -> Distill:
+    if device.type != "cuda":
+        return distill_reference.distill
+    from mtp_engine.kernels.distill import distill
+
+    return distill

@@ -1,0 +1,203 @@
+"""From a model's name to a folder of trained MTP layers: data, training, evaluation, and what is written down."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtp_engine import hub
+from mtp_engine.config import EngineConfig, MTPConfig
+from mtp_engine.engine import Engine
+from mtp_engine.errors import EngineError
+from mtp_engine.models.checkpoint import Checkpoint
+from mtp_engine.models.decoder import Decoder
+from mtp_engine.models.loader import read_config, read_mtp_config
+from mtp_engine.models.mtp import MTPModule
+from mtp_engine.protocols import Progress
+from mtp_engine.training import data
+from mtp_engine.training.attention import SequenceAttention
+from mtp_engine.training.data import Corpus
+from mtp_engine.training.dialogues import DialogueSettings, write_dialogues
+from mtp_engine.training.evaluate import accepted_length, held_out
+from mtp_engine.training.heads import FirstValues, plan_heads, save_heads
+from mtp_engine.training.plan import RunPlan, device_name, plan_run
+from mtp_engine.training.prompts import read_prompts
+from mtp_engine.training.report import write_card, write_report
+from mtp_engine.training.trainer import Process, Report, Trainer, TrainSettings, append_log
+
+_DRAFT_VOCAB = 16384  # tokens in the list for the reduced draft vocabulary
+_EVALUATED = 24  # held-out prompts that are decoded at a time
+
+
+@final
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained.
+
+    corpus: a folder of shards; what it lacks is written there, from `texts` if there are any, else by the model itself.
+    window: keys that a row of the layers sees; 0 is all. width: of their FFN; 0 is the main model's. features: see
+    MTPConfig. fp8: the FFNs are kept in FP8. init: a folder of earlier layers to begin with. evaluation: a file of
+    held-out prompts.
+    """
+
+    model: str
+    out: Path
+    corpus: Path
+    layers: int = 3
+    chained: bool = True
+    window: int = 128
+    width: int = 0
+    features: tuple[int, ...] = ()
+    fp8: bool = False
+    init: Path | None = None
+    texts: Sequence[Path] = ()
+    dialogues: DialogueSettings = field(default_factory=lambda: DialogueSettings(shards=12))
+    settings: TrainSettings = field(default_factory=TrainSettings)
+    evaluation: Path | None = None
+    evaluated: int = 48
+    device: str = "cpu"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    command: str = ""  # for the model card
+
+
+@final
+class Training:
+    """A job that is set up: `run` trains, and leaves the layers, a report and a card in `job.out`."""
+
+    def __init__(self, job: Job, progress: Progress = hub.silent) -> None:
+        """Loads the model, writes what the corpus lacks, makes the layers. Raises EngineError."""
+        device = job.device
+        if device == "cuda" and "LOCAL_RANK" in os.environ:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        self.job, self.process = job, join_processes(device)
+        config = EngineConfig(
+            drafter="root",
+            attention="torch",
+            device=device,
+            dtype=job.dtype,
+            max_batch=_EVALUATED,
+            kv_tokens=_EVALUATED * 1024,
+        )  # fmt: skip
+        self.folder = hub.locate(job.model, progress=progress).folder
+        self.engine = Engine.load(job.model, config, progress=progress)
+        main = self.engine.model
+        self.config = plan_heads(
+            main.config, job.layers, chained=job.chained, window=job.window, width=job.width, features=job.features
+        )
+        if job.init:
+            _check_init(job.init, self.config)
+        self._write_corpus(progress)
+        self.corpus = Corpus.load(job.corpus, tokenizer_sha=data.tokenizer_sha(self.folder))
+        first = FirstValues(
+            Checkpoint(self.folder), len(main.config.layers) - 1, hidden_rms(main, self.corpus.tokens[:4]),
+            Checkpoint(job.init) if job.init else None, job.settings.seed,
+        )  # fmt: skip
+        self.trainer = Trainer(main, self.config, first, self.corpus, job.settings, job.out, self.process)
+        self.resumed = self.trainer.resume()
+
+    def run(self) -> Iterator[Report]:
+        """Reports as training goes on. At the end, and at every evaluation, the layers are written."""
+        prompts = self._prompts()
+
+        def measure(module: MTPModule) -> float:
+            return accepted_length(self.engine, module, prompts, tree=f"chain:{self.config.depth}", max_tokens=64)
+
+        for report in self.trainer.run(measure if prompts else None):
+            if not self.process.rank:
+                append_log(self.job.out, report)
+                if report.measured is not None or report.step == self.job.settings.steps:
+                    self.write(report)
+            yield report
+        self.trainer.forget()
+
+    def write(self, report: Report) -> None:
+        """The layers as they are, with the report and the card."""
+        job, info = self.job, self.corpus.info
+        about = {"name": job.out.name, "base_model": job.model, "steps": report.step}
+        draft_ids = by_frequency(self.corpus, self.engine.model.vocab_size)
+        save_heads(job.out, self.config, self.trainer.weights.named(), draft_ids, about, fp8=job.fp8)
+        write_report(job.out, f"MTP layers for {job.model}")
+        seen = report.step * job.settings.tokens
+        facts = {
+            "layers": f"{self.config.depth}, {'chained' if self.config.chained else 'each on the main hidden state'}",
+            "window": self.config.layer.attention.window or "all keys",
+            "parameters": f"{sum(m.numel() for m in self.trainer.weights.named().values()):,}",
+            "corpus": f"{self.corpus.tokens.numel():,} tokens, {info.get('counts', {}).get('answer', 0):,} of them answers",
+            "trained on": f"{seen:,} tokens in {report.step} steps",
+            "speed": f"{report.tokens_per_s:,.0f} tokens/s on {self.process.world} device(s)",
+        }
+        write_card(job.out, job.model, job.command, facts)
+
+    def _prompts(self) -> list[list[int]]:
+        if self.job.evaluation is None or self.process.rank:
+            return []
+        texts = read_prompts(self.job.evaluation)[: self.job.evaluated]
+        return held_out(self.engine, texts)
+
+    def _write_corpus(self, progress: Progress) -> None:
+        job, process = self.job, self.process
+        if job.texts:
+            if not process.rank and not data.has_shard(job.corpus, 0):
+                length = job.dialogues.length
+                tokens, kinds = data.pack_text(self.engine.tokenizer, job.texts, length)
+                info = {"model": job.model, "tokenizer": data.tokenizer_sha(self.folder), "row_length": length}
+                data.begin_corpus(job.corpus, {**info, "vocab_size": self.engine.model.vocab_size})
+                data.write_shard(job.corpus, 0, tokens, kinds)
+                data.finish_corpus(job.corpus)
+        elif not all(data.has_shard(job.corpus, index) for index in range(job.dialogues.shards)):
+            write_dialogues(
+                self.engine.model, self.engine.tokenizer, job.dialogues, job.corpus, rank=process.rank,
+                world=process.world, progress=progress,
+            )  # fmt: skip
+        if dist.is_initialized():
+            dist.barrier()
+
+
+def join_processes(device: str) -> Process:
+    """Join the other processes of torchrun, if this is one of several."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Process()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return Process(dist.get_rank(), world)
+
+
+@torch.no_grad()
+def hidden_rms(main: Decoder, tokens: Tensor) -> float:
+    """Root mean square of the main model's hidden states before its final norm. tokens: [B, L]."""
+    tokens = tokens.to(main.embedding.device).long()
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+    hidden = main.forward(tokens, positions, SequenceAttention([c.attention.window for c in main.config.layers]))
+    return float(hidden.float().pow(2).mean().sqrt())
+
+
+def by_frequency(corpus: Corpus, vocab: int) -> Tensor:
+    """The most frequent tokens of the answers, most frequent first, [n] int32."""
+    counts = torch.bincount(corpus.tokens[corpus.kinds >= data.ANSWER].long(), minlength=vocab)
+    return counts.argsort(descending=True, stable=True)[:_DRAFT_VOCAB].int()
+
+
+def _check_init(folder: Path, wanted: MTPConfig) -> None:
+    found = read_mtp_config(folder)
+    if found.depth < wanted.depth or found.chained != wanted.chained:
+        raise EngineError(
+            f"{folder} holds {found.depth} {'chained' if found.chained else 'unchained'} layers: give --layers and "
+            "--chained to match, or leave --init out"
+        )
+
+
+def plan(job: Job) -> RunPlan:
+    """What the job will take. Reads configurations only."""
+    model = read_config(hub.locate(job.model).folder)
+    heads = plan_heads(
+        model, job.layers, chained=job.chained, window=job.window, width=job.width, features=job.features
+    )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return plan_run(model, heads, job.settings.steps, job.settings.tokens, world, device_name(job.device))

@@ -1,0 +1,203 @@
+"""The training run: batches, steps, checkpoints, and evaluation by real speculative decoding."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mtp_engine.config import MTPConfig
+from mtp_engine.errors import EngineError
+from mtp_engine.models.checkpoint import Checkpoint, read_json
+from mtp_engine.models.decoder import Decoder
+from mtp_engine.models.mtp import MTPModule
+from mtp_engine.training.data import Corpus
+from mtp_engine.training.heads import FirstValues, atomically, build_heads
+from mtp_engine.training.objective import Measures, Objective, distill_step
+from mtp_engine.training.optimiser import Optimiser, Rates, average_gradients
+from mtp_engine.training.trainable import TrainableWeights
+
+_KEPT, _STATE, _ABOUT, LOG = "checkpoint", "state.safetensors", "run.json", "log.jsonl"
+_OPTIMISER, _STEP = "optimiser/", "step"
+
+
+@final
+@dataclass(frozen=True)
+class TrainSettings:
+    """How long and how: tokens are those of all processes together in one step."""
+
+    steps: int = 3000
+    tokens: int = 41_472
+    objective: Objective = field(default_factory=Objective)
+    rates: Rates = field(default_factory=Rates)
+    seed: int = 0
+    log_every: int = 20
+    evaluate_every: int = 500
+    checkpoint_s: float = 60.0  # seconds between checkpoints: what a kill can cost
+
+
+@final
+@dataclass(frozen=True)
+class Report:
+    """Where training stands. lengths: expected accepted length of chains of 1, 2, ... drafts on the training rows, greedy;
+    sampled: the same by acceptance probability at T = 1. measured: accepted length of decoding the held-out prompts."""
+
+    step: int
+    loss: list[float]  # per depth
+    lengths: list[float]
+    sampled: list[float]
+    tokens_per_s: float
+    seconds: float
+    measured: float | None = None
+
+
+@final
+@dataclass(frozen=True)
+class Process:
+    """This process among those of torchrun."""
+
+    rank: int = 0
+    world: int = 1
+
+
+_ALONE = Process()
+
+
+@final
+class Trainer:
+    """MTP layers under training beside their frozen main model."""
+
+    def __init__(
+        self, main: Decoder, config: MTPConfig, first: FirstValues, corpus: Corpus, settings: TrainSettings, out: Path,
+        process: Process = _ALONE,
+    ) -> None:  # fmt: skip
+        self.main, self.config, self.corpus, self.settings, self.out = main, config, corpus, settings, out
+        self._process = process
+        self.weights = TrainableWeights(first, main.embedding.dtype, main.embedding.device)
+        self.module: MTPModule = build_heads(config, main, self.weights)
+        self._optimiser = Optimiser(self.weights, settings.rates)
+        rows, length = corpus.tokens.shape
+        self._rows = max(1, settings.tokens // length // process.world)  # of this process in a step
+        self._per_epoch = rows // (self._rows * process.world)
+        if not self._per_epoch:
+            raise EngineError(
+                f"the corpus has {rows} rows of {length} tokens, less than one step's {settings.tokens} tokens: "
+                "write more data, or lower --batch-tokens"
+            )
+        self.step = 0
+        self._orders: dict[int, Tensor] = {}
+
+    def run(self, evaluate: Callable[[MTPModule], float] | None = None) -> Iterator[Report]:
+        """Train to the end, reporting now and then. Checkpoints as it goes; closing the iterator makes one more.
+
+        Raises EngineError if the loss is no number any more: the checkpoint of before is kept.
+        """
+        begin = last = saved = time.monotonic()
+        sums: list[Measures] = []
+        settings, healthy = self.settings, True
+        try:
+            while self.step < settings.steps:
+                sums.append(self._train(self.step))
+                self.step += 1
+                due = self.step % settings.evaluate_every == 0 or self.step == settings.steps
+                if self.step % settings.log_every and not due:
+                    continue
+                measures = Measures(sum(m.sums for m in sums), sum(m.weight for m in sums))  # type: ignore[arg-type]
+                loss = measures.loss.tolist()  # waits for the device
+                if not (healthy := all(map(math.isfinite, loss))):
+                    raise self._diverged()
+                now = time.monotonic()
+                speed = len(sums) * self._rows * self._process.world * self.corpus.tokens.shape[1] / (now - last)
+                measured = evaluate(self.module) if evaluate and due and not self._process.rank else None
+                yield Report(
+                    self.step, loss, measures.length(greedy=True).tolist(), measures.length(greedy=False).tolist(), speed,
+                    now - begin, measured,
+                )  # fmt: skip
+                sums, last = [], time.monotonic()
+                if last - saved > settings.checkpoint_s or self.step == settings.steps:
+                    self.save()
+                    saved = time.monotonic()
+        except (GeneratorExit, KeyboardInterrupt):
+            if healthy:
+                self.save()
+            raise
+
+    def _train(self, step: int) -> Measures:
+        tokens, kinds = self._batch(step)
+        measures = distill_step(self.main, self.module, tokens, kinds, self.settings.objective)
+        average_gradients(self.weights.parameters)
+        self._optimiser.step(step, self.settings.steps)
+        return measures
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This process's rows of a step: every epoch goes through the corpus in an order of its own."""
+        epoch, at = divmod(step, self._per_epoch)
+        if epoch not in self._orders:
+            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+            self._orders = {epoch: torch.randperm(len(self.corpus.tokens), generator=generator)}
+        start = (at * self._process.world + self._process.rank) * self._rows
+        rows = self._orders[epoch][start : start + self._rows]
+        device = self.main.embedding.device
+        return self.corpus.tokens[rows].to(device).long(), self.corpus.kinds[rows].to(device)
+
+    def _diverged(self) -> EngineError:
+        return EngineError(
+            f"the loss is not a number at step {self.step}; {self.out / _KEPT} keeps the last good state, if one was "
+            "written: lower --lr and run again with another --out"
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint, by the first process."""
+        if self._process.rank:
+            return
+        kept = self.out / _KEPT
+        kept.mkdir(parents=True, exist_ok=True)
+        tensors = {**self.weights.named(), **{f"{_OPTIMISER}{k}": v for k, v in self._optimiser.state().items()}}
+        flat = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+        flat[_STEP] = torch.tensor(self.step)
+        text = json.dumps(self._described(), indent=2)
+        atomically(kept / _ABOUT, lambda path: path.write_text(text, encoding="utf-8"))
+        atomically(kept / _STATE, lambda path: save_file(flat, path))
+
+    def resume(self) -> bool:
+        """Go on from the checkpoint in `out`, if there is one. Raises EngineError if it is of another run."""
+        kept = self.out / _KEPT
+        if not (kept / _STATE).is_file():
+            return False
+        about, wanted = read_json(kept / _ABOUT), json.loads(json.dumps(self._described()))
+        if other := sorted(key for key in wanted if about.get(key) != wanted[key]):
+            raise EngineError(
+                f"{self.out} holds a run with another setting of {', '.join(other)}: choose another --out, or delete it"
+            )
+        checkpoint = Checkpoint(kept)
+        for name, master in self.weights.named().items():
+            master.copy_(checkpoint.raw(name, master.shape))
+        names = [name for name in checkpoint if name.startswith(_OPTIMISER)]
+        self._optimiser.restore({n.removeprefix(_OPTIMISER): checkpoint.raw(n, checkpoint.shape(n)) for n in names})
+        self.weights.refresh()
+        self.step = int(checkpoint.raw(_STEP, ()))
+        return True
+
+    def _described(self) -> dict[str, Any]:
+        """What must be the same for a run to be gone on with."""
+        free = ("log_every", "evaluate_every", "checkpoint_s")
+        settings = {key: value for key, value in asdict(self.settings).items() if key not in free}
+        return {**settings, "layers": asdict(self.config), "rows": list(self.corpus.tokens.shape)}
+
+    def forget(self) -> None:
+        """Delete the checkpoint: the run is done."""
+        shutil.rmtree(self.out / _KEPT, ignore_errors=True)
+
+
+def append_log(out: Path, report: Report) -> None:
+    """One line of out/log.jsonl."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOG).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(report)) + "\n")
