@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 import torch
-from common import conditions, encode, looping, read_prompts
+from common import conditions, encode, read_prompts
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mtp_engine import DraftTree, Engine, EngineConfig, SamplingParams, TreeShape, VerifyResult
 from mtp_engine.protocols import Batch, Verifier
+from mtp_engine.training.data import in_loop
 
 
 class EveryPosition:
@@ -66,7 +67,7 @@ def main(prompts: Path, limit: int, longest: int, model: str, mtp: str | None, t
     ):
         steps[chunk.index].append(probe.yields.pop(0) if every_position else len(chunk.token_ids))
         if chunk.finished:
-            flags, at = looping(chunk.finished.token_ids), 0
+            flags, at = in_loop(chunk.finished.token_ids), 0
             for emitted in steps.pop(chunk.index):
                 for row in (counts[cases[chunk.index][0]], counts["all"]):
                     row[0] += emitted

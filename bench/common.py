@@ -1,17 +1,15 @@
-"""What the benches share: prompt sets, loop detection, and the JSON line with its conditions."""
+"""What the benches share: prompt sets, and the JSON line with its conditions."""
 
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mtp_engine import Engine
-
-LOOP_GRAM = 16
 
 
 def read_prompts(path: Path, limit: int = 0) -> list[dict[str, Any]]:
@@ -26,17 +24,6 @@ def encode(engine: Engine, rows: Iterable[dict[str, Any]], longest: int) -> list
     """(category, token ids in the chat template) of the prompts of at most `longest` tokens."""
     pairs = [(row["category"], engine.encode([{"role": "user", "content": row["turns"][0]}])) for row in rows]
     return [(category, tokens) for category, tokens in pairs if len(tokens) <= longest]
-
-
-def looping(tokens: Sequence[int]) -> list[bool]:
-    """Per token: does the 16-gram that ends here stand earlier in the text already?"""
-    seen: set[tuple[int, ...]] = set()
-    flags = []
-    for end in range(1, len(tokens) + 1):
-        gram = tuple(tokens[max(0, end - LOOP_GRAM) : end])
-        flags.append(len(gram) == LOOP_GRAM and gram in seen)
-        seen.add(gram)
-    return flags
 
 
 def conditions(device: str = "cpu") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
-from common import conditions, encode, looping, read_prompts
+from common import conditions, encode, read_prompts
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +21,7 @@ from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.backend import make_backend
 from mtp_engine.config import DEFAULT_MODEL
 from mtp_engine.engine import make_loop, mtp_drafter
+from mtp_engine.training.data import in_loop
 
 # rule, drafting, tree
 RUNS = [
@@ -48,7 +49,7 @@ def accepted_length(engine: Engine, cases: Sequence[Sequence[int]], params: Samp
     for chunk in engine.stream(cases, params):
         steps.setdefault(chunk.index, []).append(len(chunk.token_ids))
         if chunk.finished:
-            flags, at = looping(chunk.finished.token_ids), 0
+            flags, at = in_loop(chunk.finished.token_ids), 0
             for emitted in steps.pop(chunk.index):
                 if not flags[at]:
                     tokens, number = tokens + emitted, number + 1

@@ -1,5 +1,8 @@
 """The dense layers of a decoding step: few rows, so their time is the time to read the weights once.
 
+Every CTA also reads its tokens, from L2: per weight byte, 1 / rows + 1 / tokens of a tile, times the tokens there are. L2
+gives not quite twice what memory gives, so from 32 tokens on tiles must grow (`many`), at the price of fewer CTAs.
+
 Under programmatic dependent launch a kernel asks for the first part of its weights before it waits for its input.
 """
 
@@ -10,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mtp_engine.kernels.dense_kernels import gated_kernel, linear_kernel, qkv_kernel
+from mtp_engine.kernels.dense_kernels import gated_kernel, linear_kernel, norm_kernel, qkv_kernel
 from mtp_engine.kernels.fp8 import BlockMatrix
 from mtp_engine.kernels.launch import pdl
 
@@ -30,6 +33,8 @@ class Tile:
     depth: int  # of K, per warp and step; at least 64 where there is a bf16 norm, or its loads are not pipelined
     warps: int
     stages: int
+    tokens: int = 0  # of x; 0: 16 or 32, see `_launch`
+    wide: int = 0  # so many warps take one slice of K after another; 0: every warp its own
 
 
 def tile_for(rows: int, k: int, itemsize: int, exact: bool) -> Tile:
@@ -48,6 +53,32 @@ def tile_for(rows: int, k: int, itemsize: int, exact: bool) -> Tile:
     return Tile(32, 64, 4, 3) if rows <= 65536 else Tile(64, 64, 2, 4)
 
 
+def many(tile: Tile, rows: int, k: int, m: int) -> Tile:
+    """The tile of a bf16 weight [rows, k] for m tokens whose tile for few is `tile`: the same sums in the same order."""
+    if m <= 16:
+        return tile
+
+    def sliced(weights: int, tokens: int) -> Tile:
+        return replace(tile, rows=weights, tokens=tokens, stages=3)
+
+    def wide(weights: int, tokens: int, warps: int, stages: int) -> Tile:
+        return replace(tile, rows=weights, tokens=tokens, wide=warps, stages=stages)
+
+    if rows * k * 2 <= PREFETCH:  # bound by latency: as many CTAs as there can be
+        if m <= 32:
+            return tile
+        if m <= 64 or rows < 2048:
+            return sliced(32, 32)
+        return wide(64, 64, 4, 4) if m <= 128 else wide(64, 128, 8, 4)
+    if m <= 32:
+        return sliced(32, 32) if k >= 2048 else wide(64, 32, 4, 4)
+    if rows <= 4096:  # few rows: smaller tiles
+        return sliced(32, 64) if m <= 64 else wide(64, 64, 4, 8) if m <= 128 else wide(64, 128, 8, 6)
+    return (
+        wide(64, 64, 4, 4) if m <= 64 else wide(64, 128, 8, 6 if k >= 2048 else 4) if m <= 128 else wide(128, 128, 8, 4)
+    )
+
+
 def _matrix(weight: Weight) -> Tensor:
     return weight.data if isinstance(weight, BlockMatrix) else weight
 
@@ -60,9 +91,20 @@ def _exact(x: Tensor, weight: Weight) -> bool:
 def _tile(x: Tensor, weight: Weight) -> Tile:
     data = _matrix(weight)
     tile = tile_for(data.shape[0], data.shape[1], data.element_size(), _exact(x, weight))
-    if isinstance(weight, BlockMatrix) and weight.block < tile.depth:
-        return replace(tile, depth=weight.block)
-    return tile
+    if isinstance(weight, BlockMatrix):
+        return replace(tile, depth=min(tile.depth, weight.block))
+    return many(tile, data.shape[0], data.shape[1], len(x)) if x.dtype == data.dtype == torch.bfloat16 else tile
+
+
+def _normed(x: Tensor, norm: Tensor, eps: float, tile: Tile) -> tuple[Tensor, Tensor]:
+    """x * norm, rounded, and 1 / rms(x): [M, K] and [M] fp32. About 3 us for 4096 columns, while weights are fetched."""
+    (m, k), y = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rms = torch.empty(m, dtype=torch.float32, device=x.device)
+    norm_kernel[(triton.cdiv(m, 8),)](
+        x, x.stride(0), norm, eps, y, rms, m, K=k, BM=8, DEPTH=tile.depth, WARPS=tile.warps, PDL=pdl(),
+        launch_pdl=pdl(), num_warps=tile.warps, num_stages=6,
+    )  # fmt: skip
+    return y, rms
 
 
 def _launch(
@@ -80,16 +122,28 @@ def _launch(
     # what is read in less than 3 us is bound by latency: more CTAs then beat larger ones, and starting the next kernel
     # early only takes their places
     small = data.numel() * itemsize <= PREFETCH
-    tokens = 16 if m <= 16 or small or _exact(x, weight) else 32
-    stage = tile.depth * tile.warps * (tile.rows * itemsize + (tokens + 1) * x.element_size())  # bytes
-    pieces = min(max(32 * tile.warps // tile.rows, 1), 8)
+    tokens = tile.tokens or (16 if m <= 16 or small or _exact(x, weight) else 32)
+    warps, registers = tile.wide or tile.warps, None
+    if tile.wide:
+        assert scale is None, "blocks of scales are for slices"
+        assert tile.warps in (1, 2, 4), tile
+        assert x.dtype == data.dtype, (x.dtype, data.dtype)
+        stages = min(tile.stages, SHARED // (size := min(tile.depth, 64) * (tile.rows + tokens) * itemsize))
+        if warps == 8 and tile.rows * tokens <= 8192 and stages * size <= SHARED // 2:
+            registers = 128  # two CTAs on a multiprocessor; with more than 32 sums per thread it would be too few
+        if norm is not None:
+            x, norm = _normed(x, norm, eps, tile)
+    else:
+        stage = tile.depth * tile.warps * (tile.rows * itemsize + (tokens + 1) * x.element_size())  # bytes
+        stages = min(tile.stages, 1 + SHARED // stage)
+    pieces = min(max(32 * warps // tile.rows, 1), 8)
     ahead = min(k * itemsize, PREFETCH // data.shape[0]) // 128 * 128 // pieces
     aligned = data.data_ptr() % 16 == 0 and data.stride(0) * itemsize % 16 == 0
     kernel[(triton.cdiv(m, tokens), units)](
         x, x.stride(0) if m > 1 else k, norm, eps, data, data.stride(0), scale, table,
         0 if scale is None else scale.stride(0), m, ahead if aligned else 0, **own,
-        K=k, ROWS=tile.rows, BM=tokens, DEPTH=tile.depth, WARPS=tile.warps, BLOCK=block,
-        PDL=(2 if small else 1) * pdl(), launch_pdl=pdl(), num_warps=tile.warps, num_stages=min(tile.stages, 1 + SHARED // stage),
+        K=k, ROWS=tile.rows, BM=tokens, DEPTH=tile.depth, WARPS=tile.warps, BLOCK=block, WIDE=tile.wide, PIECES=pieces,
+        PDL=(2 if small else 1) * pdl(), launch_pdl=pdl(), num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
 
 

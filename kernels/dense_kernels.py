@@ -5,6 +5,10 @@ tokens the N operand, and every warp takes its own slice of each step along K. A
 whatever the number of tokens: the order of additions depends on K and on `depth` and `warps` of the tile, which depend
 on the weight alone, and the tile being three-dimensional keeps Triton from ever choosing wgmma. The sum of squares of
 the RMS norm goes through the tensor core too (a product with ones), so it has the same property.
+
+For many tokens (WIDE) all warps share one slice of K after another, and add the slices up as above. Tiles can then be as
+large as arithmetic wants, and are wgmma's where they have 64 rows of W or more: on Hopper it adds 16 products at a time
+as mma.m16n8k16 does, and tests on the device hold it to that. The norm is a kernel of its own there, `norm_kernel`.
 """
 
 import triton
@@ -23,17 +27,16 @@ def _halves(acc, WARPS: tl.constexpr, P: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def _begin(weight, w_stride, row, ahead, ROWS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr):
+def _begin(weight, w_stride, row, ahead, ROWS: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr):
     """Asks for the first bytes of the weight rows and waits for the previous kernel. Lets the next one start before that
     (PDL = 1) or after it (2).
 
-    row: [ROWS] int64; ahead: bytes per thread, a multiple of 16, or 0.
+    row: [ROWS] int64; ahead: bytes per piece, a multiple of 16, or 0; PIECES: of a row.
     """
     if PDL:
         if PDL == 1:
             tl.extra.cuda.gdc_launch_dependents()
         if ahead > 0:
-            PIECES: tl.constexpr = min(max(32 * WARPS // ROWS, 1), 8)
             address = (weight + row * w_stride).to(tl.int64)[:, None] + tl.arange(0, PIECES)[None, :] * ahead
             size = tl.zeros([ROWS, PIECES], tl.int32) + ahead
             asm: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;"
@@ -44,7 +47,27 @@ def _begin(weight, w_stride, row, ahead, ROWS: tl.constexpr, WARPS: tl.constexpr
 
 
 @triton.jit
-def _product(
+def _add_squares(ones, wide, squares):
+    """squares + ones times the squares of `wide`, which are bf16 numbers unless `ones` is fp32. [WARPS, 16, BM]"""
+    square = wide * wide
+    if ones.dtype == tl.float32:
+        squares = tl.dot(ones, tl.trans(square, 0, 2, 1), squares, input_precision="ieee")
+    else:  # the square of a bf16 number has 16 significant bits: two bf16 numbers hold it exactly
+        high = (square.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        squares = tl.dot(ones, tl.trans(high.to(ones.dtype), 0, 2, 1), squares)
+        squares = tl.dot(ones, tl.trans((square - high).to(ones.dtype), 0, 2, 1), squares)
+    return squares
+
+
+@triton.jit
+def _inverse_rms(squares, eps, K: tl.constexpr, WARPS: tl.constexpr, BM: tl.constexpr):
+    """1 / rms of BM tokens from the sums of `_add_squares`."""
+    total, _ = _halves(squares, WARPS, 8, BM)
+    return tl.rsqrt(tl.max(total, 0) / K + eps)
+
+
+@triton.jit
+def _sliced_product(
     x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
     K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -82,13 +105,7 @@ def _product(
             else:
                 factor = tl.load(norm + start + k, mask=inside, other=0.0)
             wide = values.to(tl.float32)
-            square = wide * wide
-            if kind == tl.float32:
-                squares = tl.dot(ones, tl.trans(square, 0, 2, 1), squares, input_precision="ieee")
-            else:  # the square of a bf16 number has 16 significant bits: two bf16 numbers hold it exactly
-                high = (square.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-                squares = tl.dot(ones, tl.trans(high.to(kind), 0, 2, 1), squares)
-                squares = tl.dot(ones, tl.trans((square - high).to(kind), 0, 2, 1), squares)
+            squares = _add_squares(ones, wide, squares)
             values = wide * factor.to(tl.float32)
         values = tl.trans(values.to(kind), 0, 2, 1)
         if scale is not None:
@@ -101,10 +118,88 @@ def _product(
             acc = tl.dot(w, values, acc, input_precision="ieee")
     a, b = _halves(acc, WARPS, ROWS // 2, BM)
     if norm is not None:
-        total, _ = _halves(squares, WARPS, 8, BM)
-        rms = tl.rsqrt(tl.max(total, 0) / K + eps)[None, :]
+        rms = _inverse_rms(squares, eps, K, WARPS, BM)[None, :]
         a, b = a * rms, b * rms
     return a, b
+
+
+@triton.jit
+def _wide_product(
+    x, x_stride, rms, weight, w_stride, row, first, M,
+    K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """As `_sliced_product`, with all warps in one slice of K at a time. x, rms: from `norm_kernel`, if there is a norm."""
+    STEP: tl.constexpr = min(DEPTH, 64)
+    PARTS: tl.constexpr = DEPTH // STEP
+    k = tl.arange(0, STEP)[None, :]
+    token = first + tl.arange(0, BM)
+    w_at = weight + row[:, None] * w_stride + k
+    x_at = x + token.to(tl.int64)[:, None] * x_stride + k
+    there = (token < M)[:, None]
+    total = tl.zeros([ROWS, BM], tl.float32)
+    even = tl.zeros([ROWS, BM], tl.float32)
+    for s in range(SLICES):
+        acc = tl.zeros([ROWS, BM], tl.float32)
+        # counted from s, as LLVM unrolls all of a loop that it can count
+        for i in range(s * PARTS, (s + tl.cdiv(K - s * DEPTH, SLICES * DEPTH)) * PARTS):
+            start = ((i // PARTS - s) * SLICES + s) * DEPTH + i % PARTS * STEP
+            if K % DEPTH == 0:
+                w = tl.load(w_at + start)
+                values = tl.load(x_at + start, mask=there, other=0.0)
+            else:
+                w = tl.load(w_at + start, mask=k < K - start, other=0.0)
+                values = tl.load(x_at + start, mask=there & (k < K - start), other=0.0)
+            acc = tl.dot(w, tl.trans(values), acc, input_precision="ieee")
+        if s % 2 == 0:
+            even = acc
+        else:  # (0 + 1) + (2 + 3), the order of `_halves` for up to four slices
+            total += even + acc
+    a, b = tl.split(tl.permute(tl.reshape(total, [2, ROWS // 2, BM]), 1, 2, 0))
+    if rms is not None:
+        factor = tl.load(rms + token, mask=token < M, other=0.0)[None, :]
+        a, b = a * factor, b * factor
+    return a, b
+
+
+@triton.jit
+def _product(
+    x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
+    K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    if WIDE:
+        a, b = _wide_product(x, x_stride, norm, weight, w_stride, row, first, M, K, ROWS, BM, DEPTH, WARPS)
+    else:
+        a, b = _sliced_product(
+            x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
+            K, ROWS, BM, DEPTH, WARPS, BLOCK,
+        )  # fmt: skip
+    return a, b
+
+
+@triton.jit(do_not_specialize=["M"])
+def norm_kernel(
+    x, x_stride, norm, eps, y, rms, M,
+    K: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """x * norm, rounded, and 1 / rms(x) in fp32, as `_sliced_product` has them."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # to ask for weights meanwhile
+        tl.extra.cuda.gdc_wait()
+    kind: tl.constexpr = y.dtype.element_ty
+    k = (tl.arange(0, WARPS) * DEPTH)[:, None, None] + tl.arange(0, DEPTH)[None, None, :]
+    token = (tl.program_id(0) * BM + tl.arange(0, BM))[None, :, None]
+    row = token.to(tl.int64)
+    squares = tl.zeros([WARPS, 16, BM], tl.float32)
+    ones = tl.full([WARPS, 16, DEPTH], 1.0, tl.float32).to(kind)
+    for start in range(0, K, WARPS * DEPTH):
+        keep = (token < M) & (k < K - start)
+        wide = tl.load(x + row * x_stride + start + k, mask=keep, other=0.0).to(tl.float32)
+        factor = tl.load(norm + start + k, mask=k < K - start, other=0.0).to(tl.float32)
+        squares = _add_squares(ones, wide, squares)
+        tl.store(y + row * K + start + k, (wide * factor).to(kind), mask=keep)
+    token = tl.program_id(0) * BM + tl.arange(0, BM)
+    tl.store(rms + token, _inverse_rms(squares, eps, K, WARPS, BM), mask=token < M)
 
 
 @triton.jit(do_not_specialize=["M", "ahead"])
@@ -112,17 +207,17 @@ def linear_kernel(
     x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, M, ahead,
     bias, residual, residual_stride, out, N: tl.constexpr,
     K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(1) * ROWS
     row = tl.minimum(start + tl.arange(0, ROWS), N - 1).to(tl.int64)
-    _begin(weight, w_stride, row, ahead, ROWS, WARPS, PDL)
+    _begin(weight, w_stride, row, ahead, ROWS, PIECES, PDL)
     first = tl.program_id(0) * BM
     token = (first + tl.arange(0, BM)).to(tl.int64)[None, :]
     n = start + tl.arange(0, ROWS // 2)[:, None]
     n2 = n + ROWS // 2
     keep, keep2 = (token < M) & (n < N), (token < M) & (n2 < N)
-    if residual is not None:
+    if residual is not None and not WIDE:  # else registers are dearer than time
         base_a = tl.load(residual + token * residual_stride + n, mask=keep, other=0.0).to(tl.float32)
         base_b = tl.load(residual + token * residual_stride + n2, mask=keep2, other=0.0).to(tl.float32)
     if bias is not None:
@@ -130,10 +225,13 @@ def linear_kernel(
         bias_b = tl.load(bias + n2, mask=n2 < N, other=0.0).to(tl.float32)
     a, b = _product(
         x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
-        K, ROWS, BM, DEPTH, WARPS, BLOCK,
+        K, ROWS, BM, DEPTH, WARPS, BLOCK, WIDE,
     )  # fmt: skip
     if bias is not None:
         a, b = a + bias_a, b + bias_b
+    if residual is not None and WIDE:
+        base_a = tl.load(residual + token * residual_stride + n, mask=keep, other=0.0).to(tl.float32)
+        base_b = tl.load(residual + token * residual_stride + n2, mask=keep2, other=0.0).to(tl.float32)
     if residual is not None:
         a, b = a + base_a, b + base_b
     tl.store(out + token * N + n, a.to(out.dtype.element_ty), mask=keep)
@@ -145,17 +243,17 @@ def gated_kernel(
     x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, M, ahead,
     out, N: tl.constexpr,
     K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """N: columns of `out`, half the rows of the weight."""
     P: tl.constexpr = ROWS // 2
     r = tl.arange(0, ROWS)
     row = (tl.minimum(tl.program_id(1) * P + r % P, N - 1) + r // P * N).to(tl.int64)
-    _begin(weight, w_stride, row, ahead, ROWS, WARPS, PDL)
+    _begin(weight, w_stride, row, ahead, ROWS, PIECES, PDL)
     first = tl.program_id(0) * BM
     gate, up = _product(
         x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
-        K, ROWS, BM, DEPTH, WARPS, BLOCK,
+        K, ROWS, BM, DEPTH, WARPS, BLOCK, WIDE,
     )  # fmt: skip
     token = (first + tl.arange(0, BM)).to(tl.int64)[None, :]
     n = tl.program_id(1) * P + tl.arange(0, P)[:, None]
@@ -168,13 +266,20 @@ def _dimension(p, half, dim, rotary):
     return tl.where(p < rotary // 2, p + half * (rotary // 2), p + tl.where(half == 0, rotary // 2, dim // 2))
 
 
+@triton.jit
+def _angles(cos, sin, line, i, j, turns):
+    cos_i, sin_i = tl.load(cos + line + i, mask=turns, other=1.0), tl.load(sin + line + i, mask=turns, other=0.0)
+    cos_j, sin_j = tl.load(cos + line + j, mask=turns, other=1.0), tl.load(sin + line + j, mask=turns, other=0.0)
+    return cos_i, sin_i, cos_j, sin_j
+
+
 @triton.jit(do_not_specialize=["M", "ahead"])
 def qkv_kernel(
     x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, M, ahead,
     bias, cos, sin, value_scale, q, k_cache, k_row, k_head, v_cache, v_row, v_head, slots,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, QK_DIM: tl.constexpr, V_DIM: tl.constexpr, ROTARY: tl.constexpr,
     K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A CTA's rows are pairs of dimensions of one head, as `_dimension` pairs them. k_row .. v_head: strides of the caches."""
     P: tl.constexpr = ROWS // 2
@@ -191,28 +296,28 @@ def qkv_kernel(
     base = tl.where(values, (HEADS + KV_HEADS) * QK_DIM + head * V_DIM, head * QK_DIM)
     r = tl.arange(0, ROWS)
     row = (base + _dimension(tl.minimum(part * P + r % P, dim // 2 - 1), r // P, dim, rotary)).to(tl.int64)
-    _begin(weight, w_stride, row, ahead, ROWS, WARPS, PDL)
+    _begin(weight, w_stride, row, ahead, ROWS, PIECES, PDL)
     first = tl.program_id(0) * BM
     token = (first + tl.arange(0, BM)).to(tl.int64)[None, :]
     p = part * P + tl.arange(0, P)[:, None]
     i, j = _dimension(p, 0, dim, rotary), _dimension(p, 1, dim, rotary)
     keep = (token < M) & (p < dim // 2)
     turns = keep & (p < rotary // 2)
-    cos_i = tl.load(cos + token * ROTARY + i, mask=turns, other=1.0)
-    sin_i = tl.load(sin + token * ROTARY + i, mask=turns, other=0.0)
-    cos_j = tl.load(cos + token * ROTARY + j, mask=turns, other=1.0)
-    sin_j = tl.load(sin + token * ROTARY + j, mask=turns, other=0.0)
+    if not WIDE:
+        cos_i, sin_i, cos_j, sin_j = _angles(cos, sin, token * ROTARY, i, j, turns)
     slot = tl.load(slots + token, mask=token < M, other=0)
     if bias is not None:
         bias_a = tl.load(bias + base + i, mask=p < dim // 2, other=0.0).to(tl.float32)
         bias_b = tl.load(bias + base + j, mask=p < dim // 2, other=0.0).to(tl.float32)
     a, b = _product(
         x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
-        K, ROWS, BM, DEPTH, WARPS, BLOCK,
+        K, ROWS, BM, DEPTH, WARPS, BLOCK, WIDE,
     )  # fmt: skip
     if bias is not None:
         a, b = a + bias_a, b + bias_b
     a, b = a.to(kind).to(tl.float32), b.to(kind).to(tl.float32)  # as where the product is a tensor of its own
+    if WIDE:
+        cos_i, sin_i, cos_j, sin_j = _angles(cos, sin, token * ROTARY, i, j, turns)
     a, b = a * cos_i + b * sin_i, b * cos_j + a * sin_j
     if unit < HEADS * PARTS:
         line = q + token * (HEADS * QK_DIM) + head * QK_DIM

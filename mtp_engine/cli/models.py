@@ -33,7 +33,8 @@ def models(context: click.Context) -> None:
     for model in hub.registry():
         size = decimal(model.download_bytes)
         out.print(model.name, style="bold")
-        state = f"yes (fetched as {size})" if hub.is_cached(model.name) else f"no (first use fetches {size})"
+        fetched = f"yes (fetched as {size})" if hub.is_cached(model.name) else f"no (first use fetches {size})"
+        state = fetched if model.download_bytes else "yes (comes with the package)"
         rows = [("cached", state), ("licence", model.licence), ("source", model.source), ("what", model.description)]
         out.print(pairs([(f"  {what}", value) for what, value in rows]))
 

@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,8 @@ def train(model: str, dry_run: bool, quiet: bool, **options: Any) -> None:
         training = Training(job, waits)
     if training.resumed and first:
         console(stderr=True).print(f"going on after step {training.trainer.step}", highlight=False)
-    _follow(training.run(), job, quiet=quiet or not first)
+    with closing(training.run()) as reports:
+        _follow(reports, job, quiet=quiet or not first)
     if first:
         click.echo(str(job.out))
 

@@ -111,14 +111,14 @@ def save_heads(
 ) -> None:  # fmt: skip
     """Write mtp.safetensors and config.json, each whole or not at all. about: further fields of config.json.
 
-    Tensors are bf16; fp8: those of the FFNs are FP8 with a scale per block. draft_ids: [n] int32, tokens by falling
+    Tensors are bf16; fp8: matrices are FP8 with a scale per block, but for attention's. draft_ids: [n] int32, tokens by falling
     frequency, for the reduced draft vocabulary.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for name in sorted(weights):
         value = weights[name].detach().cpu()
-        if fp8 and ".mlp." in name:
+        if fp8 and value.dim() == 2 and "self_attn" not in name:
             rows = len(value)
             blocks = quantise_blocks(value, plain_rows([rows], _FP8_BLOCK), -(-rows // _FP8_BLOCK), _FP8_BLOCK)
             tensors |= dict(zip((name, f"{name}_scale_inv"), blocks, strict=True))

@@ -14,7 +14,7 @@ _ITERATIONS = 5
 @final
 class Muon:
     """What torch.optim.Muon computes with adjust_lr_fn="match_rms_adamw" (Liu et al. 2025, "Muon is scalable"), up to
-    rounding: Nesterov momentum, orthogonalised in bf16, with AdamW's size of steps and decoupled weight decay."""
+    rounding: Nesterov momentum, orthogonalised, with AdamW's size of steps and decoupled weight decay."""
 
     def __init__(self, params: Sequence[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
         self.param_groups: list[dict[str, Any]] = [{"params": list(params), "lr": lr}]
@@ -47,10 +47,11 @@ class Muon:
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """The nearest orthogonal matrices, roughly: singular values come out between about 0.7 and 1.2. [N, R, C] -> bf16."""
+    """The nearest orthogonal matrices, roughly: singular values come out between about 0.7 and 1.2. [N, R, C] -> [N, R, C],
+    computed in bf16 where products of that are fast."""
     a, b, c = _COEFFICIENTS
     tall = x.shape[1] > x.shape[2]
-    y: Tensor = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).bfloat16()
+    y: Tensor = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(torch.bfloat16 if x.is_cuda else x.dtype)
     y = y.mT if tall else y
     for _ in range(_ITERATIONS):
         gram = y @ y.mT

@@ -22,17 +22,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from mtp_engine import hub
 from mtp_engine.config import DEFAULT_MODEL, EngineConfig
 from mtp_engine.errors import EngineError
-from mtp_engine.models.export import write_model, write_tokenizer
+from mtp_engine.models.checkpoint import read_json
+from mtp_engine.models.export import write_json, write_model, write_tokenizer
 from mtp_engine.models.mimo_v2_flash import MTP_NAMES
 from mtp_engine.tokenizer import Tokenizer
 from mtp_engine.training.heads import atomically
 from mtp_engine.training.nano_model import NanoModel, nano_fields
 from mtp_engine.training.nano_report import evaluate, write_card
 from mtp_engine.training.nano_run import LOG, STATE, Entry, NanoRun, NanoSettings, append_log
-from mtp_engine.training.nano_text import TEMPLATE, NanoCorpus, build_corpus, read_dialogues
+from mtp_engine.training.nano_text import TEMPLATE, NanoCorpus, build_corpus, read_dialogues, read_held_out
 from mtp_engine.training.optimiser import Rates
 
-_FIGURES = "figures.json"
+_FACTS, _FIGURES = "facts.json", "figures.json"
 _SAID_S = 10.0  # seconds between lines where there is no terminal
 
 
@@ -51,8 +52,10 @@ def fields_for(work: Path, **changes: Any) -> dict[str, Any]:
 
 
 def train(run: NanoRun, console: Console) -> None:
-    """To the end, with a bar or a line now and then; every report goes into the log."""
+    """To the end, with a bar or a line now and then; every report goes into the log, which a new run begins anew."""
     said = -_SAID_S
+    if run.step == 0:
+        (run.folder / LOG).unlink(missing_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("training", total=1.0)
@@ -86,18 +89,6 @@ def export(model: NanoModel, raw: Mapping[str, Any], work: Path, out: Path) -> N
     shutil.rmtree(fresh)
 
 
-def measure(
-    out: Path, work: Path, corpus: NanoCorpus, config: EngineConfig, command: str, facts: Mapping[str, str], *,
-    reference: str = "",
-) -> None:  # fmt: skip
-    """Evaluate the exported model, write its card, and leave the figures in `work`."""
-    figures, sample = evaluate(out, corpus.held_out, config, reference=reference)
-    write_card(out, command, facts, figures, sample)
-    text = json.dumps({**facts, **asdict(figures)}, indent=1) + "\n"
-    atomically(work / _FIGURES, lambda path: path.write_text(text, encoding="utf-8"))
-    click.echo(text)
-
-
 def facts_of(run: NanoRun, writer: str, out: Path) -> dict[str, str]:
     """What the card says about data and run."""
     last = json.loads((run.folder / LOG).read_text(encoding="utf-8").splitlines()[-1])
@@ -112,48 +103,71 @@ def facts_of(run: NanoRun, writer: str, out: Path) -> dict[str, str]:
     }
 
 
+def make(
+    text: Path, out: Path, work: Path, writer: str, settings: NanoSettings, device: torch.device, console: Console
+) -> dict[str, str]:
+    """Train and export; a run that was killed goes on. Returns what the card says of it."""
+    begin = time.monotonic()
+    corpus = corpus_in(work, text, writer)
+    read_held_out(work)  # that there are some
+    console.print(f"{len(corpus.tokens):,} tokens of text after {time.monotonic() - begin:.0f} s", highlight=False)
+    raw = fields_for(work)
+    model = NanoModel(raw, device, torch.bfloat16 if device.type == "cuda" else torch.float32, settings.seed)
+    run = NanoRun(model, corpus, settings, work)
+    if run.resume():
+        console.print(f"going on from step {run.step}", highlight=False)
+    train(run, console)
+    export(model, raw, work, out)
+    return facts_of(run, writer, out)
+
+
+def measure(out: Path, work: Path, config: EngineConfig, reference: str) -> None:
+    """Evaluate the exported model, write its card, and leave the figures in `work`."""
+    figures, sample = evaluate(out, read_held_out(work), config, reference=reference)
+    facts = read_json(work / _FACTS)
+    write_card(out, facts.pop("command"), facts, figures, sample)
+    found = {**facts, **asdict(figures)}
+    _write(work / _FIGURES, found)
+    click.echo(json.dumps(found, indent=1))
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    atomically(path, lambda fresh: write_json(fresh, value))
+
+
 @click.command()
 @click.option(
     "--text", type=click.Path(path_type=Path, file_okay=False), required=True, help="Dialogues that WRITER wrote."
 )
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Where the model goes.")
 @click.option("--writer", default=DEFAULT_MODEL, show_default=True, help="Whose tokens the text is in.")
-@click.option("--steps", type=click.IntRange(min=1), default=4000, show_default=True, help="Of 65,536 tokens.")
+@click.option("--steps", type=click.IntRange(min=1), default=4000, show_default=True, help="How many.")
 @click.option("--minutes", type=click.FloatRange(min=0), default=0.0, help="End after so much time, not after --steps.")
 @click.option("--device", default="cuda", show_default=True)
-@click.option("--muon", type=float, default=4e-3, show_default=True, help="Rate of the matrices.")
-@click.option("--adam", type=float, default=3e-3, show_default=True, help="Rate of the rest.")
+@click.option("--muon", type=float, default=6e-3, show_default=True, help="Rate of the matrices.")
+@click.option("--adam", type=float, default=4e-3, show_default=True, help="Rate of the rest.")
+@click.option("--rows", type=click.IntRange(min=1), default=128, show_default=True, help="Of 512 tokens, in a step.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--attention", type=click.Choice(["torch", "exact"]), default="torch", show_default=True,
               help="What measures: torch in fp32, or the engine's kernels in bf16.")  # fmt: skip
 @click.option("--reference", default="", help="A model whose bits per byte on the held-out text are measured, too.")
+@click.option("--measure-only", is_flag=True, help="Measure OUT again, and write its card anew.")
 def main(
-    text: Path, out: Path, writer: str, steps: int, minutes: float, device: str, muon: float, adam: float, seed: int,
-    attention: Literal["torch", "exact"], reference: str,
+    text: Path, out: Path, writer: str, steps: int, minutes: float, device: str, muon: float, adam: float, rows: int,
+    seed: int, attention: Literal["torch", "exact"], reference: str, measure_only: bool,
 ) -> None:  # fmt: skip
     """Train mimo-nano, export it in FP8 to OUT, and measure it. The same command goes on after a kill."""
-    console, begin = Console(stderr=True), time.monotonic()
-    work = out.with_name(f"{out.name}.training")
-    work.mkdir(parents=True, exist_ok=True)
-    corpus = corpus_in(work, text, writer)
-    console.print(f"{len(corpus.tokens):,} tokens after {time.monotonic() - begin:.0f} s", highlight=False)
-    raw, where = fields_for(work), torch.device(device)
-    settings = NanoSettings(steps=steps, minutes=minutes, seed=seed, rates=Rates(muon, adam, warmup=100, decay=0.1))
-    model = NanoModel(raw, where, torch.bfloat16 if where.type == "cuda" else torch.float32, seed)
-    run = NanoRun(model, corpus, settings, work)
-    if run.resume():
-        console.print(f"going on from step {run.step}", highlight=False)
-    train(run, console)
-    export(model, raw, work, out)
-    command = " ".join(["python -m mtp_engine.training.nano", *sys.argv[1:]])
-    config = EngineConfig(
-        device=device,
-        attention=attention,
-        dtype="fp32" if attention == "torch" else "bf16",
-        max_batch=32,
-        max_context=1024,
-    )
-    measure(out, work, corpus, config, command, facts_of(run, writer, out), reference=reference)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise EngineError("this torch sees no NVIDIA GPU: use --device cpu, where it takes days")
+    console, work = Console(stderr=True), out.with_name(f"{out.name}.training")
+    rates = Rates(muon, adam, warmup=100, decay=0.1)
+    settings = NanoSettings(steps=steps, minutes=minutes, rows=rows, seed=seed, rates=rates)
+    if not measure_only:
+        facts = make(text, out, work, writer, settings, torch.device(device), console)
+        _write(work / _FACTS, {"command": " ".join(["python -m mtp_engine.training.nano", *sys.argv[1:]]), **facts})
+    dtype: Literal["fp32", "bf16"] = "fp32" if attention == "torch" else "bf16"
+    config = EngineConfig(device=device, attention=attention, dtype=dtype, max_batch=32, max_context=1024)
+    measure(out, work, config, reference)
     (work / STATE).unlink(missing_ok=True)
 
 

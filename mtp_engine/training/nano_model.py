@@ -74,7 +74,7 @@ class FirstValues:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ self.seed)
         values: Tensor = torch.randn(shape, generator=generator)
         if "embed_tokens" in name:
-            return values * 0.1
+            return values * 0.3
         if "lm_head" in name:
             return values * 0.01
         gain = (2 * self.layers) ** -0.5 if "o_proj" in name or "down_proj" in name else 1.0
@@ -202,10 +202,10 @@ def cross_entropy(x: Tensor, head: Tensor, labels: Tensor, scale: float, head_gr
         part, label = x[start : start + rows], labels[start : start + rows, None]
         counted, index = label >= 0, label.clamp(min=0)
         logits = part @ head.T
-        p = F.log_softmax(logits, -1, dtype=torch.float32)
-        total -= (p.gather(1, index) * counted).sum()
-        p.exp_().scatter_add_(1, index, p.new_full(index.shape, -1.0))
-        torch.mul(p, counted * scale, out=logits)
+        p = F.softmax(logits, -1, dtype=torch.float32)
+        total -= (p.gather(1, index).clamp(min=1e-37).log() * counted).sum()
+        p.scatter_add_(1, index, p.new_full(index.shape, -1.0))
+        torch.mul(p, counted * scale, out=logits)  # rounds to the dtype of training
         grad[start : start + rows] = logits @ head
         head_grad += logits.T @ part
     return total, grad

@@ -44,7 +44,7 @@ _LISTS = {
     "stone|leaf|feather|shell|nest|house|school|kitchen|library|market|park|toothbrush|pair of scissors|pair of glasses|"
     "telephone|map|letter|coin|bag|bed|towel|piece of soap|fridge|oven|scarf|glove|button|needle",
     "sky": "sunny rainy snowy windy foggy stormy cloudy cold warm quiet",
-    "season": "spring|summer|autumn|winter|the morning|the evening|the night",
+    "season": "spring|summer|autumn|winter",
     "fact": "the sky is blue|leaves fall in autumn|birds fly south|ice melts|we need to sleep|we brush our teeth|the moon "
     "changes its shape|plants need water|it rains|the sea is salty|cats purr|dogs wag their tails|bees make honey|we have "
     "seasons|the sun is hot|stars twinkle|fish can breathe under water|ducks do not get wet|we should wash our hands|bread "
@@ -70,30 +70,26 @@ _LISTS = {
     "age": "4 5 6 7 8 9 10",
 }  # fmt: skip
 _TEMPLATES = {  # with how often each is taken
-    "Write a short story for children about {a nature} {animal} who {deed}.": 22,
-    "Write a short story about {a nature} {animal} and {a nature} {animal} {place}.": 10,
-    "Tell me a short story about {name}, {a nature} {person} who {deed}.": 12,
-    "Tell me a bedtime story about {a colour} {animal} {place}.": 6,
+    "Write a short story for children about {a nature} {animal} who {deed}.": 40,
+    "Write a short story about {a nature} {animal} and {a nature} {animal} {place}.": 14,
+    "Tell me a short story about {name}, {a nature} {person} who {deed}.": 14,
+    "Tell me a bedtime story about {a nature} {colour} {animal} {place}.": 8,
     "Write a story in {number} sentences about {a person} and {a nature} {animal} who {deed}.": 6,
-    "Describe {a colour} {thing} in simple words.": 4,
-    "Describe {a sky} day {place}.": 2,
-    "Describe {a nature} {animal} {place}.": 5,
-    "Explain to a {age}-year-old child why {fact}.": 3,
-    "Explain to a child why {fact}. Use {number} short sentences.": 2,
-    "What is {a thing} used for, and who uses it {place}?": 4,
-    "What can {a person} do with {a thing}?": 3,
-    "How does {a animal} live in {season}?": 2,
-    "What is the difference between {a animal} and {a animal}?": 4,
-    "What is the difference between {a thing} and {a thing}?": 4,
+    "Write a short poem about {a nature} {animal} in {season}.": 2,
+    "Write a short letter to your {adult} about {event}.": 1,
+    "Describe {a colour} {thing} in simple words.": 3,
+    "Describe {a sky} day {place}.": 1,
+    "Describe {a nature} {animal} {place}.": 3,
+    "Explain to a {age}-year-old child why {fact}.": 2,
+    "Explain to a child why {fact}. Use {number} short sentences.": 1,
+    "What is {a thing} used for?": 1,
+    "What can {a person} do with {a thing}?": 2,
+    "How does {a animal} live in {season}?": 1,
+    "What is the difference between {a animal} and {a animal}?": 2,
+    "What is the difference between {a thing} and {a thing}?": 2,
     "How do you {skill}? Give {number} simple steps.": 1,
-    "How can {name} {skill} {place}?": 3,
-    "My {friend} is {feeling} because of {event}. What can I do?": 4,
-    "{name} is {feeling}. What can {name}'s {friend} say?": 3,
-    "Write a short letter to your {adult} about {event}.": 2,
-    "Write a short letter from {name} to {name} about {event} {place}.": 4,
-    "Write a short poem about {a nature} {animal} in {season}.": 4,
-    "Write a short dialogue between {a nature} {animal} and {a animal} about {event}.": 5,
-    "Name {number} things that {a person} needs {place}.": 2,
+    "My {friend} is {feeling} because of {event}. What can I do?": 2,
+    "Name {number} things that {a person} needs {place}.": 1,
 }
 _SLOT = re.compile(r"\{(a )?(\w+)\}")
 
@@ -116,7 +112,7 @@ def prompts(count: int, seed: int = 0) -> Iterator[str]:
 
 
 def _fill(template: str, lists: dict[str, list[str]], rng: random.Random) -> str:
-    """A name that stands twice in a template is the same person; other slots of one list differ from each other."""
+    """Words of one list that stand in one prompt differ."""
     taken: set[str] = set()
 
     def word(match: re.Match[str]) -> str:
@@ -126,8 +122,6 @@ def _fill(template: str, lists: dict[str, list[str]], rng: random.Random) -> str
         taken.add(chosen)
         return f"{_article(chosen)} {chosen}" if match[1] else chosen
 
-    if "{name}'s" in template:
-        template = template.replace("{name}", rng.choice(lists["name"]))
     return _SLOT.sub(word, template)
 
 
@@ -140,14 +134,19 @@ def is_held_out(prompt: str) -> bool:
     return zlib.crc32(prompt.encode()) % 64 == 0
 
 
+def write_prompts(file: Path, count: int, seed: int = 0) -> None:
+    """`count` prompts into a file, one JSON object a line."""
+    text = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts(count, seed))
+    atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--count", type=click.IntRange(min=1), default=200_000, show_default=True, help="How many.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same prompts.")
 def main(file: Path, count: int, seed: int) -> None:
     """Write prompts to FILE, one JSON object a line, for a model to answer."""
-    text = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts(count, seed))
-    atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
+    write_prompts(file, count, seed)
 
 
 if __name__ == "__main__":

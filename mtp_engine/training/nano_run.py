@@ -42,7 +42,7 @@ class NanoSettings:
     joint: float = 0.25
     mtp_weights: tuple[float, float] = (0.3, 0.1)
     balance: float = 1e-3
-    rates: Rates = field(default_factory=lambda: Rates(muon=4e-3, adam=3e-3, warmup=100, decay=0.1))
+    rates: Rates = field(default_factory=lambda: Rates(muon=6e-3, adam=4e-3, warmup=100, decay=0.1))
     seed: int = 0
     log_every: int = 20
     checkpoint_s: float = 60.0  # seconds between checkpoints: what a kill can cost
@@ -68,7 +68,9 @@ class NanoRun:
     """A model under training, and what is kept of it in `folder`."""
 
     def __init__(self, model: NanoModel, corpus: NanoCorpus, settings: NanoSettings, folder: Path) -> None:
-        self.model, self.corpus, self.settings, self.folder = model, corpus, settings, folder
+        self.model, self.settings, self.folder = model, settings, folder
+        self.corpus = corpus.to(model.main.embedding.device)
+        folder.mkdir(parents=True, exist_ok=True)
         self._optimiser = Optimiser(model.weights, settings.rates)
         self.step, self._depth, self._epoch, self._at = 0, 1, 0, 0
         self._seconds = 0.0  # trained so far
@@ -79,7 +81,7 @@ class NanoRun:
 
         Raises EngineError if the loss is no number any more: the checkpoint of before is kept.
         """
-        s, healthy = self.settings, True
+        s = self.settings
         begin = last = saved = time.monotonic()
         begin -= self._seconds
         losses: list[Tensor] = []
@@ -92,7 +94,7 @@ class NanoRun:
                 if self.step % s.log_every and self._share() < 1:
                     continue
                 means = torch.stack([x for x in losses if len(x) == len(loss)]).mean(0).tolist()  # waits for the device
-                if not (healthy := all(map(math.isfinite, means))):
+                if not all(map(math.isfinite, means)):
                     raise self._diverged()
                 now = time.monotonic()
                 self._seconds = now - begin
@@ -103,10 +105,12 @@ class NanoRun:
                 )  # fmt: skip
                 losses, last = [], time.monotonic()
                 if last - saved > s.checkpoint_s or self._share() >= 1:
+                    if not self._is_finite():
+                        raise self._diverged()
                     self.save()
                     saved = time.monotonic()
         except (GeneratorExit, KeyboardInterrupt):
-            if healthy:
+            if self._is_finite():
                 self.save()
             raise
 
@@ -141,12 +145,18 @@ class NanoRun:
         return self._rows[start : start + self.settings.rows].long()
 
     def _shuffled(self) -> Tensor:
-        """The rows of this epoch, on the device. Raises EngineError if they do not make one step."""
+        """The rows of this epoch. Raises EngineError if they do not make one step."""
         s = self.settings
         rows = self.corpus.rows(s.length, s.seed * 1_000_003 + self._epoch)
         if len(rows) < s.rows:
             raise EngineError(f"the text has {len(rows)} rows of {s.length} tokens, a step takes {s.rows}: write more")
-        return rows.to(self.model.main.embedding.device)
+        return rows
+
+    def _is_finite(self) -> bool:
+        """Whether all weights are numbers: the last update may have spoilt them after the loss was looked at."""
+        return bool(
+            torch.stack([p.leaf.detach().float().sum() for p in self.model.weights.parameters]).isfinite().all()
+        )
 
     def _diverged(self) -> EngineError:
         return EngineError(

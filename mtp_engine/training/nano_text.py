@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from mtp_engine.errors import EngineError
 from mtp_engine.models.export import MARKS, SPECIAL, add_marks, write_tokenizer
 from mtp_engine.tokenizer import Tokenizer
 from mtp_engine.training import data
@@ -32,6 +33,7 @@ _TOKENS, _HELD_OUT = "corpus.safetensors", "held_out.json"
 _SAMPLE = 40_000  # dialogues that the tokenizer is trained on
 _BATCH = 16_384  # dialogues that are encoded or decoded at a time
 _SHORTEST = 40  # characters of an answer
+_VARIED = 0.35  # share of an answer's words that differ
 _ASCII = str.maketrans(
     {
         "\u201c": '"',
@@ -44,14 +46,15 @@ _ASCII = str.maketrans(
         "\xa0": " ",
     }
 )
+_SENTENCE = re.compile(r"[^.!?\s][^.!?]*[.!?]")
 _SENTENCES = re.compile(r".*[a-z][.!?][\"')*]*(?=\s|\Z)", re.DOTALL)
 
 
 def read_dialogues(folder: Path, tokenizer: Tokenizer) -> Iterator[Dialogue]:
     """The first turn of every row of a corpus that `tokenizer`'s model wrote (training.dialogues).
 
-    An answer that was cut off, or that begins to repeat itself, ends with its last whole sentence. Answers that are short
-    or not plain ASCII are left out, and those in which the model speaks of itself.
+    An answer that was cut off, or that begins to repeat itself, ends with its last whole sentence. Answers that are short,
+    monotonous or not plain ASCII are left out, and those in which the model speaks of itself.
     """
     corpus = data.Corpus.load(folder, tokenizer_sha=data.tokenizer_sha(tokenizer.folder))
     template, ends = Template.cut(tokenizer), torch.tensor(tokenizer.eos_ids)
@@ -78,11 +81,19 @@ def read_dialogues(folder: Path, tokenizer: Tokenizer) -> Iterator[Dialogue]:
 
 def _tidy(text: str, ended: bool) -> str:
     """An answer as it is learnt; empty if it is not. ended: it came to its end by itself."""
-    text = text.translate(_ASCII).strip()
+    text = (text if text.isascii() else text.translate(_ASCII)).strip()
+    said: set[str] = set()
+    for sentence in _SENTENCE.finditer(text):
+        if sentence[0] in said:
+            text, ended = text[: sentence.start()], False
+            break
+        said.add(sentence[0])
     if not ended:
         match = _SENTENCES.match(text)
         text = match[0] if match else ""
-    return text if len(text) >= _SHORTEST and text.isascii() and "SmolLM" not in text else ""
+    words = text.split()
+    varied = len(set(words)) > _VARIED * len(words)
+    return text if varied and len(text) >= _SHORTEST and text.isascii() and "SmolLM" not in text else ""
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int) -> tokenizers.Tokenizer:
@@ -114,24 +125,36 @@ class NanoCorpus:
         if not (folder / _TOKENS).is_file():
             return None
         arrays = load_file(folder / _TOKENS)
-        held_out = [(prompt, answer) for prompt, answer in json.loads((folder / _HELD_OUT).read_text(encoding="utf-8"))]
-        return cls(torch.from_numpy(arrays["tokens"].astype(np.int32)), torch.from_numpy(arrays["starts"]), held_out)
+        tokens = torch.from_numpy(arrays["tokens"].astype(np.int32))
+        return cls(tokens, torch.from_numpy(arrays["starts"]), read_held_out(folder))
+
+    def to(self, device: torch.device) -> "NanoCorpus":
+        return replace(self, tokens=self.tokens.to(device), starts=self.starts.to(device))
 
     def rows(self, length: int, seed: int) -> Tensor:
-        """Every dialogue once, in random order -> [R, length] int32. A row begins with a dialogue and is full: the end of
-        its last one is left out."""
-        sizes = self.starts.diff()
+        """Every dialogue once, in random order -> [R, length] int32, on the tokens' device. A row begins with a dialogue
+        and is full: the end of its last one is left out."""
+        device, sizes = self.tokens.device, self.starts.diff().cpu()
         order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
         taken, room = [], length
         for size in sizes[order].tolist():
             taken.append(min(size, room))
             room = room - taken[-1] or length
-        count = torch.tensor(taken)
+        count = torch.tensor(taken, device=device)
         ends = count.cumsum(0)
-        source = torch.repeat_interleave(self.starts[:-1][order] - (ends - count), count)
-        source += torch.arange(len(source))
+        source = torch.repeat_interleave(self.starts[:-1][order.to(device)] - (ends - count), count)
+        source += torch.arange(len(source), device=device)
         whole = len(source) // length * length
         return self.tokens[source[:whole]].view(-1, length)
+
+
+def read_held_out(folder: Path) -> list[Dialogue]:
+    """The dialogues that build_corpus put aside. Raises EngineError if there are none."""
+    path = folder / _HELD_OUT
+    held_out = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    if not held_out:
+        raise EngineError(f"{path} holds no dialogue: write more text (one prompt in 64 is held out), and train anew")
+    return [(prompt, answer) for prompt, answer in held_out]
 
 
 def build_corpus(dialogues: Iterable[Dialogue], folder: Path, vocab: int = 8192) -> NanoCorpus:

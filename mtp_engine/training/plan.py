@@ -52,4 +52,4 @@ def _active(layer: LayerConfig, hidden: int) -> int:
 
 
 def device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") and torch.cuda.is_available() else device

@@ -1,8 +1,10 @@
 """From a model's name to a folder of trained MTP layers: data, training, evaluation, and what is written down."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal, final
 
@@ -28,7 +30,7 @@ from mtp_engine.training.heads import FirstValues, plan_heads, save_heads
 from mtp_engine.training.plan import RunPlan, device_name, plan_run
 from mtp_engine.training.prompts import read_prompts
 from mtp_engine.training.report import write_card, write_report
-from mtp_engine.training.trainer import Process, Report, Trainer, TrainSettings, append_log
+from mtp_engine.training.trainer import LOG, Process, Report, Trainer, TrainSettings, append_log
 
 _DRAFT_VOCAB = 16384  # tokens in the list for the reduced draft vocabulary
 _EVALUATED = 24  # held-out prompts that are decoded at a time
@@ -101,19 +103,22 @@ class Training:
         self.trainer = Trainer(main, self.config, first, self.corpus, job.settings, job.out, self.process)
         self.resumed = self.trainer.resume()
 
-    def run(self) -> Iterator[Report]:
+    def run(self) -> Generator[Report, None, None]:
         """Reports as training goes on. At the end, and at every evaluation, the layers are written."""
         prompts = self._prompts()
 
         def measure(module: MTPModule) -> float:
             return accepted_length(self.engine, module, prompts, tree=f"chain:{self.config.depth}", max_tokens=64)
 
-        for report in self.trainer.run(measure if prompts else None):
-            if not self.process.rank:
-                append_log(self.job.out, report)
-                if report.measured is not None or report.step == self.job.settings.steps:
-                    self.write(report)
-            yield report
+        if not (self.resumed or self.process.rank):
+            (self.job.out / LOG).unlink(missing_ok=True)  # of a run before
+        with closing(self.trainer.run(measure if prompts else None)) as reports:
+            for report in reports:
+                if not self.process.rank:
+                    append_log(self.job.out, report)
+                    if report.measured is not None or report.step == self.job.settings.steps:
+                        self.write(report)
+                yield report
         self.trainer.forget()
 
     def write(self, report: Report) -> None:
@@ -140,14 +145,21 @@ class Training:
         texts = read_prompts(self.job.evaluation)[: self.job.evaluated]
         return held_out(self.engine, texts)
 
+    def _begin_texts(self) -> None:
+        job = self.job
+        texts = [sha256(path.read_bytes()).hexdigest() for path in job.texts]
+        data.begin_corpus(job.corpus, {
+            "model": self.folder.name, "tokenizer": data.tokenizer_sha(self.folder), "row_length": job.dialogues.length,
+            "vocab_size": self.engine.model.vocab_size, "texts": texts,
+        })  # fmt: skip
+
     def _write_corpus(self, progress: Progress) -> None:
         job, process = self.job, self.process
         if job.texts:
+            if not process.rank:
+                self._begin_texts()
             if not process.rank and not data.has_shard(job.corpus, 0):
-                length = job.dialogues.length
-                tokens, kinds = data.pack_text(self.engine.tokenizer, job.texts, length)
-                info = {"model": job.model, "tokenizer": data.tokenizer_sha(self.folder), "row_length": length}
-                data.begin_corpus(job.corpus, {**info, "vocab_size": self.engine.model.vocab_size})
+                tokens, kinds = data.pack_text(self.engine.tokenizer, job.texts, job.dialogues.length)
                 data.write_shard(job.corpus, 0, tokens, kinds)
                 data.finish_corpus(job.corpus)
         elif not all(data.has_shard(job.corpus, index) for index in range(job.dialogues.shards)):

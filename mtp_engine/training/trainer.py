@@ -4,7 +4,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -94,14 +95,14 @@ class Trainer:
         self.step = 0
         self._orders: dict[int, Tensor] = {}
 
-    def run(self, evaluate: Callable[[MTPModule], float] | None = None) -> Iterator[Report]:
+    def run(self, evaluate: Callable[[MTPModule], float] | None = None) -> Generator[Report, None, None]:
         """Train to the end, reporting now and then. Checkpoints as it goes; closing the iterator makes one more.
 
         Raises EngineError if the loss is no number any more: the checkpoint of before is kept.
         """
         begin = last = saved = time.monotonic()
         sums: list[Measures] = []
-        settings, healthy = self.settings, True
+        settings = self.settings
         try:
             while self.step < settings.steps:
                 sums.append(self._train(self.step))
@@ -111,7 +112,7 @@ class Trainer:
                     continue
                 measures = Measures(sum(m.sums for m in sums), sum(m.weight for m in sums))  # type: ignore[arg-type]
                 loss = measures.loss.tolist()  # waits for the device
-                if not (healthy := all(map(math.isfinite, loss))):
+                if not (all(map(math.isfinite, loss)) and self._sound()):
                     raise self._diverged()
                 now = time.monotonic()
                 speed = len(sums) * self._rows * self._process.world * self.corpus.tokens.shape[1] / (now - last)
@@ -125,7 +126,7 @@ class Trainer:
                     self.save()
                     saved = time.monotonic()
         except (GeneratorExit, KeyboardInterrupt):
-            if healthy:
+            if self._sound():
                 self.save()
             raise
 
@@ -146,6 +147,10 @@ class Trainer:
         rows = self._orders[epoch][start : start + self._rows]
         device = self.main.embedding.device
         return self.corpus.tokens[rows].to(device).long(), self.corpus.kinds[rows].to(device)
+
+    def _sound(self) -> bool:
+        """Whether all weights are numbers: a step's loss is that of the weights before it."""
+        return bool(torch.stack([master.isfinite().all() for master in self.weights.named().values()]).all())
 
     def _diverged(self) -> EngineError:
         return EngineError(
@@ -189,11 +194,13 @@ class Trainer:
         """What must be the same for a run to be gone on with."""
         free = ("log_every", "evaluate_every", "checkpoint_s")
         settings = {key: value for key, value in asdict(self.settings).items() if key not in free}
-        return {**settings, "layers": asdict(self.config), "rows": list(self.corpus.tokens.shape)}
+        model = zlib.crc32(self.main.norm.weight.float().cpu().numpy().tobytes())  # two models' norms differ
+        return {**settings, "layers": asdict(self.config), "rows": list(self.corpus.tokens.shape), "model": model}
 
     def forget(self) -> None:
         """Delete the checkpoint: the run is done."""
-        shutil.rmtree(self.out / _KEPT, ignore_errors=True)
+        if not self._process.rank:  # others may be done before it is
+            shutil.rmtree(self.out / _KEPT, ignore_errors=True)
 
 
 def append_log(out: Path, report: Report) -> None:
