@@ -8,7 +8,6 @@ the noise of the main model's own choice; best: by probability.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.backend import make_backend
 from mtp_engine.config import DEFAULT_MODEL
 from mtp_engine.engine import make_loop, mtp_drafter
-from mtp_engine.training.data import in_loop
+from mtp_engine.training.evaluate import outside_loops
 
 # rule, drafting, tree
 RUNS = [
@@ -41,20 +40,6 @@ def set_up(engine: Engine, rule: str, ranking: str, tree: str) -> None:
     unfused = replace(backend, fuse_mtp=lambda module: module)  # it is fused already
     drafter = mtp_drafter(engine.loop.drafter.module, engine.model_config, config, unfused)
     engine.loop = make_loop(engine.model, drafter, config, backend, slots=config.max_batch, tokenizer=engine.tokenizer)
-
-
-def accepted_length(engine: Engine, cases: Sequence[Sequence[int]], params: SamplingParams) -> float:
-    steps: dict[int, list[int]] = {}
-    tokens = number = 0
-    for chunk in engine.stream(cases, params):
-        steps.setdefault(chunk.index, []).append(len(chunk.token_ids))
-        if chunk.finished:
-            flags, at = in_loop(chunk.finished.token_ids), 0
-            for emitted in steps.pop(chunk.index):
-                if not flags[at]:
-                    tokens, number = tokens + emitted, number + 1
-                at += emitted
-    return tokens / max(number, 1)
 
 
 @click.command()
@@ -88,7 +73,7 @@ def main(
         for temperature in temperatures:
             params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
             known = greedy.get(tree) if temperature == 0 else None
-            value = known or round(accepted_length(engine, cases, params), 4)
+            value = known or round(outside_loops(engine, cases, params)[0], 4)
             found[f"{temperature:g}"] = value
             if temperature == 0:
                 greedy[tree] = value

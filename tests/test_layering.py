@@ -75,14 +75,17 @@ ALLOWED: dict[str, tuple[str, str]] = {
     ),
     "training.trainable": ("config kernels.experts models.layers models.weights", "torch"),
     "training.muon": ("", "torch"),
-    "training.optimiser": ("training.trainable training.muon", "torch"),
+    "training.optimiser": ("training.trainable training.muon training.processes", "torch"),
     "training.heads": ("config errors kernels.fp8 models training.trainable", "torch safetensors"),
+    "training.processes": ("", "torch"),
     "training.objective": (
-        "kernels.distill kernels.distill_reference models.decoder models.layers models.mtp training.attention", "torch",
+        "kernels.distill kernels.distill_reference models.decoder models.layers models.mtp training.attention "
+        "training.processes",
+        "torch",
     ),
     "training.trainer": (
         "config errors models.checkpoint models.decoder models.mtp training.data training.heads training.objective "
-        "training.optimiser training.trainable",
+        "training.optimiser training.processes training.trainable",
         "torch safetensors",
     ),
     "training.evaluate": ("config drafters engine models.mtp training.data", ""),
@@ -90,7 +93,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "training.report": ("training.heads training.trainer", ""),
     "training.run": (
         "config engine errors hub models protocols training.attention training.data training.dialogues training.evaluate "
-        "training.heads training.plan training.prompts training.report training.trainer",
+        "training.heads training.plan training.processes training.prompts training.report training.trainer",
         "torch",
     ),
     "training.nano_prompts": ("errors training.heads", "click"),
@@ -108,7 +111,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "errors training.heads training.nano_model training.nano_text training.optimiser", "torch safetensors",
     ),
     "training.nano_report": (
-        "config engine hub models tokenizer training.attention training.data training.heads training.nano_text", "torch",
+        "config engine hub models tokenizer training.attention training.evaluate training.heads training.nano_text", "torch",
     ),
     "training.nano": (
         "config errors hub models tokenizer training.heads training.nano_model training.nano_report training.nano_run "

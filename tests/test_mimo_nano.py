@@ -7,7 +7,7 @@ import pytest
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape, hub
 from mtp_engine.models.checkpoint import Checkpoint
 from mtp_engine.models.loader import expected_names
-from mtp_engine.training.data import in_loop
+from mtp_engine.training.evaluate import outside_loops
 from mtp_engine.training.nano_prompts import is_held_out, prompts
 
 FOLDER = hub.locate(hub.NANO).folder
@@ -30,16 +30,8 @@ def test_it_is_small_whole_and_fp8() -> None:
 
 
 def test_accepted_length_on_its_own_domain(engine: Engine) -> None:
-    params, tokens, steps = SamplingParams(max_tokens=96), 0, 0
-    emitted: dict[int, list[int]] = {}
-    for chunk in engine.stream([[{"role": "user", "content": p}] for p in HELD_OUT], params):
-        emitted.setdefault(chunk.index, []).append(len(chunk.token_ids))
-        if chunk.finished:
-            loops, at = in_loop(chunk.finished.token_ids), 0
-            for count in emitted.pop(chunk.index):
-                tokens, steps = tokens + count * (not loops[at]), steps + (not loops[at])
-                at += count
-    assert tokens / steps > 2.6
+    chats = [[{"role": "user", "content": p}] for p in HELD_OUT]
+    assert outside_loops(engine, chats, SamplingParams(max_tokens=96))[0] > 2.6
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -42,10 +42,11 @@ from mtp_engine.training.evaluate import accepted_length, held_out
 from mtp_engine.training.heads import FirstValues, build_heads, plan_heads
 from mtp_engine.training.objective import Measures
 from mtp_engine.training.optimiser import Optimiser, Rates
+from mtp_engine.training.processes import Process
 from mtp_engine.training.report import read_log
 from mtp_engine.training.run import Job, Training
 from mtp_engine.training.trainable import TrainableWeights
-from mtp_engine.training.trainer import Process, Trainer, TrainSettings
+from mtp_engine.training.trainer import Trainer, TrainSettings
 
 CPU = torch.device("cpu")
 NAMES = ("Anna", "Boris", "Clara", "Dmitri", "Emilia", "Fridolin", "Gustav", "Helena")

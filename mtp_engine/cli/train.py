@@ -163,7 +163,7 @@ def _follow(reports: Any, job: "Job", *, quiet: bool) -> None:
             line = _line(report)
             bar.update(task, completed=report.step, description=line)
             if report.measured is not None or not (quiet or out.is_terminal):
-                out.print(f"step {report.step}: {line}", highlight=False)
+                out.print(f"step {report.step}: {line}", highlight=False, soft_wrap=True)
 
 
 def _line(report: "Report") -> str:

@@ -148,11 +148,19 @@ def _attention_fields(a: AttentionConfig) -> dict[str, Any]:
     return fields if math.isclose(a.value_scale, 1.0) else fields | {"value_scale": a.value_scale}
 
 
+def _umask() -> int:
+    """The process's; reading it means setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
 def atomically(path: Path, write: Any) -> None:
     """Have `write` fill a file beside `path`, then put it in its place. Raises EngineError where the disk is full."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(fresh)
+        fresh.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
         fresh.replace(path)
     except Exception as error:  # safetensors raises an error of its own for a full disk
         if isinstance(error, OSError) or "os error" in str(error).lower():

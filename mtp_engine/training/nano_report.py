@@ -16,7 +16,7 @@ from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.tokenizer import Tokenizer
 from mtp_engine.training.attention import SequenceAttention
-from mtp_engine.training.data import in_loop
+from mtp_engine.training.evaluate import outside_loops
 from mtp_engine.training.heads import atomically
 from mtp_engine.training.nano_text import Dialogue
 
@@ -91,24 +91,6 @@ def _loss(main: Decoder, prompts: Sequence[Sequence[int]], answers: Sequence[Seq
     return float(total), len(labels)
 
 
-def accepted_length(engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: int) -> tuple[float, list[list[int]]]:
-    """Emitted tokens per step at T = 0, bonus token included, and the answers. A step whose first token ends a 16-gram that
-    the answer already held is left out."""
-    tokens = steps = 0
-    emitted: dict[int, list[int]] = {}
-    answers: dict[int, list[int]] = {}
-    for chunk in engine.stream(prompts, SamplingParams(max_tokens=max_tokens)):
-        emitted.setdefault(chunk.index, []).append(len(chunk.token_ids))
-        if chunk.finished:
-            answers[chunk.index] = chunk.finished.token_ids
-            loops, at = in_loop(chunk.finished.token_ids), 0
-            for count in emitted[chunk.index]:
-                if not loops[at]:
-                    tokens, steps = tokens + count, steps + 1
-                at += count
-    return tokens / max(steps, 1), [answers[index] for index in range(len(prompts))]
-
-
 def evaluate(
     folder: Path, held_out: Sequence[Dialogue], config: EngineConfig, *, texts: int = 512, prompts: int = 96,
     max_tokens: int = 128, reference: str = "",
@@ -121,7 +103,7 @@ def evaluate(
     drafting = Engine.load(str(folder), replace(config, drafter="mtp", tree=TreeShape.parse("chain:3")))
     asked = [prompt for prompt, _ in held_out[:prompts]]
     encoded = [drafting.encode([{"role": "user", "content": prompt}]) for prompt in asked]
-    length, drafted = accepted_length(drafting, encoded, max_tokens)
+    length, drafted = outside_loops(drafting, encoded, SamplingParams(max_tokens=max_tokens))
     plain = Engine.load(str(folder), replace(config, drafter="root", tree=None))
     alone = [answer.token_ids for answer in plain.generate(encoded, SamplingParams(max_tokens=max_tokens))]
     shown = asked[:10]

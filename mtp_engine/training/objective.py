@@ -13,6 +13,7 @@ from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.layers import Head
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.training.attention import SequenceAttention
+from mtp_engine.training.processes import mean_over_processes
 
 _LOGIT_BYTES = 1 << 30  # of one matrix of logits
 Distill = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -80,7 +81,7 @@ def distill_step(
     leaves = [each.detach() for each in normed]
     grads = [torch.empty_like(each) for each in leaves]
     weights = objective.token_weights(kinds)
-    total = weights[:, 2:].sum().clamp(min=1.0)
+    total = mean_over_processes(weights[:, 2:].sum()).clamp(min=1.0)
     depth = len(normed)
     sums, mass = torch.zeros(depth, 4, device=tokens.device), torch.zeros(depth, device=tokens.device)
     rows = max(1, _LOGIT_BYTES // (length * main.vocab_size * main.embedding.element_size()))

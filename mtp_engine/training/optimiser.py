@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtp_engine.training.muon import Muon
+from mtp_engine.training.processes import mean_over_processes
 from mtp_engine.training.trainable import Parameter, TrainableWeights
 
 _BY_ADAM = ("norm", "embed_tokens", "lm_head", "mlp.gate.weight", "bias")  # what is in a name that Muon does not suit
@@ -90,8 +91,6 @@ def average_gradients(parameters: Sequence[Parameter]) -> None:
     grads = [p.leaf.grad for p in parameters if p.leaf.grad is not None]
     for dtype in sorted({grad.dtype for grad in grads}, key=str):  # the same order everywhere
         same = [grad for grad in grads if grad.dtype == dtype]
-        flat = torch.cat([grad.flatten() for grad in same])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
+        flat = mean_over_processes(torch.cat([grad.flatten() for grad in same]))
         for grad, part in zip(same, torch.split(flat, [g.numel() for g in same]), strict=True):
             grad.copy_(part.view(grad.shape))

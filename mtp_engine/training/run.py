@@ -28,9 +28,10 @@ from mtp_engine.training.dialogues import DialogueSettings, write_dialogues
 from mtp_engine.training.evaluate import accepted_length, held_out
 from mtp_engine.training.heads import FirstValues, plan_heads, save_heads
 from mtp_engine.training.plan import RunPlan, device_name, plan_run
+from mtp_engine.training.processes import join_processes, own_device
 from mtp_engine.training.prompts import read_prompts
 from mtp_engine.training.report import write_card, write_report
-from mtp_engine.training.trainer import LOG, Process, Report, Trainer, TrainSettings, append_log
+from mtp_engine.training.trainer import LOG, Report, Trainer, TrainSettings, append_log
 
 _DRAFT_VOCAB = 16384  # tokens in the list for the reduced draft vocabulary
 _EVALUATED = 24  # held-out prompts that are decoded at a time
@@ -73,10 +74,7 @@ class Training:
 
     def __init__(self, job: Job, progress: Progress = hub.silent) -> None:
         """Loads the model, writes what the corpus lacks, makes the layers. Raises EngineError."""
-        device = job.device
-        if device == "cuda" and "LOCAL_RANK" in os.environ:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
+        device = own_device(job.device)
         self.job, self.process = job, join_processes(device)
         config = EngineConfig(
             drafter="root",
@@ -112,14 +110,20 @@ class Training:
 
         if not (self.resumed or self.process.rank):
             (self.job.out / LOG).unlink(missing_ok=True)  # of a run before
-        with closing(self.trainer.run(measure if prompts else None)) as reports:
-            for report in reports:
-                if not self.process.rank:
-                    append_log(self.job.out, report)
-                    if report.measured is not None or report.step == self.job.settings.steps:
-                        self.write(report)
-                yield report
+        try:
+            with closing(self.trainer.run(measure if prompts else None)) as reports:
+                for report in reports:
+                    if not self.process.rank:
+                        append_log(self.job.out, report)
+                        if report.measured is not None or report.step == self.job.settings.steps:
+                            self.write(report)
+                    yield report
+        except torch.OutOfMemoryError as error:
+            text = str(error).splitlines()[0]
+            raise EngineError(f"the GPU's memory is full: lower --batch-tokens and run again ({text})") from error
         self.trainer.forget()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def write(self, report: Report) -> None:
         """The layers as they are, with the report and the card."""
@@ -143,7 +147,9 @@ class Training:
         if self.job.evaluation is None or self.process.rank:
             return []
         texts = read_prompts(self.job.evaluation)[: self.job.evaluated]
-        return held_out(self.engine, texts)
+        if not (found := held_out(self.engine, texts)):
+            raise EngineError(f"{self.job.evaluation}: every prompt is longer than 400 tokens: give shorter ones")
+        return found
 
     def _begin_texts(self) -> None:
         job = self.job
@@ -169,16 +175,6 @@ class Training:
             )  # fmt: skip
         if dist.is_initialized():
             dist.barrier()
-
-
-def join_processes(device: str) -> Process:
-    """Join the other processes of torchrun, if this is one of several."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        return Process()
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return Process(dist.get_rank(), world)
 
 
 @torch.no_grad()

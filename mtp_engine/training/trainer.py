@@ -23,6 +23,7 @@ from mtp_engine.training.data import Corpus
 from mtp_engine.training.heads import FirstValues, atomically, build_heads
 from mtp_engine.training.objective import Measures, Objective, distill_step
 from mtp_engine.training.optimiser import Optimiser, Rates, average_gradients
+from mtp_engine.training.processes import Process
 from mtp_engine.training.trainable import TrainableWeights
 
 _KEPT, _STATE, _ABOUT, LOG = "checkpoint", "state.safetensors", "run.json", "log.jsonl"
@@ -57,15 +58,6 @@ class Report:
     tokens_per_s: float
     seconds: float
     measured: float | None = None
-
-
-@final
-@dataclass(frozen=True)
-class Process:
-    """This process among those of torchrun."""
-
-    rank: int = 0
-    world: int = 1
 
 
 _ALONE = Process()
