@@ -110,7 +110,7 @@ def plain_loss(
                 loss = (p * (p / q).log()).sum() - settings.acceptance * common.log()
                 share = counted * settings.decay**k * (1 - settings.reach + settings.reach * reached)
                 losses[k] = losses[k] + share * loss
-                reached *= float(common)
+                reached *= float(common.detach())
     return torch.stack(losses) / weights[:, 2:].sum()
 
 
