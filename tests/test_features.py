@@ -97,6 +97,17 @@ def _raw_outputs(
     return objective._outputs(bare, tokens, states, positions)
 
 
+def test_training_begins_with_what_fp8_layers_hold(tmp_path: Path) -> None:
+    main, module = trained(tmp_path, fp8=True)
+    first = FirstValues(Checkpoint(tmp_path / "main"), 3, 1.0, earlier=Checkpoint(tmp_path / "mtp"))
+    weights = TrainableWeights(first, torch.float32, CPU)
+    again = build_heads(module.config, main, weights)
+    x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2))
+    for ours, stored in zip(again.layers, module.layers, strict=True):
+        torch.testing.assert_close(ours.join(x, x), stored.join(x, x), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.block.ffn(x), stored.block.ffn(x), atol=1e-4, rtol=1e-4)
+
+
 def test_features_must_be_layers(tmp_path: Path) -> None:
     main = loader.load_main(write_llama(tmp_path, num_hidden_layers=4), torch.float32, CPU, lambda *_: None)
     for wrong in ((3,), (2, 1), (1, 1), (-1,)):

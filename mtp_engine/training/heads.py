@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mtp_engine.config import AttentionConfig, LayerConfig, ModelConfig, MTPConfig
 from mtp_engine.errors import EngineError
-from mtp_engine.kernels.fp8 import plain_rows, quantise_blocks
+from mtp_engine.kernels.fp8 import FP8, dequantise_blocks, plain_rows, quantise_blocks
 from mtp_engine.models import build
-from mtp_engine.models.checkpoint import Checkpoint
+from mtp_engine.models.checkpoint import Checkpoint, read_json
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.layers import RotaryEmbedding
 from mtp_engine.models.mtp import MTPModule
@@ -72,7 +72,7 @@ class FirstValues:
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if self.earlier is not None and name in self.earlier:
-            return self._widened(name, shape, self.earlier.raw(name, self.earlier.shape(name)).float())
+            return self._widened(name, shape, _stored(self.earlier, name))
         if name.startswith(build.FEATURES):
             return torch.ones(shape) if "norm" in name else torch.zeros(shape)  # they begin with no effect
         tail = name.removeprefix(f"{_NAMES.prefix}.").split(".", 1)[1]
@@ -103,6 +103,18 @@ class FirstValues:
 
     def _noise(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ self.seed))
+
+
+def _stored(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor of earlier layers in fp32, FP8 ones (see save_heads) with their scales. Raises EngineError."""
+    values, scales = checkpoint.raw(name, checkpoint.shape(name)), f"{name}_scale_inv"
+    if values.dtype != FP8:
+        return values.float()
+    block = read_json(checkpoint.folder / "config.json").get("mtp", {}).get("fp8_block")
+    if not block or scales not in checkpoint:
+        raise checkpoint.error(name, "is FP8 in a layout that training does not read: begin without --init")
+    rows = plain_rows([len(values)], block)
+    return dequantise_blocks(values, checkpoint.raw(scales, checkpoint.shape(scales)), rows, block, torch.float32)
 
 
 def save_heads(
