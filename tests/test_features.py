@@ -92,9 +92,9 @@ def expected(main: Decoder, module: MTPModule, prompt: list[int], output: list[i
 def _raw_outputs(
     module: MTPModule, tokens: torch.Tensor, states: torch.Tensor, positions: torch.Tensor
 ) -> list[torch.Tensor]:
-    """objective._outputs before each layer's final norm, which module.logits applies itself."""
+    """objective.layer_outputs before each layer's final norm, which module.logits applies itself."""
     bare = replace(module, layers=[replace(x, head=replace(x.head, norm=lambda y: y)) for x in module.layers])
-    return objective._outputs(bare, tokens, states, positions)
+    return objective.layer_outputs(bare, tokens, states, positions)
 
 
 def test_training_begins_with_what_fp8_layers_hold(tmp_path: Path) -> None:

@@ -62,8 +62,10 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "torch",
     ),
     "conformance": ("conformance config engine errors hub logprobs protocols mtp_engine", "torch transformers pytest"),
-    "training.attention": ("", "torch"),
-    "training.data": ("errors tokenizer", "torch numpy safetensors"),
+    "training.attention": ("models.decoder", "torch"),
+    "training.files": ("errors", ""),
+    "training.checkpoint": ("errors training.files training.optimiser training.trainable", "torch safetensors"),
+    "training.data": ("errors tokenizer training.files", "torch numpy safetensors"),
     "training.prompts": ("errors tokenizer", "numpy tokenizers"),
     "training.lockstep_cache": ("config kernels.tree_attention training.attention", "torch"),
     "training.lockstep": (
@@ -76,7 +78,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "training.trainable": ("config kernels.experts models.layers models.weights", "torch"),
     "training.muon": ("", "torch"),
     "training.optimiser": ("training.trainable training.muon training.processes", "torch"),
-    "training.heads": ("config errors kernels.fp8 models training.trainable", "torch safetensors"),
+    "training.heads": ("config errors kernels.fp8 models training.files training.trainable", "torch safetensors"),
     "training.processes": ("", "torch"),
     "training.objective": (
         "kernels.distill kernels.distill_reference models.decoder models.layers models.mtp training.attention "
@@ -84,38 +86,38 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "torch",
     ),
     "training.trainer": (
-        "config errors models.checkpoint models.decoder models.mtp training.data training.heads training.objective "
+        "config errors models.decoder models.mtp training.checkpoint training.data training.heads training.objective "
         "training.optimiser training.processes training.trainable",
-        "torch safetensors",
+        "torch",
     ),
     "training.evaluate": ("config drafters engine models.mtp training.data", ""),
     "training.plan": ("config models.build models.tensors", "torch"),
-    "training.report": ("training.heads training.trainer", ""),
+    "training.report": ("training.files training.trainer", ""),
     "training.run": (
-        "config engine errors hub models protocols training.attention training.data training.dialogues training.evaluate "
-        "training.heads training.plan training.processes training.prompts training.report training.trainer",
+        "config engine errors hub models protocols training.attention training.checkpoint training.data training.dialogues "
+        "training.evaluate training.heads training.plan training.processes training.prompts training.report training.trainer",
         "torch",
     ),
-    "training.nano_prompts": ("errors training.heads", "click"),
+    "training.nano_prompts": ("errors training.files", "click"),
     "training.nano_dialogues": (
         "config hub models tokenizer training.dialogues training.nano_prompts", "torch click",
     ),
     "training.nano_text": (
-        "errors models.export tokenizer training.data training.heads training.nano_prompts training.prompts",
+        "errors models.export tokenizer training.data training.files training.nano_prompts training.prompts",
         "torch numpy safetensors tokenizers",
     ),
     "training.nano_model": (
-        "config kernels.experts models training.attention training.heads training.trainable", "torch",
+        "config kernels.experts models training.attention training.heads training.objective training.trainable", "torch",
     ),
     "training.nano_run": (
-        "errors training.heads training.nano_model training.nano_text training.optimiser", "torch safetensors",
+        "errors training.checkpoint training.nano_model training.nano_text training.optimiser", "torch",
     ),
     "training.nano_report": (
-        "config engine hub models tokenizer training.attention training.evaluate training.heads training.nano_text", "torch",
+        "config engine hub models tokenizer training.attention training.evaluate training.files training.nano_text", "torch",
     ),
     "training.nano": (
-        "config errors hub models tokenizer training.heads training.nano_model training.nano_report training.nano_run "
-        "training.nano_text training.optimiser",
+        "config errors hub models tokenizer training.checkpoint training.files training.nano_model "
+        "training.nano_report training.nano_run training.nano_text training.optimiser",
         "torch tokenizers click rich",
     ),
     "cli.train": (

@@ -35,7 +35,7 @@ from mtp_engine.models.checkpoint import Checkpoint
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.export import add_marks, write_tokenizer
 from mtp_engine.models.fields import Fields
-from mtp_engine.training import heads, trainer
+from mtp_engine.training import checkpoint, heads, trainer
 from mtp_engine.training.attention import SequenceAttention
 from mtp_engine.training.data import begin_corpus, tokenizer_sha, write_shard
 from mtp_engine.training.evaluate import accepted_length, held_out
@@ -422,7 +422,7 @@ FULL = [
 def no_room(error: Exception) -> Callable[..., None]:
     """save_file on a disk that becomes full in the middle."""
 
-    def save(tensors: dict[str, Tensor], path: Path) -> None:
+    def save(tensors: dict[str, Tensor], path: Path, **metadata: object) -> None:
         Path(path).write_bytes(b"half")
         raise error
 
@@ -444,7 +444,7 @@ def test_a_full_disk(
         **contents(job.out / "checkpoint"),
         str(job.out / "mtp.safetensors"): (job.out / "mtp.safetensors").read_bytes(),
     }
-    monkeypatch.setattr(trainer if part == "checkpoint" else heads, "save_file", no_room(error))
+    monkeypatch.setattr(checkpoint if part == "checkpoint" else heads, "save_file", no_room(error))
     file = "state" if part == "checkpoint" else "mtp"
     with pytest.raises(
         EngineError, match=rf"{file}.safetensors cannot be written \(.*No space left.*free space"
@@ -464,7 +464,7 @@ def test_a_full_disk_is_one_line(world: World, tmp_path: Path, monkeypatch: pyte
     """Not a second error when the run is cleared away."""
     lost: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", lost.append)
-    for module in (trainer, heads):
+    for module in (checkpoint, heads):
         monkeypatch.setattr(module, "save_file", no_room(FULL[0]))
     options = ["--layers", 1, "--data", world.text.parent / "corpus", "--steps", 4, "--batch-tokens", 4 * ROW, "-q"]
     result = world.train(tmp_path / "out", *options, ok=False)

@@ -52,7 +52,7 @@ def test_rows_are_those_of_drafting(tmp_path: Path, changes: dict[str, object]) 
     tokens = torch.randint(61, (1, 25), generator=torch.Generator().manual_seed(3))
     positions = torch.arange(25)[None]
     hidden = main.forward(tokens, positions, SequenceAttention([None, None]))
-    outputs = objective._outputs(module, tokens, module.main_hidden(hidden), positions)
+    outputs = objective.layer_outputs(module, tokens, module.main_hidden(hidden), positions)
     dense = DenseMTP.load(tmp_path / "main", tmp_path / "mtp")
     for k in range(config.depth):
         # a row predicts token row + k + 2 from tokens up to row + k + 1, of which k + 1 are drafts
@@ -95,7 +95,7 @@ def plain_loss(
     with torch.no_grad():
         hidden = main.forward(tokens, positions, SequenceAttention([None, None]))
         target = (main.logits(hidden) / settings.temperature).softmax(-1)
-    outputs = objective._outputs(module, tokens, hidden, positions)
+    outputs = objective.layer_outputs(module, tokens, hidden, positions)
     weights = settings.token_weights(kinds)
     losses = [torch.zeros(()) for _ in range(depth)]
     for b in range(len(tokens)):

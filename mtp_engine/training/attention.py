@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_engine.models.decoder import Decoder
+
 _ALIGNED = 8  # head dimensions of the fused kernels are multiples of this
 
 
@@ -50,6 +52,13 @@ class SequenceAttention:
                 seen = torch.cat([seen, extra], 1)
             self._masks[key] = seen
         return self._masks[key]
+
+
+def sequence_hidden(main: Decoder, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What main.forward gives for whole sequences, tokens [B, L] int64, and their positions [B, L]."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+    attention = SequenceAttention([layer.attention.window for layer in main.config.layers])
+    return main.forward(tokens, positions, attention), positions
 
 
 def _with_sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,6 @@ shards that are missing.
 import errno
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from mtp_engine.errors import EngineError
 from mtp_engine.tokenizer import Tokenizer
+from mtp_engine.training.files import write_whole
 
 PADDING, GIVEN, ANSWER, LOOP = range(4)
 """Kinds of tokens: none; prompt, template or user turn; written by the model; that, and the 16-gram that ends there
@@ -245,15 +245,9 @@ def _write_info(folder: Path, info: Mapping[str, Any]) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     """All of a file or nothing of it."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with fresh.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # some file systems only now notice that they are full
-        fresh.replace(path)
+        write_whole(path, lambda fresh: fresh.write_bytes(content))
     except OSError as error:
-        fresh.unlink(missing_ok=True)
         done = len(list(_shards(path.parent)))
         problem = f"disk full after {done} shards" if error.errno in _FULL else f"cannot be written ({error.strerror})"
         raise EngineError(

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +19,8 @@ from mtp_engine.models.checkpoint import Checkpoint, read_json
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.layers import RotaryEmbedding
 from mtp_engine.models.mtp import MTPModule
-from mtp_engine.training.trainable import TrainableWeights
+from mtp_engine.training.files import atomically
+from mtp_engine.training.trainable import TrainableWeights, named_noise
 
 WEIGHTS = "mtp.safetensors"
 DRAFT_IDS = "draft_token_ids"
@@ -102,7 +101,7 @@ class FirstValues:
         return out
 
     def _noise(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ self.seed))
+        return named_noise(name, shape, self.seed)
 
 
 def _stored(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -158,26 +157,3 @@ def _attention_fields(a: AttentionConfig) -> dict[str, Any]:
     optional = {"rope_scaling": a.rope.scaling, "sink": a.sink, "bias": a.bias}
     fields |= {key: value for key, value in optional.items() if value}
     return fields if math.isclose(a.value_scale, 1.0) else fields | {"value_scale": a.value_scale}
-
-
-def _umask() -> int:
-    """The process's; reading it means setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def atomically(path: Path, write: Any) -> None:
-    """Have `write` fill a file beside `path`, then put it in its place. Raises EngineError where the disk is full."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(fresh)
-        fresh.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
-        fresh.replace(path)
-    except Exception as error:  # safetensors raises an error of its own for a full disk
-        if isinstance(error, OSError) or "os error" in str(error).lower():
-            reason = getattr(error, "strerror", None) or error
-            raise EngineError(f"{path} cannot be written ({reason}): free space and run again") from error
-        raise
-    finally:
-        fresh.unlink(missing_ok=True)

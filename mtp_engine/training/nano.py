@@ -26,10 +26,11 @@ from mtp_engine.models.checkpoint import read_json
 from mtp_engine.models.export import write_json, write_model, write_tokenizer
 from mtp_engine.models.mimo_v2_flash import MTP_NAMES
 from mtp_engine.tokenizer import Tokenizer
-from mtp_engine.training.heads import atomically
+from mtp_engine.training.checkpoint import append_log
+from mtp_engine.training.files import atomically
 from mtp_engine.training.nano_model import NanoModel, nano_fields
 from mtp_engine.training.nano_report import evaluate, write_card
-from mtp_engine.training.nano_run import LOG, STATE, Entry, NanoRun, NanoSettings, append_log
+from mtp_engine.training.nano_run import LOG, STATE, Entry, NanoRun, NanoSettings
 from mtp_engine.training.nano_text import TEMPLATE, NanoCorpus, build_corpus, read_dialogues, read_held_out
 from mtp_engine.training.optimiser import Rates
 
@@ -60,7 +61,7 @@ def train(run: NanoRun, console: Console) -> None:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("training", total=1.0)
         for entry in run.run():
-            append_log(run.folder, entry)
+            append_log(run.folder / LOG, asdict(entry))
             bar.update(task, completed=entry.share, description=_line(entry))
             if not console.is_terminal and (entry.seconds - said > _SAID_S or entry.share >= 1):
                 console.print(_line(entry), highlight=False)

@@ -4,7 +4,6 @@ The model is put together by models.build as for inference. Of the mixtures of e
 """
 
 import math
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast, final
@@ -19,11 +18,12 @@ from mtp_engine.kernels.experts import PlainStack, route
 from mtp_engine.models import build, mimo_v2_flash
 from mtp_engine.models.export import fp8_settings
 from mtp_engine.models.fields import Fields
-from mtp_engine.models.layers import Block, Head
+from mtp_engine.models.layers import Block
 from mtp_engine.models.moe import MoE
-from mtp_engine.training.attention import SequenceAttention
+from mtp_engine.training.attention import sequence_hidden
 from mtp_engine.training.heads import build_heads
-from mtp_engine.training.trainable import TrainableWeights
+from mtp_engine.training.objective import layer_outputs
+from mtp_engine.training.trainable import TrainableWeights, named_noise
 
 MTP_LAYERS = 3
 _BLOCK = 32  # keys have 1.5 blocks of rows, values 1: as in the real model, a block of a global layer spans both
@@ -71,8 +71,7 @@ class FirstValues:
             return torch.ones(shape)
         if name.endswith("bias"):  # the sinks, and what balances the experts
             return torch.zeros(shape)
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ self.seed)
-        values: Tensor = torch.randn(shape, generator=generator)
+        values = named_noise(name, shape, self.seed)
         if "embed_tokens" in name:
             return values * 0.3
         if "lm_head" in name:
@@ -121,8 +120,6 @@ class NanoModel:
         self._mixtures: list[MoE] = []
         self.main = replace(main, blocks=[self._trained(cast(Block, block)) for block in main.blocks])
         self.module = build_heads(self.mtp, self.main, self.weights)
-        self._attention = SequenceAttention([layer.attention.window for layer in self.config.layers])
-        self._mtp_attention = SequenceAttention([self.mtp.layer.attention.window] * MTP_LAYERS)
 
     def _trained(self, block: Block) -> Block:
         if not isinstance(block.ffn, MoE):
@@ -155,17 +152,10 @@ class NanoModel:
     def _outputs(self, tokens: Tensor, depth: int) -> list[Tensor]:
         """Of the main model and of `depth` MTP layers, after their final norms, [B, L, H] each. Row j of layer k joins
         token j + 1 + k with the main model's hidden state j."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         with sdpa_kernel(_BACKENDS):
-            hidden = self.main.forward(tokens, positions, self._attention)
-            outputs = [self.main.norm(hidden)]
-            embedded = F.embedding(tokens, self.main.embedding)
+            hidden, positions = sequence_hidden(self.main, tokens)
             states = self.module.main_hidden(hidden)
-            for k in range(depth):
-                later = F.pad(embedded[:, k + 1 :], (0, 0, 0, k + 1))
-                out = self.module.forward(k, later, states, positions, self._mtp_attention)
-                outputs.append(cast(Head, self.module.layers[k].head).norm(out))
-        return outputs
+            return [self.main.norm(hidden), *layer_outputs(self.module, tokens, states, positions, depth)]
 
     @torch.no_grad()
     def balance(self, rate: float) -> Tensor:

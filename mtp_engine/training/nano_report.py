@@ -15,9 +15,9 @@ from mtp_engine.engine import Engine
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.tokenizer import Tokenizer
-from mtp_engine.training.attention import SequenceAttention
+from mtp_engine.training.attention import sequence_hidden
 from mtp_engine.training.evaluate import outside_loops
-from mtp_engine.training.heads import atomically
+from mtp_engine.training.files import atomically
 from mtp_engine.training.nano_text import Dialogue
 
 _BATCH = 16  # dialogues that go through a model together
@@ -81,9 +81,7 @@ def _loss(main: Decoder, prompts: Sequence[Sequence[int]], answers: Sequence[Seq
         tokens[row, :end] = torch.tensor([*prompt, *answer])
         counted[row, len(prompt) - 1 : end - 1] = True
     tokens, counted = tokens.to(main.embedding.device), counted.to(main.embedding.device)
-    positions = torch.arange(length, device=tokens.device).expand(len(tokens), -1)
-    attention = SequenceAttention([layer.attention.window for layer in main.config.layers])
-    hidden = main.forward(tokens, positions, attention)[counted]
+    hidden = sequence_hidden(main, tokens)[0][counted]
     labels = tokens.roll(-1, 1)[counted]
     total, rows = torch.zeros((), dtype=torch.float64, device=tokens.device), max(1, _LOGITS // main.vocab_size)
     for part, label in zip(hidden.split(rows), labels.split(rows), strict=True):  # type: ignore[no-untyped-call]

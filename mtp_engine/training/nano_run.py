@@ -1,6 +1,5 @@
 """The training of mimo-nano: steps, the two phases of its MTP layers, checkpoints, a log."""
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -9,18 +8,15 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mtp_engine.errors import EngineError
-from mtp_engine.training.heads import atomically
+from mtp_engine.training.checkpoint import RunState
 from mtp_engine.training.nano_model import MTP_LAYERS, NanoModel
 from mtp_engine.training.nano_text import NanoCorpus
 from mtp_engine.training.optimiser import Optimiser, Rates
 
 STATE, LOG = "state.safetensors", "log.jsonl"
-_OPTIMISER, _PLACE, _SETTINGS = "optimiser/", "place", "settings"
 _ENDLESS = 1 << 40  # steps: the cosine has not begun
 
 
@@ -72,6 +68,7 @@ class NanoRun:
         self.corpus = corpus.to(model.main.embedding.device)
         folder.mkdir(parents=True, exist_ok=True)
         self._optimiser = Optimiser(model.weights, settings.rates)
+        self._state = RunState(folder / STATE, model.weights, self._optimiser)
         self.step, self._depth, self._epoch, self._at = 0, 1, 0, 0
         self._seconds = 0.0  # trained so far
         self._rows = self._shuffled()
@@ -95,7 +92,7 @@ class NanoRun:
                     continue
                 means = torch.stack([x for x in losses if len(x) == len(loss)]).mean(0).tolist()  # waits for the device
                 if not all(map(math.isfinite, means)):
-                    raise self._diverged()
+                    raise self._state.diverged(self.step, "--muon and --adam")
                 now = time.monotonic()
                 self._seconds = now - begin
                 speed = len(losses) * s.rows * s.length / (now - last)
@@ -105,12 +102,12 @@ class NanoRun:
                 )  # fmt: skip
                 losses, last = [], time.monotonic()
                 if last - saved > s.checkpoint_s or self._share() >= 1:
-                    if not self._is_finite():
-                        raise self._diverged()
+                    if not self._state.sound():
+                        raise self._state.diverged(self.step, "--muon and --adam")
                     self.save()
                     saved = time.monotonic()
         except (GeneratorExit, KeyboardInterrupt):
-            if self._is_finite():
+            if self._state.sound():
                 self.save()
             raise
 
@@ -152,43 +149,15 @@ class NanoRun:
             raise EngineError(f"the text has {len(rows)} rows of {s.length} tokens, a step takes {s.rows}: write more")
         return rows
 
-    def _is_finite(self) -> bool:
-        """Whether all weights are numbers: the last update may have spoilt them after the loss was looked at."""
-        return bool(
-            torch.stack([p.leaf.detach().float().sum() for p in self.model.weights.parameters]).isfinite().all()
-        )
-
-    def _diverged(self) -> EngineError:
-        return EngineError(
-            f"the loss is not a number at step {self.step}; {self.folder / STATE} keeps the last good state, if one was "
-            "written: lower --muon and --adam, and run again with another --out"
-        )
-
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
-        tensors = {**self.model.weights.named(), **{f"{_OPTIMISER}{k}": v for k, v in self._optimiser.state().items()}}
-        flat = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
-        flat[_PLACE] = torch.tensor([self.step, self._depth, self._epoch, self._at, self._seconds], dtype=torch.float64)
-        about = {_SETTINGS: json.dumps(self._described())}
-        atomically(self.folder / STATE, lambda path: save_file(flat, path, metadata=about))
+        self._state.save([self.step, self._depth, self._epoch, self._at, self._seconds], self._described())
 
     def resume(self) -> bool:
         """Go on from the checkpoint, if there is one. Raises EngineError if it is of another run."""
-        if not (self.folder / STATE).is_file():
+        if (place := self._state.load(self._described(), self.folder)) is None:
             return False
-        with safe_open(self.folder / STATE, framework="pt") as kept:
-            about, wanted = json.loads(kept.metadata()[_SETTINGS]), json.loads(json.dumps(self._described()))
-            if other := sorted(key for key in wanted if about.get(key) != wanted[key]):
-                raise EngineError(
-                    f"{self.folder} holds a run with another setting of {', '.join(other)}: choose another --out, or delete it"
-                )
-            tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118  it is no mapping
-        for name, master in self.model.weights.named().items():
-            master.copy_(tensors[name])
-        self.model.weights.refresh()
-        moments = {n.removeprefix(_OPTIMISER): x for n, x in tensors.items() if n.startswith(_OPTIMISER)}
-        self._optimiser.restore(moments)
-        *counts, self._seconds = tensors[_PLACE].tolist()
+        *counts, self._seconds = place
         self.step, self._depth, self._epoch, self._at = map(int, counts)
         self._rows = self._shuffled()
         return True
@@ -197,9 +166,3 @@ class NanoRun:
         """What must be the same for a run to be gone on with."""
         settings = {k: v for k, v in asdict(self.settings).items() if k not in ("log_every", "checkpoint_s")}
         return {**settings, "model": asdict(self.model.config), "tokens": len(self.corpus.tokens)}
-
-
-def append_log(folder: Path, entry: Entry) -> None:
-    """One line of folder/log.jsonl."""
-    with (folder / LOG).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(entry)) + "\n")

@@ -12,7 +12,7 @@ from mtp_engine.kernels import distill_reference
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.layers import Head
 from mtp_engine.models.mtp import MTPModule
-from mtp_engine.training.attention import SequenceAttention
+from mtp_engine.training.attention import SequenceAttention, sequence_hidden
 from mtp_engine.training.processes import mean_over_processes
 
 _LOGIT_BYTES = 1 << 30  # of one matrix of logits
@@ -73,11 +73,9 @@ def distill_step(
     distribution stands at position j + k + 1. Logits of the whole vocabulary exist for a few sequences at a time only.
     """
     batch, length = tokens.shape
-    positions = torch.arange(length, device=tokens.device).expand(batch, -1)
-    reading = replace(main, features=module.config.features)
     with torch.no_grad():
-        hidden = reading.forward(tokens, positions, SequenceAttention([c.attention.window for c in main.config.layers]))
-    normed = _outputs(module, tokens, module.main_hidden(hidden), positions)
+        hidden, positions = sequence_hidden(replace(main, features=module.config.features), tokens)
+    normed = layer_outputs(module, tokens, module.main_hidden(hidden), positions)
     leaves = [each.detach() for each in normed]
     grads = [torch.empty_like(each) for each in leaves]
     weights = objective.token_weights(kinds)
@@ -99,14 +97,19 @@ def distill_step(
     return Measures(sums, mass)
 
 
-def _outputs(module: MTPModule, tokens: Tensor, states: Tensor, positions: Tensor) -> list[Tensor]:
-    """Per depth the layer's output after its final norm, [B, L, H]. The last k + 1 rows of depth k lack their token."""
+def layer_outputs(
+    module: MTPModule, tokens: Tensor, states: Tensor, positions: Tensor, depth: int | None = None
+) -> list[Tensor]:
+    """Per depth the layer's output after its final norm, [B, L, H]. The last k + 1 rows of depth k lack their token.
+
+    depth: how many of the layers run; None is all.
+    """
     config = module.config
     attention = SequenceAttention([config.layer.attention.window] * config.depth)
     passed, normed = states, []
-    for k, layer in enumerate(module.layers):
+    for k, layer in enumerate(module.layers[:depth]):
         later = F.pad(tokens[:, k + 1 :], (0, k + 1))
-        out = module.forward(k, module.embedding[later], passed, positions, attention)
+        out = module.forward(k, F.embedding(later, module.embedding), passed, positions, attention)
         passed = out if config.chained else states
         normed.append(cast(Head, layer.head).norm(out))
     return normed

@@ -36,7 +36,7 @@ def plan_run(model: ModelConfig, mtp: MTPConfig, steps: int, step_tokens: int, w
     head, hidden = 2 * model.vocab_size * model.hidden_size, model.hidden_size
     # forward of the main model and its head; forward and backward of the layers; their heads are frozen, so two products
     flops = sum(2 * _active(layer, hidden) for layer in model.layers) + head + 6 * trained + mtp.depth * 2 * head
-    wide = sum(12 * hidden + 4 * layer.intermediate for layer in (mtp.layer,) * mtp.depth)  # activations kept
+    wide = mtp.depth * (12 * hidden + 4 * mtp.layer.intermediate)  # activations kept, per token
     memory = 2 * stored + _OPTIMISED * trained + _LOGITS + 2 * wide * step_tokens // world
     peak = next((value for name, value in PEAK_BF16.items() if name in device), None)
     tokens = steps * step_tokens

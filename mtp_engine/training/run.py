@@ -3,7 +3,7 @@
 import os
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal, final
@@ -22,7 +22,8 @@ from mtp_engine.models.loader import read_config, read_mtp_config
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Progress
 from mtp_engine.training import data
-from mtp_engine.training.attention import SequenceAttention
+from mtp_engine.training.attention import sequence_hidden
+from mtp_engine.training.checkpoint import append_log
 from mtp_engine.training.data import Corpus
 from mtp_engine.training.dialogues import DialogueSettings, write_dialogues
 from mtp_engine.training.evaluate import accepted_length, held_out
@@ -31,9 +32,8 @@ from mtp_engine.training.plan import RunPlan, device_name, plan_run
 from mtp_engine.training.processes import join_processes, own_device
 from mtp_engine.training.prompts import read_prompts
 from mtp_engine.training.report import write_card, write_report
-from mtp_engine.training.trainer import LOG, Report, Trainer, TrainSettings, append_log
+from mtp_engine.training.trainer import LOG, Report, Trainer, TrainSettings
 
-_DRAFT_VOCAB = 16384  # tokens in the list for the reduced draft vocabulary
 _EVALUATED = 24  # held-out prompts that are decoded at a time
 
 
@@ -114,7 +114,7 @@ class Training:
             with closing(self.trainer.run(measure if prompts else None)) as reports:
                 for report in reports:
                     if not self.process.rank:
-                        append_log(self.job.out, report)
+                        append_log(self.job.out / LOG, asdict(report))
                         if report.measured is not None or report.step == self.job.settings.steps:
                             self.write(report)
                     yield report
@@ -180,16 +180,14 @@ class Training:
 @torch.no_grad()
 def hidden_rms(main: Decoder, tokens: Tensor) -> float:
     """Root mean square of the main model's hidden states before its final norm. tokens: [B, L]."""
-    tokens = tokens.to(main.embedding.device).long()
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-    hidden = main.forward(tokens, positions, SequenceAttention([c.attention.window for c in main.config.layers]))
+    hidden, _ = sequence_hidden(main, tokens.to(main.embedding.device).long())
     return float(hidden.float().pow(2).mean().sqrt())
 
 
 def by_frequency(corpus: Corpus, vocab: int) -> Tensor:
     """The most frequent tokens of the answers, most frequent first, [n] int32."""
     counts = torch.bincount(corpus.tokens[corpus.kinds >= data.ANSWER].long(), minlength=vocab)
-    return counts.argsort(descending=True, stable=True)[:_DRAFT_VOCAB].int()
+    return counts.argsort(descending=True, stable=True)[: EngineConfig.draft_vocab].int()
 
 
 def _check_init(folder: Path, wanted: MTPConfig) -> None:

@@ -4,6 +4,7 @@ The models compute with `leaf` tensors in the dtype of training. In bf16 the opt
 because a small step would be lost in rounding; in fp32 the two are one.
 """
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
@@ -91,6 +92,11 @@ class TrainableWeights:
         leaf = master.detach().to(dtype).requires_grad_(True)
         self.parameters.append(Parameter(leaf, masters))
         return leaf
+
+
+def named_noise(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Standard normal values that depend on name and seed only."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed))
 
 
 def _cut(whole: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """The training run: batches, steps, checkpoints, and evaluation by real speculative decoding."""
 
-import json
 import math
 import shutil
 import time
@@ -11,23 +10,21 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mtp_engine.config import MTPConfig
 from mtp_engine.errors import EngineError
-from mtp_engine.models.checkpoint import Checkpoint, read_json
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
+from mtp_engine.training.checkpoint import RunState
 from mtp_engine.training.data import Corpus
-from mtp_engine.training.heads import FirstValues, atomically, build_heads
+from mtp_engine.training.heads import FirstValues, build_heads
 from mtp_engine.training.objective import Measures, Objective, distill_step
 from mtp_engine.training.optimiser import Optimiser, Rates, average_gradients
 from mtp_engine.training.processes import Process
 from mtp_engine.training.trainable import TrainableWeights
 
-_KEPT, _STATE, _ABOUT, LOG = "checkpoint", "state.safetensors", "run.json", "log.jsonl"
-_OPTIMISER, _STEP = "optimiser/", "step"
+_KEPT, LOG = "checkpoint", "log.jsonl"
 
 
 @final
@@ -76,6 +73,7 @@ class Trainer:
         self.weights = TrainableWeights(first, main.embedding.dtype, main.embedding.device)
         self.module: MTPModule = build_heads(config, main, self.weights)
         self._optimiser = Optimiser(self.weights, settings.rates)
+        self._state = RunState(out / _KEPT / "state.safetensors", self.weights, self._optimiser)
         rows, length = corpus.tokens.shape
         self._rows = max(1, settings.tokens // length // process.world)  # of this process in a step
         self._per_epoch = rows // (self._rows * process.world)
@@ -104,8 +102,8 @@ class Trainer:
                     continue
                 measures = Measures(sum(m.sums for m in sums), sum(m.weight for m in sums))  # type: ignore[arg-type]
                 loss = measures.loss.tolist()  # waits for the device
-                if not (all(map(math.isfinite, loss)) and self._sound()):
-                    raise self._diverged()
+                if not (all(map(math.isfinite, loss)) and self._state.sound()):
+                    raise self._state.diverged(self.step, "--lr")
                 now = time.monotonic()
                 speed = len(sums) * self._rows * self._process.world * self.corpus.tokens.shape[1] / (now - last)
                 measured = evaluate(self.module) if evaluate and due and not self._process.rank else None
@@ -118,7 +116,7 @@ class Trainer:
                     self.save()
                     saved = time.monotonic()
         except (GeneratorExit, KeyboardInterrupt):
-            if self._sound():
+            if self._state.sound():
                 self.save()
             raise
 
@@ -140,46 +138,16 @@ class Trainer:
         device = self.main.embedding.device
         return self.corpus.tokens[rows].to(device).long(), self.corpus.kinds[rows].to(device)
 
-    def _sound(self) -> bool:
-        """Whether all weights are numbers: a step's loss is that of the weights before it."""
-        return bool(torch.stack([master.isfinite().all() for master in self.weights.named().values()]).all())
-
-    def _diverged(self) -> EngineError:
-        return EngineError(
-            f"the loss is not a number at step {self.step}; {self.out / _KEPT} keeps the last good state, if one was "
-            "written: lower --lr and run again with another --out"
-        )
-
     def save(self) -> None:
         """Write a checkpoint, by the first process."""
-        if self._process.rank:
-            return
-        kept = self.out / _KEPT
-        kept.mkdir(parents=True, exist_ok=True)
-        tensors = {**self.weights.named(), **{f"{_OPTIMISER}{k}": v for k, v in self._optimiser.state().items()}}
-        flat = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
-        flat[_STEP] = torch.tensor(self.step)
-        text = json.dumps(self._described(), indent=2)
-        atomically(kept / _ABOUT, lambda path: path.write_text(text, encoding="utf-8"))
-        atomically(kept / _STATE, lambda path: save_file(flat, path))
+        if not self._process.rank:
+            self._state.save([self.step], self._described())
 
     def resume(self) -> bool:
         """Go on from the checkpoint in `out`, if there is one. Raises EngineError if it is of another run."""
-        kept = self.out / _KEPT
-        if not (kept / _STATE).is_file():
+        if (place := self._state.load(self._described(), self.out)) is None:
             return False
-        about, wanted = read_json(kept / _ABOUT), json.loads(json.dumps(self._described()))
-        if other := sorted(key for key in wanted if about.get(key) != wanted[key]):
-            raise EngineError(
-                f"{self.out} holds a run with another setting of {', '.join(other)}: choose another --out, or delete it"
-            )
-        checkpoint = Checkpoint(kept)
-        for name, master in self.weights.named().items():
-            master.copy_(checkpoint.raw(name, master.shape))
-        names = [name for name in checkpoint if name.startswith(_OPTIMISER)]
-        self._optimiser.restore({n.removeprefix(_OPTIMISER): checkpoint.raw(n, checkpoint.shape(n)) for n in names})
-        self.weights.refresh()
-        self.step = int(checkpoint.raw(_STEP, ()))
+        self.step = int(place[0])
         return True
 
     def _described(self) -> dict[str, Any]:
@@ -193,10 +161,3 @@ class Trainer:
         """Delete the checkpoint: the run is done."""
         if not self._process.rank:  # others may be done before it is
             shutil.rmtree(self.out / _KEPT, ignore_errors=True)
-
-
-def append_log(out: Path, report: Report) -> None:
-    """One line of out/log.jsonl."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / LOG).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(report)) + "\n")
