@@ -1,35 +1,28 @@
 """Turn a llama-architecture GGUF file into a Hugging Face folder: fp32 safetensors, config.json, tokenizer.json.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package undoes the quantisation; the
-header is read here, because the package's own reader needs seven seconds for a vocabulary of 49k tokens.
+The `gguf` package undoes the quantisation; gguf_header.py reads the header.
 """
 
 import json
-import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, final
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from mtp_engine.errors import EngineError
+from mtp_engine.models.gguf_header import REQUIRED, Source, StoredTensor, open_gguf
 
 Progress = Callable[[str, int, int | None], None]
 Array = npt.NDArray[Any]
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 _CONTROL, _USER_DEFINED = 3, 4  # token types
 _CHUNK = 1 << 22  # weights dequantised at a time: bounds memory, whatever the size of the model
-_REQUIRED: Any = object()
 
 
 def convert(gguf_path: Path, folder: Path, progress: Progress = lambda what, done, total: None) -> None:
@@ -40,7 +33,7 @@ def convert(gguf_path: Path, folder: Path, progress: Progress = lambda what, don
     Raises EngineError, naming file and field, for a damaged file or an unsupported architecture, tokenizer or tensor;
     OSError where the disk fails.
     """
-    source = _open(gguf_path)
+    source = open_gguf(gguf_path)
     config = _config(source)
     folder.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(source, config, folder)
@@ -50,116 +43,7 @@ def convert(gguf_path: Path, folder: Path, progress: Progress = lambda what, don
     _write_json(folder / "config.json", config)
 
 
-@final
-@dataclass(frozen=True)
-class _Tensor:
-    """Where one tensor lies. shape is row-major, as in PyTorch (GGUF lists dimensions the other way round)."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: GGMLQuantizationType
-    offset: int
-    size: int
-
-
-@final
-@dataclass(frozen=True)
-class _Source:
-    """A GGUF file's header."""
-
-    path: Path
-    fields: dict[str, Any]
-    tensors: dict[str, _Tensor]
-
-    def get(self, key: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
-        """The field `key`. Raises EngineError if it is missing without a default, or of another type."""
-        value = self.fields.get(key, default)
-        if value is _REQUIRED:
-            raise self.error(f"field {key} is missing")
-        if value is not default and not isinstance(value, kind):
-            raise self.error(f"field {key} is {str(value)[:40]!r}, which is not supported")
-        return value
-
-    def error(self, problem: str) -> EngineError:
-        return EngineError(f"{self.path}: {problem}; use another GGUF file or the model's safetensors folder")
-
-
-@final
-class _Cursor:
-    """Reads little-endian values one after another; ValueError past the end."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data = data
-        self.at = 0
-
-    def take(self, count: int) -> bytes:
-        if count > len(self._data) - self.at:
-            raise ValueError("it ends too early")
-        self.at += count
-        return self._data[self.at - count : self.at]
-
-    def numbers(self, code: str, count: int = 1) -> tuple[Any, ...]:
-        return struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(f"<{code}")))
-
-    def string(self) -> str:
-        return self.take(self.numbers("Q")[0]).decode("utf-8")
-
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind != _ARRAY:
-            return self.numbers(_SCALARS[kind])[0]
-        item, count = self.numbers("I")[0], self.numbers("Q")[0]
-        if item == _STRING:
-            return [self.string() for _ in range(count)]
-        return list(self.numbers(_SCALARS[item], count))
-
-
-def _open(path: Path) -> _Source:
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _header(path, _Cursor(data), len(data))
-    except OSError as error:
-        raise EngineError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from error
-    except (ValueError, KeyError, TypeError, OverflowError, MemoryError, struct.error) as error:
-        raise EngineError(f"{path}: not a whole GGUF file ({error}); download it again") from error
-
-
-def _header(path: Path, cursor: _Cursor, file_size: int) -> _Source:
-    if cursor.take(4) != b"GGUF":
-        raise ValueError("it does not start with GGUF")
-    if (version := cursor.numbers("I")[0]) not in (2, 3):
-        raise ValueError(f"version {version} instead of 2 or 3, little-endian")
-    tensor_count, field_count = cursor.numbers("Q", 2)
-    fields = {}
-    for _ in range(field_count):
-        key = cursor.string()
-        fields[key] = cursor.value(cursor.numbers("I")[0])
-    found = [_tensor_info(cursor) for _ in range(tensor_count)]
-    align = int(fields.get("general.alignment", 32))
-    base = -(-cursor.at // align) * align if align > 0 else file_size
-    tensors = {}
-    for name, shape, kind, offset in found:
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-        size = int(np.prod(shape, dtype=object)) // block * block_bytes
-        if shape[-1] % block or base + offset + size > file_size:
-            raise ValueError(f"tensor {name} is cut off")
-        tensors[name] = _Tensor(name, shape, kind, base + offset, size)
-    return _Source(path, fields, tensors)
-
-
-def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
-    name = cursor.string()
-    dims = cursor.numbers("I")[0]
-    if not 1 <= dims <= 4:
-        raise ValueError(f"tensor {name} has {dims} dimensions")
-    shape = cursor.numbers("Q", dims)[::-1]
-    if not all(shape):
-        raise ValueError(f"tensor {name} is empty")
-    return name, shape, GGMLQuantizationType(cursor.numbers("I")[0]), cursor.numbers("Q")[0]
-
-
-def _config(source: _Source) -> dict[str, Any]:
+def _config(source: Source) -> dict[str, Any]:
     """LlamaForCausalLM's config.json."""
     if (architecture := source.get("general.architecture", str)) != "llama":
         raise source.error(f"general.architecture is {architecture!r}, only 'llama' is supported")
@@ -197,14 +81,14 @@ def _config(source: _Source) -> dict[str, Any]:
     }
 
 
-def _size(source: _Source, key: str, default: Any = _REQUIRED) -> int:
+def _size(source: Source, key: str, default: Any = REQUIRED) -> int:
     value = source.get(key, int, default)
     if value < 1:
         raise source.error(f"field {key} is {value}")
     return int(value)
 
 
-def _rope_scaling(source: _Source, head_dim: int) -> dict[str, Any] | None:
+def _rope_scaling(source: Source, head_dim: int) -> dict[str, Any] | None:
     """Llama 3's rule from the factors that GGUF stores instead of it; linear scaling; or None."""
     if (kind := source.get("llama.rope.scaling.type", str, "none")) not in ("none", "linear"):
         raise source.error(f"llama.rope.scaling.type {kind!r} is not supported")
@@ -245,7 +129,7 @@ def _expected(config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...
         yield "output", "lm_head", (config["vocab_size"], hidden), 0
 
 
-def _write_weights(source: _Source, config: dict[str, Any], target: Path, progress: Progress) -> None:
+def _write_weights(source: Source, config: dict[str, Any], target: Path, progress: Progress) -> None:
     """Stream every tensor into a safetensors file: 8 bytes of header length, a JSON header, raw values."""
     plan, header, end = [], {}, 0
     for old, new, shape, heads in _expected(config):
@@ -271,7 +155,7 @@ def _write_weights(source: _Source, config: dict[str, Any], target: Path, progre
                 progress("converting weights", done, end)
 
 
-def _rows(source: _Source, file: BinaryIO, tensor: _Tensor, heads: int) -> Iterator[Array]:
+def _rows(source: Source, file: BinaryIO, tensor: StoredTensor, heads: int) -> Iterator[Array]:
     """The tensor's rows, [some, columns] fp32. `heads` > 0 undoes llama.cpp's order of rows within each head.
 
     llama.cpp rotates neighbours, Hugging Face the two halves of a head: row 2i + j of a head there is row
@@ -293,7 +177,7 @@ def _rows(source: _Source, file: BinaryIO, tensor: _Tensor, heads: int) -> Itera
             raise source.error(f"tensor {tensor.name} has the unsupported type {tensor.kind.name}") from error
 
 
-def _write_tokenizer(source: _Source, config: dict[str, Any], folder: Path) -> None:
+def _write_tokenizer(source: Source, config: dict[str, Any], folder: Path) -> None:
     tokens = source.get("tokenizer.ggml.tokens", list)
     if len(tokens) > config["vocab_size"]:
         raise source.error(f"tokenizer.ggml.tokens has {len(tokens)} entries for {config['vocab_size']} embeddings")
@@ -321,7 +205,7 @@ def _write_tokenizer(source: _Source, config: dict[str, Any], folder: Path) -> N
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
 
 
-def _tokenizer(source: _Source, tokens: list[str]) -> Tokenizer:
+def _tokenizer(source: Source, tokens: list[str]) -> Tokenizer:
     """Byte-level BPE as in the model's own tokenizer.json."""
     if (model := source.get("tokenizer.ggml.model", str)) != "gpt2":
         raise source.error(f"tokenizer.ggml.model {model!r} is not supported, only 'gpt2' (byte-level BPE)")
