@@ -20,7 +20,8 @@ from rich.table import Table
 from torch import Tensor
 
 from mtp_engine import DraftTree, Engine, EngineConfig, SamplingParams, TreeShape, VerifyResult
-from mtp_engine.protocols import Batch, Verifier
+from mtp_engine.protocols import Verifier
+from mtp_engine.sampling.batch import Batch
 from mtp_engine.training.data import in_loop
 
 

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape, hub
+from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.config import DEFAULT_MODEL
-from mtp_engine.members import Request
+from mtp_engine.hub import hub
+from mtp_engine.runtime.request import Request
 
 Decode = Callable[[list[int], int], tuple[list[int], float]]
 """(tokens, new) -> (ids, decoding seconds)."""

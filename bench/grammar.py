@@ -14,7 +14,7 @@ from rich.table import Table
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.config import DEFAULT_MODEL, Structure
-from mtp_engine.tool_calls import call_schema
+from mtp_engine.text.tool_calls import call_schema
 
 
 def _object(**properties: object) -> dict[str, object]:

@@ -12,7 +12,7 @@ from shapes import Model
 from torch import Tensor
 
 from mtp_engine import EngineConfig
-from mtp_engine.attention import StepRows
+from mtp_engine.attention.rows import StepRows
 from mtp_engine.kernels.attention_check import graph_micros
 from mtp_engine.kernels.experts import route
 from mtp_engine.models.layers import Block

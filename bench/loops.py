@@ -13,13 +13,14 @@ from torch import Tensor, profiler
 
 from mtp_engine import DraftTree, EngineConfig, SamplingParams, TreeShape, VerifyResult
 from mtp_engine.backend import make_backend
-from mtp_engine.decode_loop import DecodeLoop
 from mtp_engine.drafters import RootDrafter
 from mtp_engine.engine import Engine, make_loop, mtp_drafter
-from mtp_engine.members import Members, Request
-from mtp_engine.protocols import Batch, Launched, Verifier
-from mtp_engine.runner import EagerRunner, Runner
-from mtp_engine.sampler import choose_scores
+from mtp_engine.protocols import Launched, Verifier
+from mtp_engine.runtime.loop import DecodeLoop
+from mtp_engine.runtime.request import Members, Request
+from mtp_engine.runtime.step import EagerRunner, Runner
+from mtp_engine.sampling.batch import Batch
+from mtp_engine.sampling.sampler import choose_scores
 
 ROOM = 512  # tokens that a request may emit while it is timed
 

@@ -20,7 +20,7 @@ BASE = {"ignore_eos": True, "seed": 1, "temperature": 1.0}
 LAW = {"top_k": 50, "top_p": 0.95, "min_p": 0.01}
 PATH = {
     "repetition_penalty": 1.1, "frequency_penalty": 0.2, "presence_penalty": 0.1, "logit_bias": {28: -1.0, 30: 0.5},
-    "bad_words": ((260, 411), (28, 284, 260), (198,)), "allowed_token_ids": tuple(range(49100)), "stop": ("@@@@",),
+    "bad_words": ((260, 411), (28, 284, 260), (198,)), "allowed_token_ids": tuple(range(49100)), "stop": ("",),
     "stop_token_ids": (5, 6), "min_tokens": 880,
 }  # fmt: skip
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mtp_engine.drafters.expand import Growth
-from mtp_engine.protocols import Batch
-from mtp_engine.sampler import gumbel, step_seed
+from mtp_engine.sampling.batch import Batch
+from mtp_engine.sampling.sampler import gumbel, step_seed
 
 Ranking = Literal["noise", "drawn", "best"]
 _CANDIDATES = 103  # purpose of step_seed

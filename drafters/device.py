@@ -9,7 +9,7 @@ from mtp_engine.drafters.expand import Growth, Level, LevelRows
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.kernels import state
 from mtp_engine.kernels.grow import Finish, Finished, Nodes, Roots, draft_level
-from mtp_engine.protocols import Batch
+from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
 

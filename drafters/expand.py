@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtp_engine.config import TreeShape
-from mtp_engine.protocols import Batch
+from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
 

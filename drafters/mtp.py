@@ -21,13 +21,14 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mtp_engine.attention import AttentionFactory, StepRows, TorchAttention
+from mtp_engine.attention.rows import AttentionFactory, StepRows
+from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import TreeShape
 from mtp_engine.drafters.expand import DraftOps, Growth, Level, LevelRows, level_sizes
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.models.mtp import MTPModule
-from mtp_engine.protocols import Batch
+from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mtp_engine.drafters.candidates import Candidates, Ranking
 from mtp_engine.drafters.expand import Growth, Level, LevelRows, finish, grow
-from mtp_engine.protocols import Batch
+from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
 

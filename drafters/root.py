@@ -4,7 +4,7 @@ from typing import final
 
 from torch import Tensor
 
-from mtp_engine.protocols import Batch
+from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
 

@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtp_engine.config import EngineConfig, SamplingParams, TreeShape
-    from mtp_engine.decode_loop import DecodeLoop
     from mtp_engine.engine import Chunk, Engine, Generation
     from mtp_engine.errors import EngineError
-    from mtp_engine.stats import GenerationStats
+    from mtp_engine.runtime.loop import DecodeLoop
+    from mtp_engine.runtime.stats import GenerationStats
     from mtp_engine.tree import DraftTree, VerifyResult
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Chunk": "engine",
-    "DecodeLoop": "decode_loop",
+    "DecodeLoop": "runtime.loop",
     "DraftTree": "tree",
     "Engine": "engine",
     "EngineConfig": "config",
     "EngineError": "errors",
     "Generation": "engine",
-    "GenerationStats": "stats",
+    "GenerationStats": "runtime.stats",
     "SamplingParams": "config",
     "TreeShape": "config",
     "VerifyResult": "tree",

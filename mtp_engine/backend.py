@@ -8,7 +8,8 @@ from typing import final
 
 import torch
 
-from mtp_engine.attention import AttentionFactory, TorchAttention
+from mtp_engine.attention.rows import AttentionFactory
+from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.config import EngineConfig
 from mtp_engine.drafters import Ranking, TorchDraftOps
 from mtp_engine.drafters.expand import DraftOps
@@ -16,7 +17,7 @@ from mtp_engine.errors import EngineError
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Progress, Verifier
-from mtp_engine.runner import Draft, EagerRunner, Runner, Verify
+from mtp_engine.runtime.step import Draft, EagerRunner, Runner, Verify
 from mtp_engine.verifiers import (
     BlockVerifier,
     DeviceMatchVerifier,
@@ -82,17 +83,17 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
             f"{torch.cuda.get_device_name(device)} is of compute capability {capability[0]}.{capability[1]}; the kernels "
             "need 8.0 (Ampere) or above: use --attention torch --dtype fp32"
         )
-    from mtp_engine.cuda_attention import MOST_ROWS, exact_attention
-    from mtp_engine.cuda_graph import SCRATCH_TOKENS, GraphRunner, bucket
+    from mtp_engine.attention.exact import MOST_ROWS, exact_attention
     from mtp_engine.drafters.device import DeviceDraftOps
     from mtp_engine.models.fused import fuse, fuse_mtp
+    from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner, bucket
 
     attention: AttentionFactory = exact_attention
     refresh = None
     if config.attention == "flashinfer":
         if config.dtype == "fp32":
             raise EngineError("FlashInfer computes in bf16: use --dtype bf16, or --attention exact")
-        from mtp_engine.flashinfer_attention import FlashInferAttention
+        from mtp_engine.attention.flashinfer import FlashInferAttention
 
         attention = FlashInferAttention(progress)
         refresh = attention.refresh

@@ -7,7 +7,6 @@ from typing import Any, cast, final
 
 import torch
 
-from mtp_engine import hub
 from mtp_engine.backend import Backend, gpu_errors, make_backend
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import (
@@ -19,19 +18,20 @@ from mtp_engine.config import (
     SamplingParams,
     TreeShape,
 )
-from mtp_engine.decode_loop import DecodeLoop
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineError
-from mtp_engine.grammar import Grammars
-from mtp_engine.logprobs import TokenLogprob
-from mtp_engine.members import Request
+from mtp_engine.hub import hub
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Drafter, Progress
-from mtp_engine.stats import GenerationStats
-from mtp_engine.stops import FinishReason, VisibleText
-from mtp_engine.tokenizer import Tokenizer
+from mtp_engine.runtime.loop import DecodeLoop
+from mtp_engine.runtime.request import Request
+from mtp_engine.runtime.stats import GenerationStats
+from mtp_engine.sampling.logprobs import TokenLogprob
+from mtp_engine.sampling.stops import FinishReason, VisibleText
+from mtp_engine.sampling.structure import Grammars
+from mtp_engine.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Raw text, token ids, or chat messages ({"role": ..., "content": ...}) for the model's chat template."""

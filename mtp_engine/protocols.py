@@ -5,26 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mtp_engine.guide import Guide
-from mtp_engine.sampler import SamplingBatch
+from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
-
-
-class Batch(Protocol):
-    """The requests of one step. Slots are rows of every cache; a request keeps its slot while it lives."""
-
-    @property
-    def slots(self) -> Tensor: ...  # [B] int64
-    @property
-    def tokens(self) -> Tensor: ...  # [B] int64, last committed token of each request
-    @property
-    def lengths(self) -> Tensor: ...  # [B] int64, tokens whose KV is cached = position of `tokens`
-    @property
-    def bound(self) -> int: ...  # no request has more cached tokens than this; known on the host
-    @property
-    def sampling(self) -> SamplingBatch: ...
-    @property
-    def guide(self) -> Guide | None: ...  # constraints on the text, where a request has one
 
 
 class Attention(Protocol):
@@ -43,21 +25,6 @@ class DeviceAttention(Attention, Protocol):
 
     def attend(self, layer: int, q: Tensor, *, scale: float, sink: Tensor | None) -> Tensor:
         """q: [B, N, Hq, Dk] -> [B, N, Hq, Dv], once keys and values are written."""
-
-
-class KVCache(Protocol):
-    """Keys and values of all layers for a fixed set of slots."""
-
-    def reserve(self, slot: int, tokens: int) -> None:
-        """Make room for `tokens` positions in all. Raises EngineError, with nothing changed, where there is none."""
-
-    def release(self, slot: int) -> None: ...
-
-    def commit(self, slots: Tensor, lengths: Tensor, result: VerifyResult) -> None:
-        """Move the kept nodes' rows to the end of the sequence: node path[b, i] to row lengths[b] + i, i < counts[b]."""
-
-    def check(self) -> None:
-        """Assert the cache's invariants."""
 
 
 class TargetModel(Protocol):

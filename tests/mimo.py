@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mtp_engine.attention import StepRows, TorchAttention
+from mtp_engine.attention.rows import StepRows
+from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import HybridKV
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from test_tree import lineage, random_tree
 from torch import Tensor
 
-from mtp_engine.attention import StepRows, TorchAttention
+from mtp_engine.attention.rows import StepRows
+from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import AttentionConfig, RopeConfig
 from mtp_engine.kernels.reference import attend, visible_bias

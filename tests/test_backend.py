@@ -5,12 +5,12 @@ import sys
 import pytest
 import torch
 
-from mtp_engine.attention import TorchAttention
+from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.backend import gpu_errors, make_backend
 from mtp_engine.config import EngineConfig
-from mtp_engine.cuda_graph import bound_bucket, bucket
 from mtp_engine.errors import EngineError
-from mtp_engine.runner import EagerRunner
+from mtp_engine.runtime.cuda_graph import bound_bucket, bucket
+from mtp_engine.runtime.step import EagerRunner
 
 CUDA = torch.device("cuda")
 

@@ -25,7 +25,7 @@ from test_attention import (
 from test_tree import lineage, random_tree
 from torch import Tensor
 
-from mtp_engine.attention import TorchAttention
+from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import HybridKV, PagedKV, WindowKV
 from mtp_engine.errors import EngineError
 from mtp_engine.tree import DraftTree, VerifyResult

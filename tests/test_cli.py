@@ -16,14 +16,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 import mtp_engine.cli.generate as generate_module
-from mtp_engine import hub
 from mtp_engine.cli.main import main
 from mtp_engine.cli.output import TextWriter, visible
 from mtp_engine.cli.progress import Waits
 from mtp_engine.config import EngineConfig, SamplingParams, Structure
 from mtp_engine.errors import EngineError
-from mtp_engine.stats import GenerationStats
-from mtp_engine.tokenizer import StreamDecoder
+from mtp_engine.hub import hub
+from mtp_engine.runtime.stats import GenerationStats
+from mtp_engine.text.tokenizer import StreamDecoder
 
 TEXT = "Grüße, 世界 🙂!\nEnd."  # one token per byte below: characters of one to four tokens
 STATS_KEYS = {

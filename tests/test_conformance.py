@@ -17,17 +17,18 @@ from tiny import write_llama, write_mtp
 from torch import Tensor
 
 from mtp_engine import conformance as kit
-from mtp_engine import sampler
-from mtp_engine.attention import StepRows
+from mtp_engine.attention.rows import StepRows
 from mtp_engine.cli.main import main
 from mtp_engine.config import SamplingParams, TreeShape
 from mtp_engine.conformance.law import chi_square_p, detectable
-from mtp_engine.decode_loop import DecodeLoop
 from mtp_engine.drafters import MTPDrafter, Ranking, RootDrafter, TorchDraftOps
 from mtp_engine.models import loader
-from mtp_engine.processors import Processors
-from mtp_engine.protocols import Batch, Drafter, Verifier
-from mtp_engine.stops import Ends
+from mtp_engine.protocols import Drafter, Verifier
+from mtp_engine.runtime.loop import DecodeLoop
+from mtp_engine.sampling import sampler
+from mtp_engine.sampling.batch import Batch
+from mtp_engine.sampling.processors import Processors
+from mtp_engine.sampling.stops import Ends
 from mtp_engine.tree import DraftTree, VerifyResult
 from mtp_engine.verifiers import BlockVerifier, MatchVerifier, RRSVerifier, TraversalVerifier, match, rrs
 

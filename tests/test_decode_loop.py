@@ -14,15 +14,16 @@ from torch import Tensor
 
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import SamplingParams, TreeShape
-from mtp_engine.decode_loop import DecodeLoop
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.kernels.linear import Linear
-from mtp_engine.members import Request
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
-from mtp_engine.protocols import Batch, Drafter
+from mtp_engine.protocols import Drafter
+from mtp_engine.runtime.loop import DecodeLoop
+from mtp_engine.runtime.request import Request
+from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 from mtp_engine.verifiers import MatchVerifier
 

@@ -11,20 +11,20 @@ import pytest
 import torch
 from tiny import MTP, Sums, write_llama, write_mtp
 
-from mtp_engine.attention import AttentionFactory
+from mtp_engine.attention.exact import MOST_ROWS, exact_attention
+from mtp_engine.attention.rows import AttentionFactory
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import SamplingParams, Structure, TreeShape
-from mtp_engine.cuda_attention import MOST_ROWS, exact_attention
-from mtp_engine.cuda_graph import SCRATCH_TOKENS, GraphRunner
-from mtp_engine.decode_loop import DecodeLoop
 from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.drafters.device import DeviceDraftOps
-from mtp_engine.members import Request
 from mtp_engine.models import loader
 from mtp_engine.models.fused import fuse, fuse_mtp
 from mtp_engine.models.make_tiny import make_tiny
 from mtp_engine.protocols import Drafter
-from mtp_engine.runner import EagerRunner
+from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner
+from mtp_engine.runtime.loop import DecodeLoop
+from mtp_engine.runtime.request import Request
+from mtp_engine.runtime.step import EagerRunner
 from mtp_engine.verifiers import DeviceMatchVerifier
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

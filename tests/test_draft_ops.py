@@ -12,8 +12,8 @@ from torch import Tensor
 from mtp_engine.drafters.device import DeviceDraftOps
 from mtp_engine.drafters.expand import DraftOps, Growth
 from mtp_engine.drafters.portable import TorchDraftOps
-from mtp_engine.sampler import SamplingBatch
-from mtp_engine.slots import SlotState, StepBatch
+from mtp_engine.runtime.slots import SlotState
+from mtp_engine.sampling.batch import Batch, SamplingBatch
 from mtp_engine.tree import DraftTree, VerifyResult
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,7 +111,7 @@ def test_what_a_step_leaves(tree: DraftTree, seed: int) -> None:
     moved = DraftTree(*(x.to(DEVICE) for x in (tree.tokens, tree.parents, tree.depths, tree.size)), tree.max_depth)
     lengths, sampling = integers(seed, 5, 90, batch), SamplingBatch.build([], [], DEVICE)
     states = [SlotState(batch + 2, DEVICE, kernels=kernels) for kernels in (False, True)]
-    tables = [state.advance(StepBatch(slots, sampling, lengths, lengths, 99), moved, result) for state in states]
+    tables = [state.advance(Batch(slots, lengths, lengths, 99, sampling), moved, result) for state in states]
     assert torch.equal(*tables)
     assert torch.equal(*(state.lengths for state in states))
     assert torch.equal(*(state.tokens for state in states))
@@ -124,6 +124,6 @@ def test_the_scratch_slot_stays() -> None:
     before, slots = state.lengths.clone(), torch.tensor([2, 2], device=DEVICE)
     ones = torch.ones(2, dtype=torch.int64, device=DEVICE)
     result = VerifyResult(ones[:, None] * 0, ones[:, None] * 7, ones)
-    batch = StepBatch(slots, SamplingBatch.build([], [], DEVICE), state.lengths[slots], ones, 9)
+    batch = Batch(slots, SamplingBatch.build([], [], DEVICE), state.lengths[slots], ones, 9)
     state.advance(batch, DraftTree.root(ones), result)
     assert torch.equal(state.lengths, before)

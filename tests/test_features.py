@@ -10,13 +10,13 @@ from tiny import write_llama
 from mtp_engine.backend import Backend
 from mtp_engine.config import SamplingParams
 from mtp_engine.config import TreeShape as Shape
-from mtp_engine.decode_loop import DecodeLoop
 from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.engine import EngineConfig, make_loop
 from mtp_engine.models import loader
 from mtp_engine.models.checkpoint import Checkpoint
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
+from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.training import objective
 from mtp_engine.training.attention import SequenceAttention
 from mtp_engine.training.heads import FirstValues, build_heads, plan_heads, save_heads

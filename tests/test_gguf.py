@@ -15,8 +15,8 @@ import tokenizers
 from gguf import GGMLQuantizationType as Kind
 from safetensors.numpy import load_file
 
-from mtp_engine import hub
 from mtp_engine.errors import EngineError
+from mtp_engine.hub import hub
 from mtp_engine.models.gguf import convert
 
 HIDDEN, HEADS, KV_HEADS, DIM, INNER, LAYERS, CONTEXT = 64, 4, 2, 16, 96, 2, 128

@@ -14,7 +14,7 @@ from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.config import Structure
 from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.errors import EngineError
-from mtp_engine.tool_calls import call_schema
+from mtp_engine.text.tool_calls import call_schema
 from mtp_engine.tree import DraftTree
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from test_gguf import write_tiny
 
-from mtp_engine import hub
 from mtp_engine.errors import EngineError
-from mtp_engine.hub import Progress, WheelSource, prepare
+from mtp_engine.hub import hub
+from mtp_engine.hub.hub import Progress, WheelSource, prepare
 
 WHEEL = "tiny_model-0.1-py3-none-any.whl"
 MEMBER = "tiny_model/Tiny.gguf"

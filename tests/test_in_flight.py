@@ -8,11 +8,11 @@ from test_decode_loop import SLOTS, Models, make_loop, prompts
 from tiny import Sums
 
 from mtp_engine.config import SamplingParams, Structure, TreeShape
-from mtp_engine.decode_loop import DecodeLoop
 from mtp_engine.drafters import MTPDrafter, RootDrafter
-from mtp_engine.members import Members, Request
 from mtp_engine.protocols import Launched
-from mtp_engine.runner import Draft, EagerRunner, Verify
+from mtp_engine.runtime.loop import DecodeLoop
+from mtp_engine.runtime.request import Members, Request
+from mtp_engine.runtime.step import Draft, EagerRunner, Verify
 
 PLAIN = {"temperature": 0.7, "top_p": 0.9, "stop_token_ids": (5, 44)}
 OTHERS: dict[str, dict[str, Any]] = {

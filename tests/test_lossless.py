@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape, hub
+from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.backend import Backend
 from mtp_engine.config import DEFAULT_MODEL
 from mtp_engine.engine import _drafter, _settle, make_loop
-from mtp_engine.members import Request
+from mtp_engine.hub import hub
+from mtp_engine.runtime.request import Request
 
 pytestmark = pytest.mark.model
 

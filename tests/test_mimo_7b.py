@@ -14,11 +14,11 @@ from torch import Tensor
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.drafters.mtp import MTPDrafter
 from mtp_engine.errors import EngineError
-from mtp_engine.members import Request
 from mtp_engine.models import loader
 from mtp_engine.models.make_tiny import TINY, make_tiny
-from mtp_engine.stats import GenerationStats
-from mtp_engine.stops import Ends
+from mtp_engine.runtime.request import Request
+from mtp_engine.runtime.stats import GenerationStats
+from mtp_engine.sampling.stops import Ends
 
 TOKENS = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(5))
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mtp_engine.cli.main import main
 from mtp_engine.cli.thoughts import ThoughtSplitter
-from mtp_engine.tokenizer import Tokenizer
+from mtp_engine.text.tokenizer import Tokenizer
 
 
 def invoke(*args: str) -> Result:

@@ -15,13 +15,13 @@ from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.config import MTPConfig
 from mtp_engine.drafters.mtp import MTPDrafter
 from mtp_engine.errors import EngineError
-from mtp_engine.members import Request
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.make_tiny import make_tiny
 from mtp_engine.models.mtp import MTPModule
-from mtp_engine.stats import GenerationStats
-from mtp_engine.stops import Ends
+from mtp_engine.runtime.request import Request
+from mtp_engine.runtime.stats import GenerationStats
+from mtp_engine.sampling.stops import Ends
 from mtp_engine.tree import VerifyResult
 
 

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape, hub
+from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
+from mtp_engine.hub import hub
 from mtp_engine.models.checkpoint import Checkpoint
 from mtp_engine.models.loader import expected_names
 from mtp_engine.training.evaluate import outside_loops
-from mtp_engine.training.nano_prompts import is_held_out, prompts
+from mtp_engine.training.nano.prompts import is_held_out, prompts
 
 FOLDER = hub.locate(hub.NANO).folder
 HELD_OUT = [p for p in prompts(2000, 7) if is_held_out(p)][:16]

@@ -11,7 +11,7 @@ from real_config import REAL
 from mtp_engine.cache import HybridKV
 from mtp_engine.cli.main import main
 from mtp_engine.errors import EngineError
-from mtp_engine.inspect import ModelReport, inspect_model
+from mtp_engine.hub.inspect import ModelReport, inspect_model
 from mtp_engine.models import loader
 from mtp_engine.models.fields import Fields
 from mtp_engine.models.make_tiny import make_tiny

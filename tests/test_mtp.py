@@ -9,15 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import MTP, DenseMTP, batch_of, write_llama, write_mtp
 
-from mtp_engine.attention import StepRows, TorchAttention
+from mtp_engine.attention.rows import StepRows
+from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import SamplingParams, TreeShape
 from mtp_engine.drafters.mtp import MTPDrafter
-from mtp_engine.members import Request
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
-from mtp_engine.stats import GenerationStats
-from mtp_engine.stops import Ends
+from mtp_engine.runtime.request import Request
+from mtp_engine.runtime.stats import GenerationStats
+from mtp_engine.sampling.stops import Ends
 from mtp_engine.tree import DraftTree, VerifyResult
 
 SWITCHES = {

@@ -24,14 +24,14 @@ from mtp_engine.models.layers import Block
 from mtp_engine.models.mimo_v2_flash import MTP_NAMES
 from mtp_engine.models.moe import MoE
 from mtp_engine.models.tensors import main_tensors, mtp_tensors
-from mtp_engine.tokenizer import Tokenizer
+from mtp_engine.text.tokenizer import Tokenizer
 from mtp_engine.training import data
 from mtp_engine.training.muon import Muon
-from mtp_engine.training.nano import export, facts_of, fields_for, main, measure, train
-from mtp_engine.training.nano_model import MTP_LAYERS, DenseMoE, NanoModel, nano_fields, parse
-from mtp_engine.training.nano_prompts import is_held_out, prompts
-from mtp_engine.training.nano_run import NanoRun, NanoSettings
-from mtp_engine.training.nano_text import Dialogue, NanoCorpus, build_corpus, read_dialogues
+from mtp_engine.training.nano.command import export, facts_of, fields_for, main, measure, train
+from mtp_engine.training.nano.model import MTP_LAYERS, DenseMoE, NanoModel, nano_fields, parse
+from mtp_engine.training.nano.prompts import is_held_out, prompts
+from mtp_engine.training.nano.run import NanoRun, NanoSettings
+from mtp_engine.training.nano.text import Dialogue, NanoCorpus, build_corpus, read_dialogues
 from mtp_engine.training.optimiser import Rates
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits

@@ -27,10 +27,10 @@ from torch import Tensor
 from mtp_engine.config import SamplingParams, TreeShape
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineError
-from mtp_engine.limits import TreeLimits
-from mtp_engine.members import Request
-from mtp_engine.processors import Processors
 from mtp_engine.protocols import Drafter
+from mtp_engine.runtime.limits import TreeLimits
+from mtp_engine.runtime.request import Request
+from mtp_engine.sampling.processors import Processors
 from mtp_engine.tree import DraftTree
 from mtp_engine.verifiers.laws import keep
 

@@ -20,16 +20,17 @@ from test_tree import draft_trees
 from tiny import write_llama, write_mtp
 from torch import Tensor
 
-from mtp_engine.attention import TorchAttention
+from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import AttentionConfig, SamplingParams, TreeShape
-from mtp_engine.decode_loop import DecodeLoop
 from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Drafter
-from mtp_engine.sampler import SamplingBatch, choose, gumbel, truncate
+from mtp_engine.runtime.loop import DecodeLoop
+from mtp_engine.sampling.batch import SamplingBatch
+from mtp_engine.sampling.sampler import choose, gumbel, truncate
 from mtp_engine.tree import DraftTree
 from mtp_engine.verifiers import MatchVerifier
 

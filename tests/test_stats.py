@@ -2,7 +2,7 @@
 
 import pytest
 
-from mtp_engine.stats import GenerationStats
+from mtp_engine.runtime.stats import GenerationStats
 
 
 @pytest.fixture

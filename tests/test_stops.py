@@ -10,7 +10,7 @@ from test_decode_loop import Models, Scripted, decode, make_loop, prompts
 from mtp_engine.config import SamplingParams
 from mtp_engine.drafters import RootDrafter
 from mtp_engine.errors import EngineError
-from mtp_engine.stops import Ends, StopStrings, VisibleText
+from mtp_engine.sampling.stops import Ends, StopStrings, VisibleText
 
 LETTERS = "ab"
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from mtp_engine import hub
 from mtp_engine.errors import EngineError
-from mtp_engine.tokenizer import StreamDecoder, Tokenizer
+from mtp_engine.hub import hub
+from mtp_engine.text.tokenizer import StreamDecoder, Tokenizer
 
 SPECIALS = ("<|end|>", "<|start|>", "<|end|>er")
 PRIVATE = "\U000f0000\U000f0001"

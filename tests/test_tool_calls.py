@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_engine.tool_calls import ToolCall, parse_answer
+from mtp_engine.text.tool_calls import ToolCall, parse_answer
 
 TOOL = {
     "type": "function",

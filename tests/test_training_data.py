@@ -18,7 +18,7 @@ from mtp_engine.errors import EngineError
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.make_tiny import make_tiny
-from mtp_engine.tokenizer import Tokenizer
+from mtp_engine.text.tokenizer import Tokenizer
 from mtp_engine.training.data import (
     ANSWER,
     GIVEN,

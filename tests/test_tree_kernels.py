@@ -18,7 +18,7 @@ from mtp_engine.kernels import arrival
 from mtp_engine.kernels import grow as growing
 from mtp_engine.kernels.grow import Finish, Nodes, Roots
 from mtp_engine.kernels.kv import move_kept, storage_rows
-from mtp_engine.sampler import gumbel
+from mtp_engine.sampling.sampler import gumbel
 from mtp_engine.tree import DraftTree, VerifyResult, ancestor_mask
 from mtp_engine.verifiers.match import longest_match
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtp_engine.members import Members, Request
-from mtp_engine.slots import StepBatch
+from mtp_engine.runtime.request import Members, Request
+from mtp_engine.sampling.batch import Batch
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -103,12 +103,12 @@ def write_mtp(folder: Path, seed: int = 1, scale: float = 0.3, width: int = 32, 
     return folder
 
 
-def batch_of(requests: list[Request]) -> StepBatch:
+def batch_of(requests: list[Request]) -> Batch:
     """The requests as one step sees them, from what they have emitted so far."""
     members = Members.build(requests, torch.device("cpu"))
     lengths = torch.tensor([request.length for request in requests])
     tokens = torch.tensor([(request.output or request.prompt)[-1] for request in requests])
-    return StepBatch(members.slots, members.sampling, lengths, tokens, int(lengths.max()), members.guide)
+    return Batch(members.slots, tokens, lengths, int(lengths.max()), members.sampling, members.guide)
 
 
 class Sums:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_engine.protocols import Batch
-from mtp_engine.sampler import SamplingBatch, gumbel, step_seed, truncate, uniform
+from mtp_engine.sampling.batch import Batch, SamplingBatch
+from mtp_engine.sampling.sampler import gumbel, step_seed, truncate, uniform
 from mtp_engine.tree import DraftTree, VerifyResult
 
 _ACCEPT, _DRAW = 101, 102  # purposes of step_seed

@@ -1,6 +1,6 @@
 """The default rule: sample the main model at every node, keep what the drafter guessed.
 
-The choices are those of plain decoding with the same seed (see `mtp_engine.sampler`), so the emitted tokens are too,
+The choices are those of plain decoding with the same seed (see `mtp_engine.sampling.sampler`), so the emitted tokens are too,
 whatever the tree. A greedy tree check is the case temperature = 0.
 """
 
@@ -9,8 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mtp_engine.protocols import Batch
-from mtp_engine.sampler import choose, truncate
+from mtp_engine.sampling.batch import Batch
+from mtp_engine.sampling.sampler import choose, truncate
 from mtp_engine.tree import DraftTree, VerifyResult
 from mtp_engine.verifiers.laws import deepest, path_to
 

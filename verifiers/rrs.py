@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mtp_engine.protocols import Batch
+from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 from mtp_engine.verifiers.laws import Noise, at, candidate_law, draft_law, keep, rest, target_law
 

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mtp_engine.protocols import Batch
+from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 from mtp_engine.verifiers.laws import Noise, candidate_law, draft_law, keep, row, target_law
 

@@ -15,7 +15,7 @@ from mtp_engine.cli.progress import Waits
 from mtp_engine.cli.report import statistics
 from mtp_engine.config import DEFAULT_MODEL, SAMPLE_STEPS, EngineConfig, SamplingParams, Structure, TreeShape
 from mtp_engine.errors import EngineError
-from mtp_engine.tool_calls import THINK, call_schema
+from mtp_engine.text.tool_calls import THINK, call_schema
 
 if TYPE_CHECKING:
     from mtp_engine.engine import Engine, Generation, Prompt

@@ -12,7 +12,7 @@ from mtp_engine.cli.progress import Waits
 from mtp_engine.cli.report import pairs
 
 if TYPE_CHECKING:
-    from mtp_engine.inspect import ModelReport
+    from mtp_engine.hub.inspect import ModelReport
 
 
 @click.command()
@@ -36,7 +36,7 @@ def inspect(model: str, mtp: str | None, json_file: str | None, quiet: bool) -> 
     target = JsonTarget.check(json_file) if json_file is not None else None
     with Waits(quiet=quiet) as waits:
         waits("starting", 0, None)
-        from mtp_engine.inspect import inspect_model
+        from mtp_engine.hub.inspect import inspect_model
 
         report = inspect_model(model, mtp=mtp, progress=waits)
     if target:

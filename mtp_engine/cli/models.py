@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import click
 from rich.filesize import decimal
 
-from mtp_engine import hub
 from mtp_engine.cli.output import console
 from mtp_engine.cli.progress import Waits
 from mtp_engine.cli.report import pairs
 from mtp_engine.errors import EngineError
+from mtp_engine.hub import hub
 
 if TYPE_CHECKING:
     from mtp_engine.models.make_tiny import Family

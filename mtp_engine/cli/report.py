@@ -7,7 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from mtp_engine.stats import GenerationStats
+from mtp_engine.runtime.stats import GenerationStats
 
 _FOOTER = (
     "mean accepted length = tokens / steps: accepted drafts plus the main model's own (bonus) token of each step.\n"

@@ -2,7 +2,7 @@
 
 from typing import final
 
-from mtp_engine.tool_calls import END_THINK, THINK
+from mtp_engine.text.tool_calls import END_THINK, THINK
 
 
 @final

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import final
 
 from mtp_engine.config import SamplingParams
-from mtp_engine.logprobs import TokenLogprob
+from mtp_engine.sampling.logprobs import TokenLogprob
 
 
 @final

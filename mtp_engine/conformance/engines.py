@@ -13,7 +13,7 @@ from mtp_engine.config import SamplingParams
 from mtp_engine.conformance.case import Case, Generate, Sample, Unsupported
 from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
-from mtp_engine.logprobs import TokenLogprob
+from mtp_engine.sampling.logprobs import TokenLogprob
 
 _TIMEOUT = 600  # seconds for one answer of a server
 

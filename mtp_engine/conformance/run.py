@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-from mtp_engine import hub
 from mtp_engine.config import DEFAULT_MODEL, EngineConfig
 from mtp_engine.conformance.case import Verdict
 from mtp_engine.conformance.engines import openai_server, ours, plain, transformers_engine
 from mtp_engine.conformance.suite import run_suite
 from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
+from mtp_engine.hub import hub
 from mtp_engine.protocols import Progress
 
 PROMPTS = (

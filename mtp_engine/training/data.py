@@ -20,7 +20,7 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from mtp_engine.errors import EngineError
-from mtp_engine.tokenizer import Tokenizer
+from mtp_engine.text.tokenizer import Tokenizer
 from mtp_engine.training.files import write_whole
 
 PADDING, GIVEN, ANSWER, LOOP = range(4)

@@ -14,7 +14,7 @@ from torch import Tensor
 from mtp_engine.errors import EngineError
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.protocols import Progress
-from mtp_engine.tokenizer import Tokenizer
+from mtp_engine.text.tokenizer import Tokenizer
 from mtp_engine.training import data
 from mtp_engine.training.lockstep import ANSWER, FOLLOW, MID, USER, LockStep, most_answers
 from mtp_engine.training.prompts import Template, encode_prompts, read_prompts

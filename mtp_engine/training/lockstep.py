@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.protocols import Attention
-from mtp_engine.sampler import gumbel
-from mtp_engine.tokenizer import Tokenizer
+from mtp_engine.sampling.sampler import gumbel
+from mtp_engine.text.tokenizer import Tokenizer
 from mtp_engine.training import data
 from mtp_engine.training.lockstep_cache import KernelAttention, LockStepCache, PromptAttention, StepAttention
 from mtp_engine.training.prompts import Template

@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from mtp_engine.errors import EngineError
-from mtp_engine.tokenizer import Tokenizer
+from mtp_engine.text.tokenizer import Tokenizer
 
 FOLLOW_UPS = (
     "Summarize your answer in two sentences.",

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtp_engine import hub
 from mtp_engine.config import EngineConfig, MTPConfig
 from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
+from mtp_engine.hub import hub
 from mtp_engine.models.checkpoint import Checkpoint
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.loader import read_config, read_mtp_config

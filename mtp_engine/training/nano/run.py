@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mtp_engine.errors import EngineError
 from mtp_engine.training.checkpoint import RunState
-from mtp_engine.training.nano_model import MTP_LAYERS, NanoModel
-from mtp_engine.training.nano_text import NanoCorpus
+from mtp_engine.training.nano.model import MTP_LAYERS, NanoModel
+from mtp_engine.training.nano.text import NanoCorpus
 from mtp_engine.training.optimiser import Optimiser, Rates
 
 STATE, LOG = "state.safetensors", "log.jsonl"

@@ -15,11 +15,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from mtp_engine.members import Members
 from mtp_engine.protocols import Launched
-from mtp_engine.runner import Draft, EagerRunner, Verify
-from mtp_engine.sampler import SamplingBatch
-from mtp_engine.slots import SCRATCH_LENGTH
+from mtp_engine.runtime.request import Members
+from mtp_engine.runtime.slots import SCRATCH_LENGTH
+from mtp_engine.runtime.step import Draft, EagerRunner, Verify
+from mtp_engine.sampling.batch import SamplingBatch
 
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # a batch is padded up to one of these
 _SMALLEST_BOUND = 512

@@ -7,13 +7,13 @@ from typing import Protocol, final
 
 from torch import Tensor
 
-from mtp_engine.members import Members
 from mtp_engine.protocols import Launched
-from mtp_engine.slots import StepBatch
+from mtp_engine.runtime.request import Members
+from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree
 
-Draft = Callable[[Members, int], tuple[StepBatch, DraftTree]]
-Verify = Callable[[Members, StepBatch, DraftTree], Tensor]
+Draft = Callable[[Members, int], tuple[Batch, DraftTree]]
+Verify = Callable[[Members, Batch, DraftTree], Tensor]
 
 
 class Runner(Protocol):

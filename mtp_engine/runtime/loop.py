@@ -10,19 +10,21 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mtp_engine.attention import AttentionFactory, StepRows, TorchAttention
+from mtp_engine.attention.rows import AttentionFactory, StepRows
+from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import SamplingParams, Structure
 from mtp_engine.errors import EngineError
-from mtp_engine.guide import Constraint
-from mtp_engine.logprobs import emitted_logprobs
-from mtp_engine.members import Members, Request, StepOutput
-from mtp_engine.processors import Processors
 from mtp_engine.protocols import Drafter, Launched, TargetModel, Verifier
-from mtp_engine.runner import Draft, EagerRunner, Runner, Verify
-from mtp_engine.slots import SlotState, StepBatch
-from mtp_engine.stats import GenerationStats
-from mtp_engine.stops import Ends, NewDecoder, StopStrings
+from mtp_engine.runtime.request import Members, Request, StepOutput
+from mtp_engine.runtime.slots import SlotState
+from mtp_engine.runtime.stats import GenerationStats
+from mtp_engine.runtime.step import Draft, EagerRunner, Runner, Verify
+from mtp_engine.sampling.batch import Batch
+from mtp_engine.sampling.logprobs import emitted_logprobs
+from mtp_engine.sampling.masks import Constraint
+from mtp_engine.sampling.processors import Processors
+from mtp_engine.sampling.stops import Ends, NewDecoder, StopStrings
 from mtp_engine.tree import DraftTree, VerifyResult
 
 
@@ -160,12 +162,12 @@ class DecodeLoop:
             self._leave()
         return outputs
 
-    def _draft(self, members: Members, bound: int) -> tuple[StepBatch, DraftTree]:
+    def _draft(self, members: Members, bound: int) -> tuple[Batch, DraftTree]:
         batch = self.state.batch(members.slots, members.sampling, bound, members.guide)
         tree = self.drafter.draft(batch)
         return batch, members.limits.apply(tree) if members.limits else tree
 
-    def _verify(self, members: Members, batch: StepBatch, tree: DraftTree) -> Tensor:
+    def _verify(self, members: Members, batch: Batch, tree: DraftTree) -> Tensor:
         """See SlotState.advance."""
         rows = self._rows(batch, tree)
         hidden = self.model.forward(tree.tokens, rows.positions, self.attention(self.cache, rows))
@@ -179,7 +181,7 @@ class DecodeLoop:
             self._note_logprobs(members, logits, result)
         return self.state.advance(batch, tree, result)
 
-    def _rows(self, batch: StepBatch, tree: DraftTree) -> StepRows:
+    def _rows(self, batch: Batch, tree: DraftTree) -> StepRows:
         positions = batch.lengths[:, None] + tree.depths
         return StepRows(
             batch.slots, batch.lengths, positions, tree.parents, tree.max_depth, batch.bound, offsets=tree.depths

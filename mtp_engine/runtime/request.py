@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from mtp_engine.config import SamplingParams
-from mtp_engine.guide import Constraint, Guide
-from mtp_engine.limits import TreeLimits
-from mtp_engine.logprobs import TokenLogprob
-from mtp_engine.processors import processes
-from mtp_engine.sampler import SamplingBatch
-from mtp_engine.stats import GenerationStats
-from mtp_engine.stops import Ends, FinishReason
+from mtp_engine.runtime.limits import TreeLimits
+from mtp_engine.runtime.stats import GenerationStats
+from mtp_engine.sampling.batch import SamplingBatch
+from mtp_engine.sampling.logprobs import TokenLogprob
+from mtp_engine.sampling.masks import Constraint, Guide
+from mtp_engine.sampling.processors import processes
+from mtp_engine.sampling.stops import Ends, FinishReason
 
 
 @final

@@ -19,19 +19,19 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mtp_engine import hub
 from mtp_engine.config import DEFAULT_MODEL, EngineConfig
 from mtp_engine.errors import EngineError
+from mtp_engine.hub import hub
 from mtp_engine.models.checkpoint import read_json
 from mtp_engine.models.export import write_json, write_model, write_tokenizer
 from mtp_engine.models.mimo_v2_flash import MTP_NAMES
-from mtp_engine.tokenizer import Tokenizer
+from mtp_engine.text.tokenizer import Tokenizer
 from mtp_engine.training.checkpoint import append_log
 from mtp_engine.training.files import atomically
-from mtp_engine.training.nano_model import NanoModel, nano_fields
-from mtp_engine.training.nano_report import evaluate, write_card
-from mtp_engine.training.nano_run import LOG, STATE, Entry, NanoRun, NanoSettings
-from mtp_engine.training.nano_text import TEMPLATE, NanoCorpus, build_corpus, read_dialogues, read_held_out
+from mtp_engine.training.nano.model import NanoModel, nano_fields
+from mtp_engine.training.nano.report import evaluate, write_card
+from mtp_engine.training.nano.run import LOG, STATE, Entry, NanoRun, NanoSettings
+from mtp_engine.training.nano.text import TEMPLATE, NanoCorpus, build_corpus, read_dialogues, read_held_out
 from mtp_engine.training.optimiser import Rates
 
 _FACTS, _FIGURES = "facts.json", "figures.json"

@@ -4,7 +4,7 @@ A node's path is the committed answer and the drafts from the root's child down 
 so far (penalties, bad words, min_tokens) is kept per slot in device tensors for the committed part, and worked out from
 the tree's ancestors for the drafts: tensor code without host synchronisation. Order and meaning follow vLLM's sampler
 (vllm/v1/sample/sampler.py, 0.11): allowed tokens, bad words, bias, min_tokens, then repetition, frequency and presence
-penalties; temperature, min-p, top-k and top-p come afterwards, in `mtp_engine.sampler`.
+penalties; temperature, min-p, top-k and top-p come afterwards, in `mtp_engine.sampling.sampler`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mtp_engine.config import SamplingParams
 from mtp_engine.errors import EngineError
-from mtp_engine.protocols import Batch
+from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
 _NEVER = -float("inf")

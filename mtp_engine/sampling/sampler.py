@@ -6,46 +6,13 @@ token, so any tree and any batch choose what plain decoding chooses (Daliri et a
 communication"). Temperature 0 needs no branch: the noise is multiplied away.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import final
-
 import torch
 from torch import Tensor
 
-from mtp_engine.config import SamplingParams
+from mtp_engine.sampling.batch import SamplingBatch
 
 _MASK32 = 0xFFFFFFFF
 _TOP_P_CANDIDATES = 512  # a nucleus rarely holds more; when it does, the whole row is sorted
-
-
-@final
-@dataclass(frozen=True)
-class SamplingBatch:
-    """The sampling parameters of a batch as tensors, with host flags that say what can be skipped."""
-
-    temperature: Tensor  # [B] fp32
-    top_k: Tensor  # [B] int64, 0 = off
-    top_p: Tensor  # [B] fp32, 1 = off
-    min_p: Tensor  # [B] fp32, 0 = off
-    seed: Tensor  # [B] int64
-    greedy: bool  # every temperature is 0
-    truncated: bool  # some request has top-k, top-p or min-p on
-    widest_top_k: int
-
-    @classmethod
-    def build(cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device) -> "SamplingBatch":
-        active = [p for p in params if p.temperature > 0]  # truncation never removes the argmax
-        return cls(
-            temperature=torch.tensor([p.temperature for p in params], device=device),
-            top_k=torch.tensor([p.top_k for p in params], device=device),
-            top_p=torch.tensor([p.top_p for p in params], device=device),
-            min_p=torch.tensor([p.min_p for p in params], device=device),
-            seed=torch.tensor(seeds, dtype=torch.int64, device=device),
-            greedy=not active,
-            truncated=any(p.top_k or p.top_p < 1 or p.min_p for p in active),
-            widest_top_k=max((p.top_k for p in active), default=0),
-        )
 
 
 def _mix(x: Tensor) -> Tensor:

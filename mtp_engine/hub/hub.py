@@ -29,7 +29,7 @@ Progress = Callable[[str, int, int | None], None]  # what is being done, how muc
 
 FORMAT = 1  # of the converted folders; raise it with every change of what models/gguf.py writes
 _MANIFEST = "manifest.json"
-_ASSETS = Path(__file__).parent / "assets"
+_ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def silent(what: str, done: int, total: int | None) -> None:

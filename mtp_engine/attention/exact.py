@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mtp_engine.attention import AttentionFactory, StepRows
+from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.cache import HybridKV, WindowKV
 from mtp_engine.kernels.ancestry import MAX_NODES, ancestry
 from mtp_engine.kernels.kv import storage_rows

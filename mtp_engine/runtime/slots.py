@@ -1,29 +1,15 @@
 """What the requests of a step are: their slots, and how far each slot has come."""
 
-from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from mtp_engine.guide import Guide
-from mtp_engine.sampler import SamplingBatch
+from mtp_engine.sampling.batch import Batch, SamplingBatch
+from mtp_engine.sampling.masks import Guide
 from mtp_engine.tree import DraftTree, VerifyResult
 
 SCRATCH_LENGTH = 64  # tokens the scratch slot pretends to hold
-
-
-@final
-@dataclass(frozen=True)
-class StepBatch:
-    """The requests of one step at their present lengths (see protocols.Batch)."""
-
-    slots: Tensor  # [B] int64
-    sampling: SamplingBatch
-    lengths: Tensor  # [B] int64
-    tokens: Tensor  # [B] int64
-    bound: int
-    guide: Guide | None = None
 
 
 @final
@@ -42,10 +28,10 @@ class SlotState:
     def set(self, slot: int, length: int, token: int) -> None:
         self.lengths[slot], self.tokens[slot] = length, token
 
-    def batch(self, slots: Tensor, sampling: SamplingBatch, bound: int, guide: Guide | None = None) -> StepBatch:
-        return StepBatch(slots, sampling, self.lengths[slots], self.tokens[slots], bound, guide)
+    def batch(self, slots: Tensor, sampling: SamplingBatch, bound: int, guide: Guide | None = None) -> Batch:
+        return Batch(slots, self.tokens[slots], self.lengths[slots], bound, sampling, guide)
 
-    def advance(self, batch: StepBatch, tree: DraftTree, result: VerifyResult) -> Tensor:
+    def advance(self, batch: Batch, tree: DraftTree, result: VerifyResult) -> Tensor:
         """Move the slots on, and give the step's table, [B, 3 + D+1] int64: tokens to emit, nodes and depth of the tree,
         then the tokens."""
         if self._kernels:

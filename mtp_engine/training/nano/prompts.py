@@ -1,6 +1,6 @@
 """Prompts about animals, children and everyday things: a field narrow enough for a model of 17 M parameters.
 
-`python -m mtp_engine.training.nano_prompts FILE` writes them, one JSON object with `prompt` a line.
+`python -m mtp_engine.training.nano.prompts FILE` writes them, one JSON object with `prompt` a line.
 """
 
 import json

@@ -7,8 +7,8 @@ from math import prod
 from pathlib import Path
 from typing import final
 
-from mtp_engine import hub
 from mtp_engine.errors import EngineError
+from mtp_engine.hub import hub
 from mtp_engine.models import loader
 from mtp_engine.models.checkpoint import Checkpoint, read_index
 from mtp_engine.models.plan import Plan

@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from mtp_engine.attention import StepRows
+from mtp_engine.attention.exact import DeviceRows, exact_attention
+from mtp_engine.attention.rows import StepRows
 from mtp_engine.cache import HybridKV, PagedKV, WindowKV
-from mtp_engine.cuda_attention import DeviceRows, exact_attention
 from mtp_engine.kernels.attention import TreePlan, TreeShape
 from mtp_engine.kernels.flashinfer_build import load
 from mtp_engine.protocols import Attention, Progress

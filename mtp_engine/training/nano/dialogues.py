@@ -1,16 +1,16 @@
-"""`python -m mtp_engine.training.nano_dialogues`: have another model write the text that mimo-nano is trained on."""
+"""`python -m mtp_engine.training.nano.dialogues`: have another model write the text that mimo-nano is trained on."""
 
 from pathlib import Path
 
 import click
 import torch
 
-from mtp_engine import hub
 from mtp_engine.config import DEFAULT_MODEL
+from mtp_engine.hub import hub
 from mtp_engine.models import loader
-from mtp_engine.tokenizer import Tokenizer
+from mtp_engine.text.tokenizer import Tokenizer
 from mtp_engine.training.dialogues import DialogueSettings, write_dialogues
-from mtp_engine.training.nano_prompts import write_prompts
+from mtp_engine.training.nano.prompts import write_prompts
 
 
 @click.command()

@@ -1,0 +1,1 @@
+"""Requests, who runs when, and the decode loop that advances them."""

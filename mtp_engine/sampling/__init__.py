@@ -1,0 +1,1 @@
+"""What happens between logits and tokens: parameters, processors, structures, choices, stops, log-probabilities."""

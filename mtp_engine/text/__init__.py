@@ -1,0 +1,1 @@
+"""Tokens to text and back: tokenizer, chat templates, tool calls."""

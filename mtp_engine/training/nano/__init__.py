@@ -1,0 +1,1 @@
+"""How mimo-nano, the small MiMo-V2-Flash in the box, was made."""

@@ -1,0 +1,5 @@
+"""`python -m mtp_engine.training.nano`."""
+
+from mtp_engine.training.nano.command import main
+
+main()
