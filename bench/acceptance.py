@@ -58,9 +58,9 @@ def main(prompts: Path, limit: int, longest: int, model: str, mtp: str | None, t
     engine = Engine.load(model, config, mtp=mtp)
     cases = encode(engine, read_prompts(prompts, limit), longest)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
-    probe = EveryPosition(engine.loop.verifier)
+    probe = EveryPosition(engine.loop.work.verifier)
     if every_position:
-        engine.loop.verifier = probe
+        engine.loop.work.verifier = probe
     steps: dict[int, list[int]] = defaultdict(list)
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])  # tokens, steps, both outside loops
     for chunk in track(

@@ -69,7 +69,7 @@ def our_decoder(engine: Engine, prompt: list[int], params: SamplingParams) -> tu
     """The finished request and its decoding seconds by the wall: the loop's own clock stops between steps, in which a GPU
     goes on."""
     request = engine.loop.add(prompt, params)
-    if engine.loop.device.type == "cuda":
+    if engine.loop.work.device.type == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
     while request.finish_reason is None:

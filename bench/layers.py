@@ -70,13 +70,17 @@ def measure_layers(
     [request] = pretend(bench.loop, 1, context)
     results = []
     for rows in rows_of:
-        step = StepRows.prompt(request.slot, context, rows, bench.loop.device)
-        start = torch.randn(1, rows, model.config.hidden_size, device=bench.loop.device).to(model.main.embedding.dtype)
+        step = StepRows.prompt(request.slot, context, rows, bench.loop.work.device)
+        start = torch.randn(1, rows, model.config.hidden_size, device=bench.loop.work.device).to(
+            model.main.embedding.dtype
+        )
         x, found = start[0], []
         for number in numbers:
             found.append(hits(model.main.blocks[number], x))
             x = ffn(model.main.blocks[number], x)
-        whole, second = _times(model, bench.loop.attention(bench.loop.cache, step), step.positions, start, numbers)
+        whole, second = _times(
+            model, bench.loop.work.attention(bench.loop.work.cache, step), step.positions, start, numbers
+        )
         sizes = [layer_bytes(model.config, n, h, 1, context) for n, h in zip(numbers, found, strict=True)]
         floors = [sum(part) / len(numbers) / bandwidth for part in zip(*sizes, strict=True)]
         results.append({

@@ -12,9 +12,10 @@ from shapes import Model
 from torch import Tensor, profiler
 
 from mtp_engine import DraftTree, EngineConfig, SamplingParams, TreeShape, VerifyResult
+from mtp_engine.assemble import make_loop, mtp_drafter
 from mtp_engine.backend import make_backend
 from mtp_engine.drafters import RootDrafter
-from mtp_engine.engine import Engine, make_loop, mtp_drafter
+from mtp_engine.engine import Engine
 from mtp_engine.protocols import Launched, Verifier
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Members, Request
@@ -109,17 +110,19 @@ def pretend(loop: DecodeLoop, batch: int, context: int) -> list[Request]:
 
     The keys and values are random numbers: a kernel may be faster on zeros.
     """
-    for cache in {id(x): x for x in (loop.cache, getattr(loop.drafter, "cache", None)) if x is not None}.values():
+    for cache in {
+        id(x): x for x in (loop.work.cache, getattr(loop.work.drafter, "cache", None)) if x is not None
+    }.values():
         for group in cache.groups:
             for stored in (group.k, group.v):
                 for layer in stored:
                     layer.normal_()
-    vocab, requests = loop.model.config.vocab_size, []
+    vocab, requests = loop.work.model.config.vocab_size, []
     for index in range(batch):
         tokens = [(7919 * (index + 1)) % vocab, (104729 * (index + 1)) % vocab]
         request = loop.add(tokens, SamplingParams(max_tokens=context + ROOM, ignore_eos=True))  # reserves that much
         request.prompt = [0] * context + tokens[1:]
-        loop.state.set(request.slot, request.length, tokens[1])
+        loop.work.state.set(request.slot, request.length, tokens[1])
         requests.append(request)
     return requests
 
@@ -152,7 +155,7 @@ def measure(bench: Bench, steps: int, warm: int = 8) -> Timing:
 
 def kernel_times(bench: Bench, steps: int = 8) -> dict[str, tuple[float, float]]:
     """Microseconds and calls per step of every kernel (of every operator on a CPU), the longest first."""
-    cuda = bench.loop.device.type == "cuda"
+    cuda = bench.loop.work.device.type == "cuda"
     for _ in range(5):
         bench.loop.step()
     if cuda:
@@ -211,7 +214,7 @@ def rescored(engine: Engine) -> Callable[[list[int], int, SamplingParams], Tenso
     """A function (prompt, index, params) -> scores [V] fp32 of output token `index`, from plain decoding all over."""
     backend = replace(engine.backend, runner=lambda slots: EagerRunner)  # a graph would not call the verifier again
     loop = make_loop(engine.model, RootDrafter(), engine.config, backend, slots=1, tokenizer=None)
-    probe = loop.verifier = Scores(loop.verifier)
+    probe = loop.work.verifier = Scores(loop.work.verifier)
 
     def scores(prompt: list[int], index: int, params: SamplingParams) -> Tensor:
         request = loop.add(prompt, replace(params, max_tokens=index + 1, ignore_eos=True))

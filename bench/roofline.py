@@ -104,7 +104,7 @@ class Session:
             return {"failed": "a MoE of more rows is not in CUDA graphs"}
         bench = build(self.model, tree, batch, context, self.config)
         if forced and tree:
-            bench.loop.verifier = Forced(bench.loop.verifier, forced)
+            bench.loop.work.verifier = Forced(bench.loop.work.verifier, forced)
         pretend(bench.loop, batch, context)
         t = measure(bench, self.steps)
         bench.close()

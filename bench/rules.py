@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
+from mtp_engine.assemble import make_loop, mtp_drafter
 from mtp_engine.backend import make_backend
 from mtp_engine.config import DEFAULT_MODEL
-from mtp_engine.engine import make_loop, mtp_drafter
 from mtp_engine.training.evaluate import outside_loops
 
 # rule, drafting, tree
@@ -36,9 +36,9 @@ def set_up(engine: Engine, rule: str, ranking: str, tree: str) -> None:
     config = replace(
         engine.config, tree=TreeShape.parse(tree), verifier=rule, candidates=ranking, allow_lossy=rule == "typical"
     )
-    backend = make_backend(config, engine.loop.device, lambda *_: None)
+    backend = make_backend(config, engine.loop.work.device, lambda *_: None)
     unfused = replace(backend, fuse_mtp=lambda module: module)  # it is fused already
-    drafter = mtp_drafter(engine.loop.drafter.module, engine.model_config, config, unfused)
+    drafter = mtp_drafter(engine.loop.work.drafter.module, engine.model_config, config, unfused)
     engine.loop = make_loop(engine.model, drafter, config, backend, slots=config.max_batch, tokenizer=engine.tokenizer)
 
 

@@ -179,7 +179,7 @@ def load(name: str, config: EngineConfig, path: str = DEFAULT_MODEL, mtp: str | 
     A draft_vocab of 0 lets all tokens be drafted."""
     if name == "default":
         engine = Engine.load(path, config, mtp=mtp)
-        return Model(name, engine.model, engine.loop.drafter.module, MTPNames(), DEFAULT_CONTEXTS, DEFAULT_TREE)  # type: ignore[attr-defined]
+        return Model(name, engine.model, engine.loop.work.drafter.module, MTPNames(), DEFAULT_CONTEXTS, DEFAULT_TREE)  # type: ignore[attr-defined]
     shape, device = SHAPES[name], torch.device(config.device)
     (main_config, mtp_config), names = shape.parse(), shape.family.MTP_NAMES
     stored = [*main_tensors(main_config), *mtp_tensors(main_config, mtp_config, names)]

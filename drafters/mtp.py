@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.attention.torch import TorchAttention
-from mtp_engine.cache import HybridKV
+from mtp_engine.cache import NO_LIMIT, HybridKV
 from mtp_engine.config import TreeShape
 from mtp_engine.drafters.expand import DraftOps, Growth, Level, LevelRows, level_sizes
 from mtp_engine.drafters.portable import TorchDraftOps
@@ -82,37 +82,25 @@ class MTPDrafter:
         )  # fmt: skip
         # a chained layer's rows need the whole window of the layer before, so windows add up
         reach = self.depth if module.config.chained and not module.config.reused else 1
-        self.history = (layer.window or 1 << 40) * reach + self.depth
+        self._history = (layer.window or NO_LIMIT) * reach + self.depth  # rows of a prompt's end that drafting needs
         hidden, device = embedding.shape[1], embedding.device
         self._tokens = torch.zeros(slots, rows, dtype=torch.int64, device=device)
         self._hidden = torch.zeros(slots, rows, hidden, dtype=embedding.dtype, device=device)
         self._counts = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._first = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._first = torch.ones(slots, dtype=torch.int64, device=device)
         self._carry = torch.zeros(self.depth, slots, hidden, dtype=embedding.dtype, device=device)
 
-    def reserve(self, slot: int, tokens: int) -> None:
-        self.cache.reserve(slot, tokens + self.scratch_rows)
+    @property
+    def room(self) -> int:
+        return self.cache.room - self.scratch_rows
+
+    def reserve(self, slot: int, tokens: int) -> bool:
+        return self.cache.reserve(slot, tokens + self.scratch_rows)
 
     def release(self, slot: int) -> None:
         self.cache.release(slot)
-
-    def prefill(self, slot: int, tokens: Tensor, hidden: Tensor) -> None:
-        known = len(hidden)
-        start = len(tokens) - known
-        self._first[slot], self._counts[slot], self._carry[:, slot] = start, min(known, 1), 0.0
-        if known == 0:
-            return
-        hidden = self.module.main_hidden(hidden)
-        self._tokens[slot, 0], self._hidden[slot, 0] = tokens[-1], hidden[-1]  # drafted from, so left for `draft`
-        if known > 1:
-            slots = torch.tensor([slot], device=tokens.device)
-            ones = torch.ones_like(slots)
-            new = tokens[None, start:-1]
-            counts, first = ones * (known - 1), ones * start
-            rows = _NewRows(slots, new, hidden[None, :-1], counts, first, first, len(tokens), True)
-            level = None
-            for number in range(min(self.depth, len(self.module.layers))):
-                level = self._run(number, rows, Growth.start(ones), level)
+        self._first[slot], self._counts[slot] = 1, 0
+        self._carry[:, slot] = 0.0
 
     def draft(self, batch: Batch) -> DraftTree:
         slots, counts = batch.slots, self._counts[batch.slots]
@@ -128,8 +116,40 @@ class MTPDrafter:
         return self.ops.finish(tree, batch, grown, self.shape.best, counts)
 
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
+        if batch.prompt_left is not None:
+            self._read(batch, result.tokens, hidden, batch.prompt_left)
+            return
         states = self.module.main_hidden(hidden)
         self.ops.observe(batch.slots, result, states, self._tokens, self._hidden, self._counts)
+
+    def _read(self, batch: Batch, tokens: Tensor, hidden: Tensor, left: int) -> None:
+        """Rows of a prompt's chunk: tokens [1, C] behind its first one, hidden [1, C, H] of the positions before them.
+
+        All but the newest row go through the layers; that one is drafted from, so it is left for `draft`, or for the
+        next chunk. Rows too far from the prompt's end for any draft to see are left out.
+        """
+        count, slots = tokens.shape[1], batch.slots
+        start = batch.bound - count  # position of the token in front of `tokens`
+        first = max(1, batch.bound + left + 1 - self._history)  # position of the first row that is needed
+        if batch.bound < first:
+            return
+        skipped = max(0, first - start - 1)
+        tokens, hidden = tokens[:, skipped:], self.module.main_hidden(hidden[:, skipped:])
+        if start >= first:  # the row that the chunk before this one left
+            tokens = torch.cat([self._tokens[slots, :1], tokens], 1)
+            hidden = torch.cat([self._hidden[slots, :1], hidden], 1)
+        else:
+            self._first[slots] = first
+        self._tokens[slots, 0], self._hidden[slots, 0], self._counts[slots] = tokens[:, -1], hidden[:, -1], 1
+        if tokens.shape[1] > 1:
+            one = torch.ones_like(slots)
+            counts, begin = one * (tokens.shape[1] - 1), one * max(start, first)
+            rows = _NewRows(
+                slots, tokens[:, :-1], hidden[:, :-1], counts, begin, self._first[slots], batch.bound + 1, True
+            )
+            level = None
+            for number in range(min(self.depth, len(self.module.layers))):
+                level = self._run(number, rows, Growth.start(one), level)
 
     def _run(self, number: int, rows: _NewRows, tree: Growth, before: "_Level | None") -> "_Level":
         """Level `number` over the new rows and the tree's nodes so far. `before`: what the level above passes on."""

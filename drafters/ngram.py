@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from mtp_engine.cache import NO_LIMIT
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
@@ -16,23 +17,21 @@ from mtp_engine.tree import DraftTree, VerifyResult
 class NgramDrafter:
     """Drafts chains of up to `length` tokens after the newest earlier match of the longest suffix (3 tokens, then 2)."""
 
-    history = 0
+    room = NO_LIMIT
 
     def __init__(
         self, length: int, *, slots: int, max_context: int, device: torch.device, suffixes: tuple[int, ...] = (3, 2)
     ) -> None:
         self.max_nodes = length + 1
         self._length, self._suffixes = length, suffixes
-        self._text = torch.full((slots, max_context + self.max_nodes), -1, device=device)
+        # the last column takes what steps write that were launched before an answer was known to have ended
+        self._text = torch.full((slots, max_context + self.max_nodes + 1), -1, device=device)
 
-    def reserve(self, slot: int, tokens: int) -> None:
-        pass
+    def reserve(self, slot: int, tokens: int) -> bool:
+        return True
 
     def release(self, slot: int) -> None:
         self._text[slot] = -1
-
-    def prefill(self, slot: int, tokens: Tensor, hidden: Tensor) -> None:
-        self._text[slot, : len(tokens)] = tokens
 
     def draft(self, batch: Batch) -> DraftTree:
         text = self._text[batch.slots]
@@ -55,7 +54,8 @@ class NgramDrafter:
         if text.shape[1] <= suffix:
             return torch.zeros_like(lengths), torch.zeros_like(lengths, dtype=torch.bool)
         windows = text.unfold(1, suffix, 1)  # [B, starts, suffix]
-        last = (lengths[:, None] - suffix + 1 + torch.arange(suffix, device=text.device)).clamp(min=0)
+        last = lengths[:, None] - suffix + 1 + torch.arange(suffix, device=text.device)
+        last = last.clamp(min=0, max=text.shape[1] - 1)
         equal = (windows == text.gather(1, last)[:, None]).all(-1)
         starts = torch.arange(windows.shape[1], device=text.device)
         equal &= starts + suffix <= lengths[:, None]  # a token must follow, and the suffix itself is no match
@@ -63,7 +63,7 @@ class NgramDrafter:
         return torch.where(equal, starts, -1).amax(-1).clamp(min=0), equal.any(-1)
 
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
-        positions = batch.lengths[:, None] + 1 + torch.arange(result.tokens.shape[1], device=result.tokens.device)
-        self._text[batch.slots[:, None], positions] = (
-            result.tokens
-        )  # what lies past the new length is overwritten later
+        tokens = torch.cat([batch.tokens[:, None], result.tokens], 1)
+        positions = batch.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        # what lies past the new length is overwritten later
+        self._text[batch.slots[:, None], positions.clamp(max=self._text.shape[1] - 1)] = tokens

@@ -4,6 +4,7 @@ from typing import final
 
 from torch import Tensor
 
+from mtp_engine.cache import NO_LIMIT
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
@@ -11,15 +12,12 @@ from mtp_engine.tree import DraftTree, VerifyResult
 @final
 class RootDrafter:
     max_nodes = 1
-    history = 0
+    room = NO_LIMIT
 
-    def reserve(self, slot: int, tokens: int) -> None:
-        pass
+    def reserve(self, slot: int, tokens: int) -> bool:
+        return True
 
     def release(self, slot: int) -> None:
-        pass
-
-    def prefill(self, slot: int, tokens: Tensor, hidden: Tensor) -> None:
         pass
 
     def draft(self, batch: Batch) -> DraftTree:

@@ -17,7 +17,7 @@ from mtp_engine.errors import EngineError
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Progress, Verifier
-from mtp_engine.runtime.step import Draft, EagerRunner, Runner, Verify
+from mtp_engine.runtime.step import EagerRunner, RunnerFactory, explain
 from mtp_engine.verifiers import (
     BlockVerifier,
     DeviceMatchVerifier,
@@ -28,11 +28,11 @@ from mtp_engine.verifiers import (
     TypicalVerifier,
 )
 
-RunnerFactory = Callable[[Draft, Verify], Runner]
 _RULES: dict[str, Callable[[], Verifier]] = {
     "match": MatchVerifier, "rejection": RejectionVerifier, "block": BlockVerifier, "rrs": RRSVerifier,
     "traversal": TraversalVerifier, "typical": TypicalVerifier,
 }  # fmt: skip
+_EXACT_ROWS = 256  # up to so many our kernels give a row the bits of a decode step; more go to cuBLAS
 
 
 def _rule(name: str) -> Verifier:
@@ -54,7 +54,7 @@ class Backend:
     how candidates are picked. fuse, fuse_mtp: wrap the modules. kernels: caches move rows by kernels.
 
     ring_page, ring_rows: rings are whole pages and take at least so many rows at a time. scratch_tokens: room that the
-    scratch slot needs; 0 = there is none.
+    scratch slot needs; 0 = there is none. chunk_rows: rows of a prompt that may be read at once.
     """
 
     attention: AttentionFactory = TorchAttention
@@ -66,6 +66,7 @@ class Backend:
     ring_page: int = 1
     ring_rows: int = 1
     scratch_tokens: int = 0
+    chunk_rows: int = 1 << 30
     kernels: bool = False
 
 
@@ -117,6 +118,7 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
         ring_page=config.page_size,
         ring_rows=MOST_ROWS,
         scratch_tokens=SCRATCH_TOKENS,
+        chunk_rows=_EXACT_ROWS,
         kernels=True,
     )
 
@@ -126,9 +128,5 @@ def gpu_errors() -> Iterator[None]:
     """What CUDA says, as something the user can act on."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        text = str(error).splitlines()[0]
-        raise EngineError(f"the GPU's memory is full: lower kv_tokens, max_batch or max_context ({text})") from error
-    except torch.AcceleratorError as error:
-        text = str(error).splitlines()[0]
-        raise EngineError(f"the GPU failed: start anew, and look at nvidia-smi if it happens again ({text})") from error
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        raise EngineError(explain(error)) from error

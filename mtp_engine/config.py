@@ -226,6 +226,8 @@ class SamplingParams:
     structure: Structure | None = None
     speculate: bool = True
     tree: TreeShape | None = None
+    priority: int = 0
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         finite = all(abs(bias) < float("inf") for bias in self.logit_bias.values())
@@ -298,7 +300,8 @@ class EngineConfig:
     max_context: int = 0
     kv_tokens: int = 0
     page_size: int = 64
-    prefill_chunk: int = 512
+    prefill_chunk: int = 256
+    max_waiting: int = 1024
     dequantize: bool = False
     window_keys: int = 0
 

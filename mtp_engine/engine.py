@@ -1,43 +1,34 @@
-"""The engine: the only place that names concrete classes. Loads a model, builds the loop, runs prompts through it."""
+"""The engine: loads a model, takes prompts from any number of threads, gives answers."""
 
 import os
+import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast, final
+from typing import Any, Literal, cast, final
 
 import torch
 
+from mtp_engine.assemble import make_drafter, make_loop
 from mtp_engine.backend import Backend, gpu_errors, make_backend
-from mtp_engine.cache import HybridKV
-from mtp_engine.config import (
-    DEFAULT_MODEL,
-    MAX_TREE_NODES,
-    SAMPLE_STEPS,
-    EngineConfig,
-    ModelConfig,
-    SamplingParams,
-    TreeShape,
-)
-from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
+from mtp_engine.config import DEFAULT_MODEL, SAMPLE_STEPS, EngineConfig, ModelConfig, SamplingParams, TreeShape
+from mtp_engine.drafters import RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
-from mtp_engine.models.mtp import MTPModule
-from mtp_engine.protocols import Drafter, Progress
+from mtp_engine.protocols import Progress
 from mtp_engine.runtime.loop import DecodeLoop
-from mtp_engine.runtime.request import Request
+from mtp_engine.runtime.request import Request, StepOutput
 from mtp_engine.runtime.stats import GenerationStats
 from mtp_engine.sampling.logprobs import TokenLogprob
-from mtp_engine.sampling.stops import FinishReason, VisibleText
-from mtp_engine.sampling.structure import Grammars
+from mtp_engine.sampling.stops import FinishReason
 from mtp_engine.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Raw text, token ids, or chat messages ({"role": ..., "content": ...}) for the model's chat template."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_KV_BUDGET = 4 << 30  # bytes; the default cache holds a full context per slot up to this
 _RULE_TREES = {
     rule: TreeShape.parse(tree)
     for rule, tree in (("rejection", "chain:3"), ("block", "chain:3"), ("rrs", "4x2x2"), ("traversal", "4x2x2"))
@@ -53,7 +44,8 @@ _DEFAULT_TREES = {  # what measured fastest, see bench/LOG.md
 class Generation:
     """A finished answer. drafted[i]: token i was an accepted draft, not the main model's own. The text leaves special
     tokens out and ends before a stop string; token_ids hold them, the stop included. logprobs: one per token where they
-    were asked for. others: the further answers to the same prompt, where n > 1."""
+    were asked for. others: the further answers to the same prompt, where n > 1. error: what went wrong, where
+    finish_reason is "error"; what was said before stands in text and token_ids."""
 
     text: str
     token_ids: list[int]
@@ -62,13 +54,27 @@ class Generation:
     stats: GenerationStats
     logprobs: tuple[TokenLogprob, ...] = ()
     others: tuple["Generation", ...] = ()
+    error: str = ""
+
+    @classmethod
+    def of(cls, request: Request) -> "Generation":
+        assert request.finish_reason is not None
+        return cls(
+            request.text, request.output, request.drafted, request.finish_reason, request.stats,
+            tuple(request.logprobs), error=request.error,
+        )  # fmt: skip
+
+    @classmethod
+    def refused(cls, error: str) -> "Generation":
+        """The answer to a prompt that could not run."""
+        return cls("", [], [], "error", GenerationStats(), error=error)
 
 
 @final
 @dataclass(frozen=True)
 class Chunk:
-    """What one step added to answer `sample` (of n) of prompt `index`. `finished` comes with each answer's last chunk;
-    `stats` are the request's own and go on counting."""
+    """What one step added to answer `sample` (of n) of prompt `index`. `finished` comes with each answer's last chunk,
+    which may have no tokens; `stats` are the request's own and go on counting."""
 
     index: int
     text: str
@@ -78,19 +84,37 @@ class Chunk:
     finished: Generation | None
     sample: int = 0
 
+    @classmethod
+    def of(cls, output: StepOutput, index: int, sample: int) -> "Chunk":
+        finished = Generation.of(output.request) if output.finish_reason else None
+        return cls(index, output.text, output.tokens, output.drafted, output.request.stats, finished, sample)
+
+
+@final
+@dataclass(frozen=True)
+class Job:
+    """One answer that was asked for: sample `sample` of prompt `index`."""
+
+    request: Request
+    index: int = 0
+    sample: int = 0
+
 
 @final
 class Engine:
-    """A loaded model with its decode loop.
+    """A loaded model with its decode loop. Any number of threads may call it: whoever waits for tokens advances the loop
+    for all, and everybody gets their own.
 
-    >>> engine = Engine.load("smollm2-135m-mtp3")
-    >>> [answer] = engine.generate([[{"role": "user", "content": "Why is the sky blue?"}]])
+    >>> with Engine.load("smollm2-135m-mtp3") as engine:
+    ...     [answer] = engine.generate([[{"role": "user", "content": "Why is the sky blue?"}]])
     """
 
     def __init__(
         self, model: Decoder, loop: DecodeLoop, tokenizer: Tokenizer, config: EngineConfig, backend: Backend
     ) -> None:
         self.model, self.loop, self.tokenizer, self.config, self.backend = model, loop, tokenizer, config, backend
+        self.lock = threading.Lock()  # held while the loop is touched
+        self.closed = False
 
     @classmethod
     @gpu_errors()
@@ -119,7 +143,7 @@ class Engine:
             dequantize=config.dequantize, window_keys=config.window_keys,
         )  # fmt: skip
         backend = make_backend(config, device, progress)
-        drafter = _drafter(files, model, config, backend, progress)
+        drafter = make_drafter(files, model, config, backend, progress)
         model = backend.fuse(model)
         loop = make_loop(model, drafter, config, backend, slots=config.max_batch, tokenizer=tokenizer)
         return cls(model, loop, tokenizer, config, backend)
@@ -127,6 +151,20 @@ class Engine:
     @property
     def model_config(self) -> ModelConfig:
         return self.model.config
+
+    def close(self) -> None:
+        """End what runs (finish_reason "abort") and give the memory back. Closing twice does no harm."""
+        with self.lock:
+            if not self.closed:
+                self.closed = True
+                self.loop.close()
+                del self.model, self.loop
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Special-token strings in text stay text."""
@@ -137,74 +175,125 @@ class Engine:
         return list(cast(Sequence[int], prompt))
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_error: Literal["raise", "return"] = "raise",
     ) -> list[Generation]:
-        """Answer all prompts; more than max_batch of them wait their turn. One `params` for all, or one each."""
+        """Answer all prompts; more than max_batch of them wait their turn. One `params` for all, or one each.
+
+        The whole list is checked before anything runs. on_error: what happens to a prompt that cannot run or fails on its
+        way: EngineError, which names its index, or an answer with finish_reason "error", beside which the others get
+        theirs.
+        """
+        jobs, refused = self._jobs(prompts, params, on_error)
         answers: list[dict[int, Generation]] = [{} for _ in prompts]
-        for chunk in self.stream(prompts, params):
-            if chunk.finished:
-                answers[chunk.index][chunk.sample] = chunk.finished
-        samples = [[found[sample] for sample in sorted(found)] for found in answers]
+        for chunk in self._stream(jobs):
+            if answer := chunk.finished:
+                if answer.error and on_error == "raise":
+                    raise EngineError(f"prompt {chunk.index}: {answer.error}")
+                answers[chunk.index][chunk.sample] = answer
+        for index, error in refused.items():
+            answers[index][0] = Generation.refused(error)
+        samples = [[given[sample] for sample in sorted(given)] for given in answers]
         return [replace(first, others=tuple(others)) for first, *others in samples]
 
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[Chunk]:
-        """Yield committed tokens as they come. Closing the iterator drops what is unfinished and frees its slots."""
-        encoded = [self.encode(prompt) for prompt in prompts]
-        each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(encoded)
-        waiting = [
-            (index, sample, tokens, wanted)
-            for index, (tokens, given) in enumerate(zip(encoded, each, strict=True))
-            for sample, wanted in enumerate(self._samples(given))
-        ][::-1]
-        running: dict[Request, tuple[int, int, VisibleText]] = {}
+        """Yield committed tokens as they come. Closing the iterator drops what is unfinished and frees its slots.
+
+        Raises EngineError at once for prompts that cannot run; one that fails on its way ends with an error of its own.
+        """
+        return self._stream(self._jobs(prompts, params, "raise")[0])
+
+    def requests(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
+        """One request per answer, checked but not queued. Raises EngineError for what cannot run."""
+        self.check_open()
+        return self.loop.intake.requests(self.encode(prompt), params)
+
+    def check_open(self) -> None:
+        if self.closed:
+            raise EngineError("the engine is closed: load another")
+
+    def _jobs(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        on_error: Literal["raise", "return"],
+    ) -> tuple[list[Job], dict[int, str]]:
+        """The answers asked for, and by prompt index why some are none."""
+        self.check_open()
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], Mapping)):
+            raise EngineError("prompts is one prompt: put it in a list, [prompt]")
+        each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        if len(each) != len(prompts):
+            raise EngineError(f"there are {len(prompts)} prompts and {len(each)} params: give one for all, or one each")
+        jobs, refused = [], {}
+        for index, (prompt, wanted) in enumerate(zip(prompts, each, strict=True)):
+            try:
+                jobs += [Job(request, index, sample) for sample, request in enumerate(self.requests(prompt, wanted))]
+            except (EngineError, TypeError) as error:
+                if on_error == "raise":
+                    raise EngineError(f"prompt {index}: {error}") from error
+                refused[index] = str(error)
+        return jobs, refused
+
+    def _stream(self, jobs: Sequence[Job]) -> Iterator[Chunk]:
+        inbox: deque[StepOutput] = deque()
+        waiting, running = deque(jobs), dict[Request, Job]()
         try:
-            while waiting or running:
-                while waiting and self.loop.has_room:
-                    index, sample, tokens, wanted = waiting.pop()
-                    with gpu_errors():
-                        request = self.loop.add(tokens, wanted)
-                    running[request] = (index, sample, VisibleText(self.tokenizer.stream(), request.ends.strings))
-                with gpu_errors():
-                    outputs = self.loop.step()
-                for out in outputs:
-                    if out.request not in running:
-                        continue  # somebody else's request in the same loop
-                    index, sample, visible = running[out.request]
-                    finished = self._finished(out.request)
-                    text = visible.push(out.tokens, ended=finished is not None)
-                    if finished:
-                        del running[out.request]
-                    yield Chunk(index, text, out.tokens, out.drafted, out.request.stats, finished, sample)
+            while waiting or running or inbox:
+                if not inbox:
+                    self._advance(inbox, waiting, running)
+                    continue
+                output = inbox.popleft()
+                job = running[output.request]
+                if output.finish_reason:
+                    del running[output.request]
+                yield Chunk.of(output, job.index, job.sample)
         finally:
-            for request in running:
-                self.loop.remove(request)
+            self.drop(running)
 
-    def _finished(self, request: Request) -> Generation | None:
-        if request.finish_reason is None:
-            return None
-        strings = request.ends.strings
-        text = strings.finish() if strings else self.tokenizer.decode(request.output)
-        return Generation(
-            text, request.output, request.drafted, request.finish_reason, request.stats, tuple(request.logprobs)
+    def _advance(self, inbox: deque[StepOutput], waiting: deque[Job], running: dict[Request, Job]) -> None:
+        """Queue what there is room for, and advance the loop unless another thread has done so meanwhile."""
+        with self.lock:
+            if inbox:
+                return
+            self.check_open()
+            while waiting and self.loop.scheduler.has_room:
+                job = waiting.popleft()
+                job.request.sink, running[job.request] = inbox.append, job
+                self.loop.submit([job.request])
+            self.loop.step()
+
+    def drop(self, requests: Mapping[Request, Any]) -> None:
+        """End requests: now if the loop is free, else before its next step."""
+        if self.closed or not requests:
+            return
+        for request in requests:
+            self.loop.scheduler.cancel(request)
+        if self.lock.acquire(blocking=False):  # it may be this very thread that holds it, collecting garbage
+            try:
+                self.loop.scheduler.sweep()
+            finally:
+                self.lock.release()
+
+    def undrafted(self) -> "Engine":
+        """An engine over the same weights that decodes without drafting, on a loop and caches of its own."""
+        self.check_open()
+        config = replace(self.config, drafter="root", tree=None, verifier="match", candidates="auto")
+        loop = make_loop(
+            self.model, RootDrafter(), config, self.backend, slots=config.max_batch, tokenizer=self.tokenizer
         )
-
-    def _samples(self, params: SamplingParams) -> list[SamplingParams]:
-        """What each of the n answers is decoded with: bad words as token ids, seeds one apart (vLLM's ParentRequest)."""
-        words = [
-            word
-            for given in params.bad_words
-            for word in ([given] if not isinstance(given, str) else self.tokenizer.spellings(given))
-        ]
-        seeds = [None if params.seed is None else (params.seed + sample) % 2**63 for sample in range(params.n)]
-        return [replace(params, bad_words=tuple(words), seed=seed, n=1) for seed in seeds]
+        return Engine(self.model, loop, self.tokenizer, config, self.backend)
 
     def plain(self, prompt: Prompt, params: SamplingParams, *, max_steps: int | None = None) -> Request:
         """Decode without drafting on a loop of its own, for comparison: at most `max_steps` tokens, timed alike."""
         matching = replace(self.config, verifier="match", candidates="auto")
         loop = make_loop(self.model, RootDrafter(), matching, self.backend, slots=1, tokenizer=self.tokenizer)
-        request = loop.add(self.encode(prompt), self._samples(params)[0])
+        request = loop.add(self.encode(prompt), replace(params, n=1))
         while request.finish_reason is None and (max_steps is None or len(request.output) < max_steps):
             loop.step()
         return request
@@ -230,46 +319,6 @@ def _device(config: EngineConfig) -> torch.device:
     return device
 
 
-def kv_tokens(model: ModelConfig, config: EngineConfig, slots: int) -> int:
-    context = config.max_context or model.max_context
-    if config.kv_tokens:
-        return config.kv_tokens
-    each = sum(
-        a.kv_heads * (a.qk_dim + a.v_dim) * _DTYPES[config.dtype].itemsize
-        for a in (layer.attention for layer in model.layers)
-        if a.window is None
-    )
-    return min(slots * context, max(context, _KV_BUDGET // max(each, 1))) + slots * (
-        2 * MAX_TREE_NODES + config.page_size
-    )
-
-
-def make_loop(
-    model: Decoder, drafter: Drafter, config: EngineConfig, backend: Backend, *, slots: int, tokenizer: Tokenizer | None
-) -> DecodeLoop:
-    """Without a tokenizer a loop has no stop strings, no structures, and no tokens that end a text."""
-    if isinstance(drafter, MTPDrafter):
-        model = replace(model, features=drafter.module.config.features)
-    layers, embedding = [layer.attention for layer in model.config.layers], model.embedding
-    eos = tokenizer.eos_ids if tokenizer else ()
-    cache = HybridKV(
-        layers, slots=slots + 1, page_size=config.page_size, ring_page=backend.ring_page,
-        tokens=kv_tokens(model.config, config, slots) + backend.scratch_tokens + config.page_size,
-        max_nodes=max(drafter.max_nodes, backend.ring_rows), kernels=backend.kernels,
-        dtype=embedding.dtype, device=embedding.device,
-    )  # fmt: skip
-    if backend.scratch_tokens:
-        cache.reserve(slots, backend.scratch_tokens)
-        drafter.reserve(slots, backend.scratch_tokens)
-    return DecodeLoop(
-        model, cache, drafter, backend.verifier(config.verifier), slots=slots, eos_token_ids=eos,
-        max_context=config.max_context or model.config.max_context, prefill_chunk=config.prefill_chunk,
-        device=embedding.device, attention=backend.attention, runner=backend.runner(slots), kernels=backend.kernels,
-        text=tokenizer.stream if tokenizer else None,
-        grammars=Grammars(tokenizer.folder, model.config.vocab_size, eos).start if tokenizer else None,
-    )  # fmt: skip
-
-
 def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:
     """Fill in what depends on the model, and refuse what does not fit it, before any weight is read."""
     model = loader.read_config(files.folder, config.window_keys)
@@ -291,31 +340,3 @@ def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:
         if len(shape.widths) > mtp.depth and not mtp.reused:
             raise EngineError(f"tree shape {shape} is deeper than the model's {mtp.depth} MTP layers")
     return replace(config, tree=shape, max_context=config.max_context or model.max_context)
-
-
-def _drafter(
-    files: hub.ModelFiles, model: Decoder, config: EngineConfig, backend: Backend, progress: Progress
-) -> Drafter:
-    if config.drafter == "root" or config.tree is None:
-        return RootDrafter()
-    slots = config.max_batch + 1  # the last is scratch
-    if config.drafter == "ngram":
-        length, device = len(config.tree.widths), model.embedding.device
-        return NgramDrafter(length, slots=slots, max_context=config.max_context, device=device)
-    assert files.mtp_folder is not None, "checked in _settle"
-    module = loader.load_mtp(
-        files.mtp_folder, model, config.draft_vocab, progress,
-        dequantize=config.dequantize, window_keys=config.window_keys, rounded=config.draft_int8,
-    )  # fmt: skip
-    return mtp_drafter(module, model.config, config, backend)
-
-
-def mtp_drafter(module: MTPModule, model: ModelConfig, config: EngineConfig, backend: Backend) -> MTPDrafter:
-    """The drafter of a main model's MTP layers, for config.tree."""
-    assert config.tree is not None
-    slots = config.max_batch + 1  # the last is scratch
-    return MTPDrafter(
-        backend.fuse_mtp(module), config.tree, slots=slots, page_size=config.page_size, attention=backend.attention,
-        tokens=kv_tokens(model, config, slots) + backend.scratch_tokens, ops=backend.ops(config.ranking),
-        ring_page=backend.ring_page, ring_rows=backend.ring_rows,
-    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The one exception that users are meant to read."""
+"""The exceptions that users are meant to read."""
 
 
 class EngineError(Exception):
@@ -6,3 +6,7 @@ class EngineError(Exception):
 
     The command line prints it without a traceback and leaves with exit code 2.
     """
+
+
+class EngineBusy(EngineError):
+    """Too many requests are waiting: nothing is wrong with this one, which may be tried again later."""

@@ -47,21 +47,21 @@ class Drafter(Protocol):
     def max_nodes(self) -> int: ...  # nodes of its largest tree, root included
 
     @property
-    def history(self) -> int: ...  # how many of the newest hidden states `prefill` needs
+    def room(self) -> int: ...  # tokens for which it has memory
 
-    def reserve(self, slot: int, tokens: int) -> None:
-        """Make room for a request of at most `tokens` tokens. Raises EngineError, with nothing changed, where it can't."""
+    def reserve(self, slot: int, tokens: int) -> bool:
+        """Make room for a request of at most `tokens` tokens. False, with nothing changed, where there is none."""
 
-    def release(self, slot: int) -> None: ...
-
-    def prefill(self, slot: int, tokens: Tensor, hidden: Tensor) -> None:
-        """A request starts. tokens: [P] the whole prompt; hidden: [h, H], the main model's pre-norm hidden states of
-        the h = min(P - 1, history) positions before the last token."""
+    def release(self, slot: int) -> None:
+        """Forget what a slot holds: another request may take it."""
 
     def draft(self, batch: Batch) -> DraftTree: ...
 
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
-        """A step was kept. hidden: [B, N, H] of all its nodes, of which result.path names those kept."""
+        """A step was kept. hidden: [B, N, H] of all its nodes, of which result.path names those kept.
+
+        A prompt comes in the same way, chunk by chunk (batch.prompt_left): a chain of known tokens that is kept whole.
+        """
 
 
 class Launched(Protocol):

@@ -25,6 +25,7 @@ from mtp_engine.drafters import MTPDrafter, Ranking, RootDrafter, TorchDraftOps
 from mtp_engine.models import loader
 from mtp_engine.protocols import Drafter, Verifier
 from mtp_engine.runtime.loop import DecodeLoop
+from mtp_engine.runtime.step import ModelStep
 from mtp_engine.sampling import sampler
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.sampling.processors import Processors
@@ -59,7 +60,7 @@ def mtp(models: Models, shape: str, ranking: Ranking = "noise") -> MTPDrafter:
 def engine(models: Models, drafter: Drafter, rule: Verifier | None = None) -> kit.Generate:
     """The tiny loop as the kit's callable; prompts join as slots come free."""
     loop = make_loop(models.main, drafter, text=Letters)
-    loop.verifier = rule or MatchVerifier()
+    loop.work.verifier = rule or MatchVerifier()
     return lambda cases: answers(loop, cases)
 
 
@@ -67,7 +68,7 @@ def answers(loop: DecodeLoop, cases: Sequence[kit.Case]) -> list[kit.Sample]:
     waiting, running, steps = list(enumerate(cases))[::-1], {}, {}
     done: list[Any] = [None] * len(cases)
     while waiting or running:
-        while waiting and loop.has_room:
+        while waiting and loop.scheduler.has_room:
             number, case = waiting.pop()
             request = loop.add(case.prompt, case.params)
             running[request], steps[request] = number, []
@@ -75,11 +76,12 @@ def answers(loop: DecodeLoop, cases: Sequence[kit.Case]) -> list[kit.Sample]:
             request = out.request
             steps[request].append(len(out.tokens))
             if request.finish_reason:
-                strings = request.ends.strings
-                decoder = Letters()
-                text = strings.finish() if strings else decoder.push(request.output) + decoder.flush()
                 done[running.pop(request)] = kit.Sample(
-                    tuple(request.output), text, request.finish_reason, tuple(request.logprobs), tuple(steps[request])
+                    tuple(request.output),
+                    request.text,
+                    request.finish_reason,
+                    tuple(request.logprobs),
+                    tuple(steps[request]),
                 )
     return done
 
@@ -173,12 +175,12 @@ def stop_within_a_step_only(patch: pytest.MonkeyPatch) -> None:
 
 
 def rope_by_node_index(patch: pytest.MonkeyPatch) -> None:
-    right = DecodeLoop._rows
+    right = ModelStep.rows
 
-    def wrong(self: DecodeLoop, batch: Any, tree: DraftTree) -> StepRows:
+    def wrong(self: ModelStep, batch: Any, tree: DraftTree) -> StepRows:
         return replace(right(self, batch, tree), positions=batch.lengths[:, None] + torch.arange(tree.nodes))
 
-    patch.setattr(DecodeLoop, "_rows", wrong)
+    patch.setattr(ModelStep, "rows", wrong)
 
 
 Plant = Callable[[pytest.MonkeyPatch], None]

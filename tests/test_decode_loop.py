@@ -12,10 +12,11 @@ from test_tree import random_tree
 from tiny import MTP, write_llama, write_mtp
 from torch import Tensor
 
+from mtp_engine.assemble import decode_loop
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import SamplingParams, TreeShape
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
-from mtp_engine.errors import EngineError
+from mtp_engine.errors import EngineBusy, EngineError
 from mtp_engine.kernels.linear import Linear
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
@@ -38,15 +39,16 @@ class Scripted:
     and shape per request, in which about half the nodes that could be right are.
     """
 
-    history = 0
+    room = 1 << 40
 
     def __init__(self, kind: str, texts: Mapping[int, Sequence[int]], vocab: int = VOCAB, nodes: int = 6) -> None:
         self.kind, self.texts, self.vocab, self.max_nodes = kind, texts, vocab, nodes
         self.rng = random.Random(nodes)
 
-    def reserve(self, slot: int, tokens: int) -> None: ...
+    def reserve(self, slot: int, tokens: int) -> bool:
+        return True
+
     def release(self, slot: int) -> None: ...
-    def prefill(self, slot: int, tokens: Tensor, hidden: Tensor) -> None: ...
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None: ...
 
     def draft(self, batch: Batch) -> DraftTree:
@@ -119,7 +121,7 @@ def make_loop(model: Decoder, drafter: Drafter, **changes: Any) -> DecodeLoop:
     cache = HybridKV([replace(layers[0], window=12), *layers[1:]], slots=wanted["slots"],
                      tokens=wanted.pop("tokens") or wanted["slots"] * (CONTEXT + 16), page_size=8,
                      max_nodes=drafter.max_nodes, dtype=torch.float32, device=CPU)  # fmt: skip
-    return DecodeLoop(model, cache, drafter, MatchVerifier(), device=CPU, **wanted)
+    return decode_loop(model, cache, drafter, MatchVerifier(), device=CPU, **wanted)
 
 
 def decode(loop: DecodeLoop, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[Request]:
@@ -130,7 +132,7 @@ def decode(loop: DecodeLoop, prompts: Sequence[Sequence[int]], params: Sequence[
         for out in loop.step():
             assert len(out.tokens) == len(out.drafted) >= 1
             emitted[out.request] += out.tokens
-        loop.cache.check()
+        loop.work.cache.check()
     for request in requests:
         assert emitted[request] == request.output
         check_statistics(request)
@@ -140,9 +142,9 @@ def decode(loop: DecodeLoop, prompts: Sequence[Sequence[int]], params: Sequence[
 
 def check_empty(loop: DecodeLoop) -> None:
     assert loop.requests == []
-    assert loop.has_room
-    assert all(not pages for group in loop.cache.paged for pages in group.table)
-    assert all(all(group._free) for group in loop.cache.paged)
+    assert sorted(loop.scheduler._free) == list(range(loop.scheduler._slots))
+    assert all(not pages for group in loop.work.cache.paged for pages in group.table)
+    assert all(all(group._free) for group in loop.work.cache.paged)
 
 
 def check_statistics(request: Request) -> None:
@@ -273,11 +275,11 @@ def test_requests_come_and_go(models: Models, plain: Plain, name: str) -> None:
     waiting = list(zip(prompts(), params_for("top_p", max_tokens=30), strict=True)) * 3
     finished = 0
     while waiting or loop.requests:
-        if waiting and loop.has_room and rng.random() < 0.4:
+        if waiting and len(loop.requests) < 3 and rng.random() < 0.4:
             loop.add(*waiting.pop())
         before = list(loop.requests)
         loop.step()
-        loop.cache.check()
+        loop.work.cache.check()
         for request in before:
             assert texts[request.seed][len(request.prompt) :][: len(request.output)] == request.output
             finished += request.finish_reason == "length" and len(request.output) == 30
@@ -377,8 +379,8 @@ def test_a_stop_at_the_limit_is_a_stop(models: Models, plain: Plain) -> None:
 
 
 def snapshot(loop: DecodeLoop) -> tuple[Any, ...]:
-    pages = [([list(row) for row in group.table], list(group._free)) for group in loop.cache.paged]
-    return list(loop.requests), list(loop._free_slots), pages
+    pages = [([list(row) for row in group.table], list(group._free)) for group in loop.work.cache.paged]
+    return list(loop.requests), list(loop.scheduler._free), pages
 
 
 @pytest.mark.parametrize(
@@ -387,7 +389,7 @@ def snapshot(loop: DecodeLoop) -> tuple[Any, ...]:
         ([], 5, "prompt is empty"),
         ([1] * CONTEXT, 5, f"has {CONTEXT} tokens and the context holds {CONTEXT}"),
         ([1] * 500, 5, "shorten the prompt"),
-        ([1] * 100, 90, "KV cache is full"),
+        ([1] * 100, 90, "KV cache holds"),
     ],
 )
 @pytest.mark.parametrize("name", ["4x2x2", "ngram"])
@@ -396,7 +398,7 @@ def test_a_refused_request_changes_nothing(
 ) -> None:
     """Refused beside a running request, which goes on as if nothing had been asked; so does the next."""
     texts = plain("top_p")
-    loop = make_loop(models.main, make_drafter(name, models, texts), tokens=300)
+    loop = make_loop(models.main, make_drafter(name, models, texts), tokens=190)
     settings = params_for("top_p")
     running = loop.add(prompts()[2], settings[2])
     loop.step()
@@ -407,54 +409,51 @@ def test_a_refused_request_changes_nothing(
     later = loop.add(prompts()[1], replace(settings[1], max_tokens=20))
     while loop.requests:
         loop.step()
-        loop.cache.check()
+        loop.work.cache.check()
     assert running.prompt + running.output == texts[79]
     assert later.output == texts[78][7:27]
     check_empty(loop)
 
 
-def test_no_slot_is_left(models: Models, plain: Plain) -> None:
-    loop = make_loop(models.main, RootDrafter(), slots=1)
-    request = loop.add(prompts()[0], params_for("greedy")[0])
-    assert not loop.has_room
-    before = snapshot(loop)
-    with pytest.raises(EngineError, match="all slots are taken"):
-        loop.add([1, 2], SamplingParams())
-    assert snapshot(loop) == before
+@pytest.mark.parametrize("changes", [{"slots": 1}, {"tokens": 160}], ids=["slots", "memory"])
+def test_who_does_not_fit_waits(models: Models, plain: Plain, changes: dict[str, int]) -> None:
+    """Four requests that fit one at a time give what they give at once."""
+    texts, loop = plain("greedy"), make_loop(models.main, RootDrafter(), **changes)
+    requests = [loop.add(prompt, params) for prompt, params in zip(prompts(), params_for("greedy"), strict=True)]
     while loop.requests:
         loop.step()
-    assert request.prompt + request.output == plain("greedy")[77]
+        assert len(loop.scheduler.running) <= 1
+        loop.work.cache.check()
+    assert {request.seed: request.prompt + request.output for request in requests} == texts
+    check_empty(loop)
 
 
-def test_the_drafters_cache_may_be_the_one_that_is_full(models: Models, plain: Plain) -> None:
-    """The main cache has taken its pages by then, and gives them back."""
+def test_too_many_that_wait_are_told_so(models: Models, plain: Plain) -> None:
+    loop, params = make_loop(models.main, RootDrafter(), slots=1, max_waiting=2), params_for("greedy")
+    requests = [loop.add(prompts()[i], params[i]) for i in range(3)]  # one has the slot
+    before = snapshot(loop)
+    with pytest.raises(EngineBusy, match="try again later, or raise max_waiting"):
+        loop.add([1, 2], params[0])
+    assert snapshot(loop) == before
+    loop.step()
+    with pytest.raises(EngineBusy):
+        loop.add([1, 2], replace(params[0], n=2))
+    while loop.requests:
+        loop.step()
+    assert all(request.prompt + request.output == plain("greedy")[request.seed] for request in requests)
+
+
+def test_the_drafters_cache_may_be_the_smaller_one(models: Models, plain: Plain) -> None:
     drafter = MTPDrafter(models.deep, TreeShape.parse("chain:3"), slots=SLOTS, tokens=144, page_size=8)
     loop, texts = make_loop(models.main, drafter), plain("top_p")
     before = snapshot(loop)
-    with pytest.raises(EngineError, match="KV cache is full"):
+    with pytest.raises(EngineError, match="KV cache holds"):
         loop.add([1] * 100, params_for("top_p")[0])
     assert snapshot(loop) == before
+    requests = decode(loop, prompts()[1:3] * 2, params_for("top_p", max_tokens=60)[1:3] * 2)  # one or two fit at a time
+    assert all(r.prompt + r.output == texts[r.seed][: len(r.prompt) + 60] for r in requests)
     assert drafter.cache.paged[0].table == [[]] * SLOTS
-    [request] = decode(loop, prompts()[1:2], params_for("top_p")[1:2])
-    assert request.prompt + request.output == texts[78]
     drafter.cache.check()
-
-
-def test_an_interrupted_prefill_gives_everything_back(
-    models: Models, plain: Plain, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loop = make_loop(models.main, make_drafter("chain:3", models, {}))
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.drafter, "prefill", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            loop.add(prompts()[2], SamplingParams())
-    check_empty(loop)
-    requests = decode(loop, prompts(), params_for("greedy", max_tokens=20))
-    assert all(r.prompt + r.output == plain("greedy")[r.seed][: len(r.prompt) + 20] for r in requests)
 
 
 # ---- statistics ---------------------------------------------------------------------------------------------------

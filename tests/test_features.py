@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny import write_llama
 
+from mtp_engine.assemble import make_loop
 from mtp_engine.backend import Backend
-from mtp_engine.config import SamplingParams
+from mtp_engine.config import EngineConfig, SamplingParams
 from mtp_engine.config import TreeShape as Shape
 from mtp_engine.drafters import MTPDrafter, RootDrafter
-from mtp_engine.engine import EngineConfig, make_loop
 from mtp_engine.models import loader
 from mtp_engine.models.checkpoint import Checkpoint
 from mtp_engine.models.decoder import Decoder

@@ -39,7 +39,7 @@ def test_trees_are_drafted_and_verified_under_a_constraint(models: Models, name:
 
     def spied(batch: Any) -> DraftTree:
         tree = draft(batch)
-        trees.append((tree, [r.constraint and (r.constraint, list(r.constraint.answer)) for r in loop.requests]))
+        trees.append((tree, [(c := r.trail.constraint) and (c, list(c.answer)) for r in loop._members.requests]))
         return tree
 
     drafter.draft = spied  # type: ignore[method-assign]
@@ -125,6 +125,6 @@ def test_answers_are_valid_and_those_of_plain_decoding(engine: Engine, name: str
 def test_a_wrong_structure_is_refused(engine: Engine, wrong: Structure) -> None:
     with pytest.raises(EngineError, match=r"structure|schema"):
         engine.generate(["x"], SamplingParams(structure=wrong))
-    assert engine.loop.has_room
+    assert not engine.loop.requests
     assert not engine.loop.requests
     assert engine.model.embedding.device == CPU

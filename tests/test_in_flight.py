@@ -11,8 +11,8 @@ from mtp_engine.config import SamplingParams, Structure, TreeShape
 from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.protocols import Launched
 from mtp_engine.runtime.loop import DecodeLoop
-from mtp_engine.runtime.request import Members, Request
-from mtp_engine.runtime.step import Draft, EagerRunner, Verify
+from mtp_engine.runtime.request import Members, PromptChunk, Request
+from mtp_engine.runtime.step import EagerRunner, ModelStep
 
 PLAIN = {"temperature": 0.7, "top_p": 0.9, "stop_token_ids": (5, 44)}
 OTHERS: dict[str, dict[str, Any]] = {
@@ -30,12 +30,15 @@ class Queue:
 
     in_flight = 3
 
-    def __init__(self, draft: Draft, verify: Verify) -> None:
-        self._eager, self._flying = EagerRunner(draft, verify), 0
+    def __init__(self, step: ModelStep) -> None:
+        self._eager, self._flying = EagerRunner(step), 0
         self.most: dict[bool, int] = {}  # by whether members were plain
 
     def prepare(self, members: Members, bound: int) -> None: ...
     def settle(self) -> None: ...
+
+    def read(self, chunk: PromptChunk) -> Launched:
+        return self._eager.read(chunk)
 
     def launch(self, members: Members, bound: int) -> Launched:
         done, owner = self._eager.launch(members, bound), self
@@ -68,7 +71,7 @@ def run(loop: DecodeLoop, waves: Sequence[Sequence[SamplingParams]]) -> list[Req
         loop.step()
     while loop.requests:
         loop.step()
-    loop.cache.check()
+    loop.work.cache.check()
     return requests
 
 
@@ -82,8 +85,8 @@ def test_plain_steps_overlap_and_others_do_not(models: Models, name: str) -> Non
     ]
     runners: list[Queue] = []
 
-    def runner(draft: Draft, verify: Verify) -> Queue:
-        runners.append(Queue(draft, verify))
+    def runner(step: ModelStep) -> Queue:
+        runners.append(Queue(step))
         return runners[-1]
 
     drafter = MTPDrafter(models.mtp, TreeShape.parse("3x2"), slots=SLOTS, tokens=2048, page_size=8)
@@ -100,5 +103,5 @@ def test_what_is_plain(models: Models) -> None:
     loop = make_loop(models.main, RootDrafter(), grammars=lambda _: Sums())
     for name, others in {"plain": PLAIN, **OTHERS}.items():
         request = loop.add(prompts()[0], SamplingParams(max_tokens=20, **others))
-        assert Members.build([request], loop.device).plain == (name == "plain"), name
+        assert Members.build([request], loop.work.device).plain == (name in ("plain", "no drafts")), name
         loop.remove(request)

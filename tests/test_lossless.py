@@ -9,7 +9,8 @@ import torch
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.backend import Backend
 from mtp_engine.config import DEFAULT_MODEL
-from mtp_engine.engine import _drafter, _settle, make_loop
+from mtp_engine.assemble import make_drafter, make_loop
+from mtp_engine.engine import _settle
 from mtp_engine.hub import hub
 from mtp_engine.runtime.request import Request
 
@@ -39,12 +40,12 @@ class Loaded:
         files = hub.locate(DEFAULT_MODEL)
         config = _settle(config, files)
         model, backend = self.engine.model, Backend()
-        drafter = _drafter(files, model, config, backend, hub.silent)
+        drafter = make_drafter(files, model, config, backend, hub.silent)
         loop = make_loop(model, drafter, config, backend, slots=config.max_batch, tokenizer=self.engine.tokenizer)
         requests = [loop.add(self.engine.encode(prompt), params) for params in PARAMS for prompt in PROMPTS]
         while loop.requests:
             loop.step()
-        loop.cache.check()
+        loop.work.cache.check()
         return requests
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mimo import Run, load, read_all
-from tiny import batch_of
+from tiny import batch_of, new_request, show_prompt
 from torch import Tensor
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
@@ -16,9 +16,6 @@ from mtp_engine.drafters.mtp import MTPDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.models import loader
 from mtp_engine.models.make_tiny import TINY, make_tiny
-from mtp_engine.runtime.request import Request
-from mtp_engine.runtime.stats import GenerationStats
-from mtp_engine.sampling.stops import Ends
 
 TOKENS = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(5))
 
@@ -84,9 +81,8 @@ def test_draft_equals_a_dense_computation(folder: Path) -> None:
     drafter = MTPDrafter(module, TreeShape.parse("3"), slots=1, tokens=100, page_size=8)
     drafter.reserve(0, 60)
     hidden = Run(main, 48)(TOKENS[:-1])
-    drafter.prefill(0, TOKENS, hidden)
-    request = Request(TOKENS.tolist(), SamplingParams(), 0, 0, Ends(9, frozenset()), GenerationStats(), 0.0)
-    tree = drafter.draft(batch_of([request]))
+    show_prompt(drafter, 0, TOKENS.tolist(), hidden, 7)
+    tree = drafter.draft(batch_of([new_request(0, TOKENS.tolist())]))
     expected = dense_first_draft(folder, TOKENS, hidden)
     assert tree.tokens[0, 1:].tolist() == expected.topk(3).indices.tolist()
 

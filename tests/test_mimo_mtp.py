@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mimo import Run, load, read_all, transformers_config
-from tiny import batch_of
+from tiny import batch_of, new_request, show_prompt
 from torch import Tensor, nn
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
@@ -19,9 +19,6 @@ from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.make_tiny import make_tiny
 from mtp_engine.models.mtp import MTPModule
-from mtp_engine.runtime.request import Request
-from mtp_engine.runtime.stats import GenerationStats
-from mtp_engine.sampling.stops import Ends
 from mtp_engine.tree import VerifyResult
 
 
@@ -108,20 +105,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(make_tiny(tmp_path_factory.mktemp("mtp") / "m", seed=2))
 
 
-def request(slot: int, prompt: list[int]) -> Request:
-    return Request(prompt, SamplingParams(), 0, slot, Ends(1000, frozenset()), GenerationStats(), 0.0)
-
-
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_all_three_layers_equal_the_reference(tiny: Setting, data: st.DataObject) -> None:
     """Incrementally, whatever was accepted before: prompts of up to five windows, two requests side by side."""
     drafter, recorder = tiny.drafter()
     texts = data.draw(st.lists(st.lists(st.integers(0, 255), min_size=2, max_size=40), min_size=1, max_size=2))
-    requests = [request(slot, text) for slot, text in enumerate(texts)]
+    requests = [new_request(slot, text) for slot, text in enumerate(texts)]
     for r in requests:
         drafter.reserve(r.slot, 200)
-        drafter.prefill(r.slot, torch.tensor(r.prompt), tiny.hidden(r.prompt[:-1])[-drafter.history :])
+        chunk = data.draw(st.sampled_from([1, 2, 5, 64]))
+        show_prompt(drafter, r.slot, r.prompt, tiny.hidden(r.prompt[:-1]), chunk)
     for _ in range(data.draw(st.integers(1, 8))):
         batch = batch_of(requests)
         tree = drafter.draft(batch)
@@ -145,9 +139,9 @@ def test_long_prompt_needs_only_its_last_window(tiny: Setting) -> None:
     drafter, recorder = tiny.drafter()
     prompt = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(4)).tolist()
     hidden = tiny.hidden(prompt[:-1])
-    assert drafter.history <= tiny.keys + 3
-    drafter.prefill(0, torch.tensor(prompt), hidden[-drafter.history :])
-    tree = drafter.draft(batch_of([request(0, prompt)]))
+    show_prompt(drafter, 0, prompt, hidden, 48)
+    assert int(drafter._first[0]) >= 200 - (tiny.keys + 3)
+    tree = drafter.draft(batch_of([new_request(0, prompt)]))
     for level in range(3):
         expected = tiny.dense(level, prompt + tree.tokens[0, 1 : 1 + level].tolist(), hidden)
         assert (recorder.seen[level][0, 0] - expected).abs().max() <= 1e-4
@@ -204,7 +198,7 @@ def _answers(small: Path, params: list[SamplingParams], **options: Any) -> Any:
 def test_window_keys_reach_both_models(tiny: Setting) -> None:
     engine = Engine.load(str(tiny.folder), EngineConfig(threads=1, max_context=64, window_keys=5))
     assert engine.model.config.layers[1].attention.window == 5
-    assert engine.loop.drafter.module.config.layer.attention.window == 5  # type: ignore[attr-defined]
+    assert engine.loop.work.drafter.module.config.layer.attention.window == 5  # type: ignore[attr-defined]
 
 
 def test_fp8_folder_drafts_losslessly(tmp_path: Path) -> None:

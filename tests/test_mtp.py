@@ -7,18 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import MTP, DenseMTP, batch_of, write_llama, write_mtp
+from tiny import MTP, DenseMTP, batch_of, new_request, show_prompt, write_llama, write_mtp
 
 from mtp_engine.attention.rows import StepRows
 from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import HybridKV
-from mtp_engine.config import SamplingParams, TreeShape
+from mtp_engine.config import TreeShape
 from mtp_engine.drafters.mtp import MTPDrafter
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
-from mtp_engine.runtime.request import Request
-from mtp_engine.runtime.stats import GenerationStats
-from mtp_engine.sampling.stops import Ends
 from mtp_engine.tree import DraftTree, VerifyResult
 
 SWITCHES = {
@@ -54,10 +51,6 @@ def dense_hidden(main: Decoder, tokens: list[int]) -> torch.Tensor:
     return main.forward(torch.tensor([tokens]), rows.positions, TorchAttention(cache, rows))[0]
 
 
-def request(slot: int, prompt: list[int]) -> Request:
-    return Request(prompt, SamplingParams(), 0, slot, Ends(1000, frozenset()), GenerationStats(), 0.0)
-
-
 def check_scores(
     tree: DraftTree, b: int, known: list[int], hidden: torch.Tensor, dense: DenseMTP, shape: TreeShape
 ) -> None:
@@ -86,11 +79,11 @@ def test_drafts_equal_full_recomputation(models: "Models", name: str, data: st.D
     dense = DenseMTP.load(folder, mtp_folder)
     texts = data.draw(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=40), min_size=1, max_size=2))
     slots = data.draw(st.permutations([0, 1, 2]))
-    requests = [request(slot, text) for slot, text in zip(slots, texts, strict=False)]
+    requests = [new_request(slot, text) for slot, text in zip(slots, texts, strict=False)]
     for r in requests:
         drafter.reserve(r.slot, 200)
         hidden = dense_hidden(main, r.prompt[:-1]) if len(r.prompt) > 1 else torch.empty(0, 0)
-        drafter.prefill(r.slot, torch.tensor(r.prompt), hidden[-drafter.history :])
+        show_prompt(drafter, r.slot, r.prompt, hidden, data.draw(st.sampled_from([1, 2, 3, 7, 64])))
     for _ in range(data.draw(st.integers(1, 6))):
         batch = batch_of(requests)
         tree = drafter.draft(batch)
@@ -135,10 +128,12 @@ def test_truncated_prefill_is_exact(models: "Models") -> None:
         )
         prompt = torch.randint(1, 60, (120,), generator=torch.Generator().manual_seed(3)).tolist()
         hidden = dense_hidden(main, prompt[:-1])
-        assert drafter.history < len(hidden)
-        drafter.prefill(0, torch.tensor(prompt), hidden[-drafter.history :])
-        tree = drafter.draft(batch_of([request(0, prompt)]))
-        check_scores(tree, 0, prompt, hidden, DenseMTP.load(folder, mtp_folder), drafter.shape)
+        for chunk in (1, 7, 50, 500):
+            drafter.release(0)
+            show_prompt(drafter, 0, prompt, hidden, chunk)
+            assert int(drafter._first[0]) > 60, "the prompt's beginning was left out"
+            tree = drafter.draft(batch_of([new_request(0, prompt)]))
+            check_scores(tree, 0, prompt, hidden, DenseMTP.load(folder, mtp_folder), drafter.shape)
 
 
 def test_best_n_tree_holds_the_best_nodes(models: "Models") -> None:
@@ -153,8 +148,8 @@ def test_best_n_tree_holds_the_best_nodes(models: "Models") -> None:
     )
     prompt = [5, 9, 14, 3, 44]
     hidden = dense_hidden(main, prompt[:-1])
-    drafter.prefill(0, torch.tensor(prompt), hidden)
-    tree = drafter.draft(batch_of([request(0, prompt)]))
+    show_prompt(drafter, 0, prompt, hidden)
+    tree = drafter.draft(batch_of([new_request(0, prompt)]))
     dense, scores = DenseMTP.load(folder, mtp_folder), {}
     frontier: dict[tuple[int, ...], float] = {(): 0.0}
     for _ in range(3):

@@ -230,7 +230,7 @@ def test_what_cannot_be_done_is_refused(models: Models, wrong: dict[str, Any]) -
     loop = make_loop(models.main, RootDrafter())
     with pytest.raises(EngineError):
         loop.add([1, 2], SamplingParams(**wrong))
-    assert loop.has_room
+    assert not loop.requests
     assert not loop.requests
 
 

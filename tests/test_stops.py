@@ -93,11 +93,9 @@ def test_the_loop_stops_where_plain_decoding_stops(models: Models, stop: str) ->
     texts = {79: whole.prompt + whole.output}
     for drafter in (RootDrafter(), Scripted("right", texts), Scripted("random", texts)):
         [request] = decode(make_loop(models.main, drafter, text=Letters), prompts()[2:3], [wanted])
-        strings = request.ends.strings
-        assert strings is not None
         assert request.finish_reason == "stop"
         assert request.output == whole.output[: len(request.output)]
-        assert strings.finish() == text_of(whole.output).split(stop)[0]
+        assert request.text == text_of(whole.output).split(stop)[0]
         assert stop in Letters().push(request.output)
         assert stop not in Letters().push(request.output[:-1])
 

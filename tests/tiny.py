@@ -10,8 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtp_engine.runtime.request import Members, Request
-from mtp_engine.sampling.batch import Batch
+from mtp_engine.config import SamplingParams
+from mtp_engine.protocols import Drafter
+from mtp_engine.runtime.request import Members, Request, Trail
+from mtp_engine.runtime.stats import GenerationStats
+from mtp_engine.sampling.batch import Batch, SamplingBatch
+from mtp_engine.sampling.stops import Ends
+from mtp_engine.tree import VerifyResult
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -109,6 +114,26 @@ def batch_of(requests: list[Request]) -> Batch:
     lengths = torch.tensor([request.length for request in requests])
     tokens = torch.tensor([(request.output or request.prompt)[-1] for request in requests])
     return Batch(members.slots, tokens, lengths, int(lengths.max()), members.sampling, members.guide)
+
+
+def new_request(slot: int, prompt: list[int]) -> Request:
+    """A request that runs in `slot` and never ends."""
+    stats = GenerationStats()
+    request = Request(prompt, SamplingParams(), 0, lambda: Trail(Ends(1000, frozenset())), stats, limit=1000)
+    request.slot = slot
+    return request
+
+
+def show_prompt(drafter: Drafter, slot: int, prompt: list[int], hidden: Tensor, chunk: int = 1 << 20) -> None:
+    """What the loop shows a drafter of a prompt, chunk by chunk. hidden: [len(prompt) - 1, H]."""
+    last = len(prompt) - 1
+    for start in range(0, last, chunk):
+        stop = min(start + chunk, last)
+        sampling = SamplingBatch.build([SamplingParams()], [0], torch.device("cpu"))
+        at = torch.tensor([slot]), torch.tensor([prompt[start]]), torch.tensor([start])
+        tokens, path = torch.tensor([prompt[start + 1 : stop + 1]]), torch.arange(stop - start)[None]
+        result = VerifyResult(path, tokens, torch.tensor([stop - start]))
+        drafter.observe(Batch(*at, stop, sampling, prompt_left=last - stop), result, hidden[None, start:stop])
 
 
 class Sums:

@@ -11,6 +11,8 @@ from mtp_engine.cache.window import WindowKV
 from mtp_engine.config import AttentionConfig
 from mtp_engine.tree import VerifyResult
 
+NO_LIMIT = 1 << 60  # tokens
+
 
 @final
 class HybridKV:
@@ -59,10 +61,14 @@ class HybridKV:
     def paged(self) -> list[PagedKV]:
         return [group for group in self.groups if isinstance(group, PagedKV)]
 
-    def reserve(self, slot: int, tokens: int) -> None:
+    @property
+    def room(self) -> int:
+        """Tokens for which memory is free; without paged layers there is no limit."""
+        return min((group.room for group in self.paged), default=NO_LIMIT)
+
+    def reserve(self, slot: int, tokens: int) -> bool:
         """Make room for `tokens` positions of `slot`. The paged groups have equal capacity, so all fit or none does."""
-        for group in self.paged:
-            group.reserve(slot, tokens)
+        return all(group.reserve(slot, tokens) for group in self.paged)
 
     def release(self, slot: int) -> None:
         for group in self.paged:

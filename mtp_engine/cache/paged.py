@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtp_engine.errors import EngineError
 from mtp_engine.kernels.reference import move_rows, write_rows
 
 
@@ -53,22 +52,27 @@ class PagedKV:
         self.device_pages = torch.zeros(slots, pages, dtype=torch.int32, device=device)
         self._free = [True] * pages
 
-    def reserve(self, slot: int, tokens: int) -> None:
-        """Give `slot` pages for `tokens` tokens in all. Raises EngineError, changing nothing, when too few are free."""
+    @property
+    def room(self) -> int:
+        """Tokens for which pages are free."""
+        return sum(self._free) * self.page_size
+
+    def reserve(self, slot: int, tokens: int) -> bool:
+        """Give `slot` pages for `tokens` tokens in all. False, with nothing changed, if too few are free."""
         missing = -(-tokens // self.page_size) - len(self.table[slot])
         if missing <= 0:
-            return
-        free = sum(self._free)
-        if missing > free:
-            raise EngineError(
-                f"the KV cache is full: {missing * self.page_size} more tokens are needed and {free * self.page_size} are "
-                "free; raise kv_tokens, or shorten the prompt or max_tokens"
-            )
+            return True
+        if missing * self.page_size > self.room:
+            return False
         taken = self._run(missing) or [page for page in range(self.pages) if self._free[page]][:missing]
         for page in taken:
             self._free[page] = False
         self.table[slot].extend(taken)
-        self.device_pages[slot, : len(self.table[slot])] = torch.tensor(self.table[slot], dtype=torch.int32)
+        table = torch.tensor(self.table[slot], dtype=torch.int32)
+        if self.device.type != "cpu":
+            table = table.pin_memory()  # a copy from other memory would wait for all that is queued
+        self.device_pages[slot, : len(table)].copy_(table, non_blocking=True)
+        return True
 
     def _run(self, count: int) -> list[int] | None:
         start = 0

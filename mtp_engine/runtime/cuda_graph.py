@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mtp_engine.protocols import Launched
-from mtp_engine.runtime.request import Members
+from mtp_engine.runtime.request import Members, PromptChunk
 from mtp_engine.runtime.slots import SCRATCH_LENGTH
-from mtp_engine.runtime.step import Draft, EagerRunner, Verify
+from mtp_engine.runtime.step import EagerRunner, ModelStep
 from mtp_engine.sampling.batch import SamplingBatch
 
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # a batch is padded up to one of these
@@ -78,22 +78,36 @@ class Flight:
 
 
 @final
+class Reading:
+    """A prompt's chunk in flight (a Launched)."""
+
+    def __init__(self, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
+        self._start, self._end = start, end
+        self.draft_s = self.verify_s = 0.0
+
+    def wait(self) -> list[list[int]]:
+        self._end.synchronize()
+        self.verify_s = self._start.elapsed_time(self._end) / 1e3
+        return []
+
+
+@final
 class GraphRunner:
     """Replays plain steps, and runs others at once (a Runner). in_flight: plain steps queued before the host waits for
     the first of them."""
 
     def __init__(
-        self, draft: Draft, verify: Verify, *, in_flight: int, scratch: int, device: torch.device,
+        self, step: ModelStep, *, in_flight: int, scratch: int, device: torch.device,
         refresh: Callable[[list[int], list[int]], None] | None = None, captures: bool = True,
     ) -> None:  # fmt: skip
         """scratch: the slot that pads batches. refresh: called before each step with the slots and the most tokens that
         each may have. captures: False for steps of operations that graphs cannot hold; in_flight is 1 then."""
         self.in_flight = in_flight
-        self._draft, self._verify, self._scratch, self._device = draft, verify, scratch, device
+        self._step, self._scratch, self._device = step, scratch, device
         self._refresh, self._captures = refresh, captures
-        self._eager = EagerRunner(draft, verify)
+        self._eager = EagerRunner(step)
         self._ready: set[tuple[int, int]] = set()  # batch sizes and bounds that ran eagerly
-        self._captured: dict[tuple[int, int, bool, bool], _Captured] = {}
+        self._captured: dict[tuple[int, int, bool, bool, bool], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._pinned: deque[Tensor] = deque(maxlen=in_flight + 1)
 
@@ -126,6 +140,16 @@ class GraphRunner:
         marks[3].record()
         return Flight(host[:count], marks)
 
+    def read(self, chunk: PromptChunk) -> Launched:
+        start, end = (
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
+        start.record()
+        self._step.read(chunk)
+        end.record()
+        return Reading(start, end)
+
     def settle(self) -> None:
         torch.cuda.synchronize(self._device)
 
@@ -141,12 +165,12 @@ class GraphRunner:
         scratch = self._scratched(members, count)
         if self._refresh:
             self._refresh([self._scratch] * count, [SCRATCH_TOKENS] * count)
-        self._verify(scratch, *self._draft(scratch, bound))
+        self._step.verify(scratch, *self._step.draft(scratch, bound))
 
     def _scratched(self, members: Members, batch: int) -> Members:
         """Plain members that all sit in the scratch slot, with the first one's sampling parameters."""
         slots = torch.full((batch,), self._scratch, device=self._device)
-        return Members((), slots, _enlarged(members.sampling, batch))
+        return Members((), slots, _enlarged(members.sampling, batch), speculates=members.speculates)
 
     def _bounds(self, members: Members, bound: int, padding: int) -> tuple[list[int], list[int]]:
         """Slots and the most tokens each may have, padding included; the longest request has `bound` at most."""
@@ -171,14 +195,14 @@ class GraphRunner:
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side), _no_collection():
-            self._verify(scratch, *self._draft(scratch, bound))
+            self._step.verify(scratch, *self._step.draft(scratch, bound))
             if self._refresh:  # plans exist from now on; the first ones were made for nothing
                 self._refresh([self._scratch] * batch, [SCRATCH_TOKENS] * batch)
             side.synchronize()
             with torch.cuda.graph(draft, pool=self._pool, stream=side):
-                drafted = self._draft(scratch, bound)
+                drafted = self._step.draft(scratch, bound)
             with torch.cuda.graph(verify, pool=self._pool, stream=side):
-                table = self._verify(scratch, *drafted)
+                table = self._step.verify(scratch, *drafted)
         torch.cuda.current_stream(self._device).wait_stream(side)
         return _Captured(scratch.slots, scratch.sampling, draft, verify, table)
 
@@ -194,9 +218,9 @@ def _no_collection() -> Iterator[None]:
         gc.enable()
 
 
-def _key(members: Members, bound: int) -> tuple[int, int, bool, bool]:
+def _key(members: Members, bound: int) -> tuple[int, int, bool, bool, bool]:
     sampling = members.sampling
-    return bucket(len(members.slots)), bound_bucket(bound), sampling.greedy, sampling.truncated
+    return bucket(len(members.slots)), bound_bucket(bound), sampling.greedy, sampling.truncated, members.speculates
 
 
 def _tensors(sampling: SamplingBatch) -> list[Tensor]:

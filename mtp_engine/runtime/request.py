@@ -1,6 +1,6 @@
 """Requests on their way, and those of one step together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import final
@@ -11,65 +11,176 @@ from torch import Tensor
 from mtp_engine.config import SamplingParams
 from mtp_engine.runtime.limits import TreeLimits
 from mtp_engine.runtime.stats import GenerationStats
-from mtp_engine.sampling.batch import SamplingBatch
+from mtp_engine.sampling.batch import SamplingBatch, to_device
 from mtp_engine.sampling.logprobs import TokenLogprob
 from mtp_engine.sampling.masks import Constraint, Guide
-from mtp_engine.sampling.processors import processes
-from mtp_engine.sampling.stops import Ends, FinishReason
+from mtp_engine.sampling.processors import NO_TOKEN, processes
+from mtp_engine.sampling.stops import Ends, FinishReason, VisibleText
+
+NOTHING_ALLOWED = (
+    "no token is left that its parameters allow: structure, bad_words, allowed_token_ids, logit_bias and min_tokens "
+    "contradict each other here"
+)
+
+
+@final
+@dataclass
+class Trail:
+    """What follows from the tokens of an answer and is kept so that it need not be worked out anew at every step.
+
+    Going over the same tokens again gives the same trail; that is how a request that was interrupted goes on.
+    """
+
+    ends: Ends
+    visible: VisibleText | None = None  # None where nobody turns tokens into text
+    constraint: Constraint | None = None
+
+    def follow(self, tokens: Sequence[int]) -> tuple[list[int], FinishReason | None, str]:
+        """Add a step's tokens: those that belong to the answer, why it ends if it does, and the text to show for them.
+
+        Raises whatever the constraint raises for a token that it forbids.
+        """
+        cut, reason = self.ends.cut(tokens)
+        kept = list(tokens[:cut])
+        if self.constraint:
+            self.constraint.advance(kept)
+        return kept, reason, self.visible.push(kept, ended=reason is not None) if self.visible else ""
 
 
 @final
 @dataclass(eq=False)
 class Request:
-    """A prompt on its way: its slot, what it has emitted, and its statistics."""
+    """A prompt on its way: waiting, reading its prompt, decoding, or ended.
+
+    `prompt`, `seed` and `output` say all there is to know of its text; everything else can be made again from them, and
+    is when a request is interrupted (`rewind`).
+    """
 
     prompt: list[int]
     params: SamplingParams
     seed: int
-    slot: int
-    ends: Ends
+    new_trail: Callable[[], Trail]
     stats: GenerationStats
-    started: float  # on the loop's clock
+    limit: int  # tokens it may emit
+    deadline: float = float("inf")  # of the scheduler's clock
+    sink: "Callable[[StepOutput], None] | None" = None  # called with everything that is emitted
+    others: "tuple[Request, ...]" = ()  # the further answers to the same prompt, where n > 1
+    number: int = 0  # in order of arrival
+    arrived: float = 0.0  # on the loop's clock
+    slot: int = -1  # its row in caches and tables while it runs
+    read: int = 0  # tokens of `known` whose chunk was launched
+    decoding: bool = False  # all of them are
+    failures: int = 0  # steps in a row that broke off with it
     output: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)  # per output token: an accepted draft, not the main model's own
     logprobs: list[TokenLogprob] = field(default_factory=list)  # per output token, where they were asked for
+    text: str = ""  # of the answer, as it may be shown: without special tokens, cut before a stop string
     finish_reason: FinishReason | None = None
-    constraint: Constraint | None = None
+    error: str = ""  # what went wrong, where finish_reason is "error"
+    _seen: int = 0  # tokens and characters that `unseen` has given
+    _shown: int = 0
+    _closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.trail = self.new_trail()
 
     @property
     def length(self) -> int:
-        """Tokens whose KV is cached: all but the last."""
+        """Tokens whose KV is cached once the prompt is read: all but the last."""
         return len(self.prompt) + len(self.output) - 1
+
+    @property
+    def known(self) -> list[int]:
+        return self.prompt + self.output
+
+    def take(self, tokens: Sequence[int]) -> int:
+        """Add what a step emitted, all but the last being accepted drafts. Returns how many belong to the answer.
+
+        NO_TOKEN stands where its parameters left nothing to choose; there the request ends with an error.
+        """
+        said = list(tokens[: tokens.index(NO_TOKEN)] if NO_TOKEN in tokens else tokens)
+        kept, reason, text = self.trail.follow(said)
+        self.output += kept
+        self.drafted += [index < len(tokens) - 1 for index in range(len(kept))]
+        del self.logprobs[len(self.output) :]
+        self.text += text
+        if reason is None and len(said) < len(tokens):
+            self.end("error", NOTHING_ALLOWED)
+        else:
+            self.finish_reason = reason
+        return len(kept)
+
+    def end(self, reason: FinishReason, error: str = "") -> None:
+        """End it between two steps, with what it has said so far."""
+        if self.trail.visible:
+            self.text += self.trail.visible.push([], ended=True)
+        self.finish_reason, self.error = reason, error
+
+    def rewind(self) -> None:
+        """Back to before it ran, with what it has said: `output` is right, whatever else was interrupted is not."""
+        self.slot, self.read, self.decoding = -1, 0, False
+        self.trail = self.new_trail()
+        _, self.finish_reason, self.text = self.trail.follow(self.output)
+        self.drafted = [*self.drafted, *[False] * len(self.output)][: len(self.output)]
+        del self.logprobs[len(self.output) :]
+
+    def unseen(self) -> "StepOutput | None":
+        """What has come since the last call, the end included."""
+        tokens, drafted, text = self.output[self._seen :], self.drafted[self._seen :], self.text[self._shown :]
+        if self._closed or not (tokens or self.finish_reason):
+            return None
+        self._seen, self._shown, self._closed = len(self.output), len(self.text), self.finish_reason is not None
+        return StepOutput(self, tokens, drafted, text, self.finish_reason)
 
 
 @final
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step emitted for one request: at least one token."""
+    """What one step emitted for one request. `finish_reason` comes with its last one, which may have no tokens."""
 
     request: Request
     tokens: list[int]
     drafted: list[bool]
+    text: str
+    finish_reason: FinishReason | None
+
+
+@final
+@dataclass(frozen=True)
+class PromptChunk:
+    """Tokens start..stop-1 of request.known, which is read up to its last token: that is the root of the first tree."""
+
+    request: Request
+    start: int
+    stop: int
+
+    @property
+    def left(self) -> int:
+        """Tokens to read behind the chunk."""
+        return self.request.length - self.stop
 
 
 @final
 @dataclass(frozen=True)
 class Members:
-    """The running requests, until one joins or leaves."""
+    """The requests that decode together, until one joins or leaves."""
 
     requests: tuple[Request, ...]
     slots: Tensor  # [B] int64
     sampling: SamplingBatch
     guide: Guide | None = None
     limits: TreeLimits | None = None
+    speculates: bool = True  # False: nobody wants drafts, so nothing is drafted and one row each is verified
 
     @classmethod
     def build(cls, requests: Sequence[Request], device: torch.device) -> "Members":
         params = [request.params for request in requests]
-        slots = torch.tensor([request.slot for request in requests], device=device)
+        slots = to_device([request.slot for request in requests], torch.int64, device)
         sampling = SamplingBatch.build(params, [request.seed for request in requests], device)
-        guide = Guide.build([request.constraint for request in requests])
-        return cls(tuple(requests), slots, sampling, guide, TreeLimits.build(params, device))
+        guide = Guide.build([request.trail.constraint for request in requests])
+        speculates = any(each.speculate for each in params)
+        limits = TreeLimits.build(params, device) if speculates else None
+        return cls(tuple(requests), slots, sampling, guide, limits, speculates)
 
     @property
     def logprobs(self) -> int:

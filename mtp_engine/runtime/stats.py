@@ -12,8 +12,9 @@ class GenerationStats:
     One step is one verification forward of the main model. Mean accepted length = tokens / steps: the accepted drafts
     of a step plus the one token the main model itself adds (the bonus token). Only emitted tokens count: drafts that
     were accepted but cut off by a stop or by max_tokens do not. Times of a batched step are shared out evenly among
-    its requests; total_s and ttft_s run from the request's start, count the engine's time only (not the time in which
-    the caller handles what was streamed), and are not shared.
+    its requests; the others are not shared. They run from the request's arrival and count the engine's time only, not
+    that in which the caller handles what was streamed: first it waits for room (queued_s), then its prompt is read, in
+    turns with what others decode (prefill_s), then it decodes.
     """
 
     seed: int = 0
@@ -23,6 +24,7 @@ class GenerationStats:
     nodes: int = 0  # tree nodes sent through the main model, roots included
     proposed_per_depth: list[int] = field(default_factory=list)  # steps whose tree reached depth d = 1, 2, ...
     accepted_per_depth: list[int] = field(default_factory=list)  # steps that accepted a draft at depth d = 1, 2, ...
+    queued_s: float = 0.0
     prefill_s: float = 0.0
     draft_s: float = 0.0
     verify_s: float = 0.0
@@ -51,13 +53,16 @@ class GenerationStats:
 
     @property
     def other_s(self) -> float:
-        return max(0.0, self.total_s - self.prefill_s - self.draft_s - self.verify_s)
+        return max(0.0, self._decode_s - self.draft_s - self.verify_s)
+
+    @property
+    def _decode_s(self) -> float:
+        return self.total_s - self.queued_s - self.prefill_s
 
     @property
     def tokens_per_s(self) -> float:
-        """Emitted tokens over the decoding time (prefill left out)."""
-        seconds = self.total_s - self.prefill_s
-        return self.tokens / seconds if seconds > 0 else 0.0
+        """Emitted tokens over the decoding time (waiting and prefill left out)."""
+        return self.tokens / self._decode_s if self._decode_s > 0 else 0.0
 
     @property
     def speedup(self) -> float | None:
@@ -86,6 +91,7 @@ class GenerationStats:
             "accepted_per_depth": list(self.accepted_per_depth),
             "proposed_per_depth": list(self.proposed_per_depth),
             "nodes_per_step": self.nodes_per_step,
+            "queued_s": self.queued_s,
             "prefill_s": self.prefill_s,
             "draft_s": self.draft_s,
             "verify_s": self.verify_s,

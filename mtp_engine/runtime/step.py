@@ -1,26 +1,124 @@
-"""How the two halves of a step are run: here at once, in cuda_graph.py as CUDA graphs."""
+"""The work of one step: draft a tree and verify it, or read a chunk of a prompt. Here at once; in cuda_graph.py as graphs."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, final
 
+import torch
 from torch import Tensor
 
-from mtp_engine.protocols import Launched
-from mtp_engine.runtime.request import Members
-from mtp_engine.sampling.batch import Batch
-from mtp_engine.tree import DraftTree
+from mtp_engine.attention.rows import AttentionFactory, StepRows
+from mtp_engine.cache import HybridKV
+from mtp_engine.protocols import Drafter, Launched, TargetModel, Verifier
+from mtp_engine.runtime.request import Members, PromptChunk, Request
+from mtp_engine.runtime.slots import SlotState
+from mtp_engine.sampling.batch import Batch, SamplingBatch, to_device
+from mtp_engine.sampling.logprobs import emitted_logprobs
+from mtp_engine.sampling.processors import NO_TOKEN, Processors, forbids, stuck
+from mtp_engine.tree import DraftTree, VerifyResult
 
-Draft = Callable[[Members, int], tuple[Batch, DraftTree]]
-Verify = Callable[[Members, Batch, DraftTree], Tensor]
+
+@final
+@dataclass
+class ModelStep:
+    """What a step is made of, and the memory that requests run in (a scheduler.Room).
+
+    ahead: tokens for which a request gets room beyond its last one, for steps that run past its end.
+    """
+
+    model: TargetModel
+    cache: HybridKV
+    drafter: Drafter
+    verifier: Verifier
+    processors: Processors
+    state: SlotState
+    attention: AttentionFactory
+    device: torch.device
+    ahead: int = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of prompt and answer that fit for one request, if nobody else runs."""
+        return min(self.cache.room, self.drafter.room) - self.ahead
+
+    def enter(self, request: Request) -> bool:
+        slot, tokens = request.slot, len(request.prompt) + request.limit + self.ahead
+        if not self.cache.reserve(slot, tokens):
+            return False
+        if not self.drafter.reserve(slot, tokens):
+            self.cache.release(slot)
+            return False
+        self.processors.start(slot, request.prompt, request.params, self.model.vocab_size, request.output)
+        self.state.set(slot, request.length, request.known[-1])
+        return True
+
+    def leave(self, slot: int) -> None:
+        self.processors.release(slot)
+        self.cache.release(slot)
+        self.drafter.release(slot)
+
+    def read(self, chunk: PromptChunk) -> None:
+        """Read a chunk of a prompt: a chain whose path is known. The drafter sees it as a step that kept all of it."""
+        request, count = chunk.request, chunk.stop - chunk.start
+        tokens = to_device(request.known[chunk.start : chunk.stop + 1], torch.int64, self.device)[None]
+        rows = StepRows.prompt(request.slot, chunk.start, count, self.device)
+        hidden = self.model.forward(tokens[:, :-1], rows.positions, self.attention(self.cache, rows))
+        if not request.params.speculate:
+            return
+        path = torch.arange(count, device=self.device)[None]
+        result = VerifyResult(path, tokens[:, 1:], torch.full_like(rows.slots, count))
+        sampling = SamplingBatch.build([request.params], [request.seed], self.device)
+        batch = Batch(rows.slots, tokens[:, 0], rows.lengths, chunk.stop, sampling, prompt_left=chunk.left)
+        self.drafter.observe(batch, result, hidden)
+
+    def draft(self, members: Members, bound: int) -> tuple[Batch, DraftTree]:
+        """bound: no member has more tokens than this."""
+        batch = self.state.batch(members.slots, members.sampling, bound, members.guide)
+        if not members.speculates:
+            return batch, DraftTree.root(batch.tokens)
+        tree = self.drafter.draft(batch)
+        return batch, members.limits.apply(tree) if members.limits else tree
+
+    def verify(self, members: Members, batch: Batch, tree: DraftTree) -> Tensor:
+        """Returns SlotState.advance's table, with NO_TOKEN where a request's parameters forbid every token."""
+        rows = self.rows(batch, tree)
+        hidden = self.model.forward(tree.tokens, rows.positions, self.attention(self.cache, rows))
+        logits = self.model.logits(hidden)
+        processed = logits if members.plain else self.processors.apply(tree, logits, batch)
+        result = self.verifier.verify(tree, processed, batch)
+        self.cache.commit(batch.slots, batch.lengths, result)
+        if members.speculates:
+            self.drafter.observe(batch, result, hidden)
+        if not members.plain:
+            self.processors.observe(batch, result)
+            self._note_logprobs(members, logits, result)
+        table = self.state.advance(batch, tree, result)
+        if members.guide or any(forbids(request.params) for request in members.requests):
+            table[:, 3:].masked_fill_(stuck(processed, result), NO_TOKEN)
+        return table
+
+    def rows(self, batch: Batch, tree: DraftTree) -> StepRows:
+        positions = batch.lengths[:, None] + tree.depths
+        return StepRows(
+            batch.slots, batch.lengths, positions, tree.parents, tree.max_depth, batch.bound, offsets=tree.depths
+        )
+
+    def _note_logprobs(self, members: Members, logits: Tensor, result: VerifyResult) -> None:
+        """For the requests that want them; those of tokens that are not emitted are dropped there (Request.take)."""
+        if members.logprobs < 0:
+            return
+        emitted = emitted_logprobs(logits, result, members.logprobs)
+        for request, entries in zip(members.requests, emitted, strict=True):
+            if request.params.logprobs is not None:
+                request.logprobs += [replace(each, top=each.top[: request.params.logprobs]) for each in entries]
 
 
 class Runner(Protocol):
-    """Runs the two halves of a step for the present members."""
+    """Runs steps, in the order in which they are launched."""
 
     @property
-    def in_flight(self) -> int: ...  # plain steps launched before the first is waited for
+    def in_flight(self) -> int: ...  # steps launched before the first is waited for, if members are plain
 
     def prepare(self, members: Members, bound: int) -> None:
         """What a first use needs, such as compiling; not counted in any statistics."""
@@ -28,8 +126,13 @@ class Runner(Protocol):
     def launch(self, members: Members, bound: int) -> Launched:
         """If members are not plain, no step is in flight when this is called."""
 
+    def read(self, chunk: PromptChunk) -> Launched: ...
+
     def settle(self) -> None:
         """Wait until all that was queued is done."""
+
+
+RunnerFactory = Callable[[ModelStep], Runner]
 
 
 @final
@@ -51,8 +154,8 @@ class EagerRunner:
 
     in_flight = 1
 
-    def __init__(self, draft: Draft, verify: Verify) -> None:
-        self._draft, self._verify = draft, verify
+    def __init__(self, step: ModelStep) -> None:
+        self._step = step
 
     def prepare(self, members: Members, bound: int) -> None:
         pass
@@ -62,7 +165,21 @@ class EagerRunner:
 
     def launch(self, members: Members, bound: int) -> Launched:
         begin = time.perf_counter()
-        batch, tree = self._draft(members, bound)
+        batch, tree = self._step.draft(members, bound)
         drafted = time.perf_counter()
-        rows = self._verify(members, batch, tree).tolist()
+        rows = self._step.verify(members, batch, tree).tolist()
         return Done(rows, drafted - begin, time.perf_counter() - drafted)
+
+    def read(self, chunk: PromptChunk) -> Launched:
+        self._step.read(chunk)
+        return Done([], 0.0, 0.0)
+
+
+def explain(error: BaseException) -> str:
+    """What torch says, as something the user can act on."""
+    text = (str(error).splitlines() or [""])[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU's memory is full: lower kv_tokens, max_batch or max_context ({text})"
+    if isinstance(error, torch.AcceleratorError):
+        return f"the GPU failed: start anew, and look at nvidia-smi if it happens again ({text})"
+    return f"{type(error).__name__}: {text}"

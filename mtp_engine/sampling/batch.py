@@ -11,6 +11,12 @@ from mtp_engine.config import SamplingParams
 from mtp_engine.sampling.masks import Guide
 
 
+def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[n] tensor; to a GPU through pinned memory, as anything else would wait for all that is queued there."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 @final
 @dataclass(frozen=True)
 class SamplingBatch:
@@ -29,11 +35,11 @@ class SamplingBatch:
     def build(cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device) -> "SamplingBatch":
         active = [p for p in params if p.temperature > 0]  # truncation never removes the argmax
         return cls(
-            temperature=torch.tensor([p.temperature for p in params], device=device),
-            top_k=torch.tensor([p.top_k for p in params], device=device),
-            top_p=torch.tensor([p.top_p for p in params], device=device),
-            min_p=torch.tensor([p.min_p for p in params], device=device),
-            seed=torch.tensor(seeds, dtype=torch.int64, device=device),
+            temperature=to_device([p.temperature for p in params], torch.float32, device),
+            top_k=to_device([p.top_k for p in params], torch.int64, device),
+            top_p=to_device([p.top_p for p in params], torch.float32, device),
+            min_p=to_device([p.min_p for p in params], torch.float32, device),
+            seed=to_device(seeds, torch.int64, device),
             greedy=not active,
             truncated=any(p.top_k or p.top_p < 1 or p.min_p for p in active),
             widest_top_k=max((p.top_k for p in active), default=0),

@@ -20,6 +20,7 @@ from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
 _NEVER = -float("inf")
+NO_TOKEN = -1  # in a step's table: the parameters left nothing to choose here
 
 
 @final
@@ -42,23 +43,22 @@ class Processors:
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(self._slots, *shape, dtype=dtype, device=self._device)
 
-    def start(self, slot: int, prompt: Sequence[int], params: SamplingParams, vocab: int) -> None:
-        """A request takes `slot`. Raises EngineError, with nothing changed, for tokens outside the vocabulary."""
-        words = [tuple(word) for word in params.bad_words if not isinstance(word, str)]
-        if len(words) < len(params.bad_words):
-            raise EngineError("bad_words holds text; the engine turns it into token ids, the loop takes those only")
-        named = {*params.logit_bias, *(params.allowed_token_ids or ()), *(t for word in words for t in word)}
-        if wrong := [token for token in named if not 0 <= token < vocab]:
-            raise EngineError(f"token {wrong[0]} is outside the vocabulary of {vocab} tokens")
+    def start(
+        self, slot: int, prompt: Sequence[int], params: SamplingParams, vocab: int, output: Sequence[int] = ()
+    ) -> None:
+        """A request takes `slot`, and has said `output` already. Raises EngineError, with nothing changed, for tokens
+        outside the vocabulary."""
+        words = check_tokens(params, vocab)
         self._reset(slot)
         if not processes(params):
             return
         self._wanted[slot] = params
         self._prompt_length[slot], self._min_tokens[slot] = len(prompt), params.min_tokens
         self._set_bias(slot, params, [word[0] for word in words if len(word) == 1], vocab)
-        self._set_penalties(slot, prompt, params, vocab)
-        self._set_words(slot, [word for word in words if len(word) > 1])
-        early = (*params.stop_token_ids, *self._eos) if params.min_tokens else ()
+        self._set_penalties(slot, prompt, output, params, vocab)
+        self._set_words(slot, output, [word for word in words if len(word) > 1])
+        ends = (*params.stop_token_ids, *self._eos) if params.min_tokens else ()
+        early = [token for token in ends if 0 <= token < vocab]
         self._early = F.pad(self._early, (0, max(0, len(early) - self._early.shape[1])), value=-1)
         self._early[slot, : len(early)] = torch.tensor(early, dtype=torch.int64, device=self._device)
 
@@ -87,7 +87,9 @@ class Processors:
         row[list(forbidden)] = _NEVER
         self._bias[slot] = row
 
-    def _set_penalties(self, slot: int, prompt: Sequence[int], params: SamplingParams, vocab: int) -> None:
+    def _set_penalties(
+        self, slot: int, prompt: Sequence[int], output: Sequence[int], params: SamplingParams, vocab: int
+    ) -> None:
         values = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         self._penalties[slot] = torch.tensor(values, device=self._device)
         if not _penalises(params):
@@ -95,8 +97,9 @@ class Processors:
         if not len(self._counts):
             self._counts, self._prompt = self._zeros(vocab), self._zeros(vocab, dtype=torch.bool)
         self._prompt[slot, list(prompt)] = True
+        self._counts[slot] = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=vocab).float()
 
-    def _set_words(self, slot: int, words: Sequence[tuple[int, ...]]) -> None:
+    def _set_words(self, slot: int, output: Sequence[int], words: Sequence[tuple[int, ...]]) -> None:
         number, longest = self._words.shape[1:]
         wide = max([longest, *map(len, words)])
         # padding stands in front, so that the last token of every word is in the last column
@@ -104,6 +107,8 @@ class Processors:
         for index, word in enumerate(words):
             self._words[slot, index, wide - len(word) :] = torch.tensor(word, device=self._device)
         self._recent = F.pad(self._recent, (max(0, wide - 1) - self._recent.shape[1], 0), value=-1)
+        if newest := list(output)[-self._recent.shape[1] :] if self._recent.shape[1] else []:
+            self._recent[slot, -len(newest) :] = torch.tensor(newest, device=self._device)
 
     def apply(self, tree: DraftTree, logits: Tensor, batch: Batch) -> Tensor:
         """logits: [B, N, V] fp32 of the main model -> the same shape."""
@@ -164,6 +169,27 @@ class Processors:
             text = torch.cat([self._recent[batch.slots], result.tokens], 1)
             newest = result.counts[:, None] + torch.arange(width, device=text.device)
             self._recent[batch.slots] = text.gather(1, newest)
+
+
+def check_tokens(params: SamplingParams, vocab: int) -> list[tuple[int, ...]]:
+    """The bad words. Raises EngineError for tokens outside the vocabulary, and for words that are still text."""
+    words = [tuple(word) for word in params.bad_words if not isinstance(word, str)]
+    if len(words) < len(params.bad_words):
+        raise EngineError("bad_words holds text; the engine turns it into token ids, the loop takes those only")
+    named = {*params.logit_bias, *(params.allowed_token_ids or ()), *(t for word in words for t in word)}
+    if wrong := [token for token in named if not 0 <= token < vocab]:
+        raise EngineError(f"token {wrong[0]} is outside the vocabulary of {vocab} tokens")
+    return words
+
+
+def forbids(params: SamplingParams) -> bool:
+    """Whether it may forbid every token at once, if only together with a structure."""
+    return bool(params.bad_words or params.min_tokens or params.allowed_token_ids is not None)
+
+
+def stuck(logits: Tensor, result: VerifyResult) -> Tensor:
+    """Which of result.tokens were chosen where nothing could be: [B, D+1] bool. logits: [B, N, V], processed."""
+    return (logits.amax(-1) == _NEVER).gather(1, result.path)
 
 
 def _penalises(params: SamplingParams) -> bool:

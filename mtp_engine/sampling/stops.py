@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, final
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error", "timeout", "abort"]
+"""stop: end of text, a stop token or a stop string. length: max_tokens or the context. error: it cannot go on (see its
+message). timeout: its own time was up. abort: somebody cancelled it."""
 
 
 class TextDecoder(Protocol):

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mtp_engine.assemble import kv_tokens, make_loop
 from mtp_engine.config import SamplingParams, TreeShape
 from mtp_engine.drafters import MTPDrafter
-from mtp_engine.engine import Engine, Prompt, kv_tokens, make_loop
+from mtp_engine.engine import Engine, Prompt
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.training.data import in_loop
 
