@@ -9,9 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mtp_engine.async_engine import AsyncEngine
     from mtp_engine.config import EngineConfig, SamplingParams, TreeShape
     from mtp_engine.engine import Chunk, Engine, Generation
-    from mtp_engine.errors import EngineError
+    from mtp_engine.errors import EngineBusy, EngineError
     from mtp_engine.runtime.loop import DecodeLoop
     from mtp_engine.runtime.stats import GenerationStats
     from mtp_engine.tree import DraftTree, VerifyResult
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AsyncEngine": "async_engine",
     "Chunk": "engine",
     "DecodeLoop": "runtime.loop",
     "DraftTree": "tree",
     "Engine": "engine",
     "EngineConfig": "config",
+    "EngineBusy": "errors",
     "EngineError": "errors",
     "Generation": "engine",
     "GenerationStats": "runtime.stats",
@@ -32,10 +35,12 @@ _HOME = {
     "VerifyResult": "tree",
 }
 __all__ = [
+    "AsyncEngine",
     "Chunk",
     "DecodeLoop",
     "DraftTree",
     "Engine",
+    "EngineBusy",
     "EngineConfig",
     "EngineError",
     "Generation",

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, final
 
@@ -170,9 +170,12 @@ class Engine:
         """Token ids of a prompt. Special-token strings in text stay text."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if prompt and isinstance(prompt[0], Mapping):
-            return self.tokenizer.chat(cast(Sequence[Mapping[str, Any]], prompt))
-        return list(cast(Sequence[int], prompt))
+        if not isinstance(prompt, Iterable) or isinstance(prompt, Mapping | bytes):
+            raise EngineError(f"a prompt is a text, token ids or chat messages, not {prompt!r}")
+        items = list(prompt)
+        if items and isinstance(items[0], Mapping):
+            return self.tokenizer.chat(cast(Sequence[Mapping[str, Any]], items))
+        return cast(list[int], items)
 
     def generate(
         self,
@@ -234,7 +237,7 @@ class Engine:
         for index, (prompt, wanted) in enumerate(zip(prompts, each, strict=True)):
             try:
                 jobs += [Job(request, index, sample) for sample, request in enumerate(self.requests(prompt, wanted))]
-            except (EngineError, TypeError) as error:
+            except EngineError as error:
                 if on_error == "raise":
                     raise EngineError(f"prompt {index}: {error}") from error
                 refused[index] = str(error)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
+from mtp_engine.assemble import make_drafter, make_loop
 from mtp_engine.backend import Backend
 from mtp_engine.config import DEFAULT_MODEL
-from mtp_engine.assemble import make_drafter, make_loop
 from mtp_engine.engine import _settle
 from mtp_engine.hub import hub
 from mtp_engine.runtime.request import Request

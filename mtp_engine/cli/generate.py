@@ -297,6 +297,8 @@ def _answer(engine: "Engine", prompt: "Prompt", job: _Job, waits: Waits) -> "Gen
     if job.streams:
         writer.end()
     assert answer is not None, "the engine's stream ended without a last chunk"
+    if answer.error:
+        raise EngineError(answer.error)
     return answer
 
 

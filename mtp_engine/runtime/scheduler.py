@@ -68,6 +68,11 @@ class Scheduler:
         self._arrivals = itertools.count()
 
     @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.running or self.waiting or self._cancelled)
+
+    @property
     def has_room(self) -> bool:
         """Whether one more request may be added."""
         return len(self.waiting) < self._max_waiting + len(self._free)
