@@ -28,7 +28,7 @@ from mtp_engine.text.tokenizer import StreamDecoder
 TEXT = "Grüße, 世界 🙂!\nEnd."  # one token per byte below: characters of one to four tokens
 STATS_KEYS = {
     "seed", "prompt_tokens", "steps", "tokens", "mean_accepted_length", "accepted_per_depth", "proposed_per_depth",
-    "nodes_per_step", "prefill_s", "draft_s", "verify_s", "total_s", "tokens_per_s", "ttft_s", "plain_tokens_per_s",
+    "nodes_per_step", "queued_s", "prefill_s", "draft_s", "verify_s", "total_s", "tokens_per_s", "ttft_s", "plain_tokens_per_s",
     "speedup", "identical_to_plain",
 }  # fmt: skip
 
@@ -68,7 +68,7 @@ class FakeEngine:
             if start + 3 >= len(ids):
                 text += decoder.flush()
                 finished = SimpleNamespace(
-                    text=self.text, token_ids=ids, drafted=drafted, finish_reason="stop", stats=stats
+                    text=self.text, token_ids=ids, drafted=drafted, finish_reason="stop", stats=stats, error=""
                 )
             yield SimpleNamespace(index=0, text=text, token_ids=step, drafted=marks, finished=finished)
 
