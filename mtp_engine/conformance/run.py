@@ -36,7 +36,7 @@ def verdicts(
 ) -> Iterator[Verdict]:
     """engine: ours, hf or openai:URL. Raises EngineError for another name or a server that is not there.
 
-    Only our own match rule promises the baseline's text at temperature > 0; of others the law is tested there.
+    Only our own match rule promises the baseline's text at temperature > 0; of others the distribution is tested there.
     """
     config = config or EngineConfig(max_context=1024)
     name = model or DEFAULT_MODEL
