@@ -200,6 +200,13 @@ class Engine:
         seeds = [None if params.seed is None else (params.seed + sample) % 2**63 for sample in range(params.n)]
         return [replace(params, bad_words=tuple(words), seed=seed, n=1) for seed in seeds]
 
+    def undrafted(self) -> "Engine":
+        """An engine over the same weights that never drafts: a loop of its own, with one row per request in every step."""
+        config = replace(self.config, drafter="root", tree=None, verifier="match", candidates="auto")
+        slots, tokenizer = config.max_batch, self.tokenizer
+        loop = make_loop(self.model, RootDrafter(), config, self.backend, slots=slots, tokenizer=tokenizer)
+        return Engine(self.model, loop, tokenizer, config, self.backend)
+
     def plain(self, prompt: Prompt, params: SamplingParams, *, max_steps: int | None = None) -> Request:
         """Decode without drafting on a loop of its own, for comparison: at most `max_steps` tokens, timed alike."""
         matching = replace(self.config, verifier="match", candidates="auto")

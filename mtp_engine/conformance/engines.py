@@ -4,7 +4,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -138,6 +138,9 @@ def _token_id(name: str, engine: Engine) -> int:
 
 
 def plain(engine: Engine) -> Generate:
-    """The baseline: the same engine, every request without drafting."""
-    drafting = ours(engine)
-    return lambda cases: drafting([replace(c, params=replace(c.params, speculate=False)) for c in cases])
+    """The baseline: the same weights in a loop of its own that never drafts, one row per request in every step.
+
+    The engine's own loop with speculate=False would not do: its steps have a tree's rows all the same, so that a forward
+    that is wrong only for several rows would be wrong in baseline and candidate alike.
+    """
+    return ours(engine.undrafted())

@@ -40,10 +40,12 @@ def logprobs(baseline: Generate, candidate: Generate, cases: Sequence[Case], *, 
     for case, a, b in zip(cases, baseline(cases), candidate(cases), strict=True):
         if problem := _problem(b, case.params.logprobs or 0):
             return Verdict("logprobs", False, problem)
-        for mine, theirs in zip(b.logprobs, a.logprobs, strict=False):
-            if mine.token != theirs.token:
+        for entry, right in zip(b.logprobs, a.logprobs, strict=False):
+            if entry.token != right.token:
                 break  # the texts part here, which is for `equality` to judge
-            worst, tokens = max(worst, abs(mine.logprob - theirs.logprob)), tokens + 1
+            worst, tokens = max(worst, abs(entry.logprob - right.logprob)), tokens + 1
+    if not tokens:
+        return Verdict("logprobs", None, "no text begins with the baseline's token: there is nothing to compare")
     if worst > tolerance:
         return Verdict("logprobs", False, f"off by {worst:.2g}")
     return Verdict("logprobs", True, f"{tokens} tokens, largest difference {worst:.1g}")

@@ -40,19 +40,19 @@ def verdicts(
     """
     config = config or EngineConfig(max_context=1024)
     name = model or DEFAULT_MODEL
-    mine = Engine.load(name, config, progress=progress)
+    loaded = Engine.load(name, config, progress=progress)
     exact = engine == "ours" and config.verifier == "match"
     if engine == "ours":
-        candidate = ours(mine)
+        candidate = ours(loaded)
     elif engine == "hf":
-        candidate = transformers_engine(str(hub.locate(name).folder), mine)
+        candidate = transformers_engine(str(hub.locate(name).folder), loaded)
     elif engine.startswith("openai:"):
-        candidate = openai_server(engine.removeprefix("openai:"), name, mine)
+        candidate = openai_server(engine.removeprefix("openai:"), name, loaded)
     else:
         raise EngineError(f"engine {engine!r} is not one of ours, hf and openai:URL")
-    texts = [tuple(mine.encode(text)) for text in PROMPTS[: max(1, prompts)]]
+    texts = [tuple(loaded.encode(text)) for text in PROMPTS[: max(1, prompts)]]
     yield from run_suite(
-        plain(mine),
+        plain(loaded),
         candidate,
         texts,
         exact=exact,
