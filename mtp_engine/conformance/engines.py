@@ -93,7 +93,7 @@ def openai_server(url: str, model: str, engine: Engine) -> Generate:
 
 def _completion(url: str, model: str, engine: Engine, case: Case) -> Sample:
     default, p = SamplingParams(), case.params
-    own = {"tree", "speculate", "structure", "bad_words", "logit_bias", "n"}
+    own = {"tree", "speculate", "structure", "bad_words", "logit_bias", "n", "timeout"}
     body: dict[str, Any] = {
         f.name: getattr(p, f.name) for f in fields(p)
         if f.name not in own and getattr(p, f.name) != getattr(default, f.name)
