@@ -240,10 +240,10 @@ def main(models: tuple[str, ...], contexts: tuple[int, ...], tree: str | None, s
          attention: Any, in_flight: int, path: str, mtp: str | None, device: str, dtype: Any, budget: float,
          **options: Any) -> None:  # fmt: skip
     commit = require_commit()
-    begin, place = time.perf_counter(), torch.device(device)
+    begin, where = time.perf_counter(), torch.device(device)
     if dtype == "auto":
-        dtype = "bf16" if place.type == "cuda" else "fp32"
-    rates = bandwidth(place, 4 << 30 if place.type == "cuda" else 64 << 20)
+        dtype = "bf16" if where.type == "cuda" else "fp32"
+    rates = bandwidth(where, 4 << 30 if where.type == "cuda" else 64 << 20)
     record: dict[str, Any] = {"bench": "roofline", "attention": attention, "dtype": dtype, "steps_in_flight": in_flight}
     record |= {"bandwidth_tb_s": {name: round(rate / 1e12, 4) for name, rate in rates.items()}, "models": {}}
     for name in models:

@@ -45,7 +45,7 @@ def conformance(engine: str, model: str | None, prompts: int, draws: int, **opti
     """
     tree = None if options["tree"] is None else TreeShape.parse(options["tree"])
     config = build(EngineConfig, {**options, "tree": tree}, max_context=1024)
-    table = Table("check", "", "what was found")
+    table = Table("check", "", "what it saw")
     failed = False
     with Waits(quiet=False) as waits:
         waits("starting", 0, None)

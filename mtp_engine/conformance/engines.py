@@ -120,10 +120,10 @@ def _read_choice(choice: dict[str, Any], engine: Engine) -> Sample:
     text = choice["text"]
     tokens = choice.get("token_ids") or engine.tokenizer.encode(text)
     entries = []
-    if found := choice.get("logprobs"):
+    if given := choice.get("logprobs"):
         for index, token in enumerate(tokens):
-            top = [(_token_id(name, engine), value) for name, value in (found["top_logprobs"][index] or {}).items()]
-            value = found["token_logprobs"][index]
+            top = [(_token_id(name, engine), value) for name, value in (given["top_logprobs"][index] or {}).items()]
+            value = given["token_logprobs"][index]
             rank = 1 + sum(other > value for _, other in top)
             entries.append(TokenLogprob(token, value, rank, tuple(sorted(top, key=lambda pair: -pair[1]))))
     return Sample(tuple(tokens), text, choice.get("finish_reason", ""), tuple(entries))
