@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 import torch
-from common import conditions, encode, read_prompts
+from common import conditions, encode, read_prompts, require_commit
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -54,6 +54,7 @@ class EveryPosition:
 @click.option("--device", default="cpu", show_default=True)
 def main(prompts: Path, limit: int, longest: int, model: str, mtp: str | None, tree: str, temperature: float,
          max_tokens: int, batch: int, every_position: bool, **engine_options: object) -> None:  # fmt: skip
+    commit = require_commit()
     config = EngineConfig(tree=TreeShape.parse(tree), max_batch=batch, max_context=2048, **engine_options)
     engine = Engine.load(model, config, mtp=mtp)
     cases = encode(engine, read_prompts(prompts, limit), longest)
@@ -93,7 +94,7 @@ def main(prompts: Path, limit: int, longest: int, model: str, mtp: str | None, t
     record |= settings | engine_options | {"accepted_length": lengths}
     record["accepted_length_with_loops"] = round(counts["all"][0] / counts["all"][1], 4)
     record["loop_steps"] = round(1 - counts["all"][3] / counts["all"][1], 4)
-    record |= conditions(str(engine_options["device"]))
+    record |= conditions(commit, str(engine_options["device"]))
     click.echo(json.dumps(record))
 
 

@@ -1,15 +1,29 @@
-"""What the benches share: prompt sets, and the JSON line with its conditions."""
+"""What the benches share: prompt sets, the commit that runs, and the JSON line with its conditions.
+
+    python bench/common.py --stamp
+
+writes bench/COMMIT, from which a machine that gets the tree without its git knows the commit. A bench refuses to run on
+a tree that is not a commit, unless MTP_BENCH_DIRTY=1 is set, which its line then says.
+"""
 
 import json
+import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 
 from mtp_engine import Engine
+
+ROOT = Path(__file__).resolve().parents[1]
+_STAMP = "bench/COMMIT"
+_CODE = ("bench", "drafters", "kernels", "mtp_engine", "verifiers")
 
 
 def read_prompts(path: Path, limit: int = 0) -> list[dict[str, Any]]:
@@ -26,10 +40,35 @@ def encode(engine: Engine, rows: Iterable[dict[str, Any]], longest: int) -> list
     return [(category, tokens) for category, tokens in pairs if len(tokens) <= longest]
 
 
-def conditions(device: str = "cpu") -> dict[str, Any]:
+@final
+@dataclass(frozen=True)
+class Commit:
+    """The commit whose tree this is. dirty: something differs from it, other than results and the stamp."""
+
+    commit: str
+    dirty: bool
+
+
+def require_commit(root: Path = ROOT) -> Commit:
+    """The commit that is about to run; call it before any work. Exits on a dirty tree, unless MTP_BENCH_DIRTY is 1."""
+    commit = _from_git(root) if (root / ".git").exists() else _from_stamp(root)
+    if commit.dirty and os.environ.get("MTP_BENCH_DIRTY") != "1":
+        raise SystemExit(
+            f"the tree is not that of a commit ({commit.commit}): commit first (and for a machine without git, then run "
+            "python bench/common.py --stamp), or set MTP_BENCH_DIRTY=1, which the result will say"
+        )
+    return commit
+
+
+def stamp(root: Path = ROOT) -> Commit:
+    """Write bench/COMMIT, to be packed with the tree. Git must not ignore it: what it ignores is not packed."""
+    commit = _from_git(root)
+    (root / _STAMP).write_text(json.dumps({**asdict(commit), "code": _digest(root)}) + "\n", encoding="utf-8")
+    return commit
+
+
+def conditions(commit: Commit, device: str = "cpu") -> dict[str, Any]:
     """Device, software and commit, for the last line of every bench."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = bool(subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True).stdout.strip())
     cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), ":?").split(
         ":"
     )[1]
@@ -38,5 +77,42 @@ def conditions(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit + ("-dirty" if dirty else ""),
+        **asdict(commit),
     }
+
+
+def _from_git(root: Path) -> Commit:
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"git {command[0]}: {done.stderr.strip()}")
+        return done.stdout.strip()
+
+    changes = git("status", "--porcelain", "--", ".", ":(exclude)bench/results", f":(exclude){_STAMP}")
+    return Commit(git("rev-parse", "HEAD"), bool(changes))
+
+
+def _from_stamp(root: Path) -> Commit:
+    """A stamp whose code is not the tree's own was written before the last change, so the tree is no commit's."""
+    if not (root / _STAMP).is_file():
+        return Commit("unknown: neither git nor bench/COMMIT", True)
+    written = json.loads((root / _STAMP).read_text(encoding="utf-8"))
+    return Commit(written["commit"], written["dirty"] or written["code"] != _digest(root))
+
+
+def _digest(root: Path) -> str:
+    """Of all Python files that a bench can run."""
+    digest = sha256()
+    for folder in _CODE:
+        for path in sorted(Path(where) / name for where, _, names in os.walk(root / folder) for name in names):
+            name = path.relative_to(root)
+            linked = name.parts[1] in _CODE  # mtp_engine's links, which may arrive as copies
+            if path.suffix == ".py" and not linked:
+                digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--stamp"]:
+        raise SystemExit("usage: python bench/common.py --stamp")
+    print(json.dumps(asdict(stamp())))

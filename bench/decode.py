@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 import torch
-from common import conditions, encode, read_prompts
+from common import conditions, encode, read_prompts, require_commit
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -116,6 +116,7 @@ def main(
     threads: int,
     mtp: str | None,
 ) -> None:
+    commit = require_commit()
     shared = {"device": device, "dtype": dtype, "attention": attention, "steps_in_flight": in_flight}
     shared["threads"] = threads
 
@@ -152,7 +153,7 @@ def main(
         if reference:
             same["transformers"] += theirs == plain
     settings = {"max_tokens": max_tokens, "temperature": temperature, **shared, **drafting}
-    record = {"bench": "decode", "prompts": prompts.name, "model": model, **settings, **conditions(device)}
+    record = {"bench": "decode", "prompts": prompts.name, "model": model, **settings, **conditions(commit, device)}
     report(seconds, tokens, steps, same, len(cases), record)
 
 

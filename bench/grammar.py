@@ -7,7 +7,7 @@ import json
 import time
 
 import click
-from common import conditions
+from common import conditions, require_commit
 from jsonschema import ValidationError, validate
 from rich.console import Console
 from rich.table import Table
@@ -62,6 +62,7 @@ def valid(text: str, schema: dict[str, object]) -> bool:
 @click.option("--threads", default=0, help="CPU threads; 0 is one per core.")
 def main(count: int, model: str, tree: str, temperature: float, max_tokens: int, batch: int, plain: bool, device: str,
          threads: int) -> None:  # fmt: skip
+    commit = require_commit()
     common = {"max_batch": batch, "max_context": 1024, "device": device, "threads": threads}
     engines = {"speculating": Engine.load(model, EngineConfig(tree=TreeShape.parse(tree), **common))}
     if plain:
@@ -94,7 +95,9 @@ def main(count: int, model: str, tree: str, temperature: float, max_tokens: int,
         )
     Console().print(table)
     settings = {"model": model, "tree": tree, "temperature": temperature, "max_tokens": max_tokens, "batch": batch}
-    click.echo(json.dumps({"bench": "grammar", **settings, "count": count, "results": results, **conditions(device)}))
+    click.echo(
+        json.dumps({"bench": "grammar", **settings, "count": count, "results": results, **conditions(commit, device)})
+    )
 
 
 if __name__ == "__main__":

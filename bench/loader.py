@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import conditions
+from common import conditions, require_commit
 
 _LAYER = {  # the real model's heads and FP8 block; width and experts scaled down
     "hidden_size": 2048, "head_dim": 192, "v_head_dim": 128, "swa_head_dim": 192, "swa_v_head_dim": 128,
@@ -116,6 +116,7 @@ def main() -> None:
     if options.child:
         child(Path(options.child[0]), options.child[1], options.child[2] == "1")
         return
+    commit = require_commit()
     results = {}
     print(f"{'stored -> engine':28} {'read GB':>8} {'resident':>9} {'seconds':>8} {'GB/s':>6} {'peak/resident':>14}")
     with tempfile.TemporaryDirectory(prefix="loader-") as root:
@@ -125,7 +126,7 @@ def main() -> None:
             r = results[name] = measure(folders[stored], dtype, dequantize, options.repeat)
             print(f"{name:28} {r['read_gb']:8.2f} {r['resident_gb']:9.2f} {r['seconds']:8.2f} {r['gb_per_s']:6.2f} "
                   f"{r['peak_over_resident']:14.3f}")  # fmt: skip
-    print(json.dumps({"bench": "loader", "results": results, **conditions()}))
+    print(json.dumps({"bench": "loader", "results": results, **conditions(commit)}))
 
 
 if __name__ == "__main__":

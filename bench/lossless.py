@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
-from common import conditions, encode, read_prompts
+from common import conditions, encode, read_prompts, require_commit
 from loops import rescored
 from rich.console import Console
 from rich.table import Table
@@ -57,6 +57,7 @@ def differences(
 @click.option("--other-batch", default=3, show_default=True, help="Of the second plain run, in reversed order.")
 def main(path: Path, limit: int, max_tokens: int, model: str, mtp: str | None, device: str, dtype: str, attention: str,
          batch: int, other_batch: int) -> None:  # fmt: skip
+    commit = require_commit()
     shared = {"device": device, "dtype": dtype, "attention": attention, "max_context": 4096}
 
     def load(slots: int, **options: object) -> Engine:
@@ -90,7 +91,7 @@ def main(path: Path, limit: int, max_tokens: int, model: str, mtp: str | None, d
         "max_tokens": max_tokens,
         "batch": batch,
     }
-    click.echo(json.dumps(record | {**shared, "model": model, "results": results, **conditions(device)}))
+    click.echo(json.dumps(record | {**shared, "model": model, "results": results, **conditions(commit, device)}))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import statistics
 import time
 
 import click
-from common import conditions
+from common import conditions, require_commit
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +20,7 @@ BASE = {"ignore_eos": True, "seed": 1, "temperature": 1.0}
 LAW = {"top_k": 50, "top_p": 0.95, "min_p": 0.01}
 PATH = {
     "repetition_penalty": 1.1, "frequency_penalty": 0.2, "presence_penalty": 0.1, "logit_bias": {28: -1.0, 30: 0.5},
-    "bad_words": ((260, 411), (28, 284, 260), (198,)), "allowed_token_ids": tuple(range(49100)), "stop": ("",),
+    "bad_words": ((260, 411), (28, 284, 260), (198,)), "allowed_token_ids": tuple(range(49100)), "stop": ("no such text",),
     "stop_token_ids": (5, 6), "min_tokens": 880,
 }  # fmt: skip
 
@@ -31,6 +31,7 @@ PATH = {
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", default=0, help="CPU threads; 0 is one per core.")
 def main(steps: int, trees: tuple[str, ...], device: str, threads: int) -> None:
+    commit = require_commit()
     wanted = {"none": BASE, "truncation": BASE | LAW, "all but truncation": BASE | PATH, "all": BASE | LAW | PATH,
               "all and logprobs": BASE | LAW | PATH | {"logprobs": 5}}  # fmt: skip
     table = Table("tree", *[f"{name}, ms" for name in wanted], "all / none")
@@ -54,7 +55,7 @@ def main(steps: int, trees: tuple[str, ...], device: str, threads: int) -> None:
         results[tree] = {"ms": {name: round(value, 2) for name, value in median.items()}, "ratio": round(ratio, 4)}
         table.add_row(tree, *[f"{value:.1f}" for value in median.values()], f"{ratio:.3f}")
     Console().print(table)
-    click.echo(json.dumps({"bench": "processing", "steps": steps, "results": results, **conditions(device)}))
+    click.echo(json.dumps({"bench": "processing", "steps": steps, "results": results, **conditions(commit, device)}))
 
 
 if __name__ == "__main__":

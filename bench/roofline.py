@@ -19,7 +19,7 @@ from typing import Any, final
 
 import click
 import torch
-from common import conditions
+from common import conditions, require_commit
 from floors import draft_bytes, main_bytes, on_paper
 from layers import measure_layers, seconds
 from loops import Forced, build, kernel_times, measure, pretend
@@ -31,8 +31,6 @@ from mtp_engine import EngineConfig, TreeShape
 from mtp_engine.config import DEFAULT_MODEL
 
 CONSOLE = Console(width=150)
-VLLM_MS = {(None, 1): 6.66, (None, 16): 7.57, ("chain:3", 1): 9.0, ("chain:3", 16): 10.3}
-"""vLLM 0.26 on MiMo-7B's shape, 1K context, H100, by tree and batch (../shared/numbers-to-beat.md), accepted length 3.0."""
 
 
 def bandwidth(device: torch.device, size: int) -> dict[str, float]:
@@ -161,7 +159,7 @@ def steps_table(model: Model, rows: list[dict[str, Any]]) -> Table:
 
 def forced_table(model: Model, rows: list[dict[str, Any]], counts: int) -> Table:
     table = Table(
-        "tree", "batch", "context", "accepted length", "step ms", "x floor", "tokens/s", "vLLM 0.26 step ms",
+        "tree", "batch", "context", "accepted length", "step ms", "x floor", "tokens/s",
         title=f"{model.name}: whole loop, accepted length forced to at most {counts}: says nothing about real text",
     )  # fmt: skip
     for r in rows:
@@ -170,10 +168,8 @@ def forced_table(model: Model, rows: list[dict[str, Any]], counts: int) -> Table
             table.add_row(*key, r["failed"][:40])
             continue
         r["tokens_per_s"] = round(r["accepted"] * r["batch"] / r["wall"] * 1e6, 1)
-        known = model.name == "mimo-7b" and r["context"] == 1024
-        theirs = VLLM_MS.get((r["tree"], r["batch"])) if known else None
         figures = (f"{r['accepted']:.2f}", f"{r['wall'] / 1e3:.3f}", f"{r['wall_x']:.2f}", str(r["tokens_per_s"]))
-        table.add_row(*key, *figures, str(theirs or ""))
+        table.add_row(*key, *figures)
     return table
 
 
@@ -243,10 +239,11 @@ def measure_model(session: Session, options: dict[str, Any], contexts: tuple[int
 def main(models: tuple[str, ...], contexts: tuple[int, ...], tree: str | None, steps: int, draft_vocab: int | None,
          attention: Any, in_flight: int, path: str, mtp: str | None, device: str, dtype: Any, budget: float,
          **options: Any) -> None:  # fmt: skip
-    begin, place = time.perf_counter(), torch.device(device)
+    commit = require_commit()
+    begin, where = time.perf_counter(), torch.device(device)
     if dtype == "auto":
-        dtype = "bf16" if place.type == "cuda" else "fp32"
-    rates = bandwidth(place, 4 << 30 if place.type == "cuda" else 64 << 20)
+        dtype = "bf16" if where.type == "cuda" else "fp32"
+    rates = bandwidth(where, 4 << 30 if where.type == "cuda" else 64 << 20)
     record: dict[str, Any] = {"bench": "roofline", "attention": attention, "dtype": dtype, "steps_in_flight": in_flight}
     record |= {"bandwidth_tb_s": {name: round(rate / 1e12, 4) for name, rate in rates.items()}, "models": {}}
     for name in models:
@@ -262,7 +259,7 @@ def main(models: tuple[str, ...], contexts: tuple[int, ...], tree: str | None, s
         del session
         gc.collect()
     record["seconds"] = round(time.perf_counter() - begin, 1)
-    click.echo(json.dumps(record | conditions(device)))
+    click.echo(json.dumps(record | conditions(commit, device)))
 
 
 if __name__ == "__main__":

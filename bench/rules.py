@@ -3,7 +3,7 @@
     python bench/rules.py --prompts ../shared/prompts/spec-bench.jsonl --device cuda
 
 40 prompts, T = 0, 0.7, 1.0. Mean accepted length = emitted tokens / verification steps (bonus token included), loop
-steps left out (see acceptance.py). drawn: candidates are drawn and their law q is used; noise: ranked by probability and
+steps left out (see acceptance.py). drawn: candidates are drawn and their distribution q is used; noise: ranked by probability and
 the noise of the main model's own choice; best: by probability.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
-from common import conditions, encode, read_prompts
+from common import conditions, encode, read_prompts, require_commit
 from rich.console import Console
 from rich.table import Table
 
@@ -57,6 +57,7 @@ def main(
     prompts: Path, limit: int, longest: int, model: str, max_tokens: int, batch: int,
     temperatures: tuple[float, ...], only: tuple[str, ...], device: str, threads: int,
 ) -> None:  # fmt: skip
+    commit = require_commit()
     config = EngineConfig(
         tree=TreeShape.parse("4x2x2"), max_batch=batch, max_context=1024, device=device, threads=threads
     )
@@ -64,25 +65,20 @@ def main(
     cases = [tokens for _, tokens in encode(engine, read_prompts(prompts, limit), longest)]
     table = Table("rule", "drafting", "tree", *[f"T={t:g}" for t in temperatures])
     lengths: dict[str, dict[str, float]] = {}
-    greedy: dict[str, float] = {}  # by tree: at T = 0 every rule keeps the same path, and every ranking is the same
     for rule, ranking, tree in RUNS:
         if only and rule not in only:
             continue
         set_up(engine, rule, ranking, tree)
-        found = {}
+        measured = {}
         for temperature in temperatures:
             params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
-            known = greedy.get(tree) if temperature == 0 else None
-            value = known or round(outside_loops(engine, cases, params)[0], 4)
-            found[f"{temperature:g}"] = value
-            if temperature == 0:
-                greedy[tree] = value
-            click.echo(f"{rule} {ranking} {tree} T={temperature:g}: {value}{' (as before)' if known else ''}", err=True)
-        lengths[f"{rule} {ranking} {tree}"] = found
-        table.add_row(rule, ranking, tree, *[f"{value:.3f}" for value in found.values()])
+            measured[f"{temperature:g}"] = value = round(outside_loops(engine, cases, params)[0], 4)
+            click.echo(f"{rule} {ranking} {tree} T={temperature:g}: {value}", err=True)
+        lengths[f"{rule} {ranking} {tree}"] = measured
+        table.add_row(rule, ranking, tree, *[f"{value:.3f}" for value in measured.values()])
     Console().print(table)
     record = {"bench": "rules", "prompts": prompts.name, "cases": len(cases), "max_tokens": max_tokens, "model": model}
-    click.echo(json.dumps({**record, "batch": batch, "accepted_length": lengths, **conditions(device)}))
+    click.echo(json.dumps({**record, "batch": batch, "accepted_length": lengths, **conditions(commit, device)}))
 
 
 if __name__ == "__main__":

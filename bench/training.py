@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 import torch
-from common import conditions
+from common import conditions, require_commit
 
 from mtp_engine.config import DEFAULT_MODEL
 from mtp_engine.training.dialogues import DialogueSettings
@@ -42,6 +42,7 @@ def main(
     steps: int,
     device: str,
 ) -> None:
+    commit = require_commit()
     with tempfile.TemporaryDirectory() as folder:
         written: list[tuple[float, int]] = []
 
@@ -63,14 +64,14 @@ def main(
         flops = plan(job).flops
         counts = torch.bincount(training.corpus.kinds.flatten(), minlength=4).tolist()
     speed = min(report.tokens_per_s for report in reports[1:])
-    peak = next((value for name, value in PEAK_BF16.items() if name in conditions(device)["device"]), None)
+    peak = next((value for name, value in PEAK_BF16.items() if name in conditions(commit, device)["device"]), None)
     record = {
         "bench": "training", "model": model, "rows": rows, "row_length": row_length, "batch_tokens": batch_tokens,
         "writing_tokens_per_s": round(writing), "training_tokens_per_s": round(speed), "flops_per_token": flops,
         "training_share_of_bf16_peak": round(speed * flops / peak, 4) if peak else None,
         "kinds": dict(zip(("padding", "given", "answer", "loop"), counts, strict=True)),
     }  # fmt: skip
-    click.echo(json.dumps(record | conditions(device)))
+    click.echo(json.dumps(record | conditions(commit, device)))
 
 
 if __name__ == "__main__":

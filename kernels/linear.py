@@ -2,7 +2,7 @@
 
 On a CPU a decoding step reads every weight once and is bound by that, so the time should not depend on the number of
 rows M. It does: MKL's plain sgemm takes 2.6 times as long for M = 4 as for M = 3. Packed once for a large M, its
-weights give nearly flat times up to M = 8 (bench/linear.py measures, bench/LOG.md has the figures).
+weights give nearly flat times up to M = 8 (figures in bench/LOG.md, from a script that is not kept).
 """
 
 import time

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, final
 
+from mtp_engine.checks import check_types
 from mtp_engine.errors import EngineError
 
 DEFAULT_MODEL = "smollm2-135m-mtp3"
 SAMPLE_STEPS = 32  # plain steps that a quick comparison times
 MAX_TREE_NODES = 64  # a tree mask is 64 bits per node in the CUDA kernels
+MAX_THREADS = 1024  # with a hundred times as many torch crashes the process
 
 
 @final
@@ -168,6 +170,7 @@ class Structure:
     grammar: str = ""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if sum(bool(text) for text in (self.json, self.regex, self.grammar)) != 1:
             raise EngineError("a structure is one of json, regex and grammar: give exactly one")
 
@@ -202,7 +205,14 @@ class SamplingParams:
     logprobs: log-probabilities of every emitted token and of that many best ones, of the main model's own softmax,
         before temperature, penalties and masks (vLLM's default logprobs_mode, "raw_logprobs"). None is off.
     structure: what the answer must match.
-    speculate, tree: drafting for this request only: off, or a smaller tree than the engine's (ours).
+    speculate, tree: drafting for this request only: off, or a smaller tree than the engine's (ours). The tree may be
+        given as text, such as "chain:3".
+    priority: of the requests that wait for room the lowest number runs first; among equals the first to come. vLLM's
+        argument of the same name.
+    timeout: seconds from its arrival after which the request ends, waiting or running, with finish_reason "timeout" and
+        what it has said so far (ours). None is never.
+
+    Lists count as tuples, and stop="x" as ("x",).
     """
 
     max_tokens: int = 256
@@ -230,6 +240,7 @@ class SamplingParams:
     timeout: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         finite = all(abs(bias) < float("inf") for bias in self.logit_bias.values())
         for ok, message in (
             (self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be at least 1"),
@@ -257,6 +268,10 @@ class SamplingParams:
             ),
             (self.n >= 1, f"n is {self.n}; it must be at least 1"),
             (self.logprobs is None or 0 <= self.logprobs <= 64, f"logprobs is {self.logprobs}; from 0 to 64"),
+            (
+                self.timeout is None or 0 < self.timeout < float("inf"),
+                f"timeout is {self.timeout}; it must be above 0 and finite, in seconds",
+            ),
         ):
             if not ok:
                 raise EngineError(message)
@@ -267,15 +282,19 @@ class SamplingParams:
 class EngineConfig:
     """How the engine runs. Every field has a default that suits one user on one machine.
 
-    tree None picks the shape that measured fastest for the device and drafter. draft_vocab is the number of most
-    frequent tokens the MTP layers may propose; 0 means all. draft_int8 lets the MTP layers run in int8 on a CPU, which is
-    faster and costs a little acceptance. max_context 0 means the model's own limit.
+    tree None picks the shape that measured fastest for the device and drafter; it may be given as text, such as "chain:3".
+    draft_vocab is the number of most frequent tokens the MTP layers may propose; 0 means all. draft_int8 lets the MTP
+    layers run in int8 on a CPU, which is faster and costs a little acceptance. max_context 0 means the model's own limit.
+    max_batch is how many requests run at a time, and max_waiting how many more may wait for room; one beyond them is
+    refused as busy. prefill_chunk is how many tokens of a prompt are read at a time. threads: of the CPU; 0 is one per
+    core.
+
     kv_tokens is the size of the paged KV cache in tokens; 0 means max_batch full contexts. dequantize turns FP8 weights
     into `dtype` when they are loaded: faster on a CPU, two or four times the memory. window_keys is how many keys a
     query of a sliding-window layer sees, itself included; 0 is the family's reading of config.json (for MiMo-V2
     sliding_window + 1, as in SGLang and transformers; vLLM and lmdeploy count sliding_window keys).
     verifier: which drafts are kept; VERIFIERS.md compares the rules. allow_lossy lets one run that changes the output's
-    law. candidates: how MTP layers pick them: by their probabilities and the noise of the main model's own choice,
+    distribution. candidates: how MTP layers pick them: by their probabilities and the noise of the main model's own choice,
     drawn from their probabilities by fresh noise (rules that use q), or the most probable ones; auto suits the rule.
 
     On a GPU: dtype auto is bf16 (fp32 on a CPU). attention exact is our kernel, whose rows are the same bits in every
@@ -297,19 +316,25 @@ class EngineConfig:
     steps_in_flight: int = 2
     threads: int = 0
     max_batch: int = 8
+    max_waiting: int = 1024
     max_context: int = 0
     kv_tokens: int = 0
     page_size: int = 64
     prefill_chunk: int = 256
-    max_waiting: int = 1024
     dequantize: bool = False
     window_keys: int = 0
 
     def __post_init__(self) -> None:
-        limits = {"draft_vocab": 0, "threads": 0, "max_context": 0, "kv_tokens": 0, "window_keys": 0}
-        for name, least in {**limits, "max_batch": 1, "page_size": 1, "prefill_chunk": 1, "steps_in_flight": 1}.items():
-            if getattr(self, name) < least:
-                raise EngineError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        check_types(self)
+        for least, names in (
+            (0, ("draft_vocab", "threads", "max_context", "kv_tokens", "window_keys")),
+            (1, ("max_batch", "max_waiting", "page_size", "prefill_chunk", "steps_in_flight")),
+        ):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise EngineError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.threads > MAX_THREADS:
+            raise EngineError(f"threads is {self.threads}; it must be at most {MAX_THREADS}")
         if self.drafter == "ngram" and self.tree and set(self.tree.widths) != {1}:
             raise EngineError(f"the ngram drafter drafts chains: use --tree chain:K, not {self.tree}")
         if self.drafter == "root" and self.tree:

@@ -195,7 +195,7 @@ class Engine:
         for chunk in self._stream(jobs):
             if answer := chunk.finished:
                 if answer.error and on_error == "raise":
-                    raise EngineError(f"prompt {chunk.index}: {answer.error}")
+                    raise EngineError(_about(chunk.index, len(prompts), answer.error))
                 answers[chunk.index][chunk.sample] = answer
         for index, error in refused.items():
             answers[index][0] = Generation.refused(error)
@@ -239,7 +239,7 @@ class Engine:
                 jobs += [Job(request, index, sample) for sample, request in enumerate(self.requests(prompt, wanted))]
             except EngineError as error:
                 if on_error == "raise":
-                    raise EngineError(f"prompt {index}: {error}") from error
+                    raise EngineError(_about(index, len(prompts), str(error))) from error
                 refused[index] = str(error)
         return jobs, refused
 
@@ -284,13 +284,11 @@ class Engine:
                 self.lock.release()
 
     def undrafted(self) -> "Engine":
-        """An engine over the same weights that decodes without drafting, on a loop and caches of its own."""
-        self.check_open()
+        """An engine over the same weights that never drafts: a loop of its own, with one row per request in every step."""
         config = replace(self.config, drafter="root", tree=None, verifier="match", candidates="auto")
-        loop = make_loop(
-            self.model, RootDrafter(), config, self.backend, slots=config.max_batch, tokenizer=self.tokenizer
-        )
-        return Engine(self.model, loop, self.tokenizer, config, self.backend)
+        slots, tokenizer = config.max_batch, self.tokenizer
+        loop = make_loop(self.model, RootDrafter(), config, self.backend, slots=slots, tokenizer=tokenizer)
+        return Engine(self.model, loop, tokenizer, config, self.backend)
 
     def plain(self, prompt: Prompt, params: SamplingParams, *, max_steps: int | None = None) -> Request:
         """Decode without drafting on a loop of its own, for comparison: at most `max_steps` tokens, timed alike."""
@@ -310,6 +308,10 @@ class Engine:
         plain = self.plain(prompt, same_seed, max_steps=None if full else SAMPLE_STEPS)
         answer.stats.plain_tokens_per_s = plain.stats.tokens_per_s
         answer.stats.identical_to_plain = plain.output == answer.token_ids if full else None
+
+
+def _about(index: int, prompts: int, error: str) -> str:
+    return error if prompts == 1 else f"prompt {index}: {error}"
 
 
 def _device(config: EngineConfig) -> torch.device:

@@ -1,4 +1,4 @@
-"""The kit passes a right engine, and fails each of eight planted bugs."""
+"""The kit passes a right engine, and fails each of nine planted bugs."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -19,10 +19,14 @@ from torch import Tensor
 from mtp_engine import conformance as kit
 from mtp_engine.attention.rows import StepRows
 from mtp_engine.cli.main import main
-from mtp_engine.config import SamplingParams, TreeShape
-from mtp_engine.conformance.law import chi_square_p, detectable
+from mtp_engine.config import EngineConfig, SamplingParams, TreeShape
+from mtp_engine.conformance.distribution import chi_square_p, detectable
+from mtp_engine.conformance.engines import ours, plain
 from mtp_engine.drafters import MTPDrafter, Ranking, RootDrafter, TorchDraftOps
+from mtp_engine.engine import Engine
 from mtp_engine.models import loader
+from mtp_engine.models.decoder import Decoder
+from mtp_engine.models.make_tiny import make_tiny
 from mtp_engine.protocols import Drafter, Verifier
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.step import ModelStep
@@ -107,7 +111,7 @@ def test_a_right_engine_passes(models: Models, baseline: kit.Generate) -> None:
 
 
 @pytest.mark.parametrize(("rule", "shape"), [(BlockVerifier, "chain:3"), (TraversalVerifier, "3x2")])
-def test_a_rule_that_keeps_the_law_passes(
+def test_a_rule_that_keeps_the_distribution_passes(
     models: Models, baseline: kit.Generate, rule: Callable[[], Verifier], shape: str
 ) -> None:
     verdicts = suite(baseline, engine(models, mtp(models, shape, "drawn"), rule()), exact=False, depths=0)
@@ -214,10 +218,10 @@ def test_a_planted_bug_is_caught(
 
 
 def test_the_eighth_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A residual that is not renormalised. No rule with a residual promises a text, so it takes the law."""
+    """A residual that is not renormalised. No rule with a residual promises a text, so it takes the distribution."""
     toy, params = Toy.draw(3), SamplingParams(temperature=0.9)
     texts = torch.cartesian_prod(*[torch.arange(4)] * HORIZON).tolist()
-    law = {tuple(text): p for text, p in zip(texts, toy.law(0.9).tolist(), strict=True)}
+    exact = {tuple(text): p for text, p in zip(texts, toy.law(0.9).tolist(), strict=True)}
 
     def generate(cases: Sequence[kit.Case]) -> list[kit.Sample]:
         seeds = torch.tensor([case.params.seed for case in cases])
@@ -225,9 +229,56 @@ def test_the_eighth_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         return [kit.Sample(tuple(text)) for text in found.tolist()]
 
     case = kit.Case((0, 1), params)
-    assert kit.fits(generate, case, law, draws=30_000, horizon=HORIZON).passed
+    assert kit.fits(generate, case, exact, draws=30_000, horizon=HORIZON).passed
     monkeypatch.setattr(rrs, "residual", rrs.rest)
-    assert not kit.fits(generate, case, law, draws=30_000, horizon=HORIZON).passed
+    assert not kit.fits(generate, case, exact, draws=30_000, horizon=HORIZON).passed
+
+
+class WrongInWideSteps:
+    """A model that errs in every step of several rows per request, in all of its rows alike, and in no other."""
+
+    def __init__(self, model: Decoder) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def forward(self, tokens: Tensor, *rest: Any) -> Tensor:
+        hidden = self._model.forward(tokens, *rest)
+        return hidden.flip(-1) if tokens.shape[1] > 1 else hidden
+
+
+def test_the_ninth_bug_is_caught(tmp_path: Path) -> None:
+    """A forward that is wrong wherever a step has several rows. The baseline used to be the same loop told not to draft
+    (speculate=False), whose steps have the tree's rows all the same: it said the same wrong thing, and the kit passed.
+    """
+    config = EngineConfig(tree=TreeShape.parse("2x2"), max_context=64, max_batch=4, threads=1, prefill_chunk=1)
+    engine = Engine.load(str(make_tiny(tmp_path / "model")), config)
+    params = SamplingParams(max_tokens=12, seed=0, ignore_eos=True)
+    cases = [kit.Case(prompt, replace(params, temperature=t)) for prompt in PROMPTS for t in (0.0, 0.8)]
+
+    def same_loop(cases: Sequence[kit.Case]) -> list[kit.Sample]:
+        return ours(engine)([replace(case, params=replace(case.params, speculate=False)) for case in cases])
+
+    assert kit.equality(plain(engine), ours(engine), cases).passed
+    engine.model = engine.loop.work.model = WrongInWideSteps(engine.model)  # type: ignore[assignment]
+    assert kit.equality(same_loop, ours(engine), cases).passed, "what the kit used to compare with"
+    assert kit.equality(plain(engine), ours(engine), cases).passed is False
+    assert kit.logprobs(plain(engine), ours(engine), cases).passed is None, "no token in common, so nothing compared"
+
+
+def test_the_baseline_has_one_row_per_request(tmp_path: Path) -> None:
+    """And a loop of its own, so that nothing of the engine under test is in it but the weights."""
+    config = EngineConfig(tree=TreeShape.parse("chain:3"), verifier="block", max_context=64, max_batch=3, threads=1)
+    engine = Engine.load(str(make_tiny(tmp_path / "model")), config)
+    undrafted = engine.undrafted()
+    assert undrafted.loop is not engine.loop
+    assert undrafted.loop.work.cache is not engine.loop.work.cache
+    assert undrafted.loop.work.drafter.max_nodes == 1
+    assert (undrafted.config.drafter, undrafted.config.tree, undrafted.config.verifier) == ("root", None, "match")
+    assert undrafted.config.max_batch == 3
+    samples = plain(engine)([kit.Case(prompt, SamplingParams(max_tokens=5, ignore_eos=True)) for prompt in PROMPTS])
+    assert [sample.steps for sample in samples] == [(1,) * 5] * len(PROMPTS)
 
 
 # ---- the statistics ------------------------------------------------------------------------------------------------
@@ -246,17 +297,17 @@ def test_the_stated_power_is_right(freedom: int, weight: float) -> None:
     assert 0.85 < power < 0.95
 
 
-def test_an_exact_law_is_tested_with_its_power() -> None:
-    """Draws from known laws: the right one passes nearly always, one at the stated distance hardly ever does."""
+def test_an_exact_distribution_is_tested_with_its_power() -> None:
+    """Draws from known distributions: the right one passes nearly always, one at the stated distance hardly ever does."""
     rng = random.Random(1)
-    law = {(token,): 1 / 16 for token in range(16)}
+    exact = {(token,): 1 / 16 for token in range(16)}
     far = detectable(15, 1000, 1e-2)
     tilted = [1 / 16 * (1 + 2 * far * (-1) ** token) for token in range(16)]
 
     def passes(weights: list[float]) -> int:
         engine = lambda cases: [kit.Sample((rng.choices(range(16), weights)[0],)) for _ in cases]  # noqa: E731
         case = kit.Case((1,), SamplingParams())
-        return sum(bool(kit.fits(engine, case, law, draws=1000, horizon=1, level=1e-2).passed) for _ in range(20))
+        return sum(bool(kit.fits(engine, case, exact, draws=1000, horizon=1, level=1e-2).passed) for _ in range(20))
 
     assert passes([1 / 16] * 16) >= 18
     assert passes(tilted) <= 6

@@ -14,7 +14,8 @@ FOLDERS = ("drafters", "verifiers", "kernels")
 # part -> (parts of the project it may import, other packages besides the standard library)
 ALLOWED: dict[str, tuple[str, str]] = {
     "errors": ("", ""),
-    "config": ("errors", ""),
+    "checks": ("errors", ""),
+    "config": ("checks errors", ""),
     "tree": ("", "torch"),
     "kernels": ("errors", "torch triton flashinfer tvm_ffi"),
     "sampling": ("config errors tree", "torch llguidance"),

@@ -1,12 +1,16 @@
 """The real model's figures, from config.json and the index alone."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from real_config import REAL
+from safetensors.torch import load_file
+from tiny import LLAMA, write_mtp
 
 from mtp_engine.cache import HybridKV
 from mtp_engine.cli.main import main
@@ -14,7 +18,7 @@ from mtp_engine.errors import EngineError
 from mtp_engine.hub.inspect import ModelReport, inspect_model
 from mtp_engine.models import loader
 from mtp_engine.models.fields import Fields
-from mtp_engine.models.make_tiny import make_tiny
+from mtp_engine.models.make_tiny import TINY, make_tiny
 from mtp_engine.models.mimo_v2_flash import MTP_NAMES, parse, parse_mtp
 from mtp_engine.models.tensors import main_tensors, mtp_tensors
 
@@ -85,6 +89,73 @@ def test_command_line_prints_the_plan(folder: Path) -> None:
         assert figure in result.stdout, figure
     document = json.loads(CliRunner().invoke(main, ["inspect", str(folder), "--json", "-"]).stdout)
     assert document["plan"]["kv_per_token"] == 23_040
+
+
+def config_alone(folder: Path, raw: Mapping[str, Any]) -> str:
+    (folder / "config.json").write_text(json.dumps(raw))
+    return str(folder)
+
+
+def test_config_alone_is_enough(report: ModelReport, tmp_path: Path) -> None:
+    """Without the index nothing says how many MTP layers there are: the family's usual number is assumed, and said."""
+    alone = inspect_model(config_alone(tmp_path, REAL))
+    assert (report.mtp_source, alone.mtp_source) == ("weights", "family")
+    assert alone.plan == report.plan
+    assert (alone.parameters, alone.mtp_parameters, alone.mtp_layers) == (report.parameters, report.mtp_parameters, 3)
+    assert alone.files == {}
+
+
+def test_config_alone_may_count_its_mtp_layers(report: ModelReport, tmp_path: Path) -> None:
+    alone = inspect_model(config_alone(tmp_path, {**REAL, "num_nextn_predict_layers": 2}))
+    assert (alone.mtp_source, alone.mtp_layers) == ("config", 2)
+    assert alone.mtp_parameters == 2 * report.plan.mtp_layer_parameters
+    none = inspect_model(config_alone(tmp_path, {**REAL, "num_nextn_predict_layers": 0}))
+    assert (none.mtp_source, none.mtp_layers, none.mtp_parameters) == ("config", 0, 0)
+    with pytest.raises(EngineError, match="num_nextn_predict_layers is 'two', not a whole number"):
+        inspect_model(config_alone(tmp_path, {**REAL, "num_nextn_predict_layers": "two"}))
+
+
+def test_config_alone_of_other_families(tmp_path: Path) -> None:
+    seven = inspect_model(config_alone(tmp_path, {**TINY["mimo"], "num_nextn_predict_layers": None}))
+    assert (seven.mtp_source, seven.mtp_layers, seven.mtp_depth) == ("family", 1, 3)
+    llama = inspect_model(config_alone(tmp_path, LLAMA))
+    assert (llama.mtp_source, llama.mtp_layers, llama.family) == ("family", 0, "llama")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "3 (assumed: published mimo_v2_flash models have 3; neither weights nor an index are here)"),
+        (
+            {"num_nextn_predict_layers": 1},
+            "1 (assumed: num_nextn_predict_layers of config.json; neither weights nor an index are here)",
+        ),
+    ],
+)
+def test_command_line_says_what_is_assumed(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    folder = config_alone(tmp_path, {**REAL, **changes})
+    result = CliRunner().invoke(main, ["inspect", folder], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    for figure in (said, "308,778,780,864", "none here"):
+        assert figure in " ".join(result.stdout.split()), result.stdout
+    document = json.loads(CliRunner().invoke(main, ["inspect", folder, "--json", "-"]).stdout)
+    assert document["mtp_source"] == ("config" if changes else "family")
+    assert document["plan"]["kv_per_token"] == 23_040
+
+
+def test_config_alone_with_mtp_layers_from_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "main").mkdir()
+    folder, mtp = config_alone(tmp_path / "main", LLAMA), write_mtp(tmp_path / "mtp")
+    report = inspect_model(folder, mtp=str(mtp))
+    assert (report.mtp_source, report.mtp_layers, list(report.mtp_files)) == ("weights", 3, ["mtp.safetensors"])
+    assert report.mtp_parameters == sum(tensor.numel() for tensor in load_file(mtp / "mtp.safetensors").values())
+
+
+def test_pickled_weights_are_no_plan(tmp_path: Path) -> None:
+    folder = config_alone(tmp_path, REAL)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(EngineError, match="safetensors"):
+        inspect_model(folder)
 
 
 def test_incomplete_index_is_named(folder: Path, tmp_path: Path) -> None:

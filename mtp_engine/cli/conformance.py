@@ -28,10 +28,11 @@ _ENGINE = settings(
     "--model", default=None, metavar="NAME|PATH", help="The weights that all run.  [default: the default model]"
 )
 @click.option("--prompts", default=4, type=click.IntRange(1, 10), help="How many of the built-in prompts.")
-@click.option("--draws", default=200, type=click.IntRange(min=20), help="Texts per law test.")
+@click.option("--draws", default=200, type=click.IntRange(min=20), help="Texts per test of a distribution.")
 @_ENGINE
 def conformance(engine: str, model: str | None, prompts: int, draws: int, **options: Any) -> None:
-    """Test an engine against plain decoding of the same weights: texts, law, every parameter, stops, logprobs, seeds.
+    """Test an engine against plain decoding of the same weights: texts, distributions, every parameter, stops, logprobs,
+    seeds.
 
     Exit code 1 if a check fails.
 
@@ -44,7 +45,7 @@ def conformance(engine: str, model: str | None, prompts: int, draws: int, **opti
     """
     tree = None if options["tree"] is None else TreeShape.parse(options["tree"])
     config = build(EngineConfig, {**options, "tree": tree}, max_context=1024)
-    table = Table("check", "", "what was found")
+    table = Table("check", "", "what it saw")
     failed = False
     with Waits(quiet=False) as waits:
         waits("starting", 0, None)

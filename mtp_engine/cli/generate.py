@@ -73,7 +73,7 @@ _ENGINE = settings(
         kind=str,
         unset="suits the drafter",
     ),
-    setting(EngineConfig, "verifier", "The rule that keeps drafts; all but match keep the law, not the text."),
+    setting(EngineConfig, "verifier", "The rule that keeps drafts; all but match keep the distribution, not the text."),
     click.option("--allow-lossy", is_flag=True, help="Let a lossy --verifier run."),
     setting(EngineConfig, "draft_vocab", "Most frequent tokens that MTP layers may propose; 0 is all.", kind=_COUNT),
     setting(EngineConfig, "device", "cpu or cuda."),

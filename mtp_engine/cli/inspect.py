@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 def inspect(model: str, mtp: str | None, json_file: str | None, quiet: bool) -> None:
     """Show what the checkpoint MODEL holds: a registered name, a folder, a .gguf file, or org/name on the hub.
 
-    Weights are not loaded, and need not be there: config.json and the index of the weights are enough. A registered
-    model that is not cached yet is fetched first.
+    Weights are not loaded, and need not be there: a folder with config.json is enough. How many MTP layers the model has
+    is then assumed, unless the index of the weights is there too. A registered model that is not cached yet is fetched
+    first.
 
     \b
     Examples:
@@ -49,6 +50,7 @@ def _rows(report: "ModelReport") -> list[tuple[str, str]]:
     mtp = f"{report.mtp_layers}"
     if report.mtp_depth > report.mtp_layers:
         mtp += f" (used for {report.mtp_depth} depths)"
+    mtp += _assumption(report)
     window = f" ({report.window_layers} with a sliding window)" if report.window_layers else ""
     return [
         ("model", report.name),
@@ -64,6 +66,15 @@ def _rows(report: "ModelReport") -> list[tuple[str, str]]:
         *_plan(report),
         *_weights(report),
     ]
+
+
+def _assumption(report: "ModelReport") -> str:
+    """What the number of MTP layers rests on, where no weights tell it."""
+    if report.mtp_source == "weights":
+        return ""
+    usual = f"published {report.family} models have {report.mtp_layers or 'none'}"
+    source = "num_nextn_predict_layers of config.json" if report.mtp_source == "config" else usual
+    return f" (assumed: {source}; neither weights nor an index are here)"
 
 
 def _plan(report: "ModelReport") -> list[tuple[str, str]]:

@@ -11,8 +11,8 @@ Or `mtp-engine conformance --engine ours|hf|openai:URL`, or `pytest --pyargs mtp
 """
 
 from mtp_engine.conformance.case import Case, Generate, Sample, Unsupported, Verdict
+from mtp_engine.conformance.distribution import fits, same_distribution
 from mtp_engine.conformance.exact import equality, honesty, resume, seeds
-from mtp_engine.conformance.law import fits, same_law
 from mtp_engine.conformance.output import logprobs, stops
 from mtp_engine.conformance.suite import SETTINGS, run_suite
 
@@ -29,7 +29,7 @@ __all__ = [
     "logprobs",
     "resume",
     "run_suite",
-    "same_law",
+    "same_distribution",
     "seeds",
     "stops",
 ]

@@ -29,7 +29,7 @@ class Sample:
     steps: tuple[int, ...] | None = None
 
     def depth(self, index: int) -> int:
-        """The tree depth at which token `index` was chosen: its place within its step; 0 without `steps`."""
+        """The tree depth at which token `index` was chosen: its index within its step; 0 without `steps`."""
         start = 0
         for count in self.steps or ():
             if index < start + count:
@@ -49,7 +49,7 @@ class Unsupported(Exception):
 @final
 @dataclass(frozen=True)
 class Verdict:
-    """What one check found. passed None: open, because the engine does not support what the check needs or
+    """The outcome of one check. passed None: open, because the engine does not support what the check needs or
     too few tokens showed it."""
 
     check: str

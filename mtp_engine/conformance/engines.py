@@ -4,7 +4,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -93,7 +93,7 @@ def openai_server(url: str, model: str, engine: Engine) -> Generate:
 
 def _completion(url: str, model: str, engine: Engine, case: Case) -> Sample:
     default, p = SamplingParams(), case.params
-    own = {"tree", "speculate", "structure", "bad_words", "logit_bias", "n"}
+    own = {"tree", "speculate", "structure", "bad_words", "logit_bias", "n", "timeout"}
     body: dict[str, Any] = {
         f.name: getattr(p, f.name) for f in fields(p)
         if f.name not in own and getattr(p, f.name) != getattr(default, f.name)
@@ -120,10 +120,10 @@ def _read_choice(choice: dict[str, Any], engine: Engine) -> Sample:
     text = choice["text"]
     tokens = choice.get("token_ids") or engine.tokenizer.encode(text)
     entries = []
-    if found := choice.get("logprobs"):
+    if given := choice.get("logprobs"):
         for index, token in enumerate(tokens):
-            top = [(_token_id(name, engine), value) for name, value in (found["top_logprobs"][index] or {}).items()]
-            value = found["token_logprobs"][index]
+            top = [(_token_id(name, engine), value) for name, value in (given["top_logprobs"][index] or {}).items()]
+            value = given["token_logprobs"][index]
             rank = 1 + sum(other > value for _, other in top)
             entries.append(TokenLogprob(token, value, rank, tuple(sorted(top, key=lambda pair: -pair[1]))))
     return Sample(tuple(tokens), text, choice.get("finish_reason", ""), tuple(entries))
@@ -138,6 +138,9 @@ def _token_id(name: str, engine: Engine) -> int:
 
 
 def plain(engine: Engine) -> Generate:
-    """The baseline: the same engine, every request without drafting."""
-    drafting = ours(engine)
-    return lambda cases: drafting([replace(c, params=replace(c.params, speculate=False)) for c in cases])
+    """The baseline: the same weights in a loop of its own that never drafts, one row per request in every step.
+
+    The engine's own loop with speculate=False would not do: its steps have a tree's rows all the same, so that a forward
+    that is wrong only for several rows would be wrong in baseline and candidate alike.
+    """
+    return ours(engine.undrafted())

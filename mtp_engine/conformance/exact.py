@@ -11,33 +11,33 @@ from mtp_engine.conformance.case import Case, Generate, Sample, Verdict, first_d
 def equality(baseline: Generate, candidate: Generate, cases: Sequence[Case], *, tie: float = 0.0) -> Verdict:
     """Tokens, text and finish reason must agree. tie: at temperature 0, a divergence at which the two tokens' logits
     lie at most this far apart is one of rounding and is forgiven; state it with the number format."""
-    wanted = baseline([replace(c, params=replace(c.params, logprobs=8)) for c in cases])
-    found = candidate(cases)
+    expected = baseline([replace(c, params=replace(c.params, logprobs=8)) for c in cases])
+    answers = candidate(cases)
     bad: list[str] = []
     ties: list[str] = []
-    for number, (case, a, b) in enumerate(zip(cases, wanted, found, strict=True)):
+    for number, (case, a, b) in enumerate(zip(cases, expected, answers, strict=True)):
         at = first_difference(a.tokens, b.tokens)
         if at is None:
             if (a.text, a.finish_reason) != (b.text, b.finish_reason):
                 bad.append(f"case {number}: same tokens, but {b.finish_reason!r} {b.text[-20:]!r}")
             continue
         margin = _margin(a, b, at) if case.params.temperature == 0 else None
-        place = (
+        where = (
             f"case {number} token {at} depth {b.depth(at)}, margin {'unknown' if margin is None else f'{margin:.2g}'}"
         )
-        (ties if margin is not None and margin <= tie else bad).append(place)
+        (ties if margin is not None and margin <= tie else bad).append(where)
     detail = f"{len(cases) - len(bad) - len(ties)} of {len(cases)} equal"
     if ties:
         detail += f", {len(ties)} near ties: {'; '.join(ties[:3])}"
     return Verdict("equality", not bad, detail + (f"; {'; '.join(bad[:3])}" if bad else ""))
 
 
-def _margin(wanted: Sample, found: Sample, at: int) -> float | None:
+def _margin(expected: Sample, answer: Sample, at: int) -> float | None:
     """How much more probable the baseline's token was than the candidate's, in log-probability."""
-    if at >= min(len(wanted.logprobs), len(found.tokens)):
+    if at >= min(len(expected.logprobs), len(answer.tokens)):
         return None
-    entry = wanted.logprobs[at]
-    return next((entry.logprob - value for token, value in entry.top if token == found.tokens[at]), None)
+    entry = expected.logprobs[at]
+    return next((entry.logprob - value for token, value in entry.top if token == answer.tokens[at]), None)
 
 
 def honesty(
@@ -104,7 +104,7 @@ def resume(candidate: Generate, cases: Sequence[Case], *, slack: float = 0.0) ->
     min_tokens), and for engines whose noise is keyed by position. slack: share of continuations that may part, for
     near ties in the drafter, whose rows are computed in other shapes.
     """
-    asked, wanted = [], []
+    asked, expected = [], []
     for case, whole in zip(cases, candidate(cases), strict=True):
         if whole.steps is None:
             return Verdict("resume", None, "the engine does not tell its steps")
@@ -112,10 +112,10 @@ def resume(candidate: Generate, cases: Sequence[Case], *, slack: float = 0.0) ->
             done = sum(whole.steps[:steps])
             left = replace(case.params, max_tokens=case.params.max_tokens - done)
             asked.append(Case(case.prompt + whole.tokens[:done], left))
-            wanted.append((whole.tokens[done:], whole.steps[steps:]))
+            expected.append((whole.tokens[done:], whole.steps[steps:]))
     parted = [
         number
-        for number, (got, (tokens, steps)) in enumerate(zip(candidate(asked), wanted, strict=True))
+        for number, (got, (tokens, steps)) in enumerate(zip(candidate(asked), expected, strict=True))
         if got.tokens != tokens or (got.steps or ())[:2] != steps[:2]
     ]
     share = len(parted) / max(len(asked), 1)

@@ -14,16 +14,16 @@ def stops(candidate: Generate, cases: Sequence[Case], *, most: int = 40) -> Verd
     tokens, within one step and across steps.
     """
     asked: list[Case] = []
-    wanted: list[tuple[str, str, Sample]] = []
+    expected: list[tuple[str, str, Sample]] = []
     for case, free in zip(cases, candidate(cases), strict=True):
         for start, length in itertools.product(range(2, max(3, len(free.text) - 12), 3), (2, 5, 11)):
             stop = free.text[start : start + length]
             if len(stop) == length and "\ufffd" not in stop and len(asked) < most:
                 asked.append(replace(case, params=replace(case.params, stop=(stop,))))
-                wanted.append((stop, free.text[: free.text.index(stop)], free))
+                expected.append((stop, free.text[: free.text.index(stop)], free))
     if not asked:
         return Verdict("stops", None, "the answers hold no text to stop at")
-    for got, (stop, text, free) in zip(candidate(asked), wanted, strict=True):
+    for got, (stop, text, free) in zip(candidate(asked), expected, strict=True):
         if got.finish_reason != "stop":
             return Verdict("stops", False, f"{stop!r} did not end the answer")
         if got.text != text:
@@ -40,10 +40,12 @@ def logprobs(baseline: Generate, candidate: Generate, cases: Sequence[Case], *, 
     for case, a, b in zip(cases, baseline(cases), candidate(cases), strict=True):
         if problem := _problem(b, case.params.logprobs or 0):
             return Verdict("logprobs", False, problem)
-        for mine, theirs in zip(b.logprobs, a.logprobs, strict=False):
-            if mine.token != theirs.token:
+        for entry, right in zip(b.logprobs, a.logprobs, strict=False):
+            if entry.token != right.token:
                 break  # the texts part here, which is for `equality` to judge
-            worst, tokens = max(worst, abs(mine.logprob - theirs.logprob)), tokens + 1
+            worst, tokens = max(worst, abs(entry.logprob - right.logprob)), tokens + 1
+    if not tokens:
+        return Verdict("logprobs", None, "no text begins with the baseline's token: there is nothing to compare")
     if worst > tolerance:
         return Verdict("logprobs", False, f"off by {worst:.2g}")
     return Verdict("logprobs", True, f"{tokens} tokens, largest difference {worst:.1g}")

@@ -11,4 +11,4 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--engine", default="ours", help="ours, hf, or openai:URL (default: ours)")
     group.addoption("--model", default=None, help="name or folder of the model that all engines run")
     group.addoption("--prompts", type=int, default=4, help="how many of the built-in prompts (default: 4)")
-    group.addoption("--draws", type=int, default=200, help="texts per law test (default: 200)")
+    group.addoption("--draws", type=int, default=200, help="texts per test of a distribution (default: 200)")

@@ -36,23 +36,23 @@ def verdicts(
 ) -> Iterator[Verdict]:
     """engine: ours, hf or openai:URL. Raises EngineError for another name or a server that is not there.
 
-    Only our own match rule promises the baseline's text at temperature > 0; of others the law is tested there.
+    Only our own match rule promises the baseline's text at temperature > 0; of others the distribution is tested there.
     """
     config = config or EngineConfig(max_context=1024)
     name = model or DEFAULT_MODEL
-    mine = Engine.load(name, config, progress=progress)
+    loaded = Engine.load(name, config, progress=progress)
     exact = engine == "ours" and config.verifier == "match"
     if engine == "ours":
-        candidate = ours(mine)
+        candidate = ours(loaded)
     elif engine == "hf":
-        candidate = transformers_engine(str(hub.locate(name).folder), mine)
+        candidate = transformers_engine(str(hub.locate(name).folder), loaded)
     elif engine.startswith("openai:"):
-        candidate = openai_server(engine.removeprefix("openai:"), name, mine)
+        candidate = openai_server(engine.removeprefix("openai:"), name, loaded)
     else:
         raise EngineError(f"engine {engine!r} is not one of ours, hf and openai:URL")
-    texts = [tuple(mine.encode(text)) for text in PROMPTS[: max(1, prompts)]]
+    texts = [tuple(loaded.encode(text)) for text in PROMPTS[: max(1, prompts)]]
     yield from run_suite(
-        plain(mine),
+        plain(loaded),
         candidate,
         texts,
         exact=exact,

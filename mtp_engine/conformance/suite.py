@@ -7,8 +7,8 @@ from typing import Any
 
 from mtp_engine.config import SamplingParams
 from mtp_engine.conformance.case import Case, Generate, Unsupported, Verdict
+from mtp_engine.conformance.distribution import same_distribution
 from mtp_engine.conformance.exact import equality, honesty, resume, seeds
-from mtp_engine.conformance.law import same_law
 from mtp_engine.conformance.output import logprobs, stops
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -38,19 +38,20 @@ def run_suite(
     slack: float = 0.0,
 ) -> Iterator[Verdict]:
     """Verdicts as they come. exact: the candidate claims the baseline's very tokens at temperature > 0 too; otherwise
-    equality is asked for at temperature 0 and the law above it. depths: of the candidate's trees; 0 for an unknown."""
+    equality is asked for at temperature 0 and the distribution above it. depths: of the candidate's trees; 0 for an
+    unknown."""
     greedy = SamplingParams(max_tokens=tokens, seed=0, ignore_eos=True)
     warm = replace(greedy, temperature=0.8)
     cases = [Case(prompt, params) for params in ((greedy, warm) if exact else (greedy,)) for prompt in prompts]
     settings = {**SETTINGS, **_token_settings(baseline, prompts, greedy)}
     hot = replace(greedy, temperature=1.0)
-    law = partial(same_law, baseline, candidate, draws=draws, horizon=horizon)
+    alike = partial(same_distribution, baseline, candidate, draws=draws, horizon=horizon)
     yield _try("equality", partial(equality, baseline, candidate, cases, tie=tie))
     for name, setting in settings.items():
         case = Case(prompts[0], replace(hot, **setting))
         honest = partial(honesty, name, setting, baseline, candidate, prompts, greedy, depths=depths, rounds=rounds)
-        yield _try(f"honesty of {name}", honest if exact else partial(law, case, name=f" under {name}"))
-    yield _try("law", partial(law, Case(prompts[0], replace(hot, top_k=8))))
+        yield _try(f"honesty of {name}", honest if exact else partial(alike, case, name=f" under {name}"))
+    yield _try("distribution", partial(alike, Case(prompts[0], replace(hot, top_k=8))))
     yield _try("seeds", partial(seeds, candidate, prompts, warm))
     yield _try("stops", partial(stops, candidate, cases[:4]))
     yield _try("logprobs", partial(logprobs, baseline, candidate, cases))

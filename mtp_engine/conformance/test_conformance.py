@@ -12,10 +12,10 @@ def test_conformance(pytestconfig: pytest.Config) -> None:
         pytestconfig.getoption(name, default)
         for name, default in (("engine", "ours"), ("model", None), ("prompts", 2), ("draws", 100))
     )
-    found = []
+    shown = []
     for verdict in verdicts(engine, model, prompts=prompts, draws=draws):
         sys.stdout.write(f"{verdict}\n")
-        found.append(verdict)
-    failed = [str(verdict) for verdict in found if verdict.passed is False]
-    assert found
+        shown.append(verdict)
+    failed = [str(verdict) for verdict in shown if verdict.passed is False]
+    assert shown
     assert not failed, "\n".join(failed)

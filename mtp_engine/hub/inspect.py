@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import final
+from typing import Literal, final
 
+from mtp_engine.config import MTPConfig
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
 from mtp_engine.models import loader
@@ -17,6 +18,9 @@ from mtp_engine.protocols import Progress
 _KV_BYTES = {"fp32": 4, "bf16": 2}
 _OWN_MTP = (".mtp.", ".mtp_layers.")  # in the names of MTP tensors that lie among the main model's
 _SCALE = "_scale_inv"
+_PICKLED = ("*.bin", "*.pt", "*.pth")
+MTPSource = Literal["weights", "config", "family"]
+"""Where the number of MTP layers comes from: files or their index; or assumed, see loader.assume_mtp_config."""
 
 
 @final
@@ -27,6 +31,7 @@ class ModelReport:
     dtypes, mtp_dtypes: parameters by stored dtype as safetensors names it (BF16, F8_E4M3, ...). files, mtp_files:
     bytes by file name, none without weights; MTP layers inside the main model's files leave mtp_files empty.
     mtp_depth: tokens the MTP layers can draft in a row, more than mtp_layers where one layer serves every depth.
+    mtp_source: how their number is known; it is assumed unless it is "weights".
     kv_bytes_per_token: by engine dtype, of the main model's layers with full attention (those with a sliding window
     keep a fixed number of rows). plan: what config.json calls for.
     """
@@ -38,6 +43,7 @@ class ModelReport:
     window_layers: int
     mtp_layers: int
     mtp_depth: int
+    mtp_source: MTPSource
     hidden_size: int
     vocab_size: int
     max_context: int
@@ -54,20 +60,23 @@ class ModelReport:
 def inspect_model(name: str, *, mtp: str | None = None, progress: Progress = hub.silent) -> ModelReport:
     """Describe the model `name` (as in `hub.locate`, which fetches a registered one) without loading its weights.
 
-    A folder with config.json and the index of the weights is enough. mtp: a folder of MTP layers to look at instead
-    of the model's own. Raises EngineError for what a user can mend.
+    A folder with config.json alone is enough; the index of the weights tells how many MTP layers there are, which is
+    otherwise assumed. mtp: a folder of MTP layers to look at instead of the model's own. Raises EngineError for what a
+    user can mend.
     """
     weightless = _is_plan(Path(name))
-    files = hub.ModelFiles(name, Path(name)) if weightless else hub.locate(name, mtp=mtp, progress=progress)
+    if weightless:
+        files = hub.ModelFiles(name, Path(name), Path(mtp).expanduser() if mtp else None)
+    else:
+        files = hub.locate(name, mtp=mtp, progress=progress)
     config = loader.read_config(files.folder)
     apart = files.mtp_folder
-    mtp_config = loader.read_mtp_config(apart or files.folder) if apart or loader.has_mtp(files.folder) else config.mtp
+    mtp_config, source = _mtp(files, weightless)
     plan = loader.plan(files.folder, config, mtp_config)
     dtypes, mtp_dtypes = plan.parameters_by_dtype, plan.mtp_parameters_by_dtype
-    if not weightless:
-        main = Checkpoint(files.folder)
+    if main := None if weightless else Checkpoint(files.folder):
         dtypes = _parameters(main, (tensor for tensor in main if not _is_mtp(tensor)))
-        heads = Checkpoint(apart) if apart else main
+    if heads := Checkpoint(apart) if apart else main:
         mtp_dtypes = _parameters(heads, (tensor for tensor in heads if apart or _is_mtp(tensor)))
     full = [layer.attention for layer in config.layers if layer.attention.window is None]
     width = sum(attention.kv_heads * (attention.qk_dim + attention.v_dim) for attention in full)
@@ -80,6 +89,7 @@ def inspect_model(name: str, *, mtp: str | None = None, progress: Progress = hub
         window_layers=len(config.layers) - len(full),
         mtp_layers=1 if mtp_config and mtp_config.reused else depth,
         mtp_depth=depth,
+        mtp_source=source,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         max_context=config.max_context,
@@ -94,14 +104,24 @@ def inspect_model(name: str, *, mtp: str | None = None, progress: Progress = hub
     )
 
 
+def _mtp(files: hub.ModelFiles, weightless: bool) -> tuple[MTPConfig | None, MTPSource]:
+    folder = files.mtp_folder or files.folder
+    if files.mtp_folder or loader.has_mtp(folder):
+        return loader.read_mtp_config(folder), "weights"
+    if weightless and not read_index(folder):
+        return loader.assume_mtp_config(folder)
+    return None, "weights"
+
+
 def _is_plan(folder: Path) -> bool:
     """Whether a folder describes a model whose weights are not there. Raises EngineError if its index is incomplete."""
-    if not (folder / "config.json").is_file() or any(folder.glob("*.safetensors")):
+    weights = (path for pattern in ("*.safetensors", *_PICKLED) for path in folder.glob(pattern))
+    if not (folder / "config.json").is_file() or any(weights):
         return False
     index = read_index(folder)
     if index and (missing := next((n for n in loader.expected_names(folder) if n not in index), None)):
         raise EngineError(f"{folder}: the index does not list {missing}, which config.json calls for")
-    return bool(index)
+    return True
 
 
 def _is_mtp(tensor: str) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,7 +25,7 @@ _FAMILIES: dict[str, ModuleType] = {
     "MiMoForCausalLM": mimo,
     "MiMoV2FlashForCausalLM": mimo_v2_flash,
 }
-"""Each has parse, parse_mtp and MTP_NAMES."""
+"""Each has parse, parse_mtp, MTP_NAMES and USUAL_MTP_LAYERS, the number that its published models have."""
 
 
 def read_config(folder: Path, window_keys: int = 0) -> ModelConfig:
@@ -66,6 +66,19 @@ def read_mtp_config(folder: Path, window_keys: int = 0) -> MTPConfig:
     if (config := _family_mtp(folder, window_keys)) is None:
         raise EngineError(f"{folder}: no MTP layers are in it; name a folder that has some (--mtp)")
     return config
+
+
+def assume_mtp_config(folder: Path) -> tuple[MTPConfig | None, Literal["config", "family"]]:
+    """The MTP layers that a model should have of which only config.json is there, and what their number is taken from:
+    num_nextn_predict_layers of config.json, or else the usual number of the family's published models.
+
+    An assumption: published files do not always agree with that field, so tensor names decide wherever there are some.
+    """
+    family, fields = _family(folder)
+    stated = fields.raw.get("num_nextn_predict_layers") is not None
+    count = fields.integer("num_nextn_predict_layers", family.USUAL_MTP_LAYERS, least=0)
+    config: MTPConfig | None = family.parse_mtp(fields, [f"{family.MTP_NAMES.prefix}.{k}." for k in range(count)])
+    return config, "config" if stated else "family"
 
 
 def plan(folder: Path, config: ModelConfig, mtp: MTPConfig | None) -> Plan:

@@ -74,7 +74,7 @@ def make_tiny(
         raw["quantization_config"] = fp8_settings(block)
     module = {"mimo_v2_flash": mimo_v2_flash, "mimo": mimo}[family]
     config, names = module.parse(Fields(raw)), module.MTP_NAMES
-    depth = mtp_layers if mtp_layers is not None else {"mimo_v2_flash": 3, "mimo": 1}[family]
+    depth = mtp_layers if mtp_layers is not None else module.USUAL_MTP_LAYERS
     mtp = module.parse_mtp(Fields(raw), [f"{names.prefix}.{k}." for k in range(depth)])
     draw = _Draw(config.hidden_size, seed, embedding_first=mtp is not None and mtp.concat == "embedding_first")
     write_model(folder, raw, config, mtp, names, draw, shards=shards)

@@ -15,6 +15,7 @@ MTP_NAMES = MTPNames(
     projection="input_proj",
     ffn_norm=FFN_NORM,
 )
+USUAL_MTP_LAYERS = 1
 _REUSED_DEPTH = 3  # how far the one layer is used recursively: it was trained for the first depth only
 
 

@@ -12,6 +12,7 @@ from mtp_engine.models.build import MTPNames
 from mtp_engine.models.fields import Fields
 
 MTP_NAMES = MTPNames()
+USUAL_MTP_LAYERS = 3
 
 
 def parse(fields: Fields, window_keys: int = 0) -> ModelConfig:

@@ -66,10 +66,6 @@ class DialogueStats:
     duplicates: int  # rows that were dropped
 
     @property
-    def loop_share(self) -> float:
-        return self.loop_tokens / max(self.answer_tokens, 1)
-
-    @property
     def tokens_per_s(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
 

@@ -1,8 +1,8 @@
-"""Checks of distribution, for rules that keep the law but not the text: chi-square over short texts, with its power."""
+"""Checks for rules that keep the distribution but not the text: chi-square over short texts, with its power."""
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ Text = tuple[int, ...]
 _LEAST = 5.0  # a cell that is expected less often is pooled with its like (Cochran's rule)
 
 
-def same_law(
+def same_distribution(
     baseline: Generate,
     candidate: Generate,
     case: Case,
@@ -23,7 +23,7 @@ def same_law(
     level: float = 1e-4,
     name: str = "",
 ) -> Verdict:
-    """Are `draws` texts of `horizon` tokens from each engine, under different seeds, from one law?"""
+    """Are `draws` texts of `horizon` tokens from each engine, under different seeds, from one distribution?"""
     one = _texts(baseline, case, draws, horizon, 0)
     two = _texts(candidate, case, draws, horizon, draws)
     cells = sorted(one | two)
@@ -35,21 +35,27 @@ def same_law(
         common.append((sum(a for a, _ in rare), sum(b for _, b in rare)))
     statistic = sum((a - b) ** 2 / (a + b) for a, b in common if a + b)
     distance = sum(abs(a - b) for a, b in common) / (2 * draws)
-    return _verdict(f"law{name}", statistic, len(common) - 1, draws / 2, draws, distance, level)
+    return _verdict(f"distribution{name}", statistic, len(common) - 1, draws / 2, draws, distance, level)
 
 
 def fits(
-    candidate: Generate, case: Case, law: Mapping[Text, float], *, draws: int, horizon: int, level: float = 1e-4
+    candidate: Generate,
+    case: Case,
+    distribution: Mapping[Text, float],
+    *,
+    draws: int,
+    horizon: int,
+    level: float = 1e-4,
 ) -> Verdict:
-    """Are `draws` texts of `horizon` tokens from this law, which is known exactly?"""
+    """Are `draws` texts of `horizon` tokens from this distribution, which is known exactly?"""
     seen = _texts(candidate, case, draws, horizon, 0)
-    pairs = [(seen[text], draws * share) for text, share in law.items() if draws * share >= _LEAST]
+    pairs = [(seen[text], draws * share) for text, share in distribution.items() if draws * share >= _LEAST]
     outside = draws - sum(count for count, _ in pairs), draws - sum(expected for _, expected in pairs)
     if outside[1] > 1e-9 or outside[0]:
         pairs.append((outside[0], max(outside[1], 1e-9)))
     statistic = sum((count - expected) ** 2 / expected for count, expected in pairs)
     distance = sum(abs(count - expected) for count, expected in pairs) / (2 * draws)
-    return _verdict("exact law", statistic, len(pairs) - 1, draws, draws, distance, level)
+    return _verdict("exact distribution", statistic, len(pairs) - 1, draws, draws, distance, level)
 
 
 def _texts(engine: Generate, case: Case, draws: int, horizon: int, first: int) -> Counter[Text]:
@@ -65,9 +71,9 @@ def _verdict(
     if freedom < 1:
         return Verdict(check, None, "one text only: nothing to compare")
     p = chi_square_p(statistic, freedom)
-    found = detectable(freedom, weight, level)
+    distance_seen = detectable(freedom, weight, level)
     detail = f"p = {p:.2g} over {freedom + 1} cells, {draws} draws, total variation {distance:.3f}; " + (
-        f"a distance of {found:.3f} spread over the cells is found with probability 0.9"
+        f"a distance of {distance_seen:.3f} spread over the cells is seen with probability 0.9"
     )
     return Verdict(check, p >= level, detail)
 
@@ -81,8 +87,8 @@ def chi_square_p(statistic: float, freedom: int) -> float:
 def detectable(freedom: int, weight: float, level: float) -> float:
     """The total variation distance, spread in proportion to the cells, that a test at `level` finds 9 times of 10.
 
-    weight: draws for a test against a known law, half of them for one between two samples. The statistic then has
-    non-centrality weight * (2 TV)^2; its law is taken as normal, with mean f + n and variance 2 (f + 2n).
+    weight: draws for a test against a known distribution, half of them for one between two samples. The statistic then
+    has non-centrality weight * (2 TV)^2; it is taken as normal, with mean f + n and variance 2 (f + 2n).
     """
     low, high = 0.0, 10.0 * freedom + 1000
     for _ in range(60):
@@ -92,7 +98,3 @@ def detectable(freedom: int, weight: float, level: float) -> float:
     for _ in range(60):
         shift = max(0.0, critical - freedom + quantile * math.sqrt(2 * (freedom + 2 * shift)))
     return min(1.0, 0.5 * math.sqrt(shift / weight))
-
-
-def total_variation(one: Sequence[float], two: Sequence[float]) -> float:
-    return 0.5 * sum(abs(a - b) for a, b in zip(one, two, strict=True))
