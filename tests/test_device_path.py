@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import MTP, Sums, write_llama, write_mtp
 
+from mtp_engine.assemble import decode_loop
 from mtp_engine.attention.exact import MOST_ROWS, exact_attention
 from mtp_engine.attention.rows import AttentionFactory
 from mtp_engine.cache import HybridKV
@@ -72,7 +73,7 @@ class Model:
         cache.reserve(SLOTS, SCRATCH_TOKENS)
         drafter.reserve(SLOTS, SCRATCH_TOKENS)
         graphs = partial(GraphRunner, in_flight=2, scratch=SLOTS, device=DEVICE)
-        return DecodeLoop(
+        return decode_loop(
             self.decoder, cache, drafter, DeviceMatchVerifier(4, DEVICE), slots=SLOTS, max_context=400,
             eos_token_ids=[], prefill_chunk=80, device=DEVICE, attention=attention,
             kernels=True, runner=graphs if GPU else EagerRunner,
