@@ -273,7 +273,7 @@ class EngineConfig:
     query of a sliding-window layer sees, itself included; 0 is the family's reading of config.json (for MiMo-V2
     sliding_window + 1, as in SGLang and transformers; vLLM and lmdeploy count sliding_window keys).
     verifier: which drafts are kept; VERIFIERS.md compares the rules. allow_lossy lets one run that changes the output's
-    law. candidates: how MTP layers pick them: by their probabilities and the noise of the main model's own choice,
+    distribution. candidates: how MTP layers pick them: by their probabilities and the noise of the main model's own choice,
     drawn from their probabilities by fresh noise (rules that use q), or the most probable ones; auto suits the rule.
 
     On a GPU: dtype auto is bf16 (fp32 on a CPU). attention exact is our kernel, whose rows are the same bits in every

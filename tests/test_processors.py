@@ -32,7 +32,7 @@ from mtp_engine.runtime.limits import TreeLimits
 from mtp_engine.runtime.request import Request
 from mtp_engine.sampling.processors import Processors
 from mtp_engine.tree import DraftTree
-from mtp_engine.verifiers.laws import keep
+from mtp_engine.verifiers.distributions import keep
 
 LONG, EOS = 40, 3
 

@@ -68,7 +68,7 @@ class Toy:
             logits = self.drafter[one, two][:, first:, self.ids]
             tree = grow(tree, candidates.rank(logits, tree), self.ids, width, keep)
         done = finish(tree, shape.best, torch.ones_like(batch.tokens, dtype=torch.bool))
-        return replace(done, draft=candidates.law(done.nodes))
+        return replace(done, draft=candidates.distribution(done.nodes))
 
     def pairs(self, tokens: Tensor, parents: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """The last two tokens at every node."""
