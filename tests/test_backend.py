@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mtp_engine.attention.torch import TorchAttention
-from mtp_engine.backend import gpu_errors, make_backend
-from mtp_engine.config import EngineConfig
+from mtp_engine.backend import check_tree, gpu_errors, make_backend
+from mtp_engine.config import EngineConfig, TreeShape
 from mtp_engine.errors import EngineError
 from mtp_engine.runtime.cuda_graph import bound_bucket, bucket
 from mtp_engine.runtime.step import EagerRunner
@@ -27,6 +27,20 @@ def test_attention_torch_needs_no_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatc
     assert make_backend(EngineConfig(attention="torch"), CUDA, lambda *_: None).attention is TorchAttention
     with pytest.raises(EngineError, match=r"pip install triton.*--attention torch"):
         make_backend(EngineConfig(), CUDA, lambda *_: None)
+
+
+@pytest.mark.parametrize("shape", ["17", "2x20", "30x1"])
+def test_trees_wider_than_the_kernels_take_are_refused(shape: str) -> None:
+    wide = TreeShape.parse(shape)
+    with pytest.raises(
+        EngineError, match=rf"tree shape {shape} .* at most 16: use a narrower tree, or --attention torch"
+    ):
+        check_tree(wide, EngineConfig(), "cuda")
+    check_tree(wide, EngineConfig(), "cpu")
+    check_tree(wide, EngineConfig(attention="torch"), "cuda")
+    check_tree(wide, EngineConfig(candidates="best"), "cuda")
+    for narrow in ("16", "4x2x2", "tree:63", "chain:63"):
+        check_tree(TreeShape.parse(narrow), EngineConfig(), "cuda")
 
 
 def test_an_old_gpu_is_told_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
