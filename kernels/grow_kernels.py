@@ -8,7 +8,6 @@ from mtp_engine.kernels.arrival import (
     LOWEST,
     arrives_last,
     gumbel_of,
-    mix,
     noise_key,
     pack,
     rank_of,
@@ -158,7 +157,7 @@ def candidates_kernel(
     b = row // F
     index = split * SPLIT + tl.arange(0, SPLIT)
     real = index < n
-    mixed = mix(tl.load(ids + index, mask=real, other=0).to(tl.uint32))  # constant, so it need not wait
+    token = tl.load(ids + index, mask=real, other=0).to(tl.uint32)  # constant, so it need not wait
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -166,7 +165,8 @@ def candidates_kernel(
     x = tl.load(line + index, mask=real, other=-float("inf")).to(tl.float32)
     heat = tl.load(temperature + b)
     if heat > 0:
-        x = x / tl.maximum(heat, 1e-6) + gumbel_of(noise_key(tl.load(seed + b), tl.load(positions + b) + ahead), mixed)
+        low, high = noise_key(tl.load(seed + b), tl.load(positions + b) + ahead)
+        x = x / tl.maximum(heat, 1e-6) + gumbel_of(low, high, token)
     top = tl.max(x, 0)
     here = row * splits + split
     tl.store(sums + here * 2, top)

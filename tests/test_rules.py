@@ -236,6 +236,8 @@ def test_step_seeds_and_uniform_noise() -> None:
     }  # fmt: skip
     assert len(drawn) == 1200
     assert all(0 <= seed < 2**63 for seed in drawn)
+    long = torch.tensor([3, 3 + 2**32, 3 + 2**62])
+    assert len(step_seed(torch.zeros_like(long), long, 1).unique()) == 3
     u = uniform(torch.arange(3000), torch.arange(20).expand(3000, 20))
     assert stats.kstest(u.flatten().numpy(), "uniform").pvalue > 1e-3
     assert abs(float(torch.corrcoef(u.T).fill_diagonal_(0).abs().max())) < 0.1

@@ -19,7 +19,8 @@ from mtp_engine.kernels import arrival
 from mtp_engine.kernels import grow as growing
 from mtp_engine.kernels.grow import Finish, Nodes, Roots
 from mtp_engine.kernels.kv import move_kept, storage_rows
-from mtp_engine.sampling.sampler import gumbel
+from mtp_engine.sampling import sampler
+from mtp_engine.sampling.sampler import gumbel, noise_key
 from mtp_engine.tree import DraftTree, VerifyResult, ancestor_mask
 from mtp_engine.verifiers.match import longest_match
 
@@ -95,15 +96,37 @@ def check_choices(choices: Tensor, scores: Tensor) -> None:
 @triton.jit
 def _noise_kernel(seed, positions, out, count, BLOCK: tl.constexpr):
     b, token = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    key = arrival.noise_key(tl.load(seed + b), tl.load(positions + b))
-    noise = arrival.gumbel_of(key, arrival.mix(token.to(tl.uint32)))
+    first, second = arrival.noise_key(tl.load(seed + b), tl.load(positions + b))
+    noise = arrival.gumbel_of(first, second, token.to(tl.uint32))
     tl.store(out + b * count + token, noise, mask=token < count)
+
+
+@triton.jit
+def _bits_kernel(seed, positions, keys, bits, count, BLOCK: tl.constexpr):
+    b, token = tl.program_id(0), tl.arange(0, BLOCK)
+    first, second = arrival.noise_key(tl.load(seed + b), tl.load(positions + b))
+    tl.store(keys + 2 * b, first.to(tl.int64))
+    tl.store(keys + 2 * b + 1, second.to(tl.int64))
+    tl.store(bits + b * count + token, arrival.noise_bits(first, second, token.to(tl.uint32)).to(tl.int64))
+
+
+SEEDS = [2119480, 4298689857, 2**63 - 1, 2**62 + 2**31, 2**32, 0, 1, -1, 2**40 + 3, -(2**63)]
+POSITIONS = [2**32 - 1, 2**32 + 5, 2**63 - 1, 7, 2**31, 0, 1, 77, 2**33, 5]
+
+
+def test_noise_bits_are_the_samplers() -> None:
+    """Every bit of the key, and of what it gives each token."""
+    seed, positions = (torch.tensor(each, device=DEVICE) for each in (SEEDS, POSITIONS))
+    keys = torch.zeros(len(SEEDS), 2, dtype=torch.int64, device=DEVICE)
+    bits = torch.zeros(len(SEEDS), 256, dtype=torch.int64, device=DEVICE)
+    _bits_kernel[(len(SEEDS),)](seed, positions, keys, bits, 256, BLOCK=256)
+    assert torch.equal(keys, torch.cat(noise_key(seed, positions[:, None]), 1))
+    assert torch.equal(bits, sampler._bits(seed, positions[:, None], torch.arange(256, device=DEVICE))[:, 0])
 
 
 @pytest.mark.parametrize("count", [5000, pytest.param(1 << 20, marks=pytest.mark.cuda)])
 def test_noise_is_the_samplers(count: int) -> None:
-    seed = torch.tensor([0, 1, -1, 2**40 + 3, -(2**63)], device=DEVICE)
-    positions = torch.tensor([0, 1, 77, 2**33, 5], device=DEVICE)
+    seed, positions = (torch.tensor(each, device=DEVICE) for each in (SEEDS[-5:], POSITIONS[-5:]))
     out = torch.full((5, count), float("nan"), device=DEVICE)
     _noise_kernel[(5, -(-count // 1024))](seed, positions, out, count, BLOCK=1024)
     expected = gumbel(seed, positions[:, None], torch.arange(count, device=DEVICE))[:, 0]
