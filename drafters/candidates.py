@@ -1,4 +1,4 @@
-"""How a drafter picks the children of a node: what its probabilities are ranked by, and the law of what is drawn."""
+"""How a drafter picks the children of a node: what its probabilities are ranked by, and the distribution of what is drawn."""
 
 from typing import Literal, final
 
@@ -19,8 +19,8 @@ class Candidates:
 
     noise: by probability and the noise of the main model's own choice: what it would choose if its probabilities were
     the drafter's. best: by probability. drawn: by probability and noise used for nothing else, which draws from the
-    drafter's law without replacement (Gumbel top-k; Kool et al. 2019, "Stochastic beams and where to find them"); the
-    laws are collected in `law`.
+    drafter's distribution without replacement (Gumbel top-k; Kool et al. 2019, "Stochastic beams and where to find
+    them"); `distribution` gives those of the whole tree.
     """
 
     def __init__(self, ranking: Ranking, batch: Batch, ids: Tensor, vocab: int) -> None:
@@ -29,7 +29,7 @@ class Candidates:
             ranking, batch.sampling, batch.lengths, ids, vocab,
         )  # fmt: skip
         self._guide = batch.guide
-        self._laws: list[Tensor] = []
+        self._drawn_from: list[Tensor] = []
 
     def rank(self, logits: Tensor, tree: Growth) -> Tensor:
         """Scores that are log-probabilities given the noise. logits: [B, F, n] of the tree's frontier -> [B, F, n]."""
@@ -37,24 +37,26 @@ class Candidates:
             logits = self._guide.apply(tree.tokens, tree.parents, logits, self._ids)
         if self._sampling.greedy or self._ranking == "best":
             if self._ranking == "drawn":
-                self._laws.append(torch.zeros_like(logits))
+                self._drawn_from.append(torch.zeros_like(logits))
             return logits.log_softmax(-1)
         temperature = self._sampling.temperature.view(-1, 1, 1)
-        warm = logits / temperature.clamp(min=1e-6)
+        scaled = logits / temperature.clamp(min=1e-6)
         if self._ranking == "noise":
             noise = gumbel(self._sampling.seed, (self._lengths + tree.level + 1)[:, None], self._ids)
         else:
-            self._laws.append(warm.softmax(-1) * (temperature > 0))  # at temperature 0 candidates are given, not drawn
+            self._drawn_from.append(
+                scaled.softmax(-1) * (temperature > 0)
+            )  # at temperature 0 candidates are given, not drawn
             seed = step_seed(self._sampling.seed, self._lengths, _CANDIDATES)
             nodes = tree.tokens.shape[1] - tree.frontier + torch.arange(logits.shape[1], device=logits.device)
             noise = gumbel(seed, nodes.expand(logits.shape[:2]), self._ids)
-        return torch.where(temperature > 0, warm + noise, logits).log_softmax(-1)
+        return torch.where(temperature > 0, scaled + noise, logits).log_softmax(-1)
 
-    def law(self, nodes: int) -> Tensor | None:
+    def distribution(self, nodes: int) -> Tensor | None:
         """q at every node of a tree whose levels were all ranked, [B, nodes, V]; None unless candidates are drawn."""
-        if not self._laws:
+        if not self._drawn_from:
             return None
-        rows = torch.cat(self._laws, 1)
-        law = rows.new_zeros(rows.shape[0], nodes, self._vocab)
-        law[:, : rows.shape[1], self._ids] = rows
-        return law
+        rows = torch.cat(self._drawn_from, 1)
+        whole = rows.new_zeros(rows.shape[0], nodes, self._vocab)
+        whole[:, : rows.shape[1], self._ids] = rows
+        return whole

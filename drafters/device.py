@@ -52,7 +52,7 @@ class DeviceDraftOps:
         done = self._run(tree, batch, level, Finish(best, ready))
         assert done is not None
         deepest = min(tree.level + 1, done.tokens.shape[1] - 1)
-        return DraftTree(done.tokens, done.parents, done.depths, done.size, deepest)
+        return DraftTree(done.tokens, done.parents, done.depths, done.size, deepest, done.scores)
 
     def _run(self, tree: Growth, batch: Batch, level: Level, finish: Finish | None) -> Finished | None:
         assert self._nodes is not None

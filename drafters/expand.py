@@ -13,6 +13,8 @@ from mtp_engine.config import TreeShape
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
+MOST_CHILDREN = 16  # of a node, where kernels pick them (kernels/grow.py)
+
 
 @final
 @dataclass(frozen=True)
@@ -101,10 +103,18 @@ class DraftOps(Protocol):
 
 
 def level_sizes(shape: TreeShape, depth: int, beam: int) -> list[tuple[int, int]]:
-    """For each level: candidates per frontier node, and how many of all candidates become nodes."""
+    """For each level: candidates per frontier node, and how many of all candidates become nodes.
+
+    A level of tree:N keeps `beam` nodes. Where all levels together would then have fewer than N, the first one keeps as
+    many as a node may have children and the others share the rest; only a tree of one level can still fall short.
+    """
     if shape.best:
         width = min(shape.best, beam)
-        return [(width, width)] * depth
+        if shape.best <= depth * beam:
+            return [(width, width)] * depth
+        first = min(MOST_CHILDREN, shape.best)
+        keep = max(width, -(-(shape.best - first) // max(depth - 1, 1)))
+        return [(first, first)] + [(min(MOST_CHILDREN, keep), keep)] * (depth - 1)
     sizes, nodes = [], 1
     for width in shape.widths:
         nodes *= width

@@ -66,13 +66,14 @@ class MTPDrafter:
         ring_rows: int = 1,
     ) -> None:
         """shape: at most as deep as the module has levels. tokens: capacity of MTP layers with full attention.
-        beam: how many nodes of a level are given children when the shape is tree:N. ring_page: see HybridKV.
-        ring_rows: a ring takes at least this many rows at a time."""
+        beam: how many nodes of a level are given children when the shape is tree:N, or more (see level_sizes).
+        ring_page: see HybridKV. ring_rows: a ring takes at least this many rows at a time."""
         self.module, self.shape, self.attention = module, shape, attention
         self.ops = ops or TorchDraftOps()
         self.depth = min(module.config.depth, shape.best) if shape.best else len(shape.widths)
         self._levels = level_sizes(shape, self.depth, beam)
-        self.max_nodes = shape.max_nodes
+        drafted = sum(keep for _, keep in self._levels)
+        self.max_nodes = 1 + (min(shape.best, drafted) if shape.best else drafted)
         layer, embedding = module.config.layer.attention, module.embedding
         rows = self.depth + 1
         self.scratch_rows = rows + sum(keep for _, keep in self._levels[:-1])  # rows a step may append to the cache

@@ -31,7 +31,7 @@ class TorchDraftOps:
     def finish(self, tree: Growth, batch: Batch, level: Level, best: int, ready: Tensor) -> DraftTree:
         finished = finish(self.grow(tree, batch, level), best, ready > 0)
         assert self._candidates is not None
-        return replace(finished, draft=self._candidates.law(finished.nodes))
+        return replace(finished, draft=self._candidates.distribution(finished.nodes))
 
     def rows(self, tree: Growth, new: int, counts: Tensor, start: Tensor, first: Tensor, shift: int) -> LevelRows:
         index = torch.arange(new, device=counts.device).expand(len(counts), -1)

@@ -15,7 +15,6 @@ from mtp_engine.kernels.arrival import (
     arrives_last,
     check_contiguous,
     gumbel_of,
-    mix,
     noise_key,
     pack,
     rank_of,
@@ -79,7 +78,7 @@ def _choose_kernel(
         position = tl.load(positions + b) + tl.load(depths + b * N + n)
     else:
         position = tl.load(positions + b * N + n)
-    key = noise_key(tl.load(seed + b), position + ahead)
+    first, second = noise_key(tl.load(seed + b), position + ahead)
     row = logits + b.to(tl.int64) * stride_b + n.to(tl.int64) * stride_n
     lane = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], -float("inf"), tl.float32)
@@ -88,7 +87,7 @@ def _choose_kernel(
         token = split * SPAN + start + lane
         x = tl.load(row + token, mask=token < vocab, other=-float("inf")).to(tl.float32)
         if heat > 0:
-            x = tl.fma(gumbel_of(key, mix(token.to(tl.uint32))), heat, x)
+            x = tl.fma(gumbel_of(first, second, token.to(tl.uint32)), heat, x)
         at = tl.where(x > best, token, at)
         best = tl.maximum(x, best)
     rank = rank_of(best)

@@ -34,15 +34,35 @@ def mix(x):
 
 
 @triton.jit
-def noise_key(seed, position):
-    key = mix(seed.to(tl.uint32) ^ 0x9E3779B9) ^ mix((seed >> 32).to(tl.uint32) ^ 0x85EBCA6B)
-    return mix(mix(key) ^ position.to(tl.uint32))
+def feistel(left, right, first: tl.constexpr, second: tl.constexpr, third: tl.constexpr, fourth: tl.constexpr):
+    """sampler._feistel on uint32."""
+    left = left ^ mix(right ^ first)
+    right = right ^ mix(left ^ second)
+    left = left ^ mix(right ^ third)
+    return left, right ^ mix(left ^ fourth)
 
 
 @triton.jit
-def gumbel_of(key, mixed):
-    """mixed: `mix` of the tokens."""
-    v = tl.minimum((mix(mixed ^ key).to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355225)
+def noise_key(seed, position):
+    """sampler.noise_key: two uint32. seed, position: int64."""
+    left, right = feistel(
+        seed.to(tl.uint32), (seed >> 32).to(tl.uint32), 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F
+    )  # fmt: skip
+    left, right = left ^ position.to(tl.uint32), right ^ (position >> 32).to(tl.uint32)
+    return feistel(left, right, 0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+
+
+@triton.jit
+def noise_bits(first, second, token):
+    """sampler._bits of a key for uint32 tokens."""
+    return mix(mix(token ^ first) ^ second)
+
+
+@triton.jit
+def gumbel_of(first, second, token):
+    """sampler.gumbel, from the two halves of `noise_key`; token: uint32."""
+    bits = noise_bits(first, second, token)
+    v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355225)
     w = 1.0 - v
     # -log1p(-v) is -log(w) and what rounding took from w, which is all there is where v is tiny
     return -tl.log((v - (1.0 - w)) - tl.log(w))

@@ -1,6 +1,6 @@
 """Growing a tree: the best candidates of a level and the nodes they become, in one launch (see kernels/arrival.py).
 
-Twins: drafters.portable.TorchDraftOps.grow, and grow and prune of drafters.expand.
+Twins: drafters.portable.TorchDraftOps.grow and finish, which are grow and finish of drafters.expand.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from mtp_engine.kernels.arrival import check_contiguous
-from mtp_engine.kernels.grow_kernels import candidates_kernel, grow_kernel, prune_kernel
+from mtp_engine.kernels.grow_kernels import candidates_kernel
 from mtp_engine.kernels.launch import pdl
 
 _LONG = 65536  # draft vocabularies above this are split more coarsely
@@ -61,6 +61,7 @@ class Finished:
     tokens: Tensor  # [B, N] int64
     parents: Tensor  # [B, N] int64
     depths: Tensor  # [B, N] int64
+    scores: Tensor  # [B, N] fp32, log of the joint draft probability
     size: Tensor  # [B] int64
 
 
@@ -85,34 +86,8 @@ def candidates(
     logp = torch.empty(*logits.shape[:2], width, dtype=torch.float32, device=logits.device)
     chosen = torch.empty(logp.shape, dtype=torch.int64, device=logits.device)
     grow = {"cap": 0, "first": 0, "KEEP": 0, "GP": 1, "PRUNE": 0, "QP": 1}
-    _launch_candidates(logits, positions, ids, seed, temperature, arrivals, ahead, logp, chosen, (None,) * 11, grow)
+    _launch_candidates(logits, positions, ids, seed, temperature, arrivals, ahead, logp, chosen, (None,) * 12, grow)
     return logp, chosen
-
-
-def grow_level(
-    nodes: Nodes, first: int, logp: Tensor, chosen: Tensor, keep: int, *, roots: Roots | None = None
-) -> None:
-    """Write the frontier's `keep` best candidates by joint score to nodes first + F, ..., in index order; one launch.
-
-    logp, chosen: [B, F, width] from `candidates`, F * width <= 1024; the frontier is nodes first..first+F-1. With
-    `roots`, at first = 0, node 0 is written too.
-    """
-    check_contiguous(logp, chosen, nodes.tokens)
-    batch, frontier, width = logp.shape
-    grow_kernel[(batch,)](
-        logp, chosen, *_arrays(nodes), *_roots(roots), nodes.tokens.shape[1], first, F=frontier, WIDTH=width,
-        **_grow_sizes(nodes, first, frontier, width, keep), PDL=pdl(), launch_pdl=pdl(), num_warps=4,
-    )  # fmt: skip
-
-
-def prune(nodes: Nodes, count: int, finish: Finish) -> Finished:
-    """The root and the best of the nodes 1..count <= 256, see expand.prune; a stable order on ties; one launch."""
-    finished = _finished(nodes, count, finish)
-    prune_kernel[(len(nodes.tokens),)](
-        *_arrays(nodes), finished.tokens, finished.parents, finished.depths, nodes.tokens.shape[1], count, finish.ready,
-        finished.size, **_prune_sizes(count, finish), PDL=pdl(), launch_pdl=pdl(), num_warps=4,
-    )  # fmt: skip
-    return finished
 
 
 def draft_level(
@@ -131,18 +106,24 @@ def draft_level(
     roots: Roots | None = None,
     finish: Finish | None = None,
 ) -> Finished | None:
-    """`candidates`, `grow_level` and, where `finish` is given, `prune`, in one launch."""
+    """Add a level to `nodes`, and finish the tree where `finish` is given; one launch.
+
+    The inputs up to `width` are those of `candidates`, for the frontier: nodes first..first+F-1. Of its F * width <= 1024
+    candidates the `keep` best by joint score become nodes first + F, ..., in index order, as in expand.grow. With
+    `roots`, at first = 0, node 0 is written too. With `finish` the tree to verify comes back, as from expand.finish; no
+    more than 256 drafted nodes can be pruned. Among equal scores the lower index comes first.
+    """
     batch, frontier, _ = logits.shape
     logp = torch.empty(batch, frontier, width, dtype=torch.float32, device=logits.device)
     chosen = torch.empty(logp.shape, dtype=torch.int64, device=logits.device)
     grow = {"cap": nodes.tokens.shape[1], "first": first, **_grow_sizes(nodes, first, frontier, width, keep)}
     count, out = first + frontier + grow["KEEP"] - 1, None
-    ends: tuple[Tensor | None, ...] = (None,) * 5
+    ends: tuple[Tensor | None, ...] = (None,) * 6
     grow |= {"PRUNE": 0, "QP": 1}
     if finish is not None:
         grow |= _prune_sizes(count, finish)
         out = _finished(nodes, count, finish)
-        ends = (out.tokens, out.parents, out.depths, finish.ready, out.size)
+        ends = (out.tokens, out.parents, out.depths, out.scores, finish.ready, out.size)
     rest = (*_arrays(nodes), *_roots(roots), *ends)
     _launch_candidates(logits, positions, ids, seed, temperature, arrivals, ahead, logp, chosen, rest, grow)
     return out
@@ -194,11 +175,11 @@ def _prune_sizes(count: int, finish: Finish) -> dict[str, int]:
 def _finished(nodes: Nodes, count: int, finish: Finish) -> Finished:
     size = torch.empty_like(finish.ready)
     if finish.best == 0:
-        tokens, parents, depths = (value[:, : count + 1] for value in (nodes.tokens, nodes.parents, nodes.depths))
-        return Finished(tokens, parents, depths, size)
+        tokens, parents, depths, scores = (value[:, : count + 1] for value in _arrays(nodes))
+        return Finished(tokens, parents, depths, scores, size)
     shape = (len(size), min(finish.best, count) + 1)
     tokens, parents, depths = (nodes.tokens.new_empty(shape) for _ in range(3))
-    return Finished(tokens, parents, depths, size)
+    return Finished(tokens, parents, depths, nodes.scores.new_empty(shape), size)
 
 
 def _arrays(nodes: Nodes) -> tuple[Tensor, Tensor, Tensor, Tensor]:

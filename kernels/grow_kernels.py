@@ -8,7 +8,6 @@ from mtp_engine.kernels.arrival import (
     LOWEST,
     arrives_last,
     gumbel_of,
-    mix,
     noise_key,
     pack,
     rank_of,
@@ -106,7 +105,7 @@ def _grow(
 
 @triton.jit
 def _prune(
-    b, tokens, parents, depths, scores, out_tokens, out_parents, out_depths, cap, count,
+    b, tokens, parents, depths, scores, out_tokens, out_parents, out_depths, out_scores, cap, count,
     KEEP: tl.constexpr, QP: tl.constexpr,
 ):  # fmt: skip
     """drafters.expand.prune for request b, whose nodes are 0..count."""
@@ -122,20 +121,24 @@ def _prune(
     tl.store(out_tokens + there + number, token, mask=kept)
     tl.store(out_parents + there + number, parent, mask=kept)
     tl.store(out_depths + there + number, depth, mask=kept)
+    tl.store(out_scores + there + number, mine, mask=kept)
     tl.store(out_tokens + there, tl.load(tokens + here - 1, cache_modifier=".cg"))
     tl.store(out_parents + there, -1)
     tl.store(out_depths + there, 0)
+    tl.store(out_scores + there, tl.load(scores + here - 1, cache_modifier=".cg"))
 
 
 @triton.jit
 def _finish(
-    b, tokens, parents, depths, scores, out_tokens, out_parents, out_depths, cap, count, ready, size,
+    b, tokens, parents, depths, scores, out_tokens, out_parents, out_depths, out_scores, cap, count, ready, size,
     PRUNE: tl.constexpr, QP: tl.constexpr,
 ):  # fmt: skip
     """What follows the last level: the nodes 0..count are pruned to PRUNE drafted ones if it is not 0, size is set."""
     if PRUNE > 0:
         tl.debug_barrier()  # other threads of this program stored what is read now
-        _prune(b, tokens, parents, depths, scores, out_tokens, out_parents, out_depths, cap, count, PRUNE, QP)
+        _prune(
+            b, tokens, parents, depths, scores, out_tokens, out_parents, out_depths, out_scores, cap, count, PRUNE, QP
+        )  # fmt: skip
         count = PRUNE
     if size is not None:
         tl.store(size + b, tl.where(tl.load(ready + b) > 0, count + 1, 1))
@@ -144,7 +147,7 @@ def _finish(
 @triton.jit
 def candidates_kernel(
     logits, positions, ids, seed, temperature, arrivals, partial, sums, logp, chosen,
-    tokens, parents, depths, scores, roots, slots, out_tokens, out_parents, out_depths, ready, size,
+    tokens, parents, depths, scores, roots, slots, out_tokens, out_parents, out_depths, out_scores, ready, size,
     n, ahead, stride_b, stride_f, splits, cap, first,
     F: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr, SPLIT: tl.constexpr, SP: tl.constexpr, CP: tl.constexpr,
     KEEP: tl.constexpr, GP: tl.constexpr, PRUNE: tl.constexpr, QP: tl.constexpr, PDL: tl.constexpr,
@@ -154,7 +157,7 @@ def candidates_kernel(
     b = row // F
     index = split * SPLIT + tl.arange(0, SPLIT)
     real = index < n
-    mixed = mix(tl.load(ids + index, mask=real, other=0).to(tl.uint32))  # constant, so it need not wait
+    token = tl.load(ids + index, mask=real, other=0).to(tl.uint32)  # constant, so it need not wait
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -162,7 +165,8 @@ def candidates_kernel(
     x = tl.load(line + index, mask=real, other=-float("inf")).to(tl.float32)
     heat = tl.load(temperature + b)
     if heat > 0:
-        x = x / tl.maximum(heat, 1e-6) + gumbel_of(noise_key(tl.load(seed + b), tl.load(positions + b) + ahead), mixed)
+        low, high = noise_key(tl.load(seed + b), tl.load(positions + b) + ahead)
+        x = x / tl.maximum(heat, 1e-6) + gumbel_of(low, high, token)
     top = tl.max(x, 0)
     here = row * splits + split
     tl.store(sums + here * 2, top)
@@ -184,35 +188,6 @@ def candidates_kernel(
                     b, logp, chosen, tokens, parents, depths, scores, roots, slot, cap, first, F, WIDTH, KEEP, GP
                 )  # fmt: skip
                 _finish(
-                    b, tokens, parents, depths, scores, out_tokens, out_parents, out_depths, cap, first + F + KEEP - 1,
-                    ready, size, PRUNE, QP,
+                    b, tokens, parents, depths, scores, out_tokens, out_parents, out_depths, out_scores, cap,
+                    first + F + KEEP - 1, ready, size, PRUNE, QP,
                 )  # fmt: skip
-
-
-@triton.jit
-def grow_kernel(
-    logp, chosen, tokens, parents, depths, scores, roots, slots, cap, first,
-    F: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr, GP: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    b = tl.program_id(0)
-    slot = 0
-    if slots is not None:
-        slot = tl.load(slots + b)
-    _grow(b, logp, chosen, tokens, parents, depths, scores, roots, slot, cap, first, F, WIDTH, KEEP, GP)
-
-
-@triton.jit
-def prune_kernel(
-    tokens, parents, depths, scores, out_tokens, out_parents, out_depths, cap, count, ready, size,
-    PRUNE: tl.constexpr, QP: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    b = tl.program_id(0)
-    _finish(
-        b, tokens, parents, depths, scores, out_tokens, out_parents, out_depths, cap, count, ready, size, PRUNE, QP
-    )  # fmt: skip

@@ -80,8 +80,8 @@ def decode_loop(
     grammars: Callable[[Structure], Constraint] | None = None, clock: Callable[[], float] = time.monotonic,
 ) -> DecodeLoop:  # fmt: skip
     """A loop of given parts. text, spell, grammars: see Intake. clock: seconds, for timeouts."""
-    work = ModelStep(
-        model, cache, drafter, verifier, Processors(slots=slots, eos_token_ids=eos_token_ids, device=device),
+    work = ModelStep(  # the last slot is scratch, with which runners pad batches
+        model, cache, drafter, verifier, Processors(slots=slots + 1, eos_token_ids=eos_token_ids, device=device),
         SlotState(slots + 1, device, kernels=kernels), attention, device,
     )  # fmt: skip
     runs = runner(work)

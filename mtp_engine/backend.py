@@ -10,9 +10,9 @@ import torch
 
 from mtp_engine.attention.rows import AttentionFactory
 from mtp_engine.attention.torch import TorchAttention
-from mtp_engine.config import EngineConfig
+from mtp_engine.config import EngineConfig, TreeShape
 from mtp_engine.drafters import Ranking, TorchDraftOps
-from mtp_engine.drafters.expand import DraftOps
+from mtp_engine.drafters.expand import MOST_CHILDREN, DraftOps
 from mtp_engine.errors import EngineError
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
@@ -121,6 +121,20 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
         chunk_rows=_EXACT_ROWS,
         kernels=True,
     )
+
+
+def check_tree(shape: TreeShape, config: EngineConfig, device: str) -> None:
+    """Raises EngineError for a tree that the drafting kernels cannot grow. device: its type, such as "cuda".
+
+    The kernels pick candidates ranked by noise; others are picked by torch operations, which take any tree.
+    """
+    kernels = device == "cuda" and config.attention != "torch" and config.ranking == "noise"
+    widest = max(shape.widths, default=0)  # tree:N is made to fit, see level_sizes
+    if kernels and widest > MOST_CHILDREN:
+        raise EngineError(
+            f"tree shape {shape} gives a node {widest} children, and the GPU's kernels take at most {MOST_CHILDREN}: use a "
+            "narrower tree, or --attention torch"
+        )
 
 
 @contextmanager

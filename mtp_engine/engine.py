@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, final
 import torch
 
 from mtp_engine.assemble import make_drafter, make_loop
-from mtp_engine.backend import Backend, gpu_errors, make_backend
+from mtp_engine.backend import Backend, check_tree, gpu_errors, make_backend
 from mtp_engine.config import DEFAULT_MODEL, SAMPLE_STEPS, EngineConfig, ModelConfig, SamplingParams, TreeShape
 from mtp_engine.drafters import RootDrafter
 from mtp_engine.errors import EngineError
@@ -344,4 +344,5 @@ def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:
         mtp = loader.read_mtp_config(files.mtp_folder, config.window_keys)
         if len(shape.widths) > mtp.depth and not mtp.reused:
             raise EngineError(f"tree shape {shape} is deeper than the model's {mtp.depth} MTP layers")
+        check_tree(shape, config, device)
     return replace(config, tree=shape, max_context=config.max_context or model.max_context)

@@ -42,8 +42,8 @@ class DraftTree:
     size: Tensor  # [B] int64, nodes in use
     max_depth: int  # no node lies deeper; known on the host
     scores: Tensor | None = None  # [B, N] fp32, log of the joint draft probability; rises towards the root
-    draft: Tensor | None = None  # [B, N, V] fp32, q: the law each node's children were drawn from without replacement,
-    # zero where they were not drawn but given; None = zero everywhere
+    draft: Tensor | None = None  # [B, N, V] fp32, q: the distribution each node's children were drawn from without
+    # replacement, in index order; zero where they were not drawn but given; None = zero everywhere
 
     def __post_init__(self) -> None:
         assert self.tokens.shape == self.parents.shape == self.depths.shape, "tokens, parents and depths must agree"

@@ -189,7 +189,7 @@ def rope_by_node_index(patch: pytest.MonkeyPatch) -> None:
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 BUGS: dict[Plant, set[str]] = {
-    penalty_once_per_window: {"honesty of frequency_penalty", "honesty of presence_penalty"},  # prompts hold all tokens
+    penalty_once_per_window: {f"honesty of {name}_penalty" for name in ("frequency", "presence", "repetition")},
     top_p_at_the_root_only: {f"honesty of {name}" for name in ("top_p", "top_k", "min_p")},
     noise_used_again_at_other_positions: {"equality"},
     bonus_from_the_wrong_row: {"equality"},

@@ -215,7 +215,9 @@ def make_drafter(name: str, models: Models, texts: Mapping[int, Sequence[int]]) 
     return MTPDrafter(module, shape, slots=SLOTS, tokens=SLOTS * (CONTEXT + 64), page_size=8)
 
 
-DRAFTERS = ["chain:3", "4x2x2", "tree:16", "deep tree:16", "ngram", "right", "wrong", "random"]
+DRAFTERS = [
+    "chain:3", "4x2x2", "tree:16", "tree:31", "tree:63", "deep tree:16", "deep tree:63", "ngram", "right", "wrong", "random",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("sampling", ["greedy", "mixed"])
@@ -459,17 +461,19 @@ def test_the_drafters_cache_may_be_the_smaller_one(models: Models, plain: Plain)
 # ---- statistics ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "nodes"), [("chain:3", 4), ("4x2x2", 29), ("tree:16", 17)])
+@pytest.mark.parametrize(
+    ("name", "nodes"), [("chain:3", 4), ("4x2x2", 29), ("tree:16", 17), ("tree:31", 32), ("tree:63", 64)]
+)
 def test_statistics_of_full_trees(models: Models, name: str, nodes: int) -> None:
     """All but the first step of a one-token prompt, which has no hidden state to draft from, send a full tree. A tree
-    of fixed width reaches every depth; the best 16 nodes may not."""
+    of fixed width reaches every depth; the best nodes may not."""
     loop = make_loop(models.main, make_drafter(name, models, {}))
     for request in decode(loop, prompts(), params_for("sampled", max_tokens=30)):
         drafted = request.stats.steps - int(len(request.prompt) == 1)
         assert request.stats.nodes == nodes * drafted + request.stats.steps - drafted
         proposed = request.stats.proposed_per_depth
         assert proposed[0] == drafted
-        assert proposed == ([drafted] * 3 if name != "tree:16" else sorted(proposed, reverse=True))
+        assert proposed == (sorted(proposed, reverse=True) if name.startswith("tree") else [drafted] * 3)
 
 
 def test_statistics_of_the_right_drafter(models: Models, plain: Plain) -> None:

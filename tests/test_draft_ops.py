@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from test_tree import draft_trees, random_tree
 from torch import Tensor
 
+from mtp_engine.config import SamplingParams, TreeShape
 from mtp_engine.drafters.device import DeviceDraftOps
-from mtp_engine.drafters.expand import DraftOps, Growth
+from mtp_engine.drafters.expand import DraftOps, Growth, Level, level_sizes
 from mtp_engine.drafters.portable import TorchDraftOps
+from mtp_engine.runtime.limits import TreeLimits
 from mtp_engine.runtime.slots import SlotState
 from mtp_engine.sampling.batch import Batch, SamplingBatch
 from mtp_engine.tree import DraftTree, VerifyResult
@@ -115,6 +117,42 @@ def test_what_a_step_leaves(tree: DraftTree, seed: int) -> None:
     assert torch.equal(*tables)
     assert torch.equal(*(state.lengths for state in states))
     assert torch.equal(*(state.tokens for state in states))
+
+
+def grown(ops: DraftOps, batch: Batch, shape: TreeShape, logits: Tensor) -> DraftTree:
+    """A tree of three levels, or as many as the shape has. logits: [B, levels, F, n]; a node reads its level's row."""
+    levels, ids = level_sizes(shape, len(shape.widths) or 3, 4), torch.arange(logits.shape[3], device=DEVICE) * 3
+    tree = ops.start(batch, levels, ids, 3 * len(ids))
+    for number, (width, keep) in enumerate(levels):
+        level = Level(logits[:, number, : tree.frontier], ids, number + 1, width, keep)
+        if number < len(levels) - 1:
+            tree = ops.grow(tree, batch, level)
+    ready = (torch.arange(len(batch.slots), device=DEVICE) != 1).long()
+    return ops.finish(tree, batch, level, shape.best, ready)
+
+
+@settings(max_examples=8, deadline=None)
+@given(text=st.sampled_from(["3x2x1", "chain:2", "tree:3", "tree:9", "4"]), seed=st.integers(0, 99))
+def test_whole_trees(text: str, seed: int) -> None:
+    """Node for node the same, scores too; so that a request's own limits leave the same of both."""
+    params = [SamplingParams(temperature=0.9), SamplingParams(), SamplingParams(temperature=0.4), SamplingParams()]
+    sampling = SamplingBatch.build(params, [seed, 2**40 + seed, seed + 1, 2], DEVICE)
+    slots = torch.arange(4, device=DEVICE)
+    batch = Batch(slots, integers(seed, 0, 9, 4), integers(seed, 3, 90, 4), 99, sampling)
+    logits = floats(seed, 4, 3, 16, 30)
+    limits = TreeLimits.build(
+        [SamplingParams(tree=TreeShape.parse(limit)) for limit in ("tree:4", "tree:2", "2x1", "tree:6")], DEVICE
+    )
+    assert limits is not None
+    torch_tree, tree = (grown(ops, batch, TreeShape.parse(text), logits) for ops in OPS)
+    for one, two in ((torch_tree, tree), (limits.apply(torch_tree), limits.apply(tree))):
+        assert one.max_depth == two.max_depth
+        assert one.size.tolist() == two.size.tolist()
+        assert one.scores is not None
+        assert two.scores is not None
+        for name in ("tokens", "parents", "depths"):
+            assert torch.equal(*(getattr(each, name)[one.real] for each in (one, two))), name
+        torch.testing.assert_close(two.scores[one.real], one.scores[one.real], rtol=2e-6, atol=2e-5)
 
 
 @pytest.mark.cuda

@@ -158,7 +158,7 @@ def test_drafters_and_verifiers_do_not_know_each_other(folder: str) -> None:
                 "drafters.expand",
                 "drafters.candidates",
                 "drafters.portable",
-                "verifiers.laws",
+                "verifiers.distributions",
             }
             assert not [name for name in others if within(name, "drafters verifiers engine runtime")], module
 

@@ -136,6 +136,20 @@ def test_truncated_prefill_is_exact(models: "Models") -> None:
             check_scores(tree, 0, prompt, hidden, DenseMTP.load(folder, mtp_folder), drafter.shape)
 
 
+@pytest.mark.parametrize(
+    ("depth", "text", "nodes"), [(3, "tree:31", 32), (3, "tree:63", 64), (1, "tree:9", 10), (1, "tree:63", 17)]
+)
+def test_a_tree_is_as_large_as_it_says(models: "Models", tmp_path: Path, depth: int, text: str, nodes: int) -> None:
+    main, _, _ = models["mimo"]
+    module = loader.load_mtp(write_mtp(tmp_path / "mtp", depth=depth), main, 0, lambda *_: None)
+    drafter = MTPDrafter(module, TreeShape.parse(text), slots=1, tokens=600, page_size=8)
+    drafter.reserve(0, 50)
+    prompt = [5, 9, 14, 3, 44]
+    show_prompt(drafter, 0, prompt, dense_hidden(main, prompt[:-1]))
+    tree = drafter.draft(batch_of([new_request(0, prompt)]))
+    assert tree.nodes == int(tree.size[0]) == drafter.max_nodes == nodes
+
+
 def test_best_n_tree_holds_the_best_nodes(models: "Models") -> None:
     """tree:N against brute force over all paths of a small vocabulary."""
     main, folder, mtp_folder = models["mimo"]

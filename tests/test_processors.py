@@ -30,9 +30,11 @@ from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Drafter
 from mtp_engine.runtime.limits import TreeLimits
 from mtp_engine.runtime.request import Request
+from mtp_engine.sampling.batch import Batch
 from mtp_engine.sampling.processors import Processors
-from mtp_engine.tree import DraftTree
-from mtp_engine.verifiers.laws import keep
+from mtp_engine.tree import DraftTree, VerifyResult
+from mtp_engine.verifiers import MatchVerifier
+from mtp_engine.verifiers.distributions import keep
 
 LONG, EOS = 40, 3
 
@@ -287,6 +289,10 @@ def test_limits_keep_a_subtree(tree: DraftTree, seed: int, data: st.DataObject) 
     ]
     limits = TreeLimits.build(params, CPU)
     left = limits.apply(tree) if limits else tree
+    if limits:
+        assert left.nodes == left.tokens.shape[1] == min(tree.nodes, limits.most)
+        assert int(torch.where(left.real, left.depths, 0).max()) <= left.max_depth <= tree.max_depth
+        assert limits.most == max(1 if s == "none" else 64 if s == "" else TreeShape.parse(s).max_nodes for s in shapes)
     for b, (wanted, p) in enumerate(zip(shapes, params, strict=True)):
         before, after = ({tuple(tokens_on(t, b, i)) for i in range(int(t.size[b]))} for t in (tree, left))
         assert after <= before
@@ -301,6 +307,33 @@ def test_limits_keep_a_subtree(tree: DraftTree, seed: int, data: st.DataObject) 
                 assert after == {path for path in before if fits(tree, b, path, p.tree.widths)}
             else:
                 assert len(after) == min(len(before), p.tree.max_nodes)
+
+
+@dataclass
+class Recording:
+    """MatchVerifier, and the largest trees it was given: their nodes and depths."""
+
+    seen: set[tuple[int, int]]
+
+    def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
+        assert logits.shape[1] == tree.nodes
+        self.seen.add((tree.nodes, tree.max_depth))
+        return MatchVerifier().verify(tree, logits, batch)
+
+
+@pytest.mark.parametrize(
+    ("given", "nodes", "depth"),
+    [({"speculate": False}, 1, 0), ({"tree": "tree:2"}, 3, 2), ({"tree": "2x1"}, 5, 3), ({}, 29, 3)],
+)
+def test_a_batch_of_small_trees_verifies_no_padding(models: Models, given: Any, nodes: int, depth: int) -> None:
+    """The main model sees as many nodes per request as some request may have."""
+    asked = {**given, "tree": TreeShape.parse(given["tree"])} if "tree" in given else given
+    params = [SamplingParams(max_tokens=9, temperature=1.0, seed=70 + i, **asked) for i in range(SLOTS)]
+    loop = make_loop(models.main, drafter("4x2x2", models, {}), eos_token_ids=[EOS])
+    loop.verifier = recording = Recording(set())
+    outputs = [request.output for request in decode(loop, prompts(), params)]
+    assert recording.seen == {(nodes, depth)}
+    assert outputs == [request.output for request in run(models, RootDrafter(), params)]
 
 
 def tokens_on(tree: DraftTree, b: int, node: int) -> list[int]:

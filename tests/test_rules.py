@@ -13,6 +13,7 @@ from mtp_engine.drafters.candidates import Candidates, Ranking
 from mtp_engine.drafters.expand import Growth, finish, grow, level_sizes
 from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Verifier
+from mtp_engine.runtime.limits import TreeLimits
 from mtp_engine.sampling.batch import SamplingBatch
 from mtp_engine.sampling.sampler import step_seed, uniform
 from mtp_engine.tree import DraftTree
@@ -26,6 +27,7 @@ from mtp_engine.verifiers import (
 )
 
 VOCAB, HORIZON = 4, 5
+CPU = torch.device("cpu")
 RULES: dict[str, Callable[[], Verifier]] = {
     "match": MatchVerifier, "rejection": RejectionVerifier, "block": BlockVerifier, "rrs": RRSVerifier,
     "traversal": TraversalVerifier, "typical": TypicalVerifier,
@@ -68,7 +70,7 @@ class Toy:
             logits = self.drafter[one, two][:, first:, self.ids]
             tree = grow(tree, candidates.rank(logits, tree), self.ids, width, keep)
         done = finish(tree, shape.best, torch.ones_like(batch.tokens, dtype=torch.bool))
-        return replace(done, draft=candidates.law(done.nodes))
+        return replace(done, draft=candidates.distribution(done.nodes))
 
     def pairs(self, tokens: Tensor, parents: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """The last two tokens at every node."""
@@ -76,26 +78,37 @@ class Toy:
         return torch.where(parents < 0, before[:, None], up), tokens
 
     def run(
-        self, rule: Verifier, shape: TreeShape, ranking: Ranking, params: SamplingParams, seeds: Tensor
+        self,
+        rule: Verifier,
+        shape: TreeShape,
+        ranking: Ranking,
+        params: SamplingParams,
+        seeds: Tensor,
+        horizon: int = HORIZON,
     ) -> tuple[Tensor, float]:
-        """HORIZON tokens for every seed after the text (0, 1), [B, HORIZON], and the mean accepted length."""
-        sampling = SamplingBatch.build([params], [0], torch.device("cpu"))
+        """`horizon` tokens for every seed after the text (0, 1), [B, horizon], and the mean accepted length.
+
+        shape: the engine's tree; params.tree may ask for less of it.
+        """
+        sampling = SamplingBatch.build([params], [0], CPU)
         seeds = step_seed(seeds, torch.zeros_like(seeds), 5)
-        text = torch.zeros(len(seeds), 2 + HORIZON + 4, dtype=torch.int64)
+        text = torch.zeros(len(seeds), 2 + horizon + 4, dtype=torch.int64)
         text[:, 1] = 1
         length = torch.full_like(seeds, 1)  # position of the last token
         steps = emitted = 0
-        while len(going := (length < 1 + HORIZON).nonzero()[:, 0]):
+        while len(going := (length < 1 + horizon).nonzero()[:, 0]):
             at, rows = length[going, None], text[going]
             tokens, before = rows.gather(1, at)[:, 0], rows.gather(1, at - 1)[:, 0]
             batch = Batch(length[going], tokens, replace(sampling, seed=seeds[going]))
             tree = self.draft(batch, before, shape, ranking)
+            limits = TreeLimits.build([params] * len(going), CPU)
+            tree = limits.apply(tree) if limits else tree
             one, two = self.pairs(tree.tokens, tree.parents, before)
             result = rule.verify(tree, self.main[one, two], batch)  # type: ignore[arg-type]
             text[going] = rows.scatter(1, at + 1 + torch.arange(tree.max_depth + 1), result.tokens)
             length[going] += result.counts
             steps, emitted = steps + len(going), emitted + int(result.counts.sum())
-        return text[:, 2 : 2 + HORIZON], emitted / steps
+        return text[:, 2 : 2 + horizon], emitted / steps
 
     def law(self, temperature: float, depth: int = HORIZON) -> Tensor:
         """The exact probability of every text of `depth` tokens after (0, 1), as a flat tensor."""
@@ -109,8 +122,8 @@ class Toy:
 
 
 def p_value(texts: Tensor, law: Tensor) -> float:
-    """Chi-square of texts [B, HORIZON] against the exact law; cells expected less than 5 times are one cell."""
-    code = (texts * VOCAB ** torch.arange(HORIZON - 1, -1, -1)).sum(1)
+    """Chi-square of texts [B, n] against the exact law; cells expected less than 5 times are one cell."""
+    code = (texts * VOCAB ** torch.arange(texts.shape[1] - 1, -1, -1)).sum(1)
     seen, expected = torch.bincount(code, minlength=len(law)).double(), law * len(texts)
     rare = expected < 5
     seen, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (seen, expected))
@@ -138,6 +151,17 @@ def test_the_law_is_the_main_models(rule: str, shape: str, ranking: Ranking) -> 
     assert float(law.sum()) == pytest.approx(1)
     assert p_value(texts, law) > 1e-4
     assert stats.kstest([p_value(part, law) for part in texts.split(5_000)], "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("rule", ["rrs", "traversal"])
+@pytest.mark.parametrize(("shape", "limit"), [("2x1", "tree:2"), ("2x2", "tree:3")])
+def test_a_request_that_wants_a_smaller_tree(rule: str, shape: str, limit: str) -> None:
+    """Which of the drawn candidates are left out must not depend on what was drawn. Two tokens of 200,000 texts tell:
+    with the best-scored candidates kept, p is below 1e-10; five tokens of 120,000 do not."""
+    toy, params = Toy.draw(4), replace(PARAMS, tree=TreeShape.parse(limit))
+    texts, length = toy.run(RULES[rule](), TreeShape.parse(shape), "drawn", params, torch.arange(200_000), horizon=2)
+    assert length > 1.2
+    assert p_value(texts, toy.law(0.9, 2)) > 1e-4
 
 
 def test_the_test_sees_a_wrong_law() -> None:
@@ -212,6 +236,8 @@ def test_step_seeds_and_uniform_noise() -> None:
     }  # fmt: skip
     assert len(drawn) == 1200
     assert all(0 <= seed < 2**63 for seed in drawn)
+    long = torch.tensor([3, 3 + 2**32, 3 + 2**62])
+    assert len(step_seed(torch.zeros_like(long), long, 1).unique()) == 3
     u = uniform(torch.arange(3000), torch.arange(20).expand(3000, 20))
     assert stats.kstest(u.flatten().numpy(), "uniform").pvalue > 1e-3
     assert abs(float(torch.corrcoef(u.T).fill_diagonal_(0).abs().max())) < 0.1

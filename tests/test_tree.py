@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtp_engine.config import MAX_TREE_NODES, TreeShape
-from mtp_engine.drafters.expand import Growth, finish, grow, level_sizes, prune
+from mtp_engine.drafters.expand import MOST_CHILDREN, Growth, finish, grow, level_sizes, prune
 from mtp_engine.errors import EngineError
 from mtp_engine.tree import DraftTree, ancestor_mask
 
@@ -157,6 +157,25 @@ def test_level_sizes() -> None:
     assert level_sizes(TreeShape.parse("chain:2"), 2, 8) == [(1, 1), (1, 1)]
     assert level_sizes(TreeShape.parse("tree:16"), 3, 8) == [(8, 8)] * 3
     assert level_sizes(TreeShape.parse("tree:5"), 2, 8) == [(5, 5)] * 2
+    assert level_sizes(TreeShape.parse("tree:31"), 3, 8) == [(16, 16), (8, 8), (8, 8)]
+    assert level_sizes(TreeShape.parse("tree:63"), 3, 8) == [(16, 16), (16, 24), (16, 24)]
+    assert level_sizes(TreeShape.parse("tree:63"), 1, 8) == [(16, 16)]
+
+
+@pytest.mark.parametrize("depth", range(1, 7))
+def test_a_tree_has_the_nodes_it_is_named_after(depth: int) -> None:
+    """For any tree:N; within what kernels/grow.py takes. Trees that a beam of 8 can fill are grown as by that beam."""
+    for best in range(1, 64):
+        sizes, frontier, nodes = level_sizes(TreeShape.parse(f"tree:{best}"), depth, 8), 1, 0
+        assert len(sizes) == depth
+        for width, keep in sizes:
+            assert width <= MOST_CHILDREN
+            assert keep <= frontier * width <= 1024
+            frontier, nodes = keep, nodes + keep
+        assert nodes >= best if depth > 1 else nodes == min(best, 16)
+        assert nodes <= 256
+        if best <= depth * 8:
+            assert sizes == [(min(best, 8), min(best, 8))] * depth
 
 
 def log_probs(generator: torch.Generator, *shape: int, ties: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from mtp_engine.kernels import arrival
 from mtp_engine.kernels import grow as growing
 from mtp_engine.kernels.grow import Finish, Nodes, Roots
 from mtp_engine.kernels.kv import move_kept, storage_rows
-from mtp_engine.sampling.sampler import gumbel
+from mtp_engine.sampling import sampler
+from mtp_engine.sampling.sampler import gumbel, noise_key
 from mtp_engine.tree import DraftTree, VerifyResult, ancestor_mask
 from mtp_engine.verifiers.match import longest_match
 
@@ -94,15 +96,37 @@ def check_choices(choices: Tensor, scores: Tensor) -> None:
 @triton.jit
 def _noise_kernel(seed, positions, out, count, BLOCK: tl.constexpr):
     b, token = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    key = arrival.noise_key(tl.load(seed + b), tl.load(positions + b))
-    noise = arrival.gumbel_of(key, arrival.mix(token.to(tl.uint32)))
+    first, second = arrival.noise_key(tl.load(seed + b), tl.load(positions + b))
+    noise = arrival.gumbel_of(first, second, token.to(tl.uint32))
     tl.store(out + b * count + token, noise, mask=token < count)
+
+
+@triton.jit
+def _bits_kernel(seed, positions, keys, bits, count, BLOCK: tl.constexpr):
+    b, token = tl.program_id(0), tl.arange(0, BLOCK)
+    first, second = arrival.noise_key(tl.load(seed + b), tl.load(positions + b))
+    tl.store(keys + 2 * b, first.to(tl.int64))
+    tl.store(keys + 2 * b + 1, second.to(tl.int64))
+    tl.store(bits + b * count + token, arrival.noise_bits(first, second, token.to(tl.uint32)).to(tl.int64))
+
+
+SEEDS = [2119480, 4298689857, 2**63 - 1, 2**62 + 2**31, 2**32, 0, 1, -1, 2**40 + 3, -(2**63)]
+POSITIONS = [2**32 - 1, 2**32 + 5, 2**63 - 1, 7, 2**31, 0, 1, 77, 2**33, 5]
+
+
+def test_noise_bits_are_the_samplers() -> None:
+    """Every bit of the key, and of what it gives each token."""
+    seed, positions = (torch.tensor(each, device=DEVICE) for each in (SEEDS, POSITIONS))
+    keys = torch.zeros(len(SEEDS), 2, dtype=torch.int64, device=DEVICE)
+    bits = torch.zeros(len(SEEDS), 256, dtype=torch.int64, device=DEVICE)
+    _bits_kernel[(len(SEEDS),)](seed, positions, keys, bits, 256, BLOCK=256)
+    assert torch.equal(keys, torch.cat(noise_key(seed, positions[:, None]), 1))
+    assert torch.equal(bits, sampler._bits(seed, positions[:, None], torch.arange(256, device=DEVICE))[:, 0])
 
 
 @pytest.mark.parametrize("count", [5000, pytest.param(1 << 20, marks=pytest.mark.cuda)])
 def test_noise_is_the_samplers(count: int) -> None:
-    seed = torch.tensor([0, 1, -1, 2**40 + 3, -(2**63)], device=DEVICE)
-    positions = torch.tensor([0, 1, 77, 2**33, 5], device=DEVICE)
+    seed, positions = (torch.tensor(each, device=DEVICE) for each in (SEEDS[-5:], POSITIONS[-5:]))
     out = torch.full((5, count), float("nan"), device=DEVICE)
     _noise_kernel[(5, -(-count // 1024))](seed, positions, out, count, BLOCK=1024)
     expected = gumbel(seed, positions[:, None], torch.arange(count, device=DEVICE))[:, 0]
@@ -247,106 +271,95 @@ def empty_nodes(batch: int, cap: int) -> Nodes:
     return nodes
 
 
-def grow_both(data: st.DataObject) -> tuple[expand.Growth, Nodes]:
-    """The same levels through the twin and through `grow_level`, on the same candidates."""
-    batch, number, n = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 99)), 12
-    levels = data.draw(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=3))
-    roots, slots = torch.arange(batch + 1, device=DEVICE) + 40, torch.arange(batch, device=DEVICE) + 1
-    growth, nodes, first = expand.Growth.start(roots[slots]), empty_nodes(batch, 40), 0
-    for level, (width, keep) in enumerate(levels):
-        frontier = growth.frontier
-        # all sums are distinct and exact in fp32, so that neither ties nor rounding decide
-        order = torch.rand(batch, frontier * n, generator=generator(number + level)).argsort(1).view(batch, frontier, n)
-        scores, ids = -order.float().to(DEVICE) / 16 / 128**level, torch.arange(n, device=DEVICE) * 5
-        best = scores.topk(width, dim=-1)
-        growth = expand.grow(growth, scores, ids, width, keep)
-        growing.grow_level(
-            nodes, first, best.values, ids[best.indices], keep, roots=None if level else Roots(slots, roots)
-        )
-        first += frontier
-    return growth, nodes
+def all_of(nodes: Nodes) -> dict[str, Tensor]:
+    return {name: getattr(nodes, name) for name in ("tokens", "parents", "depths", "scores")}
 
 
-def check_nodes(nodes: Nodes, growth: expand.Growth) -> None:
-    count = growth.tokens.shape[1]
-    for name in ("tokens", "parents", "depths", "scores"):
-        assert torch.equal(getattr(nodes, name)[:, :count], getattr(growth, name)), name
-        assert bool((getattr(nodes, name)[:, count:] == -99).all()), "nothing is written behind the new nodes"
+def twin_level(
+    growth: expand.Growth, logits: Tensor, positions: Tensor, ids: Tensor, noise: Noise, width: int, keep: int
+) -> expand.Growth:
+    """expand.grow on the scores that `candidates` gives, so that no rounding is between the two."""
+    logp, chosen = growing.candidates(logits, positions, ids, noise.seed, noise.temperature, arrivals(4096), width)
+    scores = torch.full(logits.shape, -float("inf"), device=DEVICE)
+    return expand.grow(growth, scores.scatter(-1, torch.searchsorted(ids, chosen), logp), ids, width, keep)
 
 
-@FEW
-@given(data=st.data())
-def test_grow_level(data: st.DataObject) -> None:
-    growth, nodes = grow_both(data)
-    check_nodes(nodes, growth)
+def check_draft_level(batch: int, n: int, levels: list[tuple[int, int]], best: int, number: int = 3) -> None:
+    """A whole tree, level by level, and what is left of it: bit for bit expand.grow and expand.finish.
 
-
-def test_grow_level_breaks_ties_by_index() -> None:
-    nodes = empty_nodes(1, 8)
-    zeros = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    logp = torch.tensor([[[-1.0, -2.0, -2.0, -2.0]]], device=DEVICE)
-    growing.grow_level(nodes, 0, logp, torch.tensor([[[9, 8, 7, 6]]], device=DEVICE), 3, roots=Roots(zeros, zeros))
-    assert nodes.tokens.tolist() == [[0, 9, 8, 7, -99, -99, -99, -99]]
-
-
-@FEW
-@given(data=st.data(), best=st.integers(1, 20))
-def test_prune(data: st.DataObject, best: int) -> None:
-    growth, nodes = grow_both(data)
-    count = growth.tokens.shape[1] - 1
-    growth = expand.Growth(
-        nodes.tokens[:, : count + 1], nodes.parents[:, : count + 1], nodes.depths[:, : count + 1],
-        nodes.scores[:, : count + 1], growth.frontier, growth.level,
-    )  # fmt: skip
-    ready = torch.arange(len(nodes.tokens), device=DEVICE) % 2
-    finished = growing.prune(nodes, count, Finish(best, ready))
-    expected = expand.prune(growth, best)
-    assert torch.equal(finished.tokens, expected.tokens)
-    assert torch.equal(finished.parents, expected.parents)
-    assert torch.equal(finished.depths, expected.depths)
-    assert torch.equal(finished.size, torch.where(ready > 0, expected.tokens.shape[1], 1))
-
-
-def test_prune_is_stable() -> None:
-    nodes = empty_nodes(1, 6)
-    nodes.scores[0] = torch.tensor([0.0, -1.0, -1.0, -0.0, 0.0, -1.0])
-    nodes.tokens[0] = torch.arange(6)
-    nodes.parents[0] = torch.tensor([-1, 0, 0, 0, 3, 1])
-    nodes.depths[0] = torch.tensor([0, 1, 1, 1, 2, 2])
-    finished = growing.prune(nodes, 5, Finish(3, torch.ones(1, dtype=torch.int64, device=DEVICE)))
-    assert finished.tokens.tolist() == [[0, 1, 3, 4]]
-    assert finished.parents.tolist() == [[-1, 0, 0, 2]]
-    assert finished.size.tolist() == [4]
-
-
-def check_draft_level(batch: int, n: int, width: int, keep: int, levels: int, best: int) -> None:
-    """The fused launch equals its three parts, bit for bit."""
-    noise, counters = Noise.draw(batch, 3), arrivals(batch * 65)
+    levels: width and keep of each.
+    """
+    noise, counters = Noise.draw(batch, number), arrivals(batch * 65)
     ids, ready = torch.arange(n, device=DEVICE) * 2, torch.arange(batch, device=DEVICE)
-    roots = Roots(torch.arange(batch, device=DEVICE).flip(0), torch.arange(batch, device=DEVICE) + 7)
-    cap, first, frontier, finished = 1 + width + keep * (levels - 1), 0, 1, None
-    fused, parts = empty_nodes(batch, cap), empty_nodes(batch, cap)
-    for level in range(levels):
-        logits, positions = randn(batch, frontier, n, seed=level), torch.arange(batch, device=DEVICE) + level
-        inputs = (logits, positions, ids, noise.seed, noise.temperature, counters)
-        extra, finish = None if level else roots, Finish(best, ready) if level == levels - 1 else None
-        finished = growing.draft_level(*inputs, fused, first, width, keep, roots=extra, finish=finish)
-        growing.grow_level(parts, first, *growing.candidates(*inputs, width), keep, roots=extra)
-        first, frontier = first + frontier, min(keep, frontier * width)
-    count = first + frontier - 1
-    for name in ("tokens", "parents", "depths", "scores"):
-        assert torch.equal(getattr(fused, name)[:, : count + 1], getattr(parts, name)[:, : count + 1])
+    last, slots = torch.arange(batch, device=DEVICE) + 7, torch.arange(batch, device=DEVICE).flip(0)
+    growth, nodes, first, finished = expand.Growth.start(last[slots]), empty_nodes(batch, 200), 0, None
+    for level, (width, keep) in enumerate(levels):
+        width, frontier = min(width, n), growth.frontier
+        logits = randn(batch, frontier, n, seed=number + level)
+        positions = torch.arange(batch, device=DEVICE) + level
+        finished = growing.draft_level(
+            logits, positions, ids, noise.seed, noise.temperature, counters, nodes, first, width, keep,
+            roots=None if level else Roots(slots, last),
+            finish=Finish(best, ready) if level == len(levels) - 1 else None,
+        )  # fmt: skip
+        growth = twin_level(growth, logits, positions, ids, noise, width, keep)
+        first += frontier
+        count = growth.tokens.shape[1]
+        for name, value in all_of(nodes).items():
+            assert torch.equal(value[:, :count], getattr(growth, name)), name
+            assert bool((value[:, count:] == -99).all()), "nothing is written behind the new nodes"
     assert finished is not None
-    expected = growing.prune(parts, count, Finish(best or count, ready))
-    for name in ("tokens", "parents", "depths", "size"):
-        assert torch.equal(getattr(finished, name), getattr(expected, name))
+    expected = expand.finish(growth, best, ready > 0)
+    for name in ("tokens", "parents", "depths", "scores", "size"):
+        assert torch.equal(getattr(finished, name), getattr(expected, name)), name
     assert not counters.any()
-    ancestor_mask(finished.parents, finished.size, levels)  # parents stand before their children
+    ancestor_mask(finished.parents, finished.size, len(levels))  # parents stand before their children
+
+
+@FEW
+@given(
+    batch=st.integers(1, 3),
+    levels=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=3),
+    best=st.integers(0, 20),
+    number=st.integers(0, 99),
+)
+def test_draft_level(batch: int, levels: list[tuple[int, int]], best: int, number: int) -> None:
+    check_draft_level(batch, 12, levels, best, number)
 
 
 @pytest.mark.parametrize(("keep", "best"), [(4, 5), (4, 0), (16, 0)])
-def test_draft_level_is_its_parts(keep: int, best: int) -> None:
-    check_draft_level(2, 700, 4, keep, 2, best)
+def test_draft_level_of_several_splits(keep: int, best: int) -> None:
+    check_draft_level(2, 700, [(4, keep)] * 2, best)
+
+
+def level_of(logits: list[list[float]], nodes: Nodes, first: int, keep: int, **changes: Finish | Roots) -> Any:
+    """`draft_level` for one greedy request; a frontier node's tokens are 0, 1, ..."""
+    rows, zeros = torch.tensor([logits], device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    ids, width = torch.arange(rows.shape[2], device=DEVICE), min(16, rows.shape[2])
+    return growing.draft_level(
+        rows, zeros, ids, zeros, zeros.float(), arrivals(), nodes, first, width, keep, **changes
+    )  # fmt: skip
+
+
+def test_growing_breaks_ties_by_index() -> None:
+    nodes, zeros = empty_nodes(1, 8), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    level_of([[-2.0, -2.0, -1.0, -2.0]], nodes, 0, 3, roots=Roots(zeros, zeros))
+    assert nodes.tokens.tolist() == [[0, 2, 0, 1, -99, -99, -99, -99]]
+
+
+def test_pruning_is_stable() -> None:
+    """A certain child scores as its parent, 0.0 as -0.0: the lower index stays."""
+    nodes, zeros = empty_nodes(1, 7), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    nodes.scores[0, :4] = torch.tensor([0.0, -1.0, -1.0, -0.0])
+    nodes.tokens[0, :4] = torch.arange(4) + 10
+    nodes.parents[0, :4] = torch.tensor([-1, 0, 0, 0])
+    nodes.depths[0, :4] = torch.tensor([0, 1, 1, 1])
+    finished = level_of([[5.0]] * 3, nodes, 1, 3, finish=Finish(3, zeros + 1))
+    assert nodes.scores.tolist() == [[0.0, -1.0, -1.0, 0.0, -1.0, -1.0, 0.0]]
+    assert finished.tokens.tolist() == [[10, 11, 13, 0]]
+    assert finished.parents.tolist() == [[-1, 0, 0, 2]]
+    assert finished.scores.tolist() == [[0.0, -1.0, 0.0, 0.0]]
+    assert finished.size.tolist() == [4]
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -451,29 +464,30 @@ def test_candidates_real_shapes(n: int) -> None:
 def test_draft_level_real_shapes(n: int) -> None:
     for batch in (1, 16):
         for _ in range(10):
-            check_draft_level(batch, n, 8, 8, 3, 15)
+            check_draft_level(batch, n, [(8, 8)] * 3, 15)
+        check_draft_level(batch, n, [(16, 16), (16, 24), (16, 24)], 63)
 
 
 @pytest.mark.cuda
 def test_large_growth_and_pruning() -> None:
-    """All of 1024 candidates ranked, 256 nodes pruned to 63."""
-    nodes, zeros = empty_nodes(2, 64 + 1 + 256), torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    scores = -torch.rand(2, 64, 16, generator=generator(3)).to(DEVICE).sort(-1, descending=True).values
-    ids = torch.arange(2 * 64 * 16, device=DEVICE).view(2, 64, 16)
-    for value in (nodes.tokens, nodes.parents, nodes.depths):
-        value[:, :65] = torch.arange(65, device=DEVICE)
-    nodes.scores[:, :65] = 0
-    growing.grow_level(nodes, 1, scores, ids, 191)
-    kept = scores.flatten(1).topk(191).indices.sort(-1).values
-    assert torch.equal(nodes.tokens[:, 65:256], ids.flatten(1).gather(1, kept))
-    assert torch.equal(nodes.parents[:, 65:256], 1 + kept // 16)
-    nodes.parents[:, :65], nodes.parents[:, 0] = 0, -1
-    nodes.depths[:, 1:65], nodes.depths[:, 0] = 1, 0
-    growth = expand.Growth(*(x[:, :256] for x in growing._arrays(nodes)), 1, 2)
-    finished = growing.prune(nodes, 255, Finish(63, zeros + 1))
-    expected = expand.prune(growth, 63)
-    for name in ("tokens", "parents", "depths"):
-        assert torch.equal(getattr(finished, name), getattr(expected, name))
+    """All of 1024 candidates ranked, 255 nodes pruned to 63."""
+    nodes, ready = empty_nodes(2, 64 + 1 + 256), torch.ones(2, dtype=torch.int64, device=DEVICE)
+    nodes.tokens[:, :65] = torch.arange(65, device=DEVICE)
+    nodes.parents[:, :65], nodes.depths[:, :65], nodes.scores[:, :65] = 0, 1, 0
+    nodes.parents[:, 0], nodes.depths[:, 0] = -1, 0
+    growth = expand.Growth(*(x[:, :65].clone() for x in all_of(nodes).values()), 64, 1)
+    logits, noise = randn(2, 64, 500, seed=3), Noise.draw(2, 5)
+    positions, ids = torch.arange(2, device=DEVICE), torch.arange(500, device=DEVICE) * 2
+    finished = growing.draft_level(
+        logits, positions, ids, noise.seed, noise.temperature, arrivals(), nodes, 1, 16, 191, finish=Finish(63, ready)
+    )
+    growth = twin_level(growth, logits, positions, ids, noise, 16, 191)
+    assert finished is not None
+    for name, value in all_of(nodes).items():
+        assert torch.equal(value[:, :256], getattr(growth, name)), name
+    expected = expand.finish(growth, 63, ready > 0)
+    for name in ("tokens", "parents", "depths", "scores", "size"):
+        assert torch.equal(getattr(finished, name), getattr(expected, name)), name
 
 
 @pytest.mark.cuda

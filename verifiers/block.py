@@ -10,7 +10,16 @@ from torch import Tensor
 
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
-from mtp_engine.verifiers.laws import Noise, at, candidate_law, draft_law, keep, rest, row, target_law
+from mtp_engine.verifiers.distributions import (
+    Noise,
+    at,
+    candidate_distribution,
+    draft_distribution,
+    keep,
+    rest,
+    row,
+    target_distribution,
+)
 
 
 @final
@@ -18,9 +27,9 @@ class BlockVerifier:
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         """logits: [B, N, V] fp32. The tree is a chain."""
         assert tree.max_depth == tree.nodes - 1, "this rule needs a chain"
-        p, noise = target_law(logits, batch.sampling), Noise.of(tree, batch)
+        p, noise = target_distribution(logits, batch.sampling), Noise.of(tree, batch)
         drafts = tree.tokens[:, 1:]
-        q = candidate_law(draft_law(tree, p)[:, :-1], drafts)
+        q = candidate_distribution(draft_distribution(tree, p)[:, :-1], drafts)
         ratio = at(p[:, :-1], drafts) / at(q, drafts)
         joint = [torch.ones_like(noise.accept[:, :1])]  # p_i of the paper: how far the path so far is to be trusted
         for depth in range(tree.max_depth):

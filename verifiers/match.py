@@ -12,7 +12,7 @@ from torch import Tensor
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.sampling.sampler import choose, truncate
 from mtp_engine.tree import DraftTree, VerifyResult
-from mtp_engine.verifiers.laws import deepest, path_to
+from mtp_engine.verifiers.distributions import deepest, path_to
 
 
 @final

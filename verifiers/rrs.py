@@ -12,25 +12,36 @@ from torch import Tensor
 
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
-from mtp_engine.verifiers.laws import Noise, at, candidate_law, draft_law, keep, rest, target_law
+from mtp_engine.verifiers.distributions import (
+    Noise,
+    at,
+    candidate_distribution,
+    draft_distribution,
+    keep,
+    rest,
+    target_distribution,
+)
 
 
 @final
 class RRSVerifier:
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         """logits: [B, N, V] fp32. One pass over the nodes: parents stand before children, siblings in drawn order."""
-        p, noise = target_law(logits, batch.sampling), Noise.of(tree, batch)
-        q = draft_law(tree, p)
+        p, noise = target_distribution(logits, batch.sampling), Noise.of(tree, batch)
+        q = draft_distribution(tree, p)
         last = torch.zeros_like(tree.size)
-        left, law = p[:, 0], q[:, 0]  # [B, V]: what is left of p at node `last`, and what its next child was drawn from
+        left, source = (
+            p[:, 0],
+            q[:, 0],
+        )  # [B, V]: what is left of p at node `last`, and what its next child was drawn from
         for node in range(1, tree.nodes):
             token = tree.tokens[:, node]
-            drawn = candidate_law(law, token)
+            drawn = candidate_distribution(source, token)
             tried = (tree.parents[:, node] == last) & tree.real[:, node]
             accepted = tried & (noise.accept[:, node] * at(drawn, token) < at(left, token))
             left = torch.where(accepted[:, None], p[:, node], torch.where(tried[:, None], residual(left, drawn), left))
-            without = law.scatter(1, token[:, None], 0.0)
-            law = torch.where(accepted[:, None], q[:, node], torch.where(tried[:, None], without, law))
+            without = source.scatter(1, token[:, None], 0.0)
+            source = torch.where(accepted[:, None], q[:, node], torch.where(tried[:, None], without, source))
             last = torch.where(accepted, node, last)
         return keep(tree, last, noise.draw(left))
 

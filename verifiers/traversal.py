@@ -11,22 +11,29 @@ from torch import Tensor
 
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
-from mtp_engine.verifiers.laws import Noise, candidate_law, draft_law, keep, row, target_law
+from mtp_engine.verifiers.distributions import (
+    Noise,
+    candidate_distribution,
+    draft_distribution,
+    keep,
+    row,
+    target_distribution,
+)
 
 
 @final
 class TraversalVerifier:
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         """logits: [B, N, V] fp32. Nodes are tried children first; a rejected one leaves a residual at its parent."""
-        p, noise = target_law(logits, batch.sampling).clone(), Noise.of(tree, batch)
-        q = draft_law(tree, p).clone()
+        p, noise = target_distribution(logits, batch.sampling).clone(), Noise.of(tree, batch)
+        q = draft_distribution(tree, p).clone()
         each = torch.arange(len(tree.size), device=p.device)
         trust = _descend(tree, p, q, torch.ones_like(noise.accept), torch.zeros_like(tree.size))
         node, done = _leaf(tree, torch.zeros_like(tree.size)), torch.zeros_like(tree.size, dtype=torch.bool)
         for _ in range(tree.nodes):
             done = done | (noise.accept[each, node] < trust[each, node]) | (node == 0)
             parent, token = tree.parents[each, node].clamp(min=0), tree.tokens[each, node]
-            drawn = candidate_law(q[each, parent], token)
+            drawn = candidate_distribution(q[each, parent], token)
             over = (trust[each, parent, None] * p[each, parent] - drawn).clamp(min=0)
             mass = over.sum(-1)
             chance = mass / (mass + 1 - trust[each, parent]).clamp(min=1e-30)

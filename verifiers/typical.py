@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
-from mtp_engine.verifiers.laws import Noise, deepest, keep, row, target_law
+from mtp_engine.verifiers.distributions import Noise, deepest, keep, row, target_distribution
 
 
 @final
@@ -21,7 +21,7 @@ class TypicalVerifier:
 
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         """logits: [B, N, V] fp32. Keeps the first of the longest paths whose drafts all pass."""
-        p = target_law(logits, batch.sampling)
+        p = target_distribution(logits, batch.sampling)
         entropy = -p.xlogy(p).sum(-1)
         threshold = (self.delta * (-entropy).exp()).clamp(max=self.epsilon)  # [B, N]
         parents = tree.parents.clamp(min=0)

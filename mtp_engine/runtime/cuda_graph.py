@@ -15,6 +15,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from mtp_engine.config import MAX_TREE_NODES
 from mtp_engine.protocols import Launched
 from mtp_engine.runtime.request import Members, PromptChunk
 from mtp_engine.runtime.slots import SCRATCH_LENGTH
@@ -106,7 +107,7 @@ class GraphRunner:
         self._step, self._scratch, self._device = step, scratch, device
         self._refresh, self._captures = refresh, captures
         self._eager = EagerRunner(step)
-        self._ready: set[tuple[int, int]] = set()  # batch sizes and bounds that ran eagerly
+        self._ready: set[tuple[int, int, int]] = set()  # batch sizes, bounds and largest trees that ran eagerly
         self._captured: dict[tuple[int, int, bool, bool, bool], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._pinned: deque[Tensor] = deque(maxlen=in_flight + 1)
@@ -158,11 +159,12 @@ class GraphRunner:
 
     def _make_ready(self, members: Members, bound: int) -> None:
         """An eager step on the scratch slot, at first: kernels are compiled, and plans for `refresh` exist."""
-        count, bound = len(members.slots), bound_bucket(bound)
-        if (count, bound) in self._ready:
+        count, bound, limits = len(members.slots), bound_bucket(bound), members.limits
+        key = (count, bound, limits.most if limits else MAX_TREE_NODES)
+        if key in self._ready:
             return
-        self._ready.add((count, bound))
-        scratch = self._scratched(members, count)
+        self._ready.add(key)
+        scratch = replace(self._scratched(members, count), limits=limits)  # as many nodes as the step will have
         if self._refresh:
             self._refresh([self._scratch] * count, [SCRATCH_TOKENS] * count)
         self._step.verify(scratch, *self._step.draft(scratch, bound))

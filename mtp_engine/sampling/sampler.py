@@ -12,23 +12,60 @@ from torch import Tensor
 from mtp_engine.sampling.batch import SamplingBatch
 
 _MASK32 = 0xFFFFFFFF
+# any numbers do, as long as kernels/arrival.py has the same: the primes of xxHash32, then digits of pi
+_SEED_ROUNDS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
+_POSITION_ROUNDS = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
 _TOP_P_CANDIDATES = 512  # a nucleus rarely holds more; when it does, the whole row is sorted
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A 32-bit integer hash with full avalanche (the "lowbias32" constants, C. Wellons 2018), in int64 arithmetic."""
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _MASK32
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & _MASK32
-    return x ^ (x >> 16)
+    """A 32-bit integer hash with full avalanche (the "lowbias32" constants, C. Wellons 2018), in int64 arithmetic.
+
+    Works in place, so `x` must be the caller's own.
+    """
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x &= _MASK32
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x &= _MASK32
+    x ^= x >> 16
+    return x
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The low and the high 32 bits of int64 values."""
+    return x & _MASK32, (x >> 32) & _MASK32
+
+
+def _feistel(left: Tensor, right: Tensor, constants: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+    """Four rounds of a Feistel network: it scrambles 64 bits, in two halves, and no two inputs have the same output.
+
+    Each round can be undone, since it changes one half by what the other, which it leaves alone, determines.
+    """
+    first, second, third, fourth = constants
+    left = left ^ _mix(right ^ first)
+    right = right ^ _mix(left ^ second)
+    left = left ^ _mix(right ^ third)
+    return left, right ^ _mix(left ^ fourth)
+
+
+def noise_key(seed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The noise of a (seed, position) as a key of 64 bits, in two halves of 32: [B], [B, P] int64 -> 2 x [B, P] int64.
+
+    All bits of both count. At one position different seeds have different keys, always; so have the positions of a seed.
+    """
+    left, right = _feistel(*_halves(seed), _SEED_ROUNDS)
+    low, high = _halves(positions)
+    return _feistel(left[:, None] ^ low, right[:, None] ^ high, _POSITION_ROUNDS)
 
 
 def _bits(seed: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     """32 random bits per (seed, position, token), as int64; shapes as in `gumbel`."""
-    key = _mix((seed & _MASK32) ^ 0x9E3779B9) ^ _mix(((seed >> 32) & _MASK32) ^ 0x85EBCA6B)
-    key = _mix(_mix(key)[:, None] ^ (positions & _MASK32))  # [B, P]
-    return _mix(_mix(tokens & _MASK32) ^ key[..., None])
+    first, second = noise_key(seed, positions)
+    bits = _mix((tokens & _MASK32) ^ first[..., None])
+    bits ^= second[..., None]
+    return _mix(bits)
 
 
 def _open_unit(bits: Tensor) -> Tensor:
@@ -57,9 +94,9 @@ def step_seed(seed: Tensor, lengths: Tensor, purpose: int) -> Tensor:
     No two steps of a request begin at the same length. Rules that reject need it: a token drafted anew at a position
     must not depend on noise that a rejection there has already used.
     """
-    step = _mix((lengths & _MASK32) ^ ((purpose * 0x9E3779B9) & _MASK32))
-    low, high = seed & _MASK32, (seed >> 32) & 0x7FFFFFFF
-    return _mix(low ^ step) | ((_mix(high ^ _mix(step ^ 0x85EBCA6B)) & 0x7FFFFFFF) << 32)
+    left, right = (half[:, 0] for half in noise_key(seed, lengths[:, None]))
+    left, right = _feistel(left ^ purpose, right, _SEED_ROUNDS)
+    return left | ((right & 0x7FFFFFFF) << 32)
 
 
 def truncate(logits: Tensor, batch: SamplingBatch) -> Tensor:

@@ -1,9 +1,9 @@
-"""What the published rules share: the main model's law at every node, fresh noise, and the path to a node.
+"""What the published rules share: the main model's distribution at every node, fresh noise, and the path to a node.
 
-Candidates. Where the drafter drew a node's children, tree.draft holds the law q it drew them from, one after another
-without replacement. Where it chose them in another way (its best ones, or by noise of its own), the row is zero and
-they count as given: each was drawn from a law that allows nothing else. That is lossless for any candidates that do
-not depend on this step's verification noise.
+Candidates. Where the drafter drew a node's children, tree.draft holds the distribution q it drew them from, one after
+another without replacement. Where it chose them in another way (its best ones, or by noise of its own), the row is zero
+and they count as given: each was drawn from a distribution that allows nothing else. That is lossless for any candidates
+that do not depend on this step's verification noise.
 """
 
 from dataclasses import dataclass
@@ -20,22 +20,22 @@ from mtp_engine.tree import DraftTree, VerifyResult
 _ACCEPT, _DRAW = 101, 102  # purposes of step_seed
 
 
-def target_law(logits: Tensor, sampling: SamplingBatch) -> Tensor:
+def target_distribution(logits: Tensor, sampling: SamplingBatch) -> Tensor:
     """The probabilities that plain decoding samples from; all on the best token at temperature 0. [B, N, V] fp32."""
     best = F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     if sampling.greedy:
         return best
     temperature = sampling.temperature.view(-1, 1, 1)
-    law = (truncate(logits, sampling) / temperature.clamp(min=1e-6)).softmax(-1)
-    return torch.where(temperature > 0, law, best)
+    probabilities = (truncate(logits, sampling) / temperature.clamp(min=1e-6)).softmax(-1)
+    return torch.where(temperature > 0, probabilities, best)
 
 
-def draft_law(tree: DraftTree, law: Tensor) -> Tensor:
-    """q at every node, [B, N, V] fp32 like the target `law`; rows of given candidates are zero."""
-    return torch.zeros_like(law) if tree.draft is None else tree.draft
+def draft_distribution(tree: DraftTree, target: Tensor) -> Tensor:
+    """q at every node, [B, N, V] fp32 like `target`; rows of given candidates are zero."""
+    return torch.zeros_like(target) if tree.draft is None else tree.draft
 
 
-def candidate_law(q: Tensor, tokens: Tensor) -> Tensor:
+def candidate_distribution(q: Tensor, tokens: Tensor) -> Tensor:
     """What a candidate was drawn from: q scaled to sum 1, or the candidate itself where q is empty.
 
     q: [..., V]; tokens: [...] int64.
