@@ -1,6 +1,7 @@
 """What the engine runs on, and what is said when the GPU cannot."""
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,7 +84,8 @@ def test_trees_of_another_size_are_made_ready(monkeypatch: pytest.MonkeyPatch) -
         return None, None
 
     device = torch.device("cpu")
-    runner = GraphRunner(draft, lambda *_: torch.zeros(1), in_flight=1, scratch=4, device=device, captures=False)
+    step: Any = SimpleNamespace(draft=draft, verify=lambda *_: torch.zeros(1))
+    runner = GraphRunner(step, in_flight=1, scratch=4, device=device, captures=False)
     for text in (None, "tree:7", "4", "tree:7", "chain:7", None):  # 64, 8, 5, 8, 8 and 64 nodes
         params = SamplingParams(tree=TreeShape.parse(text) if text else None)
         limits = TreeLimits.build([params], device)

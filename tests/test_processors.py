@@ -330,7 +330,7 @@ def test_a_batch_of_small_trees_verifies_no_padding(models: Models, given: Any, 
     asked = {**given, "tree": TreeShape.parse(given["tree"])} if "tree" in given else given
     params = [SamplingParams(max_tokens=9, temperature=1.0, seed=70 + i, **asked) for i in range(SLOTS)]
     loop = make_loop(models.main, drafter("4x2x2", models, {}), eos_token_ids=[EOS])
-    loop.verifier = recording = Recording(set())
+    loop.work.verifier = recording = Recording(set())
     outputs = [request.output for request in decode(loop, prompts(), params)]
     assert recording.seen == {(nodes, depth)}
     assert outputs == [request.output for request in run(models, RootDrafter(), params)]
