@@ -1,6 +1,6 @@
 """Requests on their way, and those of one step together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import final
@@ -173,6 +173,13 @@ class Members:
     speculates: bool = True  # False: nobody wants drafts, so nothing is drafted and one row each is verified
 
     @classmethod
+    def of(cls, requests: tuple[Request, ...], before: "Members | None", device: torch.device) -> "Members | None":
+        """Of the next step, which are those of the step before it where nobody joined or left; None where there are none."""
+        if before and before.requests == requests:
+            return before
+        return cls.build(requests, device) if requests else None
+
+    @classmethod
     def build(cls, requests: Sequence[Request], device: torch.device) -> "Members":
         params = [request.params for request in requests]
         slots = to_device([request.slot for request in requests], torch.int64, device)
@@ -183,13 +190,26 @@ class Members:
         return cls(tuple(requests), slots, sampling, guide, limits, speculates)
 
     @property
+    def failed(self) -> Mapping[int, str]:
+        """By row, what went wrong with single requests."""
+        return self.guide.failed if self.guide else {}
+
+    @property
+    def longest(self) -> int:
+        return max(request.length for request in self.requests)
+
+    @property
     def logprobs(self) -> int:
         """How many best tokens are to be named at most; -1 if nobody wants log-probabilities."""
         return max((-1 if r.params.logprobs is None else r.params.logprobs for r in self.requests), default=-1)
 
     @cached_property
     def plain(self) -> bool:
-        """A step is the same operations on the device for any such requests, and needs nothing of the host: it can be a
-        CUDA graph, and the next one can begin before its tokens are seen. Other steps run one by one."""
-        processed = any(processes(request.params) for request in self.requests)
-        return not processed and self.guide is None and self.limits is None and self.logprobs < 0
+        return self.limits is None and plain([request.params for request in self.requests])
+
+
+def plain(params: Sequence[SamplingParams]) -> bool:
+    """Whether a step is the same operations on the device for any requests with such parameters, and needs nothing of the
+    host: then it can be a CUDA graph, and the next one can begin before its tokens are seen. Other steps run one by one."""
+    own_trees = any(p.speculate for p in params) and any(not p.speculate or p.tree for p in params)
+    return not own_trees and not any(processes(p) or p.structure or p.logprobs is not None for p in params)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol, final
 
 from mtp_engine.errors import EngineBusy
-from mtp_engine.runtime.request import PromptChunk, Request, StepOutput
+from mtp_engine.runtime.request import PromptChunk, Request, StepOutput, plain
+from mtp_engine.runtime.stats import StepTimes
 from mtp_engine.sampling.stops import FinishReason
 
 _ATTEMPTS = 2  # steps in a row that may break off with a request before it ends with the error
@@ -31,16 +32,6 @@ class StepPlan:
 
     decoding: tuple[Request, ...]
     chunk: PromptChunk | None
-
-
-@final
-@dataclass(frozen=True)
-class StepTimes:
-    """Seconds. now: of the loop's clock, when the step had landed; draft, verify: of its two halves."""
-
-    now: float
-    draft: float
-    verify: float
 
 
 def _rank(request: Request) -> tuple[int, int]:
@@ -77,15 +68,15 @@ class Scheduler:
         """Whether one more request may be added."""
         return len(self.waiting) < self._max_waiting + len(self._free)
 
-    def add(self, requests: Sequence[Request]) -> None:
-        """Queue all of them. Raises EngineBusy, with nothing changed, if too many are waiting."""
+    def add(self, requests: Sequence[Request], now: float = 0.0) -> None:
+        """Queue all of them. now: of the loop's clock. Raises EngineBusy, with nothing changed, if too many are waiting."""
         if len(self.waiting) + len(requests) > self._max_waiting + len(self._free):
             raise EngineBusy(
                 f"{len(self.waiting)} requests are waiting and at most {self._max_waiting} may: try again later, or "
                 "raise max_waiting"
             )
         for request in requests:
-            request.number = next(self._arrivals)
+            request.number, request.arrived = next(self._arrivals), now
             if request.params.timeout is not None:
                 request.deadline = self._clock() + request.params.timeout
             insort(self.waiting, request, key=_rank)
@@ -102,8 +93,18 @@ class Scheduler:
         for request in [r for r in (*self.running, *self.waiting) if r.deadline <= now]:
             self.end(request, "timeout")
 
-    def admit(self, now: float) -> tuple[Request, ...]:
-        """Let in who fits; returns all who decode next. now: of the loop's clock."""
+    def plan(self, now: float, in_flight: int) -> StepPlan | None:
+        """The next step; None where nobody wants one, or it has to wait for those in flight. Its chunk counts as read from
+        now on. now: of the loop's clock. in_flight: steps whose tokens are not known yet."""
+        self._admit(now)
+        decoding = tuple(request for request in self.running if request.decoding)
+        if in_flight and not plain([request.params for request in decoding]):
+            return None
+        chunk = self._next_chunk()
+        return StepPlan(decoding, chunk) if decoding or chunk else None
+
+    def _admit(self, now: float) -> None:
+        """Let in who fits."""
         while self.waiting and self._free:
             request = self.waiting[0]
             request.slot = self._free[-1]
@@ -124,26 +125,25 @@ class Scheduler:
             request.decoding = request.length == 0
             if not request.stats.steps:
                 request.stats.queued_s = now - request.arrived
-        return tuple(request for request in self.running if request.decoding)
 
-    def plan(self, decoding: tuple[Request, ...]) -> StepPlan:
-        """The next step, in which `decoding` decode (see `admit`). Its chunk counts as read from now on."""
+    def _next_chunk(self) -> PromptChunk | None:
+        """Of the first prompt that is not read."""
         unread = [request for request in self.running if not request.decoding]
         if not unread:
-            return StepPlan(decoding, None)
+            return None
         request = min(unread, key=_rank)
         start, request.read = request.read, min(request.read + self._chunk, request.length)
         request.decoding = request.read == request.length
-        return StepPlan(decoding, PromptChunk(request, start, request.read))
+        return PromptChunk(request, start, request.read)
 
     def commit(
-        self, decoding: Sequence[Request], table: Sequence[Sequence[int]], failed: Mapping[int, str], times: StepTimes
+        self, plan: StepPlan, table: Sequence[Sequence[int]], failed: Mapping[int, str], times: StepTimes
     ) -> None:
         """Hand out a step's tokens. table: a row per request: tokens to emit, nodes and depth of its tree, then tokens.
 
         failed: by row, what went wrong with single requests. Who has ended since the step was launched gets nothing.
         """
-        for row, (request, (count, nodes, depth, *tokens)) in enumerate(zip(decoding, table, strict=True)):
+        for row, (request, (count, nodes, depth, *tokens)) in enumerate(zip(plan.decoding, table, strict=True)):
             if request.finish_reason:
                 continue
             if row in failed:

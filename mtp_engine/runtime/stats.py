@@ -1,5 +1,8 @@
 """What a request drafted, accepted and emitted, and how long each phase took."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -102,3 +105,49 @@ class GenerationStats:
             "speedup": self.speedup,
             "identical_to_plain": self.identical_to_plain,
         }
+
+
+@final
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds. now: of the loop's clock, when the step had landed; draft, verify: of its two halves."""
+
+    now: float
+    draft: float
+    verify: float
+
+
+@final
+class LoopClock:
+    """Seconds that a decode loop has worked: it runs within steps and stands between them, while the caller works."""
+
+    def __init__(self) -> None:
+        self._worked = self._begin = 0.0
+
+    def start(self) -> None:
+        """A step begins."""
+        self._begin = time.perf_counter()
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """What happens inside does not count: something is compiled or captured, which happens once."""
+        begin = time.perf_counter()
+        yield
+        self._begin += time.perf_counter() - begin
+
+    @property
+    def standing(self) -> float:
+        """What it shows between two steps."""
+        return self._worked
+
+    @property
+    def now(self) -> float:
+        """What it shows within a step."""
+        return self._worked + time.perf_counter() - self._begin
+
+    def land(self, draft: float, verify: float) -> StepTimes:
+        """A step has landed whose halves took the device so many seconds. Queued steps run on while the caller handles what
+        came before; such a step counts in full."""
+        self._worked = max(self.now, self._worked + draft + verify)
+        self._begin = time.perf_counter()
+        return StepTimes(self._worked, draft, verify)
