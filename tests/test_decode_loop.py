@@ -13,6 +13,7 @@ from tiny import MTP, write_llama, write_mtp
 from torch import Tensor
 
 from mtp_engine.assemble import decode_loop
+from mtp_engine.attention.rows import StepRows
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import SamplingParams, TreeShape
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
@@ -21,7 +22,7 @@ from mtp_engine.kernels.linear import Linear
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
-from mtp_engine.protocols import Drafter
+from mtp_engine.protocols import Attention, Drafter
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request
 from mtp_engine.sampling.batch import Batch
@@ -301,6 +302,27 @@ def test_the_prefill_chunk_does_not_matter(models: Models, plain: Plain, name: s
     requests = decode(loop, prompts(), params_for("top_k", max_tokens=20))
     for request in requests:
         assert request.output == texts[request.seed][len(request.prompt) :][:20]
+
+
+@pytest.mark.parametrize("name", ["chain:3", "deep chain:3"])
+def test_a_prompt_is_never_read_at_once(models: Models, name: str) -> None:
+    """Neither by the main model nor by MTP layers with full attention, whose memory would grow with its square."""
+    drafter, rows = make_drafter(name, models, {}), []
+    assert isinstance(drafter, MTPDrafter)
+    attention = drafter.attention
+
+    def spied(cache: HybridKV, step: StepRows) -> Attention:
+        rows.append(step.positions.shape[1])
+        return attention(cache, step)
+
+    drafter.attention = spied
+    prompt = [1 + i % 7 for i in range(150)]
+    loop = make_loop(models.main, drafter, attention=spied, prefill_chunk=16)
+    loop.add(prompt, SamplingParams(max_tokens=4))
+    while loop.requests:
+        loop.step()
+    assert 16 in rows
+    assert max(rows) <= 16 + 1
 
 
 def test_step_without_requests_does_nothing(models: Models) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from test_decode_loop import SLOTS, Models, make_loop, prompts
+from test_decode_loop import SLOTS, Models, make_drafter, make_loop, prompts
 from tiny import Sums
 
 from mtp_engine.config import SamplingParams, Structure, TreeShape
@@ -105,3 +105,21 @@ def test_what_is_plain(models: Models) -> None:
         request = loop.add(prompts()[0], SamplingParams(max_tokens=20, **others))
         assert Members.build([request], loop.work.device).plain == (name in ("plain", "no drafts")), name
         loop.remove(request)
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 3])
+@pytest.mark.parametrize("name", ["ngram", "3x2", "deep tree:6"])
+def test_steps_run_past_the_end_of_the_context(models: Models, name: str, ahead: int) -> None:
+    """Answers that fill the context to its last token, while steps behind them are in flight already."""
+
+    def runner(step: ModelStep) -> Queue:
+        queue = Queue(step)
+        queue.in_flight = ahead
+        return queue
+
+    params = [SamplingParams(max_tokens=100, temperature=0.0, seed=i, ignore_eos=True) for i in range(SLOTS)]
+    expected = run(make_loop(models.main, RootDrafter(), max_context=60), [params])
+    loop = make_loop(models.main, make_drafter(name, models, {}), max_context=60, runner=runner, tokens=2048)
+    found = run(loop, [params])
+    assert [request.output for request in found] == [request.output for request in expected]
+    assert all(len(request.prompt) + len(request.output) == 60 for request in found)
