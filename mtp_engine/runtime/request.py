@@ -114,6 +114,7 @@ class Request:
         """End it between two steps, with what it has said so far."""
         if self.trail.visible:
             self.text += self.trail.visible.push([], ended=True)
+        del self.logprobs[len(self.output) :]
         self.finish_reason, self.error = reason, error
 
     def rewind(self) -> None:
