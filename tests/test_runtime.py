@@ -346,7 +346,7 @@ class World:
     def _check_answer(self, entry: Followed) -> None:
         request, alone = entry.request, self.solo.answer(entry.seed)
         answer = Answer.of(request)
-        for outputs in (entry.outputs, entry.sunk):
+        for outputs in (entry.outputs, *([] if request.sink is None else [entry.sunk])):
             assert sum((output.tokens for output in outputs), []) == request.output
             assert sum((output.drafted for output in outputs), []) == request.drafted
             assert "".join(output.text for output in outputs) == request.text
@@ -423,6 +423,15 @@ def test_every_kind_beside_every_other(solo: Solo, name: str) -> None:
         assert world.add(ask, priority=index % 3)
         world.step()
     world.drain()
+
+
+def test_a_sink_that_fails_ends_its_own_request(solo: Solo) -> None:
+    world = World(Setup("root", in_flight=2), solo)
+    bad, *_ = world.add(1, sink="fails")
+    good, *_ = world.add(3)
+    world.drain()
+    assert (bad.request.finish_reason, bad.request.error) == ("error", "the sink is full")
+    assert good.request.finish_reason == "length"
 
 
 # ---- failures -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Who runs, who waits, and whose prompt is read next. Knows nothing of tensors."""
 
 import itertools
+import logging
 import time
 from bisect import insort
 from collections import deque
@@ -12,6 +13,7 @@ from mtp_engine.errors import EngineBusy
 from mtp_engine.runtime.request import PromptChunk, Request, StepOutput
 from mtp_engine.sampling.stops import FinishReason
 
+_LOG = logging.getLogger("mtp_engine")
 _ATTEMPTS = 2  # steps in a row that may break off with a request before it ends with the error
 
 
@@ -202,10 +204,17 @@ class Scheduler:
         return outputs
 
     def _emit(self, request: Request) -> None:
-        if output := request.unseen():
-            self.outputs.append(output)
+        output = request.unseen()
+        if output is None:
+            return
+        self.outputs.append(output)
+        try:
             if request.sink:
                 request.sink(output)
+        except Exception as error:  # of who listens: it ends, and the others get theirs
+            _LOG.exception("a sink failed")
+            request.sink = None
+            self.end(request, "error", str(error))
 
     def _drop(self, request: Request) -> None:
         """Out of the lists and out of its slot."""
