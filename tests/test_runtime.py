@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
 
@@ -18,7 +18,6 @@ from mtp_engine.config import SamplingParams, Structure, TreeShape
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineBusy, EngineError
 from mtp_engine.protocols import Drafter, Launched
-from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Members, PromptChunk, Request, StepOutput
 from mtp_engine.runtime.step import EagerRunner, ModelStep, RunnerFactory
 
@@ -306,7 +305,9 @@ class World:
         running, waiting = scheduler.running, scheduler.waiting
         taken = [request.slot for request in running]
         assert sorted([*taken, *scheduler._free]) == list(range(scheduler._slots))
-        assert [(r.params.priority, r.number) for r in waiting] == sorted((r.params.priority, r.number) for r in waiting)
+        assert [(r.params.priority, r.number) for r in waiting] == sorted(
+            (r.params.priority, r.number) for r in waiting
+        )
         assert len({*running, *waiting}) == len(running) + len(waiting)
         assert all(request.slot == -1 and not request.read for request in waiting)
         assert all(request.finish_reason is None for request in (*running, *waiting))
@@ -347,8 +348,8 @@ class World:
         request, alone = entry.request, self.solo.answer(entry.seed)
         answer = Answer.of(request)
         for outputs in (entry.outputs, *([] if request.sink is None else [entry.sunk])):
-            assert sum((output.tokens for output in outputs), []) == request.output
-            assert sum((output.drafted for output in outputs), []) == request.drafted
+            assert [token for output in outputs for token in output.tokens] == request.output
+            assert [drafted for output in outputs for drafted in output.drafted] == request.drafted
             assert "".join(output.text for output in outputs) == request.text
             assert [o.finish_reason for o in outputs] == [*[None] * (len(outputs) - 1), request.finish_reason]
         on_its_own = request.failures < 2 and not entry.may_fail
@@ -408,9 +409,7 @@ def perform(world: World, steps: Sequence[tuple[Any, ...]]) -> None:
 
 @drawn
 @given(setup=setups, steps=st.lists(operations, min_size=3, max_size=20))
-def test_what_happens_around_a_request_does_not_matter(
-    solo: Solo, setup: Setup, steps: list[tuple[Any, ...]]
-) -> None:
+def test_what_happens_around_a_request_does_not_matter(solo: Solo, setup: Setup, steps: list[tuple[Any, ...]]) -> None:
     perform(World(setup, solo), steps)
 
 
@@ -432,6 +431,21 @@ def test_a_sink_that_fails_ends_its_own_request(solo: Solo) -> None:
     world.drain()
     assert (bad.request.finish_reason, bad.request.error) == ("error", "the sink is full")
     assert good.request.finish_reason == "length"
+
+
+@pytest.mark.parametrize("name", ["right", "random", "3x2", "deep tree:6"])
+@pytest.mark.parametrize("kind", ["mask fails", "advance fails"])
+def test_a_structure_fails_where_it_fails_without_drafts(solo: Solo, kind: str, name: str) -> None:
+    """It is asked about drafts that never become part of the answer, and several tokens come at once."""
+    for ask in (ask for ask, each in enumerate(ASKS) if each[0] == kind):
+        world = World(Setup(name), solo)
+        [entry] = world.add(ask)
+        world.drain()
+        assert entry.request.error in (
+            "",
+            *(f"no mask after {n}" for n in range(61)),
+            *(f"{n} is not taken" for n in range(61)),
+        )
 
 
 # ---- failures -----------------------------------------------------------------------------------------------------

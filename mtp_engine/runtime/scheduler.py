@@ -139,21 +139,20 @@ class Scheduler:
         return StepPlan(decoding, PromptChunk(request, start, request.read))
 
     def commit(
-        self, decoding: Sequence[Request], table: Sequence[Sequence[int]], failed: Mapping[int, str], times: StepTimes
-    ) -> None:
+        self, decoding: Sequence[Request], table: Sequence[Sequence[int]],
+        failed: Mapping[tuple[int, tuple[int, ...]], str], times: StepTimes,
+    ) -> None:  # fmt: skip
         """Hand out a step's tokens. table: a row per request: tokens to emit, nodes and depth of its tree, then tokens.
 
-        failed: by row, what went wrong with single requests. Who has ended since the step was launched gets nothing.
+        failed: by row and tokens in front, where a structure failed. Who has ended since the step was launched gets
+        nothing.
         """
         for row, (request, (count, nodes, depth, *tokens)) in enumerate(zip(decoding, table, strict=True)):
             if request.finish_reason:
                 continue
-            if row in failed:
-                self.end(request, "error", failed[row])
-                continue
             try:
-                taken = request.take(tokens[:count])
-            except Exception as error:  # of its structure or its text: the others get theirs
+                taken = request.take(tokens[:count], {path: why for (at, path), why in failed.items() if at == row})
+            except Exception as error:  # of its text: the others get theirs
                 self.end(request, "error", str(error))
                 continue
             self._record(request, taken, nodes, depth, times, len(table))
