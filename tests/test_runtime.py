@@ -1,7 +1,7 @@
 """Whatever happens around a request, what it says is what it says alone: drawn arrivals, cancellations, and failures."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
@@ -240,7 +240,7 @@ class Followed:
 class World:
     """A loop, its clock, and all that was asked of it."""
 
-    def __init__(self, setup: Setup, solo: Solo) -> None:
+    def __init__(self, setup: Setup, solo: Solo, grammars: Callable[[Structure], Sums] = grammars) -> None:
         self.solo, self.now, self.faulty = solo, 0.0, False
         self.loop = make_loop(
             solo.models.main, make_drafter(setup, solo), slots=setup.slots, tokens=setup.tokens,
@@ -538,3 +538,65 @@ def test_failures_and_interruptions_do_not_matter(
 
     world.add = watched  # type: ignore[method-assign]
     perform(world, steps)
+
+
+class Unsure(Sums):
+    """Raises from a point in time on, and not from a text on."""
+
+    broken = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        if self.broken == "made":
+            raise ValueError("forgotten")
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        if self.broken:
+            raise ValueError("forgotten")
+        super().advance(tokens)
+
+
+@pytest.mark.parametrize("how", ["made", "followed"])
+def test_who_cannot_be_taken_up_again_ends_alone(solo: Solo, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a step that broke off, a structure cannot be made again, or not be led to where it was."""
+    world = World(Setup("3x2"), solo, lambda _: Unsure())
+    [entry], [other] = world.add(ASKS.index(("all", 9, 22))), world.add(ASKS.index(("sampled", 9, 22)))
+    for _ in range(4):
+        world.step()
+    assert entry.request.text
+    faults = Faults(world, [("forward", 1, False, RuntimeError)])
+    monkeypatch.setattr(Unsure, "broken", how)
+    world.step()
+    assert faults.raised
+    assert (entry.request.finish_reason, entry.request.error) == ("error", "forgotten")
+    entry.may_fail = True
+    world.drain()
+    assert other.request.finish_reason in ("length", "stop")
+
+
+def test_a_decoder_that_fails_ends_its_own_request(solo: Solo) -> None:
+    class Broken(Letters):
+        def push(self, ids: Iterable[int]) -> str:
+            raise ValueError("no such character")
+
+        def flush(self) -> str:
+            return self.push(())
+
+    loop = make_loop(solo.models.main, RootDrafter(), text=Broken)
+    requests = [loop.add([3, 4], SamplingParams(max_tokens=9, stop=stop)) for stop in ((), ("x",))]
+    while loop.requests:
+        loop.step()
+    for request in requests:
+        assert (request.finish_reason, request.error) == ("error", "no such character")
+    check_empty(loop)
+
+
+def test_a_number_too_large_for_a_tensor_is_no_failure(solo: Solo) -> None:
+    """All members of a step share their tensors: what one of them cannot be written in ends everybody."""
+    loop = make_loop(solo.models.main, RootDrafter())
+    wanted = [SamplingParams(max_tokens=9, temperature=1.0, seed=4, top_k=top_k) for top_k in (0, 1 << 70)]
+    requests = [loop.add([3], each) for each in wanted]
+    while loop.requests:
+        loop.step()
+    assert requests[0].output == requests[1].output
+    assert requests[1].finish_reason == "length"

@@ -1,6 +1,7 @@
 """Requests on their way, and those of one step together."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import final
@@ -135,18 +136,29 @@ class Request:
     def end(self, reason: FinishReason, error: str = "") -> None:
         """End it between two steps, with what it has said so far."""
         if self.trail.visible:
-            self.text += self.trail.visible.push([], ended=True)
+            with suppress(Exception):  # the text failed before; the tokens are right
+                self.text += self.trail.visible.push([], ended=True)
         del self.logprobs[len(self.output) :]
         self.finish_reason, self.error = reason, error
 
     def rewind(self) -> None:
-        """Back to before it ran, with what it has said: `output` is right, whatever else was interrupted is not."""
+        """Back to before it ran, with what it has said: `output` is right, whatever else was interrupted is not.
+
+        Ends it with an error where its structure or its text cannot be made again.
+        """
         self.slot, self.read, self.decoding = -1, 0, False
-        self.trail = self.new_trail()
-        again = self.trail.follow(self.output)
-        self.finish_reason, self.text = again.reason, again.text
         self.drafted = [*self.drafted, *[False] * len(self.output)][: len(self.output)]
         del self.logprobs[len(self.output) :]
+        try:
+            trail = self.new_trail()
+            again = trail.follow(self.output)
+            error = again.error
+        except Exception as failure:
+            error = str(failure) or type(failure).__name__
+        if error:
+            self.end("error", error)
+        else:
+            self.trail, self.finish_reason, self.text = trail, again.reason, again.text
 
     def unseen(self) -> "StepOutput | None":
         """What has come since the last call, the end included."""
