@@ -22,7 +22,7 @@ from mtp_engine.runtime.request import Members, PromptChunk, Request, StepOutput
 from mtp_engine.runtime.step import EagerRunner, ModelStep, RunnerFactory
 
 CONTEXT = 76  # less than the longest prompt and answer together
-drawn = settings(max_examples=70, deadline=None, suppress_health_check=list(HealthCheck))
+drawn = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 # ---- what is asked for --------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ class Followed:
     outputs: list[StepOutput] = field(default_factory=list)  # of step()
     sunk: list[StepOutput] = field(default_factory=list)
     cancelled: bool = False  # or a timeout, or a sink that fails
-    may_fail: bool = False  # something of the engine failed while its prompt was read
+    may_fail: bool = False  # something failed that was done for it alone
 
 
 class World:
@@ -480,17 +480,20 @@ class Faults:
 
     def follow(self, entries: Sequence[Followed]) -> None:
         for entry in entries:
-            entry.request.take = self.around("take", entry.request.take)  # type: ignore[method-assign]
+            entry.request.take = self.around("take", entry.request.take, entry)  # type: ignore[method-assign]
 
-    def around(self, name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+    def around(self, name: str, inner: Callable[..., Any], owner: Followed | None = None) -> Callable[..., Any]:
         def call(*given_: Any) -> Any:
             self.calls[name] = number = self.calls.get(name, 0) + 1
             after, error = self.planned.get((name, number), (False, None))
             result = inner(*given_) if after or error is None else None
             if error is None:
                 return result
-            if self.reading is not None and issubclass(error, Exception):
-                self.world.followed[self.reading].may_fail = True
+            entering = self.world.loop.scheduler.waiting[0] if name == "start" else None
+            alone = self.reading or entering
+            whose = self.world.followed[alone] if alone else owner
+            if whose and issubclass(error, Exception):
+                whose.may_fail = True
             self.raised.append(error(f"planned: {name} {number}"))
             raise self.raised[-1]
 
@@ -507,7 +510,7 @@ class Wrapped:
         return getattr(self._inner, name)
 
 
-POINTS = ("forward", "logits", "draft", "observe", "verify", "advance", "processors", "commit", "take")
+POINTS = ("start", "forward", "logits", "draft", "observe", "verify", "advance", "processors", "commit", "take")
 planned_faults = st.lists(
     st.tuples(
         st.sampled_from(POINTS), st.integers(1, 30), st.booleans(),
@@ -538,6 +541,21 @@ def test_failures_and_interruptions_do_not_matter(
 
     world.add = watched  # type: ignore[method-assign]
     perform(world, steps)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("call", [1, 3])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_part_that_raises(solo: Solo, point: str, call: int, error: type[BaseException], after: bool) -> None:
+    """Every part once, early and at the end of an answer; those whose step it was not always go on."""
+    world = World(Setup("right", in_flight=2), solo)
+    faults = Faults(world, [(point, call, after, error)])
+    for kind, length, most in (("logprobs", 1, 6), ("sampled", 9, 22), ("all", 2, 22)):
+        faults.follow(world.add(ASKS.index((kind, length, most))))
+    world.drain()
+    assert len(faults.raised) == 1
+    assert sum(entry.may_fail for entry in world.followed.values()) <= 1
 
 
 class Unsure(Sums):

@@ -154,6 +154,7 @@ class Scheduler:
                 taken = request.take(tokens[:count], {path: why for (at, path), why in failed.items() if at == row})
             except Exception as error:  # of its text: the others get theirs
                 self.end(request, "error", str(error))
+                self._emit(request)  # where it had ended already
                 continue
             self._record(request, taken, nodes, depth, times, len(table))
             self._emit(request)
