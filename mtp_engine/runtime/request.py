@@ -1,6 +1,7 @@
 """Requests on their way, and those of one step together."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import final
@@ -35,16 +36,34 @@ class Trail:
     visible: VisibleText | None = None  # None where nobody turns tokens into text
     constraint: Constraint | None = None
 
-    def follow(self, tokens: Sequence[int]) -> tuple[list[int], FinishReason | None, str]:
-        """Add a step's tokens: those that belong to the answer, why it ends if it does, and the text to show for them.
+    def follow(self, tokens: Sequence[int]) -> "Followed":
+        """Add a step's tokens, one by one as plain decoding would: up to the end, or to one that the constraint fails for."""
+        kept: list[int] = []
+        reason, error = None, ""
+        for token in tokens:
+            try:
+                if self.constraint:
+                    self.constraint.advance([token])
+            except Exception as failure:
+                error = str(failure) or type(failure).__name__
+                break
+            kept.append(token)
+            if reason := self.ends.cut([token])[1]:
+                break
+        text = self.visible.push(kept, ended=reason is not None) if self.visible else ""
+        return Followed(kept, reason, text, error)
 
-        Raises whatever the constraint raises for a token that it forbids.
-        """
-        cut, reason = self.ends.cut(tokens)
-        kept = list(tokens[:cut])
-        if self.constraint:
-            self.constraint.advance(kept)
-        return kept, reason, self.visible.push(kept, ended=reason is not None) if self.visible else ""
+
+@final
+@dataclass(frozen=True)
+class Followed:
+    """Of a step: the tokens that belong to the answer, why it ends if it does, the text to show for them, and what went
+    wrong behind them."""
+
+    tokens: list[int]
+    reason: FinishReason | None
+    text: str
+    error: str
 
 
 @final
@@ -93,36 +112,53 @@ class Request:
     def known(self) -> list[int]:
         return self.prompt + self.output
 
-    def take(self, tokens: Sequence[int]) -> int:
+    def take(self, tokens: Sequence[int], failed: Mapping[tuple[int, ...], str]) -> int:
         """Add what a step emitted, all but the last being accepted drafts. Returns how many belong to the answer.
 
-        NO_TOKEN stands where its parameters left nothing to choose; there the request ends with an error.
+        NO_TOKEN stands where its parameters left nothing to choose, or its structure failed (`failed` says how, by the
+        tokens in front); there the request ends with an error.
         """
         said = list(tokens[: tokens.index(NO_TOKEN)] if NO_TOKEN in tokens else tokens)
-        kept, reason, text = self.trail.follow(said)
-        self.output += kept
-        self.drafted += [index < len(tokens) - 1 for index in range(len(kept))]
+        step = self.trail.follow(said)
+        error = step.error
+        if not error and len(said) < len(tokens):
+            error = failed.get(tuple(said), NOTHING_ALLOWED)
+        self.output += step.tokens
+        self.drafted += [index < len(tokens) - 1 for index in range(len(step.tokens))]
         del self.logprobs[len(self.output) :]
-        self.text += text
-        if reason is None and len(said) < len(tokens):
-            self.end("error", NOTHING_ALLOWED)
+        self.text += step.text
+        if step.reason is None and error:
+            self.end("error", error)
         else:
-            self.finish_reason = reason
-        return len(kept)
+            self.finish_reason = step.reason
+        return len(step.tokens)
 
     def end(self, reason: FinishReason, error: str = "") -> None:
         """End it between two steps, with what it has said so far."""
         if self.trail.visible:
-            self.text += self.trail.visible.push([], ended=True)
+            with suppress(Exception):  # the text failed before; the tokens are right
+                self.text += self.trail.visible.push([], ended=True)
+        del self.logprobs[len(self.output) :]
         self.finish_reason, self.error = reason, error
 
     def rewind(self) -> None:
-        """Back to before it ran, with what it has said: `output` is right, whatever else was interrupted is not."""
+        """Back to before it ran, with what it has said: `output` is right, whatever else was interrupted is not.
+
+        Ends it with an error where its structure or its text cannot be made again.
+        """
         self.slot, self.read, self.decoding = -1, 0, False
-        self.trail = self.new_trail()
-        _, self.finish_reason, self.text = self.trail.follow(self.output)
         self.drafted = [*self.drafted, *[False] * len(self.output)][: len(self.output)]
         del self.logprobs[len(self.output) :]
+        try:
+            trail = self.new_trail()
+            again = trail.follow(self.output)
+            error = again.error
+        except Exception as failure:
+            error = str(failure) or type(failure).__name__
+        if error:
+            self.end("error", error)
+        else:
+            self.trail, self.finish_reason, self.text = trail, again.reason, again.text
 
     def unseen(self) -> "StepOutput | None":
         """What has come since the last call, the end included."""
@@ -190,8 +226,8 @@ class Members:
         return cls(tuple(requests), slots, sampling, guide, limits, speculates)
 
     @property
-    def failed(self) -> Mapping[int, str]:
-        """By row, what went wrong with single requests."""
+    def failed(self) -> Mapping[tuple[int, tuple[int, ...]], str]:
+        """Where structures failed in the last step, by row and the tokens in front."""
         return self.guide.failed if self.guide else {}
 
     @property

@@ -1,6 +1,7 @@
 """Who runs, who waits, and whose prompt is read next. Knows nothing of tensors."""
 
 import itertools
+import logging
 import time
 from bisect import insort
 from collections import deque
@@ -13,6 +14,7 @@ from mtp_engine.runtime.request import PromptChunk, Request, StepOutput, plain
 from mtp_engine.runtime.stats import StepTimes
 from mtp_engine.sampling.stops import FinishReason
 
+_LOG = logging.getLogger("mtp_engine")
 _ATTEMPTS = 2  # steps in a row that may break off with a request before it ends with the error
 
 
@@ -137,22 +139,22 @@ class Scheduler:
         return PromptChunk(request, start, request.read)
 
     def commit(
-        self, plan: StepPlan, table: Sequence[Sequence[int]], failed: Mapping[int, str], times: StepTimes
-    ) -> None:
+        self, plan: StepPlan, table: Sequence[Sequence[int]],
+        failed: Mapping[tuple[int, tuple[int, ...]], str], times: StepTimes,
+    ) -> None:  # fmt: skip
         """Hand out a step's tokens. table: a row per request: tokens to emit, nodes and depth of its tree, then tokens.
 
-        failed: by row, what went wrong with single requests. Who has ended since the step was launched gets nothing.
+        failed: by row and tokens in front, where a structure failed. Who has ended since the step was launched gets
+        nothing.
         """
         for row, (request, (count, nodes, depth, *tokens)) in enumerate(zip(plan.decoding, table, strict=True)):
             if request.finish_reason:
                 continue
-            if row in failed:
-                self.end(request, "error", failed[row])
-                continue
             try:
-                taken = request.take(tokens[:count])
-            except Exception as error:  # of its structure or its text: the others get theirs
+                taken = request.take(tokens[:count], {path: why for (at, path), why in failed.items() if at == row})
+            except Exception as error:  # of its text: the others get theirs
                 self.end(request, "error", str(error))
+                self._emit(request)  # where it had ended already
                 continue
             self._record(request, taken, nodes, depth, times, len(table))
             self._emit(request)
@@ -202,10 +204,17 @@ class Scheduler:
         return outputs
 
     def _emit(self, request: Request) -> None:
-        if output := request.unseen():
-            self.outputs.append(output)
+        output = request.unseen()
+        if output is None:
+            return
+        self.outputs.append(output)
+        try:
             if request.sink:
                 request.sink(output)
+        except Exception as error:  # of who listens: it ends, and the others get theirs
+            _LOG.exception("a sink failed")
+            request.sink = None
+            self.end(request, "error", str(error))
 
     def _drop(self, request: Request) -> None:
         """Out of the lists and out of its slot."""

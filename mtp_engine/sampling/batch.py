@@ -10,6 +10,8 @@ from torch import Tensor
 from mtp_engine.config import SamplingParams
 from mtp_engine.sampling.masks import Guide
 
+_MOST = 1 << 60  # more than any vocabulary holds; what is shared by all who run must fit its tensor
+
 
 def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """[n] tensor; to a GPU through pinned memory, as anything else would wait for all that is queued there."""
@@ -36,13 +38,13 @@ class SamplingBatch:
         active = [p for p in params if p.temperature > 0]  # truncation never removes the argmax
         return cls(
             temperature=to_device([p.temperature for p in params], torch.float32, device),
-            top_k=to_device([p.top_k for p in params], torch.int64, device),
+            top_k=to_device([min(p.top_k, _MOST) for p in params], torch.int64, device),
             top_p=to_device([p.top_p for p in params], torch.float32, device),
             min_p=to_device([p.min_p for p in params], torch.float32, device),
             seed=to_device(seeds, torch.int64, device),
             greedy=not active,
             truncated=any(p.top_k or p.top_p < 1 or p.min_p for p in active),
-            widest_top_k=max((p.top_k for p in active), default=0),
+            widest_top_k=min(max((p.top_k for p in active), default=0), _MOST),
         )
 
 

@@ -21,13 +21,13 @@ class Constraint(Protocol):
 class Guide:
     """The constraints of a batch; None where a request has none.
 
-    A constraint that raises says nothing from then on, and its message stands in `failed` by the request's row: it is
-    that request's failure, not the step's.
+    A constraint that raises after a path leaves no token to choose there: the request ends if its answer takes that path,
+    as it would without drafts. The messages of the last step stand in `failed`, by the request's row and the path.
     """
 
     def __init__(self, constraints: Sequence[Constraint | None]) -> None:
         self._constraints = constraints
-        self.failed: dict[int, str] = {}
+        self.failed: dict[tuple[int, tuple[int, ...]], str] = {}
 
     @classmethod
     def build(cls, constraints: Sequence[Constraint | None]) -> "Guide | None":
@@ -35,30 +35,37 @@ class Guide:
 
     def apply(self, tokens: Tensor, parents: Tensor, logits: Tensor, ids: Tensor | None = None) -> Tensor:
         """-inf for what may not follow. tokens, parents: [B, n] of a tree, complete or growing; logits: [B, F, V] of its
-        last F nodes, or [B, F, len(ids)] of the tokens `ids`. A node after which none of them may follow keeps its own.
+        last F nodes, or [B, F, len(ids)] of the tokens `ids`, where a drafter asks. A node after which none of them may
+        follow keeps its own; so does one whose constraint raises, but for the drafter only.
         """
-        masks = [
-            self._mask(row, names, up, node)
+        self.failed = {}
+        asked = [
+            (row, _path(names, up, node))
             for row, (names, up) in enumerate(zip(tokens.tolist(), parents.tolist(), strict=True))
             for node in range(len(names) - logits.shape[1], len(names))
         ]
-        if all(mask is None for mask in masks):
-            return logits
-        free = torch.full_like(next(mask for mask in masks if mask is not None), -1)
-        packed = torch.stack([free if mask is None else mask for mask in masks]).to(logits.device, non_blocking=True)
-        bits = torch.arange(32, dtype=torch.int32, device=logits.device)
-        allowed = ((packed[..., None] >> bits) & 1).bool().view(*logits.shape[:2], -1)  # [B, F, 32 W]
-        allowed = allowed[..., : logits.shape[-1]] if ids is None else allowed[..., ids]
-        return logits.masked_fill(~allowed & allowed.any(-1, keepdim=True), -float("inf"))
+        masks = [self._mask(row, path) for row, path in asked]
+        if given := [mask for mask in masks if mask is not None]:
+            free = torch.full_like(given[0], -1)
+            packed = torch.stack([free if mask is None else mask for mask in masks])
+            bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+            words = packed.to(logits.device, non_blocking=True)[..., None]
+            allowed = ((words >> bits) & 1).bool().view(*logits.shape[:2], -1)  # [B, F, 32 W]
+            allowed = allowed[..., : logits.shape[-1]] if ids is None else allowed[..., ids]
+            logits = logits.masked_fill(~allowed & allowed.any(-1, keepdim=True), -float("inf"))
+        if self.failed and ids is None:
+            never = torch.tensor([each in self.failed for each in asked], device=logits.device)
+            logits = logits.masked_fill(never.view(*logits.shape[:2], 1), -float("inf"))
+        return logits
 
-    def _mask(self, row: int, tokens: Sequence[int], parents: Sequence[int], node: int) -> Tensor | None:
+    def _mask(self, row: int, path: tuple[int, ...]) -> Tensor | None:
         constraint = self._constraints[row]
-        if constraint is None or row in self.failed:
+        if constraint is None:
             return None
         try:
-            return constraint.mask(_path(tokens, parents, node))
+            return constraint.mask(path)
         except Exception as error:
-            self.failed[row] = str(error)
+            self.failed[row, path] = str(error)
             return None
 
 
