@@ -480,6 +480,18 @@ def test_the_drafters_cache_may_be_the_smaller_one(models: Models, plain: Plain)
     drafter.cache.check()
 
 
+def test_a_failure_that_is_nobodys_is_raised(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody runs who could end with it; stepping on would fail for ever."""
+    loop = make_loop(models.main, RootDrafter())
+    loop.add([1, 2], SamplingParams(max_tokens=3))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.scheduler, "plan", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            loop.step()
+    while loop.requests:
+        loop.step()
+
+
 # ---- statistics ---------------------------------------------------------------------------------------------------
 
 

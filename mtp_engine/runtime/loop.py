@@ -105,11 +105,11 @@ class DecodeLoop:
             self.scheduler.commit(plan, table, members.failed, times)
 
     def _restart(self, error: BaseException) -> None:
-        """Everybody again, from what they have said. Goes on raising what is no failure, such as Ctrl-C."""
+        """Everybody again, from what they have said. Raises what is no failure (Ctrl-C), and what nobody can end with."""
         self._flying.clear()
         self._members = None
-        self.scheduler.restart(explain(error) if isinstance(error, Exception) else None)
-        if not isinstance(error, Exception):
+        anybody = self.scheduler.restart(explain(error) if isinstance(error, Exception) else None)
+        if not anybody or not isinstance(error, Exception):
             raise error
         _LOG.error("a step failed", exc_info=error)
 

@@ -182,12 +182,14 @@ class Scheduler:
         self._emit(request)
         return True
 
-    def restart(self, error: str | None) -> None:
-        """Queue everybody again who runs, to go on from what they have said: a step was broken off somewhere.
+    def restart(self, error: str | None) -> bool:
+        """Queue everybody again who runs, to go on from what they have said: a step was broken off somewhere. False if
+        nobody ran.
 
         error: what failed, None for an interruption from outside. Who fails so in two steps in a row ends with it.
         """
-        for request in {r: None for r in (*self.running, *self.waiting) if r.slot >= 0}:
+        ran = list({r: None for r in (*self.running, *self.waiting) if r.slot >= 0})
+        for request in ran:
             self._drop(request)
             request.failures += error is not None
             if not request.finish_reason:
@@ -198,6 +200,7 @@ class Scheduler:
                 insort(self.waiting, request, key=_rank)
             self._emit(request)
         self._free = list(range(self._slots))[::-1]
+        return bool(ran)
 
     def take_outputs(self) -> list[StepOutput]:
         outputs, self.outputs = self.outputs, []
