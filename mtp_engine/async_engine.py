@@ -25,6 +25,7 @@ class _Inbox:
     requests: list[Request]
     news: deque[StepOutput | EngineError] = field(default_factory=deque)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    left: bool = False  # nobody wants it any more
 
 
 @final
@@ -144,6 +145,7 @@ class AsyncEngine:
         await queued
 
     def _cancel(self, inbox: _Inbox) -> None:
+        inbox.left = True  # first: it may be about to be queued
         if not self.engine.closed:
             for request in inbox.requests:
                 if request.finish_reason is None:
@@ -195,6 +197,8 @@ class AsyncEngine:
                 _call(inbox.loop, _settle, queued, error)
             else:
                 _call(inbox.loop, _settle, queued, None)
+                for request in inbox.requests if inbox.left else ():
+                    self.engine.loop.scheduler.cancel(request)  # once more: a step may have swept before it was there
 
     def _fail(self, error: EngineError) -> None:
         """Tell everybody who still waits."""
