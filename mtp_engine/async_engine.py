@@ -25,6 +25,7 @@ class _Inbox:
     requests: list[Request]
     news: deque[StepOutput | EngineError] = field(default_factory=deque)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    left: bool = False  # nobody wants it any more
 
 
 @final
@@ -144,10 +145,11 @@ class AsyncEngine:
         await queued
 
     def _cancel(self, inbox: _Inbox) -> None:
-        if not self.engine.closed:
+        inbox.left = True  # first: it may be about to be queued
+        if scheduler := self.engine.scheduler:
             for request in inbox.requests:
                 if request.finish_reason is None:
-                    self.engine.loop.scheduler.cancel(request)
+                    scheduler.cancel(request)
         with self._wake:
             self._wake.notify()
 
@@ -164,7 +166,8 @@ class AsyncEngine:
         return self._closing or self.engine.closed
 
     def _has_work(self) -> bool:
-        return bool(self._ended() or self._arriving or self._landed or self.engine.loop.scheduler.busy)
+        scheduler = self.engine.scheduler
+        return bool(self._ended() or self._arriving or self._landed or scheduler is None or scheduler.busy)
 
     def _run(self) -> None:
         while True:
@@ -173,6 +176,8 @@ class AsyncEngine:
             if self._ended():
                 break
             with self.engine.lock:
+                if self._ended():  # somebody closed the engine meanwhile
+                    break
                 self._admit()
                 try:
                     self.engine.loop.step()
@@ -195,11 +200,15 @@ class AsyncEngine:
                 _call(inbox.loop, _settle, queued, error)
             else:
                 _call(inbox.loop, _settle, queued, None)
+                for request in inbox.requests if inbox.left else ():
+                    self.engine.loop.scheduler.cancel(request)  # once more: a step may have swept before it was there
 
     def _fail(self, error: EngineError) -> None:
         """Tell everybody who still waits."""
-        while self._arriving:
-            inbox, queued = self._arriving.popleft()
+        with self._wake:  # who comes later sees that it is closed
+            arriving = list(self._arriving)
+            self._arriving.clear()
+        for inbox, queued in arriving:
             _call(inbox.loop, _settle, queued, error)
         for inbox in list(self._live):
             if any(request.finish_reason is None for request in inbox.requests):

@@ -20,6 +20,7 @@ from mtp_engine.models.decoder import Decoder
 from mtp_engine.protocols import Progress
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request, StepOutput
+from mtp_engine.runtime.scheduler import Scheduler
 from mtp_engine.runtime.stats import GenerationStats
 from mtp_engine.sampling.logprobs import TokenLogprob
 from mtp_engine.sampling.stops import FinishReason
@@ -213,12 +214,21 @@ class Engine:
 
     def requests(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
         """One request per answer, checked but not queued. Raises EngineError for what cannot run."""
-        self.check_open()
-        return self.loop.intake.requests(self.encode(prompt), params)
+        loop = self.check_open()
+        return loop.intake.requests(self.encode(prompt), params)
 
-    def check_open(self) -> None:
-        if self.closed:
+    def check_open(self) -> DecodeLoop:
+        """The loop; another thread may close the engine at any moment, and take it away."""
+        loop: DecodeLoop | None = getattr(self, "loop", None)
+        if self.closed or loop is None:
             raise EngineError("the engine is closed: load another")
+        return loop
+
+    @property
+    def scheduler(self) -> Scheduler | None:
+        """None once the engine is closed."""
+        loop: DecodeLoop | None = getattr(self, "loop", None)
+        return loop.scheduler if loop else None
 
     def _jobs(
         self,
@@ -273,13 +283,14 @@ class Engine:
 
     def drop(self, requests: Mapping[Request, Any]) -> None:
         """End requests: now if the loop is free, else before its next step."""
-        if self.closed or not requests:
+        scheduler = self.scheduler
+        if scheduler is None or not requests:
             return
         for request in requests:
-            self.loop.scheduler.cancel(request)
+            scheduler.cancel(request)
         if self.lock.acquire(blocking=False):  # it may be this very thread that holds it, collecting garbage
             try:
-                self.loop.scheduler.sweep()
+                scheduler.sweep()
             finally:
                 self.lock.release()
 

@@ -178,8 +178,8 @@ class Scheduler:
         if request.finish_reason or (request not in self.running and request not in self.waiting):
             return False
         request.end(reason, error)
-        self._drop(request)
         self._emit(request)
+        self._drop(request)
         return True
 
     def restart(self, error: str | None) -> bool:
@@ -188,7 +188,8 @@ class Scheduler:
 
         error: what failed, None for an interruption from outside. Who fails so in two steps in a row ends with it.
         """
-        ran = list({r: None for r in (*self.running, *self.waiting) if r.slot >= 0})
+        half_way_in = [r for r in self.waiting if r.slot >= 0 or r.finish_reason]  # or out
+        ran = list(dict.fromkeys((*self.running, *half_way_in)))
         for request in ran:
             self._drop(request)
             request.failures += error is not None
