@@ -296,6 +296,7 @@ class Engine:
 
     def undrafted(self) -> "Engine":
         """An engine over the same weights that never drafts: a loop of its own, with one row per request in every step."""
+        self.check_open()
         config = replace(self.config, drafter="root", tree=None, verifier="match", candidates="auto")
         slots, tokenizer = config.max_batch, self.tokenizer
         loop = make_loop(self.model, RootDrafter(), config, self.backend, slots=slots, tokenizer=tokenizer)

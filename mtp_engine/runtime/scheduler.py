@@ -184,7 +184,7 @@ class Scheduler:
 
     def restart(self, error: str | None) -> bool:
         """Queue everybody again who runs, to go on from what they have said: a step was broken off somewhere. False if
-        nobody ran.
+        nobody ran, and nothing has come of the step.
 
         error: what failed, None for an interruption from outside. Who fails so in two steps in a row ends with it.
         """
@@ -201,7 +201,7 @@ class Scheduler:
                 insort(self.waiting, request, key=_rank)
             self._emit(request)
         self._free = list(range(self._slots))[::-1]
-        return bool(ran)
+        return bool(ran or self.outputs)
 
     def take_outputs(self) -> list[StepOutput]:
         outputs, self.outputs = self.outputs, []
