@@ -206,7 +206,7 @@ def run_operations(soak: Soak, count: int) -> dict[str, Any]:
     for _ in range(count):
         draw = soak.rng.random()
         if draw < 0.12:
-            soak.add(priority=soak.rng.randrange(-2, 3), timeout=soak.rng.choice([None, None, 0.0, 0.05, 10.0]))
+            soak.add(priority=soak.rng.randrange(-2, 3), timeout=soak.rng.choice([None, None, 1e-9, 0.05, 10.0]))
         elif draw < 0.16 and (request := soak.some()):
             soak.loop.remove(request)
         elif draw < 0.2 and (request := soak.some()):
