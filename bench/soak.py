@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, final
 
 import click
-from common import conditions
+from common import conditions, require_commit
 from rich.console import Console
 from rich.table import Table
 
@@ -80,9 +80,6 @@ class Soak:
         self.loop: DecodeLoop = self.engine.loop
         self._plain = self.engine.undrafted().loop
         self.alone = cache(self._alone)
-        for case, (_, params) in enumerate(self.cases):
-            for sample in range(params.n):
-                self.alone(case, sample)
 
     def _alone(self, case: int, sample: int) -> tuple[list[int], str, str | None]:
         prompt, params = self.cases[case]
@@ -299,7 +296,8 @@ def main(
     long_model: str, length: int, others: int, steps: int, chunk: int, device: str, threads: int,
 ) -> None:  # fmt: skip
     """For example: python bench/soak.py --part requests --requests 50"""
-    shared = {"device": device, "threads": threads, "tree": TreeShape.parse(tree)}
+    commit = require_commit()
+    shared = {"device": device, "threads": threads, "tree": TreeShape.parse(tree), "dequantize": device == "cpu"}
     # little memory and short chunks: requests wait, and prompts are read in turns with what others decode
     small = EngineConfig(max_batch=SLOTS, max_context=256, kv_tokens=320, prefill_chunk=8, max_waiting=12,
                          **shared)  # fmt: skip
@@ -319,7 +317,7 @@ def main(
             table.add_row(part, name, str(value))
     Console().print(table)
     given = {"requests": requests, "operations": operations, "model": model, "long_model": long_model, "tree": tree}
-    click.echo(json.dumps({"bench": "soak", **given, "results": results, **conditions(device)}))
+    click.echo(json.dumps({"bench": "soak", **given, "results": results, **conditions(commit, device)}))
     whole = all(
         not found.get("lost_tokens") and not found.get("wrong") and not found.get("stuck") for found in results.values()
     )
