@@ -51,7 +51,9 @@ class Commit:
 
 def require_commit(root: Path = ROOT) -> Commit:
     """The commit that is about to run; call it before any work. Exits on a dirty tree, unless MTP_BENCH_DIRTY is 1."""
-    commit = _from_git(root) if (root / ".git").exists() else _from_stamp(root)
+    stamped = _from_stamp(root)
+    # a stamp that suits the code says more than git, of which a copy of the tree may hold an older state
+    commit = stamped if not stamped.dirty or not (root / ".git").exists() else _from_git(root)
     if commit.dirty and os.environ.get("MTP_BENCH_DIRTY") != "1":
         raise SystemExit(
             f"the tree is not that of a commit ({commit.commit}): commit first (and for a machine without git, then run "

@@ -48,7 +48,7 @@ class Version:
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", _WORKER, json.dumps(options)], cwd="/", text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(folder.resolve())},
+            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder.resolve()), os.environ.get("PYTHONPATH", "")])},
         )  # fmt: skip
 
     def decode(self) -> tuple[float, list[list[int]]]:
