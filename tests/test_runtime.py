@@ -264,6 +264,12 @@ class World:
             if sink == "removes" and len(entry.sunk) == 2:
                 entry.cancelled = True
                 self.loop.remove(output.request)
+            if sink == "removes others" and len(entry.sunk) == 1:
+                for other in self.loop.requests[::2]:
+                    self.followed[other].cancelled = True
+                    self.loop.remove(other)
+            if sink == "asks" and output.finish_reason:
+                self.add((ask + 31) % len(ASKS), priority, None, "notes")
 
         wanted = params_of(ask, priority=priority, timeout=timeout)
         try:
@@ -372,7 +378,7 @@ class World:
 
 
 asks = st.integers(0, len(ASKS) - 1)
-sinks = st.sampled_from(["notes"] * 6 + ["fails", "removes"])
+sinks = st.sampled_from(["notes"] * 6 + ["fails", "removes", "removes others", "asks"])
 operations = st.one_of(
     st.tuples(st.just("add"), asks, st.integers(-1, 1), st.sampled_from([None, None, None, 2.0]), sinks),
     st.tuples(st.just("add"), asks, st.integers(-1, 1), st.none(), st.just("notes")),
