@@ -188,7 +188,7 @@ class Scheduler:
         error: what failed, None for an interruption from outside. Who fails so in two steps in a row ends with it.
         """
         half_way_in = [r for r in self.waiting if r.slot >= 0 or r.finish_reason]  # or out
-        for request in {r: None for r in (*self.running, *half_way_in)}:
+        for request in dict.fromkeys((*self.running, *half_way_in)):
             self._drop(request)
             request.failures += error is not None
             if not request.finish_reason:
