@@ -46,9 +46,10 @@ class Version:
     """A checkout that decodes in a process of its own."""
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+        path = os.pathsep.join([str(folder.resolve()), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
             [sys.executable, "-c", _WORKER, json.dumps(options)], cwd="/", text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder.resolve()), os.environ.get("PYTHONPATH", "")])},
+            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path},
         )  # fmt: skip
 
     def decode(self) -> tuple[float, list[list[int]]]:

@@ -1,7 +1,6 @@
 """The engine: loads a model, takes prompts from any number of threads, gives answers."""
 
 import os
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request, StepOutput
 from mtp_engine.runtime.scheduler import Scheduler
 from mtp_engine.runtime.stats import GenerationStats
+from mtp_engine.runtime.turns import Turns
 from mtp_engine.sampling.logprobs import TokenLogprob
 from mtp_engine.sampling.stops import FinishReason
 from mtp_engine.text.tokenizer import Tokenizer
@@ -114,7 +114,7 @@ class Engine:
         self, model: Decoder, loop: DecodeLoop, tokenizer: Tokenizer, config: EngineConfig, backend: Backend
     ) -> None:
         self.model, self.loop, self.tokenizer, self.config, self.backend = model, loop, tokenizer, config, backend
-        self.lock = threading.Lock()  # held while the loop is touched
+        self.lock = Turns()  # held while the loop is touched
         self.closed = False
 
     @classmethod

@@ -166,6 +166,36 @@ def test_closing_a_stream_frees_its_slots_and_nobody_elses(engine: Engine, expec
     assert same(joined([*chunks, *other]), expected[3])
 
 
+def test_nobody_is_kept_out(engine: Engine) -> None:
+    """Whoever wants the engine has it after the step that runs, though another thread steps without a pause."""
+    steps, done, step = 0, threading.Event(), engine.loop.step
+
+    def stepped() -> Any:
+        nonlocal steps
+        steps += 1
+        return step()
+
+    def stream() -> None:
+        while not done.is_set():
+            for _ in engine.stream([PROMPTS[0]], LONG):
+                if done.is_set():
+                    break
+
+    engine.loop.step = stepped  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(stream)
+        waited = []
+        for _ in range(20):
+            time.sleep(0.01)
+            before = steps
+            with engine.lock:
+                waited.append(steps - before)
+        done.set()
+        busy.result(timeout=60)
+    del engine.loop.step
+    assert max(waited) <= 2
+
+
 def test_a_stream_that_was_never_begun_costs_nothing(engine: Engine) -> None:
     stream = engine.stream(PROMPTS, LONG)
     assert not engine.loop.requests
