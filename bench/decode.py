@@ -69,6 +69,8 @@ def our_decoder(engine: Engine, prompt: list[int], params: SamplingParams) -> tu
     """The finished request and its decoding seconds by the wall: the loop's own clock stops between steps, in which a GPU
     goes on."""
     request = engine.loop.add(prompt, params)
+    while not request.decoding:  # its prompt is being read
+        engine.loop.step()
     if engine.loop.work.device.type == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, final
+from typing import final
 
 import torch
 from shapes import Model
@@ -18,8 +18,8 @@ from mtp_engine.drafters import RootDrafter
 from mtp_engine.engine import Engine
 from mtp_engine.protocols import Launched, Verifier
 from mtp_engine.runtime.loop import DecodeLoop
-from mtp_engine.runtime.request import Members, Request
-from mtp_engine.runtime.step import EagerRunner, Runner
+from mtp_engine.runtime.request import Members, PromptChunk, Request
+from mtp_engine.runtime.step import EagerRunner, ModelStep, Runner
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.sampling.sampler import choose_scores
 
@@ -40,6 +40,9 @@ class Recorder:
 
     def settle(self) -> None:
         self._inner.settle()
+
+    def read(self, chunk: PromptChunk) -> Launched:
+        return self._inner.read(chunk)
 
     def launch(self, members: Members, bound: int) -> Launched:
         begin, end = (torch.cuda.Event(enable_timing=True) if self._cuda else None for _ in range(2))
@@ -94,8 +97,8 @@ def build(model: Model, tree: str | None, batch: int, context: int, config: Engi
     )  # it is fused already
 
     def runner(slots: int) -> Callable[..., Runner]:
-        def make(draft: Any, verify: Any) -> Runner:
-            recorders.append(Recorder(backend.runner(slots)(draft, verify), device))
+        def make(step: ModelStep) -> Runner:
+            recorders.append(Recorder(backend.runner(slots)(step), device))
             return recorders[-1]
 
         return make
@@ -105,6 +108,7 @@ def build(model: Model, tree: str | None, batch: int, context: int, config: Engi
     return Bench(loop, recorders[0])
 
 
+@torch.inference_mode()
 def pretend(loop: DecodeLoop, batch: int, context: int) -> list[Request]:
     """`batch` requests as if each had `context` tokens cached: a prompt of two is prefilled, then the length is set.
 
@@ -117,13 +121,15 @@ def pretend(loop: DecodeLoop, batch: int, context: int) -> list[Request]:
             for stored in (group.k, group.v):
                 for layer in stored:
                     layer.normal_()
-    vocab, requests = loop.work.model.config.vocab_size, []
-    for index in range(batch):
-        tokens = [(7919 * (index + 1)) % vocab, (104729 * (index + 1)) % vocab]
-        request = loop.add(tokens, SamplingParams(max_tokens=context + ROOM, ignore_eos=True))  # reserves that much
-        request.prompt = [0] * context + tokens[1:]
-        loop.work.state.set(request.slot, request.length, tokens[1])
-        requests.append(request)
+    vocab, params = loop.work.model.config.vocab_size, SamplingParams(max_tokens=context + ROOM, ignore_eos=True)
+    prompts = [[(7919 * (index + 1)) % vocab, (104729 * (index + 1)) % vocab] for index in range(batch)]
+    requests = [loop.add(prompt, params) for prompt in prompts]  # each reserves the room of its max_tokens
+    while (plan := loop.scheduler.plan(0.0, 0)) and plan.chunk:
+        loop.runner.read(plan.chunk)
+    for request in requests:
+        last = request.prompt[-1]
+        request.prompt = [0] * context + [last]
+        loop.work.state.set(request.slot, request.length, last)
     return requests
 
 

@@ -44,7 +44,8 @@ def main(steps: int, trees: tuple[str, ...], device: str, threads: int) -> None:
         for _ in range(max(1, steps // 10)):
             for name, settings in wanted.items():
                 request = engine.loop.add(tokens, SamplingParams(max_tokens=900, **settings))
-                engine.loop.step()
+                while not request.output:
+                    engine.loop.step()
                 for _ in range(10):
                     begin = time.perf_counter()
                     engine.loop.step()

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mtp_engine.async_engine import AsyncEngine
     from mtp_engine.config import EngineConfig, SamplingParams, TreeShape
-    from mtp_engine.engine import Chunk, Engine, Generation
+    from mtp_engine.engine import Engine
     from mtp_engine.errors import EngineBusy, EngineError
+    from mtp_engine.runtime.answer import Chunk, Generation
     from mtp_engine.runtime.loop import DecodeLoop
     from mtp_engine.runtime.stats import GenerationStats
     from mtp_engine.tree import DraftTree, VerifyResult
@@ -21,14 +22,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AsyncEngine": "async_engine",
-    "Chunk": "engine",
+    "Chunk": "runtime.answer",
     "DecodeLoop": "runtime.loop",
     "DraftTree": "tree",
     "Engine": "engine",
     "EngineConfig": "config",
     "EngineBusy": "errors",
     "EngineError": "errors",
-    "Generation": "engine",
+    "Generation": "runtime.answer",
     "GenerationStats": "runtime.stats",
     "SamplingParams": "config",
     "TreeShape": "config",

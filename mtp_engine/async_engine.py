@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, final
 
 from mtp_engine.config import DEFAULT_MODEL, EngineConfig, SamplingParams
-from mtp_engine.engine import Chunk, Engine, Generation, Prompt
+from mtp_engine.engine import Engine, Prompt
 from mtp_engine.errors import EngineError
+from mtp_engine.runtime.answer import Chunk, Generation
 from mtp_engine.runtime.request import Request, StepOutput
 
 _LOG = logging.getLogger("mtp_engine")

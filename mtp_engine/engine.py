@@ -17,13 +17,11 @@ from mtp_engine.hub import hub
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.protocols import Progress
+from mtp_engine.runtime.answer import Chunk, Generation
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request, StepOutput
 from mtp_engine.runtime.scheduler import Scheduler
-from mtp_engine.runtime.stats import GenerationStats
 from mtp_engine.runtime.turns import Turns
-from mtp_engine.sampling.logprobs import TokenLogprob
-from mtp_engine.sampling.stops import FinishReason
 from mtp_engine.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -38,57 +36,6 @@ _DEFAULT_TREES = {  # what measured fastest, see bench/LOG.md
     "cpu": {"mtp": TreeShape.parse("tree:7"), "ngram": TreeShape.parse("chain:4")},
     "cuda": {"mtp": TreeShape.parse("tree:15"), "ngram": TreeShape.parse("chain:4")},
 }
-
-
-@final
-@dataclass(frozen=True)
-class Generation:
-    """A finished answer. drafted[i]: token i was an accepted draft, not the main model's own. The text leaves special
-    tokens out and ends before a stop string; token_ids hold them, the stop included. logprobs: one per token where they
-    were asked for. others: the further answers to the same prompt, where n > 1. error: what went wrong, where
-    finish_reason is "error"; what was said before stands in text and token_ids."""
-
-    text: str
-    token_ids: list[int]
-    drafted: list[bool]
-    finish_reason: FinishReason
-    stats: GenerationStats
-    logprobs: tuple[TokenLogprob, ...] = ()
-    others: tuple["Generation", ...] = ()
-    error: str = ""
-
-    @classmethod
-    def of(cls, request: Request) -> "Generation":
-        assert request.finish_reason is not None
-        return cls(
-            request.text, request.output, request.drafted, request.finish_reason, request.stats,
-            tuple(request.logprobs), error=request.error,
-        )  # fmt: skip
-
-    @classmethod
-    def refused(cls, error: str) -> "Generation":
-        """The answer to a prompt that could not run."""
-        return cls("", [], [], "error", GenerationStats(), error=error)
-
-
-@final
-@dataclass(frozen=True)
-class Chunk:
-    """What one step added to answer `sample` (of n) of prompt `index`. `finished` comes with each answer's last chunk,
-    which may have no tokens; `stats` are the request's own and go on counting."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    drafted: list[bool]
-    stats: GenerationStats
-    finished: Generation | None
-    sample: int = 0
-
-    @classmethod
-    def of(cls, output: StepOutput, index: int, sample: int) -> "Chunk":
-        finished = Generation.of(output.request) if output.finish_reason else None
-        return cls(index, output.text, output.tokens, output.drafted, output.request.stats, finished, sample)
 
 
 @final

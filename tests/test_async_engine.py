@@ -13,9 +13,10 @@ from test_engine import CONFIG, LONG, PROMPTS, TOO_LONG, WANTED, check_idle, exp
 
 from mtp_engine import AsyncEngine, Engine, SamplingParams
 from mtp_engine import async_engine as module
-from mtp_engine.engine import Chunk, Generation, Prompt
+from mtp_engine.engine import Prompt
 from mtp_engine.errors import EngineBusy, EngineError
 from mtp_engine.hub import hub
+from mtp_engine.runtime.answer import Chunk, Generation
 
 __all__ = ["expected"]  # a fixture
 SHORT = SamplingParams(max_tokens=4, ignore_eos=True)

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
-from mtp_engine.engine import Chunk, Generation, Prompt
+from mtp_engine.engine import Prompt
 from mtp_engine.errors import EngineBusy, EngineError
 from mtp_engine.hub import hub
+from mtp_engine.runtime.answer import Chunk, Generation
 
 CONFIG = EngineConfig(
     tree=TreeShape.parse("3x2"), dequantize=True, max_context=256, threads=1, max_batch=4, prefill_chunk=8

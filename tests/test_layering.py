@@ -39,7 +39,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "torch numpy safetensors tokenizers click rich",
     ),
     "training.nano": ("config engine errors hub kernels models text training", "torch numpy safetensors tokenizers click rich"),
-    "cli": ("conformance config engine errors hub kernels models.make_tiny protocols runtime.stats text training mtp_engine",
+    "cli": ("conformance config engine errors hub kernels models.make_tiny protocols runtime text training mtp_engine",
             "click rich"),
 }  # fmt: skip
 """One line a package; a package may always import itself."""

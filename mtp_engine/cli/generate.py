@@ -18,8 +18,9 @@ from mtp_engine.errors import EngineError
 from mtp_engine.text.tool_calls import THINK, call_schema
 
 if TYPE_CHECKING:
-    from mtp_engine.engine import Engine, Generation, Prompt
+    from mtp_engine.engine import Engine, Prompt
     from mtp_engine.protocols import Progress
+    from mtp_engine.runtime.answer import Generation
 
 _PROMPT = settings(
     click.argument("prompt", required=False),

@@ -45,7 +45,7 @@ def outside_loops(
         if chunk.finished:
             answers[chunk.index] = chunk.finished.token_ids
             loops, at = in_loop(chunk.finished.token_ids), 0
-            for count in emitted.pop(chunk.index):
+            for count in filter(None, emitted.pop(chunk.index)):
                 if not loops[at]:
                     tokens, steps = tokens + count, steps + 1
                 at += count
