@@ -275,7 +275,7 @@ def run_pause(engine: Engine, length: int, others: int, steps: int) -> dict[str,
     }  # fmt: skip
 
 
-@click.command()
+@click.command(help="For example: python bench/soak.py --part requests --requests 50")
 @click.option("--part", "parts", multiple=True, type=click.Choice(["requests", "operations", "pause"]),
               default=["requests", "operations", "pause"], show_default=True)  # fmt: skip
 @click.option("--requests", default=1000, show_default=True)
@@ -295,7 +295,6 @@ def main(
     parts: tuple[str, ...], requests: int, operations: int, tokens: int, model: str, tree: str, seed: int,
     long_model: str, length: int, others: int, steps: int, chunk: int, device: str, threads: int,
 ) -> None:  # fmt: skip
-    """For example: python bench/soak.py --part requests --requests 50"""
     commit = require_commit()
     shared = {"device": device, "threads": threads, "tree": TreeShape.parse(tree), "dequantize": device == "cpu"}
     # little memory and short chunks: requests wait, and prompts are read in turns with what others decode

@@ -10,6 +10,8 @@ from mtp_engine.errors import EngineError
 
 DEFAULT_MODEL = "smollm2-135m-mtp3"
 SAMPLE_STEPS = 32  # plain steps that a quick comparison times
+MOST_ANSWERS = 1024  # to one prompt
+MOST_BIAS = 1e6  # of a logit; OpenAI's API goes to 100
 MAX_TREE_NODES = 64  # a tree mask is 64 bits per node in the CUDA kernels
 MAX_THREADS = 1024  # with a hundred times as many torch crashes the process
 
@@ -241,7 +243,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_types(self)
-        finite = all(abs(bias) < float("inf") for bias in self.logit_bias.values())
+        moderate = all(abs(bias) <= MOST_BIAS for bias in self.logit_bias.values())
         for ok, message in (
             (self.max_tokens >= 1, f"max_tokens is {self.max_tokens}; it must be at least 1"),
             (
@@ -258,7 +260,10 @@ class SamplingParams:
             ),
             (abs(self.frequency_penalty) <= 2, f"frequency_penalty is {self.frequency_penalty}; from -2 to 2"),
             (abs(self.presence_penalty) <= 2, f"presence_penalty is {self.presence_penalty}; from -2 to 2"),
-            (finite, "logit_bias holds an infinite bias; forbid tokens with bad_words or allowed_token_ids"),
+            (
+                moderate,
+                f"logit_bias holds a bias beyond {MOST_BIAS:g}; forbid tokens with bad_words or allowed_token_ids",
+            ),
             (self.allowed_token_ids != (), "allowed_token_ids is empty; name at least one token"),
             (all(self.bad_words), "bad_words holds an empty word"),
             (all(self.stop), "stop holds an empty text"),
@@ -266,7 +271,7 @@ class SamplingParams:
                 0 <= self.min_tokens <= self.max_tokens,
                 f"min_tokens is {self.min_tokens}; it must be between 0 and max_tokens",
             ),
-            (self.n >= 1, f"n is {self.n}; it must be at least 1"),
+            (1 <= self.n <= MOST_ANSWERS, f"n is {self.n}; it must be between 1 and {MOST_ANSWERS}"),
             (self.logprobs is None or 0 <= self.logprobs <= 64, f"logprobs is {self.logprobs}; from 0 to 64"),
             (
                 self.timeout is None or 0 < self.timeout < float("inf"),

@@ -153,3 +153,11 @@ def test_bounds_of_an_engine() -> None:
 def test_no_number_is_no_number(field: str) -> None:
     with pytest.raises(EngineError, match=f"{field} is nan"):
         SamplingParams(**{field: float("nan")})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "given", [{"logit_bias": {3: -1e300}}, {"logit_bias": {3: float("inf")}}, {"n": 1025}, {"n": 0}]
+)
+def test_values_that_no_step_could_hold(given: dict[str, Any]) -> None:
+    with pytest.raises(EngineError, match=r"logit_bias holds a bias beyond 1e\+06|n is"):
+        SamplingParams(**given)

@@ -20,6 +20,7 @@ from test_tree import draft_trees
 from tiny import write_llama, write_mtp
 from torch import Tensor
 
+from mtp_engine.assemble import decode_loop
 from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import AttentionConfig, SamplingParams, TreeShape
@@ -28,7 +29,6 @@ from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Drafter
-from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.sampling.batch import SamplingBatch
 from mtp_engine.sampling.sampler import choose, gumbel, noise_key, truncate
 from mtp_engine.tree import DraftTree
@@ -331,7 +331,7 @@ class Sampled:
         """The text, ROOT included, of each seed; hundreds at once. The MTP layers start to draft at the second token."""
         cache = HybridKV(self.layers(), slots=len(seeds), tokens=8, page_size=8, max_nodes=drafter.max_nodes,
                          dtype=torch.float32, device=CPU)  # fmt: skip
-        loop = DecodeLoop(self.main, cache, drafter, MatchVerifier(), slots=len(seeds), max_context=64,
+        loop = decode_loop(self.main, cache, drafter, MatchVerifier(), slots=len(seeds), max_context=64,
                           eos_token_ids=[], prefill_chunk=8, device=CPU)  # fmt: skip
         requests = [loop.add([ROOT], replace(params, seed=seed)) for seed in seeds]
         while loop.requests:
