@@ -69,10 +69,11 @@ class Version:
 
 def compare(old: Path, options: dict[str, Any], passes: int) -> dict[str, Any]:
     """Rates of both checkouts and the ratio, pass by pass."""
-    versions = [Version(folder, options) for folder in (old, Path(__file__).parents[1])]
-    texts = [version.decode()[1] for version in versions]  # compiles, captures, warms up
-    for version in versions:
-        version.decode()
+    versions, texts = [], []
+    for folder in (old, Path(__file__).parents[1]):  # one by one: loading measures which layout of weights is faster
+        versions.append(Version(folder, options))
+        texts.append(versions[-1].decode()[1])  # compiles, captures, warms up
+        versions[-1].decode()
     rates: list[list[float]] = [[], []]
     for number in range(passes):
         for which in (0, 1) if number % 2 == 0 else (1, 0):
