@@ -6,8 +6,9 @@
 
 Each checkout loads the default model in a process of its own; then both decode the same prompts greedily, one at a time, in
 turns (old, new, new, old, ...), so that a noisy machine hurts both alike. A pass is all prompts; its rate is tokens over
-decoding time (prefill left out), by each version's own statistics, which mean the same in both. The line holds the median
-over the pairs of passes of new / old.
+decoding time (prefill left out), by each version's own statistics, which mean the same in both. Loading measures which
+layout of the weights is faster and may choose wrongly on a noisy CPU, so both are loaded --loads times. The line holds the
+median over all pairs of passes of new / old.
 """
 
 import json
@@ -67,21 +68,24 @@ class Version:
         self._process.wait()
 
 
-def compare(old: Path, options: dict[str, Any], passes: int) -> dict[str, Any]:
-    """Rates of both checkouts and the ratio, pass by pass."""
+def measure(old: Path, options: dict[str, Any], passes: int, rates: list[list[float]]) -> bool:
+    """Add the rates of both checkouts, freshly loaded, pass by pass. Returns whether they gave the same tokens."""
     versions, texts = [], []
-    for folder in (old, Path(__file__).parents[1]):  # one by one: loading measures which layout of weights is faster
+    for folder in (old, Path(__file__).parents[1]):  # one by one, as loading measures
         versions.append(Version(folder, options))
         texts.append(versions[-1].decode()[1])  # compiles, captures, warms up
-        versions[-1].decode()
-    rates: list[list[float]] = [[], []]
     for number in range(passes):
         for which in (0, 1) if number % 2 == 0 else (1, 0):
             rates[which].append(versions[which].decode()[0])
     for version in versions:
         version.close()
+    return texts[0] == texts[1]
+
+
+def compare(old: Path, options: dict[str, Any], passes: int, loads: int) -> dict[str, Any]:
+    rates: list[list[float]] = [[], []]
+    same = all([measure(old, options, passes, rates) for _ in range(loads)])
     ratios = [new / before for before, new in zip(*rates, strict=True)]
-    same = texts[0] == texts[1]
     return {
         "old_tokens_per_s": round(statistics.median(rates[0]), 1),
         "new_tokens_per_s": round(statistics.median(rates[1]), 1),
@@ -101,10 +105,11 @@ def compare(old: Path, options: dict[str, Any], passes: int) -> dict[str, Any]:
 @click.option("--limit", default=4, show_default=True)
 @click.option("--max-tokens", default=64, show_default=True)
 @click.option("--passes", default=5, show_default=True)
+@click.option("--loads", default=1, show_default=True, help="How often both are loaded anew.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", default=0, help="CPU threads; 0 is one per core.")
 def main(old: Path, old_commit: str, trees: tuple[str, ...], path: Path, limit: int, max_tokens: int, passes: int,
-         device: str, threads: int) -> None:  # fmt: skip
+         loads: int, device: str, threads: int) -> None:  # fmt: skip
     commit = require_commit()
     if not old_commit:
         command = ["git", "-C", str(old), "rev-parse", "HEAD"]
@@ -116,13 +121,20 @@ def main(old: Path, old_commit: str, trees: tuple[str, ...], path: Path, limit: 
         "device": device,
         "threads": threads,
     }
-    results = {tree: compare(old, {**options, "tree": tree}, passes) for tree in trees}
+    results = {tree: compare(old, {**options, "tree": tree}, passes, loads) for tree in trees}
     table = Table("tree", "old tokens/s", "new tokens/s", "new / old", "same tokens")
     for tree, r in results.items():
         spread = f"{r['new_over_old']:.3f} ({r['lowest']:.3f} to {r['highest']:.3f})"
         table.add_row(tree, str(r["old_tokens_per_s"]), str(r["new_tokens_per_s"]), spread, str(r["same_tokens"]))
     Console().print(table)
-    record = {"bench": "versions", "old": old_commit, "cases": limit, "max_tokens": max_tokens, "passes": passes}
+    record = {
+        "bench": "versions",
+        "old": old_commit,
+        "cases": limit,
+        "max_tokens": max_tokens,
+        "passes": passes,
+        "loads": loads,
+    }
     click.echo(json.dumps({**record, "results": results, **conditions(commit, device)}))
 
 
