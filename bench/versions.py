@@ -84,7 +84,7 @@ def measure(old: Path, options: dict[str, Any], passes: int, rates: list[list[fl
 
 def compare(old: Path, options: dict[str, Any], passes: int, loads: int) -> dict[str, Any]:
     rates: list[list[float]] = [[], []]
-    same = all([measure(old, options, passes, rates) for _ in range(loads)])
+    same = [measure(old, options, passes, rates) for _ in range(loads)]
     ratios = [new / before for before, new in zip(*rates, strict=True)]
     return {
         "old_tokens_per_s": round(statistics.median(rates[0]), 1),
@@ -92,7 +92,7 @@ def compare(old: Path, options: dict[str, Any], passes: int, loads: int) -> dict
         "new_over_old": round(statistics.median(ratios), 4),
         "lowest": round(min(ratios), 4),
         "highest": round(max(ratios), 4),
-        "same_tokens": same,
+        "same_tokens": all(same),
     }
 
 
