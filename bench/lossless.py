@@ -54,18 +54,20 @@ def differences(
 @click.option("--dtype", default="fp32", show_default=True)
 @click.option("--attention", default="exact", show_default=True)
 @click.option("--batch", default=1, show_default=True, help="Requests at a time.")
+@click.option("--kv-tokens", default=0, help="Room for so many tokens, so that requests are preempted; 0 is enough.")
 @click.option("--other-batch", default=3, show_default=True, help="Of the second plain run, in reversed order.")
 def main(path: Path, limit: int, max_tokens: int, model: str, mtp: str | None, device: str, dtype: str, attention: str,
-         batch: int, other_batch: int) -> None:  # fmt: skip
+         batch: int, kv_tokens: int, other_batch: int) -> None:  # fmt: skip
     commit = require_commit()
     shared = {"device": device, "dtype": dtype, "attention": attention, "max_context": 4096}
+    starved = {"kv_tokens": kv_tokens} if kv_tokens else {}
 
     def load(slots: int, **options: object) -> Engine:
         return Engine.load(model, EngineConfig(max_batch=slots, **shared, **options), mtp=mtp)
 
     plain = load(batch, drafter="root")
-    engines = {name: load(batch, **(o or {"tree": TreeShape.parse(name)})) for name, o in CONTENDERS.items()}
-    engines = {f"plain, {other_batch} at a time": load(other_batch, drafter="root"), **engines}
+    engines = {name: load(batch, **starved, **(o or {"tree": TreeShape.parse(name)})) for name, o in CONTENDERS.items()}
+    engines = {f"plain, {other_batch} at a time": load(other_batch, **starved, drafter="root"), **engines}
     prompts = [tokens for _, tokens in encode(plain, read_prompts(path, limit), 3000)]
     scores = rescored(plain)
     table = Table("temperature", "drafter", "identical", "accepted length", "differences: case, position, margin")
@@ -83,6 +85,8 @@ def main(path: Path, limit: int, max_tokens: int, model: str, mtp: str | None, d
             )
             table.add_row(str(temperature), name, f"{same}/{len(prompts)}", f"{length:.3f}", str(found or ""))
             results[f"{name} T={temperature}"] = {"identical": same, "differences": found}
+            if kv_tokens:
+                results[f"{name} T={temperature}"]["preemptions"] = sum(a.stats.preemptions for a in answers)
     Console(width=150).print(table)
     record = {
         "bench": "lossless",
@@ -90,6 +94,7 @@ def main(path: Path, limit: int, max_tokens: int, model: str, mtp: str | None, d
         "cases": len(prompts),
         "max_tokens": max_tokens,
         "batch": batch,
+        "kv_tokens": kv_tokens,
     }
     click.echo(json.dumps(record | {**shared, "model": model, "results": results, **conditions(commit, device)}))
 

@@ -90,7 +90,7 @@ def test_trees_of_another_size_are_made_ready(monkeypatch: pytest.MonkeyPatch) -
         params = SamplingParams(tree=TreeShape.parse(text) if text else None)
         limits = TreeLimits.build([params], device)
         slots, sampling = torch.zeros(1, dtype=torch.int64), SamplingBatch.build([params], [0], device)
-        runner.prepare(Members((), slots, sampling, limits=limits), 100)
+        runner.prepare(Members((), (), slots, sampling, limits=limits), 100)
     assert ran == [64, 8, 5]
 
 

@@ -441,14 +441,36 @@ def test_a_refused_request_changes_nothing(
 
 @pytest.mark.parametrize("changes", [{"slots": 1}, {"tokens": 160}], ids=["slots", "memory"])
 def test_who_does_not_fit_waits(models: Models, plain: Plain, changes: dict[str, int]) -> None:
-    """Four requests that fit one at a time give what they give at once."""
+    """Four requests of which one or two fit at a time give what they give at once."""
     texts, loop = plain("greedy"), make_loop(models.main, RootDrafter(), **changes)
     requests = [loop.add(prompt, params) for prompt, params in zip(prompts(), params_for("greedy"), strict=True)]
     while loop.requests:
         loop.step()
-        assert len(loop.scheduler.running) <= 1
+        assert len(loop.scheduler.running) <= changes.get("slots", 3)
         loop.work.cache.check()
     assert {request.seed: request.prompt + request.output for request in requests} == texts
+    check_empty(loop)
+
+
+@pytest.mark.parametrize("name", ["chain:3", "4x2x2", "deep tree:6", "ngram", "random"])
+def test_who_is_preempted_says_what_it_would_have_said(models: Models, plain: Plain, name: str) -> None:
+    """Room for the text of about two of eight: they begin together, and the newest wait again when pages run out."""
+    texts, params = plain("mixed"), params_for("mixed")
+    drafter = make_drafter(name, models, texts)
+    loop = make_loop(models.main, drafter, tokens=2 * (40 + LONG) + 5 * drafter.max_nodes)
+    order = [0, 1, 3, 2, 2, 3, 1, 0]
+    requests = [loop.add(prompts()[i], replace(params[i], priority=at % 2)) for at, i in enumerate(order)]
+    together = 0
+    while loop.requests:
+        loop.step()
+        loop.work.cache.check()
+        together = max(together, len(loop.scheduler.running))
+    assert together > 2
+    assert sum(request.stats.preemptions for request in requests) >= 2
+    assert not requests[0].stats.preemptions, "the first of the highest priority always goes on"
+    for request in requests:
+        assert request.prompt + request.output == texts[request.seed]
+        check_statistics(request)
     check_empty(loop)
 
 

@@ -172,7 +172,7 @@ class GraphRunner:
     def _scratched(self, members: Members, batch: int) -> Members:
         """Plain members that all sit in the scratch slot, with the first one's sampling parameters."""
         slots = torch.full((batch,), self._scratch, device=self._device)
-        return Members((), slots, _enlarged(members.sampling, batch), speculates=members.speculates)
+        return Members((), (), slots, _enlarged(members.sampling, batch), speculates=members.speculates)
 
     def _bounds(self, members: Members, bound: int, padding: int) -> tuple[list[int], list[int]]:
         """Slots and the most tokens each may have, padding included; the longest request has `bound` at most."""

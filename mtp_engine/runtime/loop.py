@@ -107,7 +107,6 @@ class DecodeLoop:
     def _restart(self, error: BaseException) -> None:
         """Everybody again, from what they have said. Raises what is no failure (Ctrl-C), and what nobody can end with."""
         self._flying.clear()
-        self._members = None
         anybody = self.scheduler.restart(explain(error) if isinstance(error, Exception) else None)
         if not anybody or not isinstance(error, Exception):
             raise error

@@ -25,7 +25,7 @@ NOTHING_ALLOWED = (
 
 
 @final
-@dataclass
+@dataclass(eq=False)
 class Trail:
     """What follows from the tokens of an answer and is kept so that it need not be worked out anew at every step.
 
@@ -202,6 +202,7 @@ class Members:
     """The requests that decode together, until one joins or leaves."""
 
     requests: tuple[Request, ...]
+    trails: tuple[Trail, ...]  # theirs; a request that was queued again has another one, and another slot
     slots: Tensor  # [B] int64
     sampling: SamplingBatch
     guide: Guide | None = None
@@ -211,7 +212,7 @@ class Members:
     @classmethod
     def of(cls, requests: tuple[Request, ...], before: "Members | None", device: torch.device) -> "Members | None":
         """Of the next step, which are those of the step before it where nobody joined or left; None where there are none."""
-        if before and before.requests == requests:
+        if before and before.requests == requests and before.trails == tuple(request.trail for request in requests):
             return before
         return cls.build(requests, device) if requests else None
 
@@ -223,7 +224,8 @@ class Members:
         guide = Guide.build([request.trail.constraint for request in requests])
         speculates = any(each.speculate for each in params)
         limits = TreeLimits.build(params, device) if speculates else None
-        return cls(tuple(requests), slots, sampling, guide, limits, speculates)
+        trails = tuple(request.trail for request in requests)
+        return cls(tuple(requests), trails, slots, sampling, guide, limits, speculates)
 
     @property
     def failed(self) -> Mapping[tuple[int, tuple[int, ...]], str]:

@@ -15,6 +15,7 @@ from mtp_engine.runtime.stats import StepTimes
 from mtp_engine.sampling.stops import FinishReason
 
 _LOG = logging.getLogger("mtp_engine")
+_TOO_SMALL = "the KV cache has no room for it, though nothing else runs: raise kv_tokens"
 _ATTEMPTS = 2  # steps in a row that may break off with a request before it ends with the error
 
 
@@ -22,7 +23,14 @@ class Room(Protocol):
     """The memory that requests run in: caches and all that is kept by slot (step.ModelStep)."""
 
     def enter(self, request: Request) -> bool:
-        """Set up request.slot for it. False, with nothing changed, where memory for it is taken at present."""
+        """Set up request.slot for it. False, with nothing changed, where memory for it is taken at present.
+
+        Memory for its whole answer is taken if there is enough; else, unless it was preempted before, for what is known of
+        its text only: then it grows.
+        """
+
+    def grow(self, request: Request, *, whole: bool = False) -> bool:
+        """See that it has memory for its next step, or for its whole answer. False where there is none."""
 
     def leave(self, slot: int) -> None: ...
 
@@ -102,6 +110,10 @@ class Scheduler:
         decoding = tuple(request for request in self.running if request.decoding)
         if in_flight and not plain([request.params for request in decoding]):
             return None
+        if crowded := [request for request in decoding if not self._room.grow(request)]:
+            if not in_flight:  # what is said by then counts
+                self._preempt(crowded[0])
+            return None
         chunk = self._next_chunk()
         return StepPlan(decoding, chunk) if decoding or chunk else None
 
@@ -111,7 +123,9 @@ class Scheduler:
             request = self.waiting[0]
             request.slot = self._free[-1]
             try:
-                entered = self._room.enter(request)
+                # who was preempted comes back when nobody needs to grow any more, or it would be preempted again and again
+                calm = not request.stats.preemptions or all(self._room.grow(r, whole=True) for r in self.running)
+                entered = calm and self._room.enter(request)
             except Exception as error:  # its own affair: the others go on
                 self.end(request, "error", str(error))
                 continue
@@ -119,7 +133,7 @@ class Scheduler:
                 request.slot = -1
                 break  # until one of them leaves
             if not entered:
-                self.end(request, "error", "the KV cache has no room for it, though nothing else runs: raise kv_tokens")
+                self.end(request, "error", _TOO_SMALL)
                 continue
             self.running.append(request)
             self.waiting.pop(0)
@@ -127,6 +141,15 @@ class Scheduler:
             request.decoding = request.length == 0
             if not request.stats.steps:
                 request.stats.queued_s = now - request.arrived
+
+    def _preempt(self, crowded: Request) -> None:
+        """Memory is full: the last of those who run waits again, to go on from what it has said."""
+        if self.running == [crowded]:
+            self.end(crowded, "error", _TOO_SMALL)
+            return
+        last = max(self.running, key=_rank)
+        last.stats.preemptions += 1
+        self._requeue(last)
 
     def _next_chunk(self) -> PromptChunk | None:
         """Of the first prompt that is not read."""
@@ -191,17 +214,21 @@ class Scheduler:
         half_way_in = [r for r in self.waiting if r.slot >= 0 or r.finish_reason]  # or out
         ran = list(dict.fromkeys((*self.running, *half_way_in)))
         for request in ran:
-            self._drop(request)
             request.failures += error is not None
-            if not request.finish_reason:
-                request.rewind()
-            if error is not None and request.failures >= _ATTEMPTS and not request.finish_reason:
-                request.end("error", error)
-            if not request.finish_reason:
-                insort(self.waiting, request, key=_rank)
-            self._emit(request)
+            self._requeue(request, error if request.failures >= _ATTEMPTS else None)
         self._free = list(range(self._slots))[::-1]
         return bool(ran or self.outputs)
+
+    def _requeue(self, request: Request, error: str | None = None) -> None:
+        """Out of its slot and back into the queue, to go on from what it has said; error: it ends with that instead."""
+        self._drop(request)
+        if not request.finish_reason:
+            request.rewind()
+        if error is not None and not request.finish_reason:
+            request.end("error", error)
+        if not request.finish_reason:
+            insort(self.waiting, request, key=_rank)
+        self._emit(request)
 
     def take_outputs(self) -> list[StepOutput]:
         outputs, self.outputs = self.outputs, []

@@ -27,6 +27,7 @@ class GenerationStats:
     nodes: int = 0  # tree nodes sent through the main model, roots included
     proposed_per_depth: list[int] = field(default_factory=list)  # steps whose tree reached depth d = 1, 2, ...
     accepted_per_depth: list[int] = field(default_factory=list)  # steps that accepted a draft at depth d = 1, 2, ...
+    preemptions: int = 0  # times that it had to wait again, because memory was full
     queued_s: float = 0.0
     prefill_s: float = 0.0
     draft_s: float = 0.0
@@ -94,6 +95,7 @@ class GenerationStats:
             "accepted_per_depth": list(self.accepted_per_depth),
             "proposed_per_depth": list(self.proposed_per_depth),
             "nodes_per_step": self.nodes_per_step,
+            "preemptions": self.preemptions,
             "queued_s": self.queued_s,
             "prefill_s": self.prefill_s,
             "draft_s": self.draft_s,

@@ -43,15 +43,19 @@ class ModelStep:
         return min(self.cache.room, self.drafter.room) - self.ahead
 
     def enter(self, request: Request) -> bool:
-        slot, tokens = request.slot, len(request.prompt) + request.limit + self.ahead
-        if not self.cache.reserve(slot, tokens):
-            return False
-        if not self.drafter.reserve(slot, tokens):
+        slot = request.slot
+        if not self.grow(request, whole=True) and (request.stats.preemptions or not self.grow(request)):
             self.cache.release(slot)
+            self.drafter.release(slot)
             return False
         self.processors.start(slot, request.prompt, request.params, self.model.vocab_size, request.output)
         self.state.set(slot, request.length, request.known[-1])
         return True
+
+    def grow(self, request: Request, *, whole: bool = False) -> bool:
+        answer = request.limit if whole else min(len(request.output) + self.drafter.max_nodes, request.limit)
+        tokens = len(request.prompt) + answer + self.ahead
+        return self.cache.reserve(request.slot, tokens) and self.drafter.reserve(request.slot, tokens)
 
     def leave(self, slot: int) -> None:
         self.processors.release(slot)
