@@ -32,9 +32,6 @@ _RULES: dict[str, Callable[[], Verifier]] = {
     "match": MatchVerifier, "rejection": RejectionVerifier, "block": BlockVerifier, "rrs": RRSVerifier,
     "traversal": TraversalVerifier, "typical": TypicalVerifier,
 }  # fmt: skip
-_EXACT_ROWS = 256  # up to so many our kernels give a row the bits of a decode step; more go to cuBLAS
-
-
 def _rule(name: str) -> Verifier:
     return _RULES[name]()
 
@@ -118,7 +115,7 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
         ring_page=config.page_size,
         ring_rows=MOST_ROWS,
         scratch_tokens=SCRATCH_TOKENS,
-        chunk_rows=_EXACT_ROWS,
+        chunk_rows=MOST_ROWS,  # more leave the fused layers, and a row would not have the bits of a decode step
         kernels=True,
     )
 
