@@ -32,6 +32,8 @@ _RULES: dict[str, Callable[[], Verifier]] = {
     "match": MatchVerifier, "rejection": RejectionVerifier, "block": BlockVerifier, "rrs": RRSVerifier,
     "traversal": TraversalVerifier, "typical": TypicalVerifier,
 }  # fmt: skip
+
+
 def _rule(name: str) -> Verifier:
     return _RULES[name]()
 

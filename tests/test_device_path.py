@@ -13,7 +13,7 @@ from tiny import MTP, Sums, write_llama, write_mtp
 
 from mtp_engine.assemble import decode_loop
 from mtp_engine.attention.exact import MOST_ROWS, exact_attention
-from mtp_engine.attention.rows import AttentionFactory
+from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.cache import HybridKV
 from mtp_engine.config import SamplingParams, Structure, TreeShape
 from mtp_engine.drafters import MTPDrafter, RootDrafter
@@ -162,3 +162,28 @@ def test_requests_join_and_leave_steps_in_flight(model: Model) -> None:
     while loop.requests:
         loop.step()
     assert [first[0].output, first[1].output, late.output] == [alone[0], alone[1], alone[3]]
+
+
+@pytest.mark.cuda
+@torch.inference_mode()
+def test_a_prompt_in_chunks_has_the_bits_of_single_rows(model: Model) -> None:
+    """So a request that was queued again, and reads its prompt and answer in other chunks, says the same."""
+    tokens = torch.tensor([[1 + i * 7 % 50 for i in range(200)]], device=DEVICE)
+    layers = [layer.attention for layer in model.decoder.config.layers]
+
+    def read(size: int) -> torch.Tensor:
+        cache = HybridKV(
+            layers, slots=1, tokens=400, page_size=PAGE, max_nodes=MOST_ROWS, ring_page=PAGE, kernels=True,
+            dtype=model.decoder.embedding.dtype, device=DEVICE,
+        )  # fmt: skip
+        cache.reserve(0, 300)
+        hidden = []
+        for start in range(0, 200, size):
+            rows = StepRows.prompt(0, start, min(size, 200 - start), DEVICE)
+            chunk = tokens[:, start : start + size]
+            hidden.append(model.decoder.forward(chunk, rows.positions, exact_attention(cache, rows))[0])
+        return torch.cat(hidden)
+
+    single = read(1)
+    for size in (2, 5, 17, 33, MOST_ROWS):
+        assert torch.equal(read(size), single), size
