@@ -12,8 +12,7 @@ from mtp_engine.backend import check_tree, gpu_errors, make_backend
 from mtp_engine.config import MAX_TREE_NODES, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.errors import EngineError
 from mtp_engine.runtime.cuda_graph import GraphRunner, bound_bucket, bucket
-from mtp_engine.runtime.limits import TreeLimits
-from mtp_engine.runtime.request import Members
+from mtp_engine.runtime.request import Members, TreeLimits
 from mtp_engine.runtime.step import EagerRunner
 from mtp_engine.sampling.batch import SamplingBatch
 

@@ -13,7 +13,7 @@ from mtp_engine.config import SamplingParams, TreeShape
 from mtp_engine.drafters.device import DeviceDraftOps
 from mtp_engine.drafters.expand import DraftOps, Growth, Level, level_sizes
 from mtp_engine.drafters.portable import TorchDraftOps
-from mtp_engine.runtime.limits import TreeLimits
+from mtp_engine.runtime.request import TreeLimits
 from mtp_engine.runtime.slots import SlotState
 from mtp_engine.sampling.batch import Batch, SamplingBatch
 from mtp_engine.tree import DraftTree, VerifyResult

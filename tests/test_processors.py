@@ -28,8 +28,7 @@ from mtp_engine.config import SamplingParams, TreeShape
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Drafter
-from mtp_engine.runtime.limits import TreeLimits
-from mtp_engine.runtime.request import Request
+from mtp_engine.runtime.request import Request, TreeLimits
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.sampling.processors import Processors
 from mtp_engine.tree import DraftTree, VerifyResult

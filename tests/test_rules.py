@@ -13,7 +13,7 @@ from mtp_engine.drafters.candidates import Candidates, Ranking
 from mtp_engine.drafters.expand import Growth, finish, grow, level_sizes
 from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Verifier
-from mtp_engine.runtime.limits import TreeLimits
+from mtp_engine.runtime.request import TreeLimits
 from mtp_engine.sampling.batch import SamplingBatch
 from mtp_engine.sampling.sampler import step_seed, uniform
 from mtp_engine.tree import DraftTree

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mtp_engine.config import SamplingParams
 from mtp_engine.protocols import Drafter
-from mtp_engine.runtime.request import Members, Request, Trail
+from mtp_engine.runtime.request import Members, Request
 from mtp_engine.runtime.stats import GenerationStats
 from mtp_engine.sampling.batch import Batch, SamplingBatch
-from mtp_engine.sampling.stops import Ends
+from mtp_engine.sampling.stops import Ends, Trail
 from mtp_engine.tree import VerifyResult
 
 LLAMA = {

@@ -8,11 +8,11 @@ from typing import final
 
 from mtp_engine.config import SamplingParams, Structure
 from mtp_engine.errors import EngineError
-from mtp_engine.runtime.request import Request, StepOutput, Trail
+from mtp_engine.runtime.request import Request, StepOutput
 from mtp_engine.runtime.stats import GenerationStats
 from mtp_engine.sampling.masks import Constraint
 from mtp_engine.sampling.processors import check_tokens
-from mtp_engine.sampling.stops import Ends, NewDecoder, StopStrings, VisibleText
+from mtp_engine.sampling.stops import Ends, NewDecoder, StopStrings, Trail, VisibleText
 
 _SEEDS = 2**63
 

@@ -1,8 +1,10 @@
-"""Where an answer ends: limits, stop tokens, and stop strings over the text as it grows."""
+"""Where an answer ends: limits, stop tokens, and stop strings over the text as it grows; what follows from its tokens."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, final
+
+from mtp_engine.sampling.masks import Constraint
 
 FinishReason = Literal["stop", "length", "error", "timeout", "abort"]
 """stop: end of text, a stop token or a stop string. length: max_tokens or the context. error: it cannot go on (see its
@@ -100,3 +102,45 @@ class VisibleText:
         text = self._strings.finish() if ended else self._strings.text[: self._strings.safe()]
         new, self._shown = text[self._shown :], max(self._shown, len(text))
         return new
+
+
+@final
+@dataclass(eq=False)
+class Trail:
+    """What follows from the tokens of an answer and is kept so that it need not be worked out anew at every step.
+
+    Going over the same tokens again gives the same trail; that is how a request that was interrupted goes on.
+    """
+
+    ends: Ends
+    visible: VisibleText | None = None  # None where nobody turns tokens into text
+    constraint: Constraint | None = None
+
+    def follow(self, tokens: Sequence[int]) -> "Followed":
+        """Add a step's tokens, one by one as plain decoding would: up to the end, or to one that the constraint fails for."""
+        kept: list[int] = []
+        reason, error = None, ""
+        for token in tokens:
+            try:
+                if self.constraint:
+                    self.constraint.advance([token])
+            except Exception as failure:
+                error = str(failure) or type(failure).__name__
+                break
+            kept.append(token)
+            if reason := self.ends.cut([token])[1]:
+                break
+        text = self.visible.push(kept, ended=reason is not None) if self.visible else ""
+        return Followed(kept, reason, text, error)
+
+
+@final
+@dataclass(frozen=True)
+class Followed:
+    """Of a step: the tokens that belong to the answer, why it ends if it does, the text to show for them, and what went
+    wrong behind them."""
+
+    tokens: list[int]
+    reason: FinishReason | None
+    text: str
+    error: str
