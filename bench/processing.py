@@ -17,7 +17,7 @@ from mtp_engine.config import DEFAULT_MODEL
 
 PROMPT = "The history of the city begins with a small harbour at the mouth of the river, where"
 BASE = {"ignore_eos": True, "seed": 1, "temperature": 1.0}
-LAW = {"top_k": 50, "top_p": 0.95, "min_p": 0.01}
+TRUNCATION = {"top_k": 50, "top_p": 0.95, "min_p": 0.01}
 PATH = {
     "repetition_penalty": 1.1, "frequency_penalty": 0.2, "presence_penalty": 0.1, "logit_bias": {28: -1.0, 30: 0.5},
     "bad_words": ((260, 411), (28, 284, 260), (198,)), "allowed_token_ids": tuple(range(49100)), "stop": ("no such text",),
@@ -32,8 +32,8 @@ PATH = {
 @click.option("--threads", default=0, help="CPU threads; 0 is one per core.")
 def main(steps: int, trees: tuple[str, ...], device: str, threads: int) -> None:
     commit = require_commit()
-    wanted = {"none": BASE, "truncation": BASE | LAW, "all but truncation": BASE | PATH, "all": BASE | LAW | PATH,
-              "all and logprobs": BASE | LAW | PATH | {"logprobs": 5}}  # fmt: skip
+    wanted = {"none": BASE, "truncation": BASE | TRUNCATION, "all but truncation": BASE | PATH, "all": BASE | TRUNCATION | PATH,
+              "all and logprobs": BASE | TRUNCATION | PATH | {"logprobs": 5}}  # fmt: skip
     table = Table("tree", *[f"{name}, ms" for name in wanted], "all / none")
     results = {}
     for tree in trees:

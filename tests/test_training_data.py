@@ -432,7 +432,7 @@ def test_answers_are_the_engine_s(tmp_path: Path, folder: Path) -> None:
                 stop += 1
             if stop > at:
                 turn = len(beginnings) - number
-                heat, seed = float(plan.heat[index, turn]), int(plan.seeds[index])
+                heat, seed = float(plan.temperature[index, turn]), int(plan.seeds[index])
                 beginnings.append(row[:at])
                 params.append(SamplingParams(max_tokens=stop - at, temperature=heat, seed=seed))
                 expected.append(row[at:stop])

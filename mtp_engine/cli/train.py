@@ -52,7 +52,9 @@ _TRAINING = settings(
     click.option("--lr", default=2e-3, type=click.FloatRange(0, min_open=True), help="Of Muon, for matrices."),
     click.option("--adam-lr", default=1e-3, type=click.FloatRange(0, min_open=True), help="Of AdamW, for the rest."),
     click.option("--decay", default=0.8, type=click.FloatRange(0, 1), help="A layer's loss counts decay^depth."),
-    click.option("--target-temperature", default=1.0, type=click.FloatRange(0.05), help="Of the main model's law."),
+    click.option(
+        "--target-temperature", default=1.0, type=click.FloatRange(0.05), help="Of the main model's distribution."
+    ),
     click.option("--acceptance", default=0.0, type=click.FloatRange(0), help="Weight of -log acceptance in the loss."),
     click.option(
         "--reach", default=0.0, type=click.FloatRange(0, 1), help="How far a row counts less if drafts before fail."

@@ -58,8 +58,8 @@ class _Captured:
         count, self.members = len(members.slots), members
         self.slots.fill_(scratch)
         self.slots[:count].copy_(members.slots)
-        for mine, given in zip(_tensors(self.sampling), _tensors(members.sampling), strict=True):
-            mine[:count].copy_(given)
+        for held, given in zip(_tensors(self.sampling), _tensors(members.sampling), strict=True):
+            held[:count].copy_(given)
 
 
 @final

@@ -156,7 +156,7 @@ class ShardPlan:
     openings: Sequence[Sequence[int]]  # the given tokens that a row begins with, shortest rows first
     writing: Tensor  # [R] int64, what follows them
     seeds: Tensor  # [R] int64
-    heat: Tensor  # [R, A] fp32, the temperature of a row's n-th answer
+    temperature: Tensor  # [R, A] fp32, the temperature of a row's n-th answer
     pieces: Tensor  # [R, A] int64, which piece is given after the n-th answer
 
 
@@ -170,9 +170,9 @@ def plan_shard(
     openings = [template.open] * (rows - given) + sorted(chosen, key=len)
     answers = most_answers(settings.length)
     values, shares = zip(*settings.temperatures, strict=True)
-    heat = rng.choice(np.array(values, np.float32), (rows, answers), p=np.array(shares) / sum(shares))
+    temperature = rng.choice(np.array(values, np.float32), (rows, answers), p=np.array(shares) / sum(shares))
     follow_ups = FOLLOW + rng.integers(len(template.follow_ups), size=(rows, answers))
     pieces = np.where(rng.random((rows, answers)) < settings.follow_up, follow_ups, MID)
     writing = torch.tensor([USER] * (rows - given) + [ANSWER] * given)
     seeds = torch.from_numpy(rng.integers(1 << 62, size=rows))
-    return ShardPlan(openings, writing, seeds, torch.from_numpy(heat), torch.from_numpy(pieces))
+    return ShardPlan(openings, writing, seeds, torch.from_numpy(temperature), torch.from_numpy(pieces))

@@ -73,7 +73,7 @@ class _Rows:
     count: Tensor  # [B] int64, tokens written of this turn
     turn: Tensor  # [B] int64, answers so far
     seeds: Tensor  # [B] int64
-    heat: Tensor  # [B, A] fp32, see ShardPlan
+    temperature: Tensor  # [B, A] fp32, see ShardPlan
     pieces: Tensor  # [B, A] int64
 
     @classmethod
@@ -85,7 +85,7 @@ class _Rows:
 
         return cls(
             tokens=zeros(length), kinds=zeros(length, dtype=torch.uint8), position=zeros(), cursor=zeros(), stop=zeros(),
-            writing=zeros(), count=zeros(), turn=zeros(), seeds=zeros(), heat=zeros(answers, dtype=torch.float32),
+            writing=zeros(), count=zeros(), turn=zeros(), seeds=zeros(), temperature=zeros(answers, dtype=torch.float32),
             pieces=zeros(answers),
         )  # fmt: skip
 
@@ -153,10 +153,11 @@ class LockStep:
         rows.stop.copy_(origin + lengths)
         rows.count.zero_()
         rows.turn.zero_()
-        for mine, planned in (
-            (rows.writing, plan.writing), (rows.seeds, plan.seeds), (rows.heat, plan.heat), (rows.pieces, plan.pieces),
+        for held, planned in (
+            (rows.writing, plan.writing), (rows.seeds, plan.seeds), (rows.temperature, plan.temperature),
+            (rows.pieces, plan.pieces),
         ):  # fmt: skip
-            mine.copy_(planned[chosen])
+            held.copy_(planned[chosen])
         self._prefill(known - 1)
         return known
 
@@ -189,8 +190,8 @@ class LockStep:
         last, here = rows.tokens.gather(1, rows.position[:, None]), rows.position[:, None]
         hidden = self._model.forward(last, here, attention)
         answering = rows.writing == ANSWER
-        heat = rows.heat.gather(1, rows.turn[:, None])[:, 0].masked_fill(~answering, 1.0)
-        chosen = self._choose(hidden, here, rows.seeds, heat)
+        temperature = rows.temperature.gather(1, rows.turn[:, None])[:, 0].masked_fill(~answering, 1.0)
+        chosen = self._choose(hidden, here, rows.seeds, temperature)
         forced = rows.cursor < rows.stop
         token = torch.where(forced, given.tokens[rows.cursor], chosen)
         written = ~forced
@@ -243,11 +244,11 @@ the engine chooses for a request with this seed and temperature."""
 def _portable_choice(model: Decoder) -> Choose:
     vocabulary = torch.arange(model.vocab_size, device=model.embedding.device)
 
-    def choose(hidden: Tensor, positions: Tensor, seeds: Tensor, heat: Tensor) -> Tensor:
+    def choose(hidden: Tensor, positions: Tensor, seeds: Tensor, temperature: Tensor) -> Tensor:
         size, parts = max(1, _SCORES // model.vocab_size), []
         for part in (slice(start, start + size) for start in range(0, len(hidden), size)):
             noise = gumbel(seeds[part], positions[part] + 1, vocabulary)
-            parts.append((model.logits(hidden[part]) + noise * heat[part, None, None]).argmax(-1)[:, 0])
+            parts.append((model.logits(hidden[part]) + noise * temperature[part, None, None]).argmax(-1)[:, 0])
         return torch.cat(parts)
 
     return choose
@@ -258,8 +259,8 @@ def _kernel_choice(model: Decoder, batch: int) -> Choose:
 
     arrivals = torch.zeros(batch, dtype=torch.int32, device=model.embedding.device)
 
-    def choose(hidden: Tensor, positions: Tensor, seeds: Tensor, heat: Tensor) -> Tensor:
+    def choose(hidden: Tensor, positions: Tensor, seeds: Tensor, temperature: Tensor) -> Tensor:
         logits = model.unembed(model.norm(hidden))  # as model.logits, but left in bf16: [B, 1, V] is large
-        return choose_kernel(logits, positions, seeds, heat, arrivals, ahead=1)[:, 0]
+        return choose_kernel(logits, positions, seeds, temperature, arrivals, ahead=1)[:, 0]
 
     return choose
