@@ -1,7 +1,7 @@
 """What a step moves between its parts: rows of draft levels, hidden states, and the state of each slot. Launches count
 here more than bytes, so each function is one.
 
-Twins: drafters.portable.TorchDraftOps, and slots.SlotState without kernels.
+Twins: drafters.portable.TorchDraftOps, and runtime.slots.SlotState without kernels.
 """
 
 import torch

@@ -241,18 +241,19 @@ class Engine:
             finally:
                 self.lock.release()
 
-    def undrafted(self) -> "Engine":
-        """An engine over the same weights that never drafts: a loop of its own, with one row per request in every step."""
+    def undrafted(self, **changes: Any) -> "Engine":
+        """An engine over the same weights that never drafts: a loop of its own, with one row per request in every step.
+
+        changes: of the EngineConfig's fields that a loop is made from, such as max_batch."""
         self.check_open()
-        config = replace(self.config, drafter="root", tree=None, verifier="match", candidates="auto")
+        config = replace(self.config, drafter="root", tree=None, verifier="match", candidates="auto", **changes)
         slots, tokenizer = config.max_batch, self.tokenizer
         loop = make_loop(self.model, RootDrafter(), config, self.backend, slots=slots, tokenizer=tokenizer)
         return Engine(self.model, loop, tokenizer, config, self.backend)
 
     def plain(self, prompt: Prompt, params: SamplingParams, *, max_steps: int | None = None) -> Request:
         """Decode without drafting on a loop of its own, for comparison: at most `max_steps` tokens, timed alike."""
-        matching = replace(self.config, verifier="match", candidates="auto")
-        loop = make_loop(self.model, RootDrafter(), matching, self.backend, slots=1, tokenizer=self.tokenizer)
+        loop = self.undrafted(max_batch=1).loop
         request = loop.add(self.encode(prompt), replace(params, n=1))
         while request.finish_reason is None and (max_steps is None or len(request.output) < max_steps):
             loop.step()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from test_decode_loop import SLOTS, Models, make_drafter, make_loop, prompts
-from tiny import Sums
+from tiny import Sums, new_request
 
 from mtp_engine.config import SamplingParams, Structure, TreeShape
 from mtp_engine.drafters import MTPDrafter, RootDrafter
@@ -123,3 +123,13 @@ def test_steps_run_past_the_end_of_the_context(models: Models, name: str, ahead:
     found = run(loop, [params])
     assert [request.output for request in found] == [request.output for request in expected]
     assert all(len(request.prompt) + len(request.output) == 60 for request in found)
+
+
+def test_what_is_known_of_a_request() -> None:
+    """Any part of prompt and answer is that part of both together, and the last token is the newest."""
+    request = new_request(0, [1, 2, 3])
+    assert request.last == 3
+    request.output += [4, 5]
+    assert request.last == 5
+    whole = [1, 2, 3, 4, 5]
+    assert all(request.known(a, b) == whole[a:b] for a in range(6) for b in range(a, 8))

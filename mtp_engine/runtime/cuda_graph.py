@@ -2,7 +2,7 @@
 
 Between two steps the host only queues the next graphs: lengths, last tokens and caches are on the device. Results come
 back through pinned memory, and the host waits for the oldest step in flight alone. Steps that are not plain run eagerly
-(see Members.plain).
+(see runtime.request.plain).
 """
 
 import gc

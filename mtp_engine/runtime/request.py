@@ -45,7 +45,7 @@ class Request:
     number: int = 0  # in order of arrival
     arrived: float = 0.0  # on the loop's clock
     slot: int = -1  # its row in caches and tables while it runs
-    read: int = 0  # tokens of `known` whose chunk was launched
+    read: int = 0  # tokens of prompt and output whose chunk was launched
     decoding: bool = False  # all of them are
     failures: int = 0  # steps in a row that broke off with it
     output: list[int] = field(default_factory=list)
@@ -67,8 +67,14 @@ class Request:
         return len(self.prompt) + len(self.output) - 1
 
     @property
-    def known(self) -> list[int]:
-        return self.prompt + self.output
+    def last(self) -> int:
+        """The newest token: the root of the next tree."""
+        return (self.output or self.prompt)[-1]
+
+    def known(self, start: int, stop: int) -> list[int]:
+        """Tokens start..stop-1 of prompt and output. Never all of them: a long prompt is asked for chunk by chunk."""
+        said = len(self.prompt)
+        return self.prompt[start:stop] + self.output[max(start - said, 0) : max(stop - said, 0)]
 
     def take(self, tokens: Sequence[int], failed: Mapping[tuple[int, ...], str]) -> int:
         """Add what a step emitted, all but the last being accepted drafts. Returns how many belong to the answer.
@@ -142,7 +148,7 @@ class StepOutput:
 @final
 @dataclass(frozen=True)
 class PromptChunk:
-    """Tokens start..stop-1 of request.known, which is read up to its last token: that is the root of the first tree."""
+    """Tokens start..stop-1 of prompt and output, read up to their last token: that is the root of the first tree."""
 
     request: Request
     start: int
@@ -260,6 +266,7 @@ class Members:
 
     @cached_property
     def plain(self) -> bool:
+        """See the function `plain`."""
         return self.limits is None and plain([request.params for request in self.requests])
 
 

@@ -45,11 +45,10 @@ class ModelStep:
     def enter(self, request: Request) -> bool:
         slot = request.slot
         if not self.grow(request, whole=True) and (request.stats.preemptions or not self.grow(request)):
-            self.cache.release(slot)
-            self.drafter.release(slot)
+            self.cache.release(slot)  # the drafter, asked last, has taken nothing
             return False
         self.processors.start(slot, request.prompt, request.params, self.model.vocab_size, request.output)
-        self.state.set(slot, request.length, request.known[-1])
+        self.state.set(slot, request.length, request.last)
         return True
 
     def grow(self, request: Request, *, whole: bool = False) -> bool:
@@ -65,7 +64,7 @@ class ModelStep:
     def read(self, chunk: PromptChunk) -> None:
         """Read a chunk of a prompt: a chain whose path is known. The drafter sees it as a step that kept all of it."""
         request, count = chunk.request, chunk.stop - chunk.start
-        tokens = to_device(request.known[chunk.start : chunk.stop + 1], torch.int64, self.device)[None]
+        tokens = to_device(request.known(chunk.start, chunk.stop + 1), torch.int64, self.device)[None]
         rows = StepRows.prompt(request.slot, chunk.start, count, self.device)
         hidden = self.model.forward(tokens[:, :-1], rows.positions, self.attention(self.cache, rows))
         if not request.params.speculate:

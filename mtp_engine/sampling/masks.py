@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Constraint(Protocol):
-    """What one answer must match (grammar.GrammarState)."""
+    """What one answer must match (structure.GrammarState)."""
 
     def mask(self, path: tuple[int, ...]) -> Tensor:
         """Which tokens may follow the answer so far and then `path`: [W] int32 on the CPU, one bit per token."""

@@ -12,7 +12,7 @@ message). timeout: its own time was up. abort: somebody cancelled it."""
 
 
 class TextDecoder(Protocol):
-    """Turns tokens into text as they come (tokenizer.StreamDecoder)."""
+    """Turns tokens into text as they come (text.tokenizer.StreamDecoder)."""
 
     def push(self, ids: Iterable[int]) -> str: ...
     def flush(self) -> str: ...
