@@ -38,7 +38,7 @@ def set_up(engine: Engine, rule: str, ranking: str, tree: str) -> None:
     )
     backend = make_backend(config, engine.loop.work.device, lambda *_: None)
     unfused = replace(backend, fuse_mtp=lambda module: module)  # it is fused already
-    drafter = mtp_drafter(engine.loop.work.drafter.module, engine.model_config, config, unfused)
+    drafter = mtp_drafter(engine.loop.work.drafter.module, config, unfused)
     engine.loop = make_loop(engine.model, drafter, config, backend, slots=config.max_batch, tokenizer=engine.tokenizer)
 
 

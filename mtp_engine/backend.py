@@ -52,8 +52,9 @@ class Backend:
     """attention: makes each step's attention. runner: for a loop of so many slots. verifier: by the rule's name. ops: by
     how candidates are picked. fuse, fuse_mtp: wrap the modules. kernels: caches move rows by kernels.
 
-    ring_page, ring_rows: rings are whole pages and take at least so many rows at a time. scratch_tokens: room that the
-    scratch slot needs; 0 = there is none. chunk_rows: rows of a prompt that may be read at once.
+    in_flight: steps that may be queued at a time. ring_page, ring_rows: rings are whole pages and take at least so many
+    rows at a time. scratch_tokens: room that the scratch slot needs; 0 = there is none. chunk_rows: rows of a prompt that
+    may be read at once.
     """
 
     attention: AttentionFactory = TorchAttention
@@ -62,6 +63,7 @@ class Backend:
     fuse_mtp: Callable[[MTPModule], MTPModule] = _same_module
     verifier: Callable[[str], Verifier] = _rule
     ops: Callable[[Ranking], DraftOps] = TorchDraftOps
+    in_flight: int = 1
     ring_page: int = 1
     ring_rows: int = 1
     scratch_tokens: int = 0
@@ -114,6 +116,7 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
         fuse_mtp=fuse_mtp,
         verifier=lambda rule: DeviceMatchVerifier(most, device) if rule == "match" else _rule(rule),
         ops=lambda ranking: DeviceDraftOps(most, device) if ranking == "noise" else TorchDraftOps(ranking),
+        in_flight=in_flight,
         ring_page=config.page_size,
         ring_rows=MOST_ROWS,
         scratch_tokens=SCRATCH_TOKENS,

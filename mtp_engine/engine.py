@@ -4,16 +4,21 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal, cast, final
 
 import torch
 
 from mtp_engine.assemble import make_drafter, make_loop
 from mtp_engine.backend import Backend, check_tree, gpu_errors, make_backend
+from mtp_engine.cache.prefix_file import StoredPrefix
 from mtp_engine.config import DEFAULT_MODEL, SAMPLE_STEPS, EngineConfig, ModelConfig, SamplingParams, TreeShape
 from mtp_engine.drafters import RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
+from mtp_engine.hub.identity import weights_identity
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.protocols import Progress
@@ -58,9 +63,11 @@ class Engine:
     """
 
     def __init__(
-        self, model: Decoder, loop: DecodeLoop, tokenizer: Tokenizer, config: EngineConfig, backend: Backend
-    ) -> None:
+        self, model: Decoder, loop: DecodeLoop, tokenizer: Tokenizer, config: EngineConfig, backend: Backend,
+        files: hub.ModelFiles | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.loop, self.tokenizer, self.config, self.backend = model, loop, tokenizer, config, backend
+        self._files = files
         self.lock = Turns()  # held while the loop is touched
         self.closed = False
 
@@ -94,7 +101,7 @@ class Engine:
         drafter = make_drafter(files, model, config, backend, progress)
         model = backend.fuse(model)
         loop = make_loop(model, drafter, config, backend, slots=config.max_batch, tokenizer=tokenizer)
-        return cls(model, loop, tokenizer, config, backend)
+        return cls(model, loop, tokenizer, config, backend, files)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -241,12 +248,52 @@ class Engine:
             finally:
                 self.lock.release()
 
+    def save_prefix(self, path: str | Path, prompt: Prompt) -> int:
+        """Write what has been read of a prompt's beginning to a file, after reading it if that has not happened.
+
+        `load_prefix` takes it up in another process, whose prompts that begin alike need not be read there. Returns how
+        many tokens that are: all but the last. Raises EngineError where there is nothing to save or no place to write.
+        """
+        maker, ids = self._maker(), self.encode(prompt)
+        for _ in range(2):
+            with self.lock:
+                stored = self.check_open().memory.stored(ids[:-1], maker)
+            if stored and len(stored.tokens) == len(ids) - 1:
+                stored.write(Path(path))
+                return len(stored.tokens)
+            self.generate([ids], SamplingParams(max_tokens=1))
+        raise EngineError("the prompt's beginning was not kept: raise prefix_cache_gb, or give it more than one token")
+
+    def load_prefix(self, path: str | Path) -> int:
+        """Keep what a file of `save_prefix` holds. Returns of how many tokens. Raises EngineError, with nothing changed,
+        for files that are damaged or that another model, version, device or drafter made."""
+        stored = StoredPrefix.read(Path(path), self._maker())
+        with self.lock:
+            self.check_open().memory.restore(stored)
+        return len(stored.tokens)
+
+    def _maker(self) -> str:
+        """What must be the same for a saved beginning to be of use."""
+        if not self.config.prefix_cache or self._files is None:
+            raise EngineError(
+                "beginnings are kept in files by the prefix cache, and this engine has none: prefix_cache=True"
+            )
+        config, drafter = self.config, self.check_open().work.drafter
+        about = (
+            version("mtp-engine"), torch.__version__, self.model_config, config.dtype, config.device, config.attention,
+            config.window_keys, config.drafter, config.draft_int8, drafter.reread, weights_identity(self._files),
+        )  # fmt: skip
+        return sha256(repr(about).encode()).hexdigest()
+
     def undrafted(self, **changes: Any) -> "Engine":
-        """An engine over the same weights that never drafts: a loop of its own, with one row per request in every step.
+        """An engine over the same weights that never drafts, nor keeps what it has read: a loop of its own, with one row
+        per request in every step.
 
         changes: of the EngineConfig's fields that a loop is made from, such as max_batch."""
         self.check_open()
-        config = replace(self.config, drafter="root", tree=None, verifier="match", candidates="auto", **changes)
+        config = replace(
+            self.config, drafter="root", tree=None, verifier="match", candidates="auto", prefix_cache=False, **changes
+        )
         slots, tokenizer = config.max_batch, self.tokenizer
         loop = make_loop(self.model, RootDrafter(), config, self.backend, slots=slots, tokenizer=tokenizer)
         return Engine(self.model, loop, tokenizer, config, self.backend)

@@ -14,7 +14,7 @@ from tiny import MTP, Sums, write_llama, write_mtp
 from mtp_engine.assemble import decode_loop
 from mtp_engine.attention.exact import MOST_ROWS, exact_attention
 from mtp_engine.attention.rows import AttentionFactory, StepRows
-from mtp_engine.cache import HybridKV
+from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import SamplingParams, Structure, TreeShape
 from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.drafters.device import DeviceDraftOps
@@ -59,7 +59,7 @@ class Model:
         if shape == "root":
             return RootDrafter()
         return MTPDrafter(
-            self.module, TreeShape.parse(shape), slots=SLOTS + 1, tokens=2000, page_size=PAGE, attention=exact_attention,
+            self.module, TreeShape.parse(shape), slots=SLOTS + 1, attention=exact_attention,
             ops=DeviceDraftOps(4, DEVICE), ring_page=PAGE, ring_rows=MOST_ROWS,
         )  # fmt: skip
 
@@ -67,11 +67,10 @@ class Model:
         drafter = self.drafter(shape)
         layers = [layer.attention for layer in self.decoder.config.layers]
         cache = HybridKV(
-            layers, slots=SLOTS + 1, tokens=2000, page_size=PAGE, max_nodes=MOST_ROWS, ring_page=PAGE, kernels=True,
-            dtype=self.decoder.embedding.dtype, device=DEVICE,
+            layers, Pages(slots=SLOTS + 1, tokens=2000, page_size=PAGE, device=DEVICE), max_nodes=MOST_ROWS, ring_page=PAGE,
+            behind=2 * (drafter.depth + 1), kernels=True, dtype=self.decoder.embedding.dtype,
         )  # fmt: skip
-        cache.reserve(SLOTS, SCRATCH_TOKENS)
-        drafter.reserve(SLOTS, SCRATCH_TOKENS)
+        cache.pages.reserve(SLOTS, SCRATCH_TOKENS)
         graphs = partial(GraphRunner, in_flight=2, scratch=SLOTS, device=DEVICE)
         return decode_loop(
             self.decoder, cache, drafter, DeviceMatchVerifier(4, DEVICE), slots=SLOTS, max_context=400,
@@ -173,10 +172,10 @@ def test_a_prompt_in_chunks_has_the_bits_of_single_rows(model: Model) -> None:
 
     def read(size: int) -> torch.Tensor:
         cache = HybridKV(
-            layers, slots=1, tokens=400, page_size=PAGE, max_nodes=MOST_ROWS, ring_page=PAGE, kernels=True,
-            dtype=model.decoder.embedding.dtype, device=DEVICE,
+            layers, Pages(slots=1, tokens=400, page_size=PAGE, device=DEVICE), max_nodes=MOST_ROWS, ring_page=PAGE,
+            kernels=True, dtype=model.decoder.embedding.dtype,
         )  # fmt: skip
-        cache.reserve(0, 300)
+        cache.pages.reserve(0, 300)
         hidden = []
         for start in range(0, 200, size):
             rows = StepRows.prompt(0, start, min(size, 200 - start), DEVICE)

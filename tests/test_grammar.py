@@ -33,7 +33,7 @@ def test_trees_are_drafted_and_verified_under_a_constraint(models: Models, name:
         for i in range(SLOTS)
     ]  # fmt: skip
     plain = decode(make_loop(models.main, RootDrafter(), grammars=lambda _: Sums()), prompts(), wanted)
-    drafter = MTPDrafter(models.mtp, TreeShape.parse(name), slots=SLOTS, tokens=2048, page_size=8)
+    drafter = MTPDrafter(models.mtp, TreeShape.parse(name), slots=SLOTS)
     loop = make_loop(models.main, drafter, grammars=lambda _: Sums())
     trees, draft = [], drafter.draft
 

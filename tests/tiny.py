@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mtp_engine.cache import Pages
 from mtp_engine.config import SamplingParams
+from mtp_engine.drafters import MTPDrafter
 from mtp_engine.protocols import Drafter
 from mtp_engine.runtime.request import Members, Request
 from mtp_engine.runtime.stats import GenerationStats
@@ -122,6 +124,15 @@ def new_request(slot: int, prompt: list[int]) -> Request:
     request = Request(prompt, SamplingParams(), 0, lambda: Trail(Ends(1000, frozenset())), stats, limit=1000)
     request.slot = slot
     return request
+
+
+def attached(drafter: MTPDrafter, slots: int = 3, tokens: int = 600, page_size: int = 8, behind: int = 0) -> MTPDrafter:
+    """With pages of its own, all of which its slots have in equal parts."""
+    pages = Pages(slots=slots, tokens=tokens, page_size=page_size, device=torch.device("cpu"))
+    drafter.attach(pages, behind)
+    for slot in range(slots):
+        assert pages.reserve(slot, tokens // slots // page_size * page_size)
+    return drafter
 
 
 def show_prompt(drafter: Drafter, slot: int, prompt: list[int], hidden: Tensor, chunk: int = 1 << 20) -> None:

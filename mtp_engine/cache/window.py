@@ -40,6 +40,11 @@ class WindowKV:
         self.k = torch.zeros(layers, slots * self.size, kv_heads, qk_dim, dtype=dtype, device=device)
         self.v = torch.zeros(layers, slots * self.size, kv_heads, v_dim, dtype=dtype, device=device)
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one row in all layers."""
+        return sum(x[:, :1].numel() * x.element_size() for x in (self.k, self.v))
+
     def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Storage rows of `positions` [B, N] of the requests in `slots` [B] -> [B, N] int64."""
         return slots[:, None] * self.size + positions % self.size

@@ -47,6 +47,8 @@ class Request:
     slot: int = -1  # its row in caches and tables while it runs
     read: int = 0  # tokens of prompt and output whose chunk was launched
     decoding: bool = False  # all of them are
+    marks: list[int] = field(default_factory=list)  # numbers of tokens read at which its state is kept; the last: all
+    in_flight: int = 0  # steps that it has a part in and that have not landed
     failures: int = 0  # steps in a row that broke off with it
     output: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)  # per output token: an accepted draft, not the main model's own
@@ -110,7 +112,7 @@ class Request:
 
         Ends it with an error where its structure or its text cannot be made again.
         """
-        self.slot, self.read, self.decoding = -1, 0, False
+        self.slot, self.read, self.decoding, self.in_flight = -1, 0, False, 0
         self.drafted = [*self.drafted, *[False] * len(self.output)][: len(self.output)]
         del self.logprobs[len(self.output) :]
         try:
@@ -153,11 +155,12 @@ class PromptChunk:
     request: Request
     start: int
     stop: int
+    mark: int  # the next number of tokens at which the drafter's state must be right
 
     @property
     def left(self) -> int:
-        """Tokens to read behind the chunk."""
-        return self.request.length - self.stop
+        """Tokens to read behind the chunk until then."""
+        return self.mark - self.stop
 
 
 @final
