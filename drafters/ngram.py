@@ -47,7 +47,7 @@ class NgramDrafter:
             follow = (starts + suffix)[:, None] + offsets
             drafted = text.gather(1, follow.clamp(max=text.shape[1] - 1))
             usable = (found & (size == 1))[:, None]
-            known = (follow <= batch.lengths[:, None]) & usable
+            known = (follow <= batch.lengths[:, None]) & usable & (drafted >= 0)  # who wants no drafts did not show all
             chains[:, 1:] = torch.where(known, drafted, chains[:, 1:])
             size = torch.where(usable[:, 0], 1 + known.sum(1), size)
         return DraftTree.chain(chains, size)

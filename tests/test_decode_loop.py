@@ -424,6 +424,16 @@ def test_a_stop_at_the_limit_is_a_stop(models: Models, plain: Plain) -> None:
     assert (request.finish_reason, request.output) == ("stop", output[: index + 1])
 
 
+def test_who_wants_no_drafts_disturbs_nobody(models: Models) -> None:
+    """The drafter has not seen its prompt, and drafts for it all the same; those drafts are no tokens."""
+    wanted = [SamplingParams(max_tokens=20, speculate=False), SamplingParams(max_tokens=20, frequency_penalty=0.5)]
+    answers = []
+    for drafter in (RootDrafter(), make_drafter("ngram", models, {})):
+        requests = decode(make_loop(models.main, drafter), [prompts()[2]] * 2, wanted)
+        answers.append([(request.output, request.finish_reason) for request in requests])
+    assert answers[0] == answers[1]
+
+
 # ---- errors -------------------------------------------------------------------------------------------------------
 
 
