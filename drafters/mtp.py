@@ -97,24 +97,28 @@ class MTPDrafter:
             [layer] * len(self.module.layers), pages, max_nodes=max(self.scratch_rows, self._ring_rows),
             behind=behind + self.reread, ring_page=self._ring_page, dtype=embedding.dtype,
         )  # fmt: skip
-        kept = self.reread + 1 + behind + self.depth + 1
+        read = self.history if self.history < NO_LIMIT else self.reread
+        kept = read + 1 + behind + self.depth + 1
         self._recent = embedding.new_zeros(self._slots, kept, embedding.shape[1])
 
     def release(self, slot: int) -> None:
         self._first[slot], self._counts[slot] = 1, 0
         self._carry[:, slot] = 0.0
 
-    def save(self, slot: int, tokens: int) -> list[Tensor]:
-        """The main model's states of the last `reread` + 1 positions, [rows, H]: from them `load` makes all else."""
-        return [self._recent[slot].index_select(0, self._recent_rows(tokens))]
+    def save(self, slot: int, tokens: int, *, lean: bool) -> list[Tensor]:
+        """The main model's states of the last `reread` + 1 positions, or of all that drafting needs: [rows, H]."""
+        rows = min(tokens, (self.history if lean else self.reread) + 1)
+        return [self._recent[slot].index_select(0, self._recent_rows(tokens, rows))]
 
-    def load(self, slot: int, known: Sequence[int], saved: Sequence[Tensor]) -> None:
-        """Each level runs over the last tokens once more, a row later than the level above, from which it takes a state; so
-        all rows are those that were there, and the last ones leave the states that `draft` goes on from."""
+    def load(self, slot: int, known: Sequence[int], saved: Sequence[Tensor], left: int) -> None:
+        """Each level runs over the tokens whose states are there, a row later than the level above, from which it takes a
+        state; so all rows are those that were there, and the last ones leave the states that `draft` goes on from."""
         tokens, device = len(known) - 1, self._carry.device
-        recent = self._recent_rows(tokens)
         hidden = saved[0].to(device, non_blocking=True)
+        recent = self._recent_rows(tokens, len(hidden))
         self._recent[slot].index_copy_(0, recent, hidden)
+        if left >= self.history:
+            return  # nothing of this will be seen
         start = tokens + 1 - len(recent)  # position of the first row to run: it takes the state before it
         ids = to_device(known[start:], torch.int64, device)
         self._first[slot] = max(1, tokens + 1 - self.history)
@@ -133,10 +137,9 @@ class MTPDrafter:
                 self._carry[number + 1, slot] = level.passed[0, -1]
             ids, states = ids[:, 1:], level.passed[:, :-1]
 
-    def _recent_rows(self, tokens: int) -> Tensor:
-        """Where the states of the last `reread` + 1 positions before `tokens` lie, or of as many as there are."""
-        first = max(0, tokens - self.reread - 1)
-        return torch.arange(first, tokens, device=self._recent.device) % self._recent.shape[1]
+    def _recent_rows(self, tokens: int, rows: int) -> Tensor:
+        """Where the states of the last `rows` positions before `tokens` lie."""
+        return torch.arange(tokens - rows, tokens, device=self._recent.device) % self._recent.shape[1]
 
     def draft(self, batch: Batch) -> DraftTree:
         slots, counts = batch.slots, self._counts[batch.slots]

@@ -71,8 +71,8 @@ class NgramDrafter:
         # what lies past the new length is overwritten later
         self._text[batch.slots[:, None], positions.clamp(max=self._text.shape[1] - 1)] = tokens
 
-    def save(self, slot: int, tokens: int) -> list[Tensor]:
+    def save(self, slot: int, tokens: int, *, lean: bool) -> list[Tensor]:
         return []
 
-    def load(self, slot: int, known: Sequence[int], saved: Sequence[Tensor]) -> None:
+    def load(self, slot: int, known: Sequence[int], saved: Sequence[Tensor], left: int) -> None:
         self._text[slot, : len(known)] = to_device(known, torch.int64, self._text.device)

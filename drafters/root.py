@@ -28,8 +28,8 @@ class RootDrafter:
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
         pass
 
-    def save(self, slot: int, tokens: int) -> list[Tensor]:
+    def save(self, slot: int, tokens: int, *, lean: bool) -> list[Tensor]:
         return []
 
-    def load(self, slot: int, known: Sequence[int], saved: Sequence[Tensor]) -> None:
+    def load(self, slot: int, known: Sequence[int], saved: Sequence[Tensor], left: int) -> None:
         pass

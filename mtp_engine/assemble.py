@@ -29,7 +29,7 @@ from mtp_engine.sampling.stops import NewDecoder
 from mtp_engine.sampling.structure import Grammars
 from mtp_engine.text.tokenizer import Tokenizer
 
-_KV_BUDGET = 4 << 30  # bytes; the default cache holds a full context per slot up to this
+_KV_BUDGET = 4 << 30  # bytes; the default cache holds a full context per slot up to this, and what is kept besides
 
 
 def kv_tokens(model: ModelConfig, config: EngineConfig, slots: int) -> int:
@@ -41,9 +41,14 @@ def kv_tokens(model: ModelConfig, config: EngineConfig, slots: int) -> int:
         for a in (layer.attention for layer in model.layers)
         if a.window is None
     )
-    return min(slots * context, max(context, _KV_BUDGET // max(each, 1))) + slots * (
-        2 * MAX_TREE_NODES + config.page_size
-    )
+    running = min(slots * context, max(context, _KV_BUDGET // max(each, 1)))
+    kept = prefix_bytes(config) // each if each else 0
+    return running + kept + slots * (2 * MAX_TREE_NODES + config.page_size)
+
+
+def prefix_bytes(config: EngineConfig) -> int:
+    """Of the prefix cache; 0 where there is none."""
+    return int(config.prefix_cache_gb * 1e9) if config.prefix_cache else 0
 
 
 def make_loop(
@@ -65,7 +70,7 @@ def make_loop(
         model, cache, drafter, backend.verifier(config.verifier), slots=slots, eos_token_ids=eos,
         max_context=config.max_context or model.config.max_context, max_waiting=config.max_waiting,
         prefill_chunk=min(config.prefill_chunk, backend.chunk_rows),
-        prefix_bytes=int(config.prefix_cache_gb * 1e9) if config.prefix_cache else 0, share_pages=backend.kernels,
+        prefix_bytes=prefix_bytes(config), share_pages=backend.kernels,
         device=embedding.device, attention=backend.attention, runner=backend.runner(slots), kernels=backend.kernels,
         text=tokenizer.stream if tokenizer else None, spell=tokenizer.spellings if tokenizer else None,
         grammars=Grammars(tokenizer.folder, model.config.vocab_size, eos).start if tokenizer else None,

@@ -294,8 +294,9 @@ class EngineConfig:
     refused as busy. prefill_chunk is how many tokens of a prompt are read at a time (on a GPU with our kernels at most 64).
     threads: of the CPU; 0 is one per core.
 
-    kv_tokens is the size of the paged KV cache in tokens; 0 means max_batch full contexts. prefix_cache: keep the beginnings
-    of texts, so that prompts that begin alike are not read again; prefix_cache_gb is how much of them (1e9 bytes).
+    kv_tokens is the size of the paged KV cache in tokens; 0 means max_batch full contexts, and prefix_cache_gb more.
+    prefix_cache: keep the beginnings of texts, so that prompts that begin alike are not read again; prefix_cache_gb is how
+    much of them (1e9 bytes).
     dequantize turns FP8 weights into `dtype` when they are loaded: faster on a CPU, two or four times the memory.
     window_keys is how many keys a query of a sliding-window layer sees, itself included; 0 is the family's reading of
     config.json (for MiMo-V2 sliding_window + 1, as in SGLang and transformers; vLLM and lmdeploy count sliding_window

@@ -60,7 +60,7 @@ class Drafter(Protocol):
     def history(self) -> int: ...  # tokens of a prompt's end that it reads
 
     @property
-    def reread(self) -> int: ...  # tokens that `load` runs through its layers once more
+    def reread(self) -> int: ...  # tokens that `load` runs through its layers once more, where their rows were saved
 
     def attach(self, pages: Pages, behind: int) -> None:
         """Make its cache in a loop's pages. behind: see HybridKV."""
@@ -76,13 +76,15 @@ class Drafter(Protocol):
         A prompt comes in the same way, chunk by chunk (batch.prompt_left): a chain of known tokens that is kept whole.
         """
 
-    def save(self, slot: int, tokens: int) -> list[Tensor]:
-        """Copies of what it needs, besides its cache's rows, to go on behind the slot's first `tokens` tokens. The slot
-        may be ahead of that by as much as `behind` says."""
+    def save(self, slot: int, tokens: int, *, lean: bool) -> list[Tensor]:
+        """Copies of what it needs to go on behind the slot's first `tokens` tokens: besides its cache's rows, or, lean,
+        without them. The slot may be ahead of that by as much as `behind` says."""
 
-    def load(self, slot: int, known: Sequence[int], saved: Sequence[Tensor]) -> None:
-        """Go on in a slot from what `save` gave there or elsewhere; the cache's rows are in place. known: all tokens up to
-        the next tree's root, one more than were saved."""
+    def load(self, slot: int, known: Sequence[int], saved: Sequence[Tensor], left: int) -> None:
+        """Go on in a slot from what `save` gave there or elsewhere; the cache's rows that belong to it are in place.
+
+        known: all tokens up to the next tree's root, one more than were saved. left: tokens to read behind them.
+        """
 
 
 class Launched(Protocol):

@@ -6,6 +6,7 @@ Without a GPU the kernels run in Triton's interpreter, operation by operation; w
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,20 +64,20 @@ class Model:
             ops=DeviceDraftOps(4, DEVICE), ring_page=PAGE, ring_rows=MOST_ROWS,
         )  # fmt: skip
 
-    def loop(self, shape: str, attention: AttentionFactory = exact_attention) -> DecodeLoop:
+    def loop(self, shape: str, attention: AttentionFactory = exact_attention, **options: Any) -> DecodeLoop:
         drafter = self.drafter(shape)
         layers = [layer.attention for layer in self.decoder.config.layers]
         cache = HybridKV(
             layers, Pages(slots=SLOTS + 1, tokens=2000, page_size=PAGE, device=DEVICE), max_nodes=MOST_ROWS, ring_page=PAGE,
             behind=2 * (drafter.depth + 1), kernels=True, dtype=self.decoder.embedding.dtype,
         )  # fmt: skip
-        cache.pages.reserve(SLOTS, SCRATCH_TOKENS)
+        assert cache.pages.reserve(SLOTS, SCRATCH_TOKENS)
         graphs = partial(GraphRunner, in_flight=2, scratch=SLOTS, device=DEVICE)
         return decode_loop(
             self.decoder, cache, drafter, DeviceMatchVerifier(4, DEVICE), slots=SLOTS, max_context=400,
             eos_token_ids=[], prefill_chunk=80, device=DEVICE, attention=attention,
             kernels=True, runner=graphs if GPU else EagerRunner,
-            grammars=lambda _: Sums(self.decoder.config.vocab_size),
+            grammars=lambda _: Sums(self.decoder.config.vocab_size), **options,
         )  # fmt: skip
 
 
@@ -161,6 +162,35 @@ def test_requests_join_and_leave_steps_in_flight(model: Model) -> None:
     while loop.requests:
         loop.step()
     assert [first[0].output, first[1].output, late.output] == [alone[0], alone[1], alone[3]]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", ["chain:3", "tree:6"])
+def test_kept_beginnings_have_the_bits_of_what_was_read(model: Model, shape: str) -> None:
+    """Whole prompts, and answers that are taken up where they were cut, with steps in flight: also of a preempted request."""
+    prompts, params = [*PROMPTS, PROMPTS[2] + [9, 4]], SamplingParams(max_tokens=21, temperature=0.8, seed=2)
+    loop = model.loop(shape, prefix_bytes=10**8, share_pages=True)
+    misses = decode(loop, prompts, [params] * 4)
+    hits = decode(loop, prompts, [params] * 4)
+    assert [r.output for r in hits] == [r.output for r in misses]
+    assert [r.stats.steps for r in hits] == [r.stats.steps for r in misses]
+    assert [r.stats.cached_tokens for r in hits] == [len(prompt) - 1 for prompt in prompts]
+    further = [request.prompt + request.output[: 21 - 4 * i] + [3, 7] for i, request in enumerate(misses)]
+    kept, alone = decode(loop, further, [params] * 4), decode(model.loop("root"), further, [params] * 4)
+    assert [r.output for r in kept] == [r.output for r in alone]
+    assert kept[0].stats.cached_tokens == len(further[0]) - 3
+    request = loop.add(PROMPTS[0], SamplingParams(max_tokens=60, temperature=0.8, seed=5))
+    for _ in range(6):
+        loop.step()
+    while loop._flying:
+        loop._land(*loop._flying.popleft())
+    loop.memory.keep(request, apart=True)
+    loop.scheduler._requeue(request)
+    while loop.requests:
+        loop.step()
+    [plain] = decode(model.loop("root"), [PROMPTS[0]], [request.params])
+    assert request.output == plain.output
+    loop.memory.prefix.check()  # type: ignore[union-attr]
 
 
 @pytest.mark.cuda

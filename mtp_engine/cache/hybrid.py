@@ -102,8 +102,10 @@ class HybridKV:
                 storage.index_copy_(1, rows, next(given).to(storage.device, non_blocking=True))
 
     def copy_pages(self, pages: Sequence[int], slot: int) -> None:
-        """Copy pages to the slot's first ones."""
+        """Copy pages to the slot's first ones, where these are others."""
         for source, target in zip(pages, self.pages.table[slot], strict=False):
+            if source == target:
+                continue
             for group in self.paged:
                 for storage in (group.k, group.v):
                     here, there = (

@@ -27,12 +27,13 @@ Tokens = NDArray[np.int64]
 @dataclass(frozen=True, eq=False)
 class Entry:
     """State behind `tokens`. pages: the full ones that it counts on, from the first token on; rows: what was copied, that
-    of the main model and then the drafter's. drafts: whether the drafter's is there."""
+    of the main model and then the drafter's. drafts: whether the drafter's is there; lean: without its cache's rows."""
 
     tokens: Tokens
     pages: tuple[int, ...]
     rows: Snapshot
     drafts: bool
+    lean: bool = False
 
 
 @final
@@ -56,6 +57,7 @@ class PrefixCache:
         """budget: bytes. page_bytes: of one page in all paged layers. The cache gives up entries when `pages` run short."""
         self._pages, self._budget, self._page_bytes = pages, budget, page_bytes
         self._entries: OrderedDict[Entry, None] = OrderedDict()  # least recently used first
+        self._spare: OrderedDict[Entry, None] = OrderedDict()  # those of them that go first
         self._by_page: dict[bytes, OrderedDict[Entry, None]] = {}
         self._held: Counter[int] = Counter()
         self._copied = 0
@@ -93,26 +95,30 @@ class PrefixCache:
                 break  # entries that share fewer pages are shorter
         if best is not None:
             self._entries.move_to_end(best)
+            self._spare.pop(best, None)
         return Hit(best, common)
 
     def has(self, tokens: Tokens, *, drafts: bool) -> bool:
         """Whether there is an entry of exactly these tokens; it counts as used."""
         return len(tokens) > 0 and self.find(tokens, len(tokens), drafts=drafts).length == len(tokens)
 
-    def add(self, entry: Entry) -> None:
-        """Keep an entry, and drop others until the budget holds."""
+    def add(self, entry: Entry, *, spare: bool = False) -> None:
+        """Keep an entry, and drop others until the budget holds. spare: until it is found, others come before it."""
         self._pages.hold(entry.pages)
         self._held.update(entry.pages)
         self._copied += entry.rows.size
         self._entries[entry] = None
+        if spare:
+            self._spare[entry] = None
         for name in self._names(entry):
             self._by_page.setdefault(name, OrderedDict())[entry] = None
         while self.size > self._budget and self._entries:
-            self.drop(next(iter(self._entries)))
+            self.drop(next(iter(self._spare or self._entries)))
 
     def drop(self, entry: Entry) -> None:
         """Forget an entry; pages that slots or other entries use stay."""
         del self._entries[entry]
+        self._spare.pop(entry, None)
         for name in self._names(entry):
             del self._by_page[name][entry]
             if not self._by_page[name]:
@@ -131,7 +137,8 @@ class PrefixCache:
     def _give_up(self, pages: int) -> None:
         """Drop entries that hold pages until so many more are free."""
         wanted = self._pages.free + pages
-        for entry in [each for each in self._entries if each.pages]:
+        order = [*self._spare, *(entry for entry in self._entries if entry not in self._spare)]
+        for entry in [each for each in order if each.pages]:
             if self._pages.free >= wanted:
                 break
             self.drop(entry)
@@ -146,6 +153,7 @@ class PrefixCache:
         """Assert what must hold between two calls."""
         entries = list(self._entries)
         assert Counter(page for entry in entries for page in entry.pages) == self._held
+        assert set(self._spare) <= set(entries)
         assert self._copied == sum(entry.rows.size for entry in entries)
         assert self.size <= self._budget or not entries
         named = {name for entry in entries for name in self._names(entry)}

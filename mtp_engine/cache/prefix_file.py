@@ -21,13 +21,13 @@ _FORMAT = "mtp-engine prefix 1"
 @final
 @dataclass(frozen=True)
 class StoredPrefix:
-    """tokens, and all rows of an entry without pages (see Entry), in host memory. drafts: whether the drafter's state is
-    among them. maker: says what model and version made it."""
+    """tokens, and all rows of an entry without pages (see Entry), in host memory, the drafter's state among
+    them. maker: says what model and version made it."""
 
     tokens: Tokens
     rows: list[Tensor]
-    drafts: bool
     maker: str
+    lean: bool
 
     def write(self, path: Path) -> None:
         """Put it into a file, which is whole or not there. Raises EngineError where it cannot be written."""
@@ -36,7 +36,7 @@ class StoredPrefix:
         about = {
             "format": _FORMAT,
             "maker": self.maker,
-            "drafts": str(int(self.drafts)),
+            "lean": str(int(self.lean)),
             "sha256": _digest(list(tensors.values())),
         }
         fresh: Path | None = None
@@ -69,7 +69,7 @@ class StoredPrefix:
         rows = [tensors[name] for name in sorted(tensors) if name.startswith("row.")]
         if "tokens" not in tensors or _digest([*rows, tensors["tokens"]]) != about.get("sha256"):
             raise EngineError(f"{path} is damaged: {again}")
-        return cls(tensors["tokens"].numpy(), rows, about.get("drafts") == "1", maker)
+        return cls(tensors["tokens"].numpy(), rows, maker, about.get("lean") == "1")
 
 
 def _digest(tensors: list[Tensor]) -> str:

@@ -6,19 +6,18 @@ from typing import final
 
 from torch import Tensor
 
-from mtp_engine.cache import NO_LIMIT, Entry, HybridKV, PrefixCache
+from mtp_engine.cache import Entry, HybridKV, PrefixCache
 from mtp_engine.cache.prefix import as_tokens
 from mtp_engine.cache.prefix_file import StoredPrefix
 from mtp_engine.cache.snapshot import Snapshot, Snapshots
 from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Drafter
-from mtp_engine.runtime.request import Request
+from mtp_engine.runtime.request import Mark, Request
 from mtp_engine.runtime.slots import SlotState
 from mtp_engine.sampling.processors import Processors
 
 _LOG = logging.getLogger("mtp_engine")
-_SPARSE = 7  # entries inside a prompt lie so many times their own weight in tokens apart
-_FAR = 16  # and where the drafter would read for them alone, so many times what it has to read
+_EVERY = 256  # tokens: entries inside a prompt lie so far apart, or a quarter of their own weight in tokens
 
 
 @final
@@ -26,7 +25,6 @@ class Memory:
     """What slots hold, and what is kept of them.
 
     capacity: tokens of prompt and answer that fit for one request if nobody else runs. prefix: None keeps nothing.
-    weight: as many tokens of full pages weigh as much as the rest of an entry.
     """
 
     def __init__(
@@ -56,9 +54,8 @@ class Memory:
                 f"prefix_cache_gb is {prefix_bytes / 1e9:g} and one entry takes {least / 1e9:.3g}: raise it, or set "
                 "prefix_cache=False"
             )
-        self.weight = -(-self._copied_bytes(page // 2) // max(1, self._token_bytes))
-        self._spacing = -(-_SPARSE * self.weight // chunk) * chunk
-        self._far = max(1, -(-_FAR * min(drafter.history, NO_LIMIT // _FAR) // self._spacing)) * self._spacing
+        weight = self._copied_bytes(page // 2) // max(1, self._token_bytes)
+        self._spacing = -(-max(_EVERY, weight // 4) // chunk) * chunk
         self._snapshots = Snapshots(self.pages.device)
         self.prefix = PrefixCache(self.pages, budget=prefix_bytes, page_bytes=self._token_bytes * page)
 
@@ -90,21 +87,27 @@ class Memory:
         pages = [self.pages.for_tokens(self._tokens(request, whole=True)) for request in requests]
         return sum(pages) * self.pages.page_size <= self.capacity + self.ahead
 
-    def keep(self, request: Request, *, apart: bool = False) -> None:
+    def keep(self, request: Request, mark: Mark | None = None, *, apart: bool = False) -> None:
         """See scheduler.Room. A failure is noted in the log and costs nobody anything."""
-        tokens = request.length if request.decoding else request.read
+        mark = mark or Mark(request.length)
+        tokens, drafts = mark.tokens, request.params.speculate
         drift = request.in_flight * (self.drafter.depth + 1) + self.drafter.depth  # tokens that the slot may be ahead
         if self.prefix is None or tokens <= 0 or drift > self.cache.behind:
             return
         page = self.pages.page_size
         full = 0 if apart else max(0, tokens - self.drafter.reread) // page
         size = self._copied_bytes(tokens - full * page) + full * page * self._token_bytes
-        known, drafts = as_tokens(request.known(0, tokens)), request.params.speculate
+        known = as_tokens(request.known(0, tokens))
         if not self.prefix.fits(size) or self.prefix.has(known, drafts=drafts):
             return
         try:
-            rows = self._snapshots.take(self._save(request.slot, full * page, tokens, drafts=drafts))
-            self.prefix.add(Entry(known, tuple(self.pages.table[request.slot][:full]), rows, drafts))
+            rows = self.cache.save(request.slot, full * page, tokens)
+            if drafts and self.drafter.cache and not mark.lean:
+                rows += self.drafter.cache.save(request.slot, full * page, tokens, self.drafter.reread)
+            rows += self.drafter.save(request.slot, tokens, lean=mark.lean) if drafts else []
+            pages = tuple(self.pages.table[request.slot][:full])
+            entry = Entry(known, pages, self._snapshots.take(rows), drafts, lean=mark.lean)
+            self.prefix.add(entry, spare=mark.spare)
         except Exception as error:
             _LOG.warning("a beginning of %d tokens could not be kept (%s); nothing else is affected", tokens, error)
 
@@ -118,66 +121,58 @@ class Memory:
     def stored(self, tokens: Sequence[int], maker: str) -> StoredPrefix | None:
         """The longest kept beginning of `tokens` for a file, with the drafter's state. None if there is none."""
         entry = self.prefix.find(as_tokens(tokens), len(tokens), drafts=True).entry if self.prefix is not None else None
-        return StoredPrefix(entry.tokens, self._whole(entry), True, maker) if entry else None
+        return StoredPrefix(entry.tokens, self._whole(entry), maker, entry.lean) if entry else None
 
     def restore(self, stored: StoredPrefix) -> None:
         """Keep what a file held. Raises EngineError if the prefix cache has no room for it."""
         assert self.prefix is not None
-        entry = Entry(stored.tokens, (), Snapshot(tuple(stored.rows)), stored.drafts)
+        entry = Entry(stored.tokens, (), Snapshot(tuple(stored.rows)), True, stored.lean)
         if not self.prefix.fits(entry.rows.size):
             raise EngineError(
                 f"it takes {entry.rows.size / 1e9:.3g} GB, and the prefix cache has less: raise prefix_cache_gb"
             )
-        if not self.prefix.has(stored.tokens, drafts=stored.drafts):
+        if not self.prefix.has(stored.tokens, drafts=True):
             self.prefix.add(entry)
 
     def _whole(self, entry: Entry) -> list[Tensor]:
         """All rows of an entry, in host memory: what `Entry.rows` of one without pages holds."""
         rows, given = list(entry.rows.settled()), list[Tensor]()
-        for cache in self._caches if entry.drafts else [self.cache]:
+        for cache in self._caches if entry.drafts and not entry.lean else [self.cache]:
             own, rows = rows[: 2 * len(cache.groups)], rows[2 * len(cache.groups) :]
             given += cache.whole(entry.pages, own)
         return given + rows
 
-    def _look_up(self, request: Request) -> tuple[Entry | None, list[int]]:
+    def _look_up(self, request: Request) -> tuple[Entry | None, list[Mark]]:
         """What it can go on from, and where its reading stops to keep an entry: at the prompt's end; at a junction, where
         it leaves a text that is known further than that entry; and now and then between, so that others who leave it
         there need not begin at its beginning."""
         length = request.length
         if self.prefix is None:
-            return None, [length]
+            return None, [Mark(length)]
         hit = self.prefix.find(as_tokens(request.known(0, length)), length, drafts=request.params.speculate)
-        marks = {length}
-        if hit.length + self.weight <= hit.common < length:
-            marks.add(hit.common)
-        for mark in range(self._spacing, length, self._spacing):
-            if (
-                length - mark <= self.drafter.history or mark % self._far == 0
-            ):  # the drafter reads there anyway, or rarely
-                marks.add(mark)
-        return hit.entry, sorted(mark for mark in marks if mark > hit.length)
+        lean = 3 * self.drafter.history < 2 * length  # else the drafter reads most of the prompt anyway
+        begin = hit.length + (self.drafter.history if lean and hit.entry else 0)  # before that too few states are there
+        between = (tokens for tokens in range(self._spacing, length, self._spacing) if tokens > begin)
+        marks = {tokens: Mark(tokens, spare=True, lean=lean) for tokens in between} | {length: Mark(length)}
+        if hit.length + self.pages.page_size <= hit.common < length:
+            marks[hit.common] = Mark(hit.common)
+        return hit.entry, [marks[tokens] for tokens in sorted(marks) if tokens > hit.length]
 
     def _take(self, request: Request, entry: Entry | None) -> bool:
-        """Pages for a request: at least for what is known of it and a step, at best for its whole answer."""
-        slot, pages = request.slot, entry.pages if entry else ()
-        self.pages.hold(pages)  # nobody may drop them meanwhile
+        """Pages for a request: at least for what is known of it and a step, at best for its whole answer. Where there is no
+        room for copies of an entry's pages, they are shared."""
+        slot, shared = request.slot, entry.pages if entry else ()
+        self.pages.hold(shared)  # nobody may drop them meanwhile
         try:
-            if self._shares:
-                self.pages.share(slot, pages)
-            taken = self.pages.reserve(slot, self._tokens(request), self._tokens(request, whole=True))
-            if not taken:
+            for shares in (False, True)[self._shares :]:
+                if shares:
+                    self.pages.share(slot, shared)
+                if self.pages.reserve(slot, self._tokens(request), self._tokens(request, whole=True)):
+                    return True
                 self.pages.release(slot)
-            return taken
+            return False
         finally:
-            self.pages.unhold(pages)
-
-    def _save(self, slot: int, start: int, stop: int, *, drafts: bool) -> list[Tensor]:
-        rows = self.cache.save(slot, start, stop)
-        if not drafts:
-            return rows
-        if self.drafter.cache:
-            rows += self.drafter.cache.save(slot, start, stop, self.drafter.reread)
-        return rows + self.drafter.save(slot, stop)
+            self.pages.unhold(shared)
 
     def _load(self, request: Request, entry: Entry) -> bool:
         """Go on from an entry. False if that failed, and then the entry and what the slot held are gone."""
@@ -185,18 +180,17 @@ class Memory:
         slot, tokens = request.slot, len(entry.tokens)
         start = len(entry.pages) * self.pages.page_size
         try:
-            if not self._shares:
-                for cache in self._caches:
-                    cache.copy_pages(entry.pages, slot)
+            for cache in self._caches:
+                cache.copy_pages(entry.pages, slot)
             rows, own = entry.rows.open(), 2 * len(self.cache.groups)
             self.cache.load(slot, start, tokens, rows[:own])
             if request.params.speculate:
                 rows = rows[own:]
-                if self.drafter.cache:
+                if self.drafter.cache and not entry.lean:
                     own = 2 * len(self.drafter.cache.groups)
                     self.drafter.cache.load(slot, start, tokens, rows[:own], self.drafter.reread)
                     rows = rows[own:]
-                self.drafter.load(slot, request.known(0, tokens + 1), rows)
+                self.drafter.load(slot, request.known(0, tokens + 1), rows, request.length - tokens)
             return True
         except Exception as error:
             _LOG.warning("a kept beginning could not be used (%s); it is read again", error)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, final
 
 from mtp_engine.errors import EngineBusy
-from mtp_engine.runtime.request import PromptChunk, Request, StepOutput, plain
+from mtp_engine.runtime.request import Mark, PromptChunk, Request, StepOutput, plain
 from mtp_engine.runtime.stats import StepTimes
 from mtp_engine.sampling.stops import FinishReason
 
@@ -32,9 +32,9 @@ class Room(Protocol):
     def fits(self, requests: Sequence[Request]) -> bool:
         """Whether there is memory for the whole answers of all of them."""
 
-    def keep(self, request: Request, *, apart: bool = False) -> None:
-        """Keep what its slot holds of what it has read, or has read and said, if that is worth it. apart: without keeping
-        its pages from others."""
+    def keep(self, request: Request, mark: Mark | None = None, *, apart: bool = False) -> None:
+        """Keep what its slot holds: at a mark, else of all it has read and said. apart: without keeping its pages from
+        others."""
 
     def leave(self, slot: int) -> None: ...
 
@@ -127,8 +127,8 @@ class Scheduler:
 
     def _keep_what_was_read(self) -> None:
         chunk, self._reading = self._reading, None
-        if chunk and chunk.stop == chunk.mark and chunk.request in self.running:
-            self._room.keep(chunk.request)
+        if chunk and chunk.mark and chunk.request in self.running:
+            self._room.keep(chunk.request, chunk.mark)
 
     def _admit(self, now: float) -> None:
         """Let in who fits, and would read next: one after the other, so that each finds what those before it have read."""
@@ -175,10 +175,11 @@ class Scheduler:
             return None
         request = min(unread, key=_rank)
         start = request.read
-        mark = next(mark for mark in request.marks if mark > start)
-        request.read = min(start + self._chunk, mark)
-        request.decoding = request.read == request.length
-        return PromptChunk(request, start, request.read, mark)
+        ahead = [mark for mark in request.marks if mark.tokens > start]
+        request.read = stop = min(start + self._chunk, ahead[0].tokens)
+        request.decoding = stop == request.length
+        left = next(mark.tokens for mark in ahead if not mark.lean) - stop
+        return PromptChunk(request, start, stop, left, ahead[0] if ahead[0].tokens == stop else None)
 
     def commit(
         self, plan: StepPlan, table: Sequence[Sequence[int]],
