@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.attention.torch import TorchAttention
-from mtp_engine.cache import NO_LIMIT, HybridKV, Pages
+from mtp_engine.cache import NO_LIMIT, HybridKV, Pages, ring_spans
 from mtp_engine.config import TreeShape
 from mtp_engine.drafters.expand import DraftOps, Growth, Level, LevelRows, level_sizes
 from mtp_engine.drafters.portable import TorchDraftOps
@@ -107,19 +107,20 @@ class MTPDrafter:
 
     def save(self, slot: int, tokens: int, *, lean: bool) -> list[Tensor]:
         """The main model's states of the last `reread` + 1 positions, or of all that drafting needs: [rows, H]."""
-        rows = min(tokens, (self.history if lean else self.reread) + 1)
-        return [self._recent[slot].index_select(0, self._recent_rows(tokens, rows))]
+        rows, ring = min(tokens, (self.history if lean else self.reread) + 1), self._recent[slot]
+        return [torch.cat([ring[span] for span in ring_spans(0, len(ring), tokens - rows, tokens)])]
 
     def load(self, slot: int, known: Sequence[int], saved: Sequence[Tensor], left: int) -> None:
         """Each level runs over the tokens whose states are there, a row later than the level above, from which it takes a
         state; so all rows are those that were there, and the last ones leave the states that `draft` goes on from."""
-        tokens, device = len(known) - 1, self._carry.device
-        hidden = saved[0].to(device, non_blocking=True)
-        recent = self._recent_rows(tokens, len(hidden))
-        self._recent[slot].index_copy_(0, recent, hidden)
+        [hidden], tokens, device = saved, len(known) - 1, self._carry.device
+        ring = self._recent[slot]
+        spans = ring_spans(0, len(ring), tokens - len(hidden), tokens)
+        for span, part in zip(spans, torch.split(hidden, [span.stop - span.start for span in spans]), strict=True):
+            ring[span] = part
         if left >= self.history:
             return  # nothing of this will be seen
-        start = tokens + 1 - len(recent)  # position of the first row to run: it takes the state before it
+        start = tokens + 1 - len(hidden)  # position of the first row to run: it takes the state before it
         ids = to_device(known[start:], torch.int64, device)
         self._first[slot] = max(1, tokens + 1 - self.history)
         self._tokens[slot, 0], self._hidden[slot, 0], self._counts[slot] = ids[-1], hidden[-1], 1
@@ -136,10 +137,6 @@ class MTPDrafter:
             if number + 1 < self.depth:
                 self._carry[number + 1, slot] = level.passed[0, -1]
             ids, states = ids[:, 1:], level.passed[:, :-1]
-
-    def _recent_rows(self, tokens: int, rows: int) -> Tensor:
-        """Where the states of the last `rows` positions before `tokens` lie."""
-        return torch.arange(tokens - rows, tokens, device=self._recent.device) % self._recent.shape[1]
 
     def draft(self, batch: Batch) -> DraftTree:
         slots, counts = batch.slots, self._counts[batch.slots]

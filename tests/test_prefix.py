@@ -20,7 +20,6 @@ from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.assemble import decode_loop
 from mtp_engine.cache import Entry, HybridKV, Pages, PrefixCache
 from mtp_engine.cache.prefix import as_tokens
-from mtp_engine.cache.snapshot import Snapshot
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.models import loader
@@ -115,7 +114,7 @@ def entry(pages: Pages, tokens: list[int], drafts: bool = True, size: int = 10) 
     """As a request that has read `tokens` would leave it, in the last slot."""
     assert pages.reserve(pages.slots - 1, len(tokens))
     full = tuple(pages.table[-1][: len(tokens) // PAGE])
-    return Entry(as_tokens(tokens), full, Snapshot((torch.zeros(size, dtype=torch.uint8),)), drafts)
+    return Entry(as_tokens(tokens), full, (torch.zeros(size, dtype=torch.uint8),), drafts)
 
 
 texts = st.lists(st.integers(0, 1), min_size=1, max_size=14)
@@ -472,8 +471,8 @@ def test_an_entry_weighs_what_was_said(families: dict[str, Family]) -> None:
         assert loop.memory.prefix is not None
         for made in loop.memory.prefix._entries:
             tail = len(made.tokens) - 8 * len(made.pages)
-            state = made.rows.tensors[-1]
-            assert made.rows.size - state.numel() * 4 <= loop.memory._copied_bytes(tail)
+            state = made.rows[-1]
+            assert made.copied - state.numel() * 4 <= loop.memory._copied_bytes(tail)
             assert len(made.pages) == (len(made.tokens) - loop.work.drafter.reread) // 8
 
 

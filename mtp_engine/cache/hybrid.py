@@ -88,18 +88,23 @@ class HybridKV:
         """Copies of what a slot needs to go on behind its first `stop` tokens: keys and values, [layers, rows, Hkv, D]
         each, of tokens start..stop-1 in paged layers, and in windowed ones of the last window - 1 + more tokens.
 
-        The slot may have gone on by up to `behind` tokens since it had `stop`.
+        The slot may have gone on by up to `behind` tokens since it had `stop`. A few launches on a GPU, and no waiting.
         """
-        taken = [(group, self._rows(group, slot, start, stop, more)) for group in self.groups]
-        return [storage.index_select(1, rows) for group, rows in taken for storage in (group.k, group.v)]
+        saved = []
+        for group in self.groups:
+            spans = group.spans(slot, self._first(group, start, stop, more), stop)
+            saved += [torch.cat([storage[:, span] for span in spans], 1) for storage in (group.k, group.v)]
+        return saved
 
     def load(self, slot: int, start: int, stop: int, saved: Sequence[Tensor], more: int = 0) -> None:
         """Put into a slot what `save` gave with the same numbers."""
         given = iter(saved)
         for group in self.groups:
-            rows = self._rows(group, slot, start, stop, more)
+            spans = group.spans(slot, self._first(group, start, stop, more), stop)
             for storage in (group.k, group.v):
-                storage.index_copy_(1, rows, next(given).to(storage.device, non_blocking=True))
+                parts = torch.split(next(given), [span.stop - span.start for span in spans], 1)
+                for span, part in zip(spans, parts, strict=True):
+                    storage[:, span].copy_(part)
 
     def copy_pages(self, pages: Sequence[int], slot: int) -> None:
         """Copy pages to the slot's first ones, where these are others."""
@@ -121,7 +126,7 @@ class HybridKV:
                 parts = [next(rows)]
                 if isinstance(group, PagedKV):
                     size = group.page_size
-                    parts = [*(storage[:, page * size : (page + 1) * size].cpu() for page in pages), *parts]
+                    parts = [*(storage[:, page * size : (page + 1) * size] for page in pages), *parts]
                 given.append(torch.cat(parts, 1))
         return given
 
@@ -131,8 +136,5 @@ class HybridKV:
             (group.window - 1 + more) * group.token_bytes for group in self.groups if isinstance(group, WindowKV)
         )
 
-    def _rows(self, group: PagedKV | WindowKV, slot: int, start: int, stop: int, more: int) -> Tensor:
-        if isinstance(group, WindowKV):
-            start = max(0, stop - (group.window - 1 + more))
-        positions = torch.arange(start, stop, device=self.pages.device)[None]
-        return group.rows(torch.full((1,), slot, device=self.pages.device), positions)[0]
+    def _first(self, group: PagedKV | WindowKV, start: int, stop: int, more: int) -> int:
+        return max(0, stop - (group.window - 1 + more)) if isinstance(group, WindowKV) else start

@@ -59,6 +59,18 @@ class PagedKV:
         pages = self.device_pages[slots].gather(1, positions // self.page_size).long()
         return pages * self.page_size + positions % self.page_size
 
+    def spans(self, slot: int, start: int, stop: int) -> list[slice]:
+        """Storage rows of a slot's tokens start..stop-1, as few runs as possible. Never empty."""
+        spans: list[slice] = []
+        for page in range(start // self.page_size, max(start + 1, stop + self.page_size - 1) // self.page_size):
+            first = self.table[slot][page] * self.page_size
+            low, high = max(start - page * self.page_size, 0), min(stop - page * self.page_size, self.page_size)
+            if spans and spans[-1].stop == first:
+                spans[-1] = slice(spans[-1].start, first + high)
+            else:
+                spans.append(slice(first + low, first + max(low, high)))
+        return spans
+
     def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
         """rows: [B, N]; k: [B, N, Hkv, Dk]; v: [B, N, Hkv, Dv]."""
         write_rows(self.k[layer], rows, k)

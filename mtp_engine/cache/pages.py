@@ -53,6 +53,7 @@ class Pages:
         missing = needed - len(table)
         if missing > self.free:
             self._trim()
+            missing = needed - len(table)
         if missing > self.free and self.short:
             self.short(missing - self.free)
         if missing > self.free:

@@ -16,9 +16,9 @@ from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mtp_engine.cache.pages import Pages
-from mtp_engine.cache.snapshot import Snapshot
 
 Tokens = NDArray[np.int64]
 
@@ -26,14 +26,20 @@ Tokens = NDArray[np.int64]
 @final
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """State behind `tokens`. pages: the full ones that it counts on, from the first token on; rows: what was copied, that
-    of the main model and then the drafter's. drafts: whether the drafter's is there; lean: without its cache's rows."""
+    """State behind `tokens`. pages: the full ones that it counts on, from the first token on; rows: what was copied, on the
+    caches' device: the main model's, then the drafter's. drafts: whether the drafter's are there; lean: without those of
+    its cache."""
 
     tokens: Tokens
     pages: tuple[int, ...]
-    rows: Snapshot
+    rows: tuple[Tensor, ...]
     drafts: bool
     lean: bool = False
+
+    @property
+    def copied(self) -> int:
+        """Bytes of the rows."""
+        return sum(row.numel() * row.element_size() for row in self.rows)
 
 
 @final
@@ -106,7 +112,7 @@ class PrefixCache:
         """Keep an entry, and drop others until the budget holds. spare: until it is found, others come before it."""
         self._pages.hold(entry.pages)
         self._held.update(entry.pages)
-        self._copied += entry.rows.size
+        self._copied += entry.copied
         self._entries[entry] = None
         if spare:
             self._spare[entry] = None
@@ -123,7 +129,7 @@ class PrefixCache:
             del self._by_page[name][entry]
             if not self._by_page[name]:
                 del self._by_page[name]
-        self._copied -= entry.rows.size
+        self._copied -= entry.copied
         for page in entry.pages:
             self._held[page] -= 1
             if not self._held[page]:
@@ -154,7 +160,7 @@ class PrefixCache:
         entries = list(self._entries)
         assert Counter(page for entry in entries for page in entry.pages) == self._held
         assert set(self._spare) <= set(entries)
-        assert self._copied == sum(entry.rows.size for entry in entries)
+        assert self._copied == sum(entry.copied for entry in entries)
         assert self.size <= self._budget or not entries
         named = {name for entry in entries for name in self._names(entry)}
         assert named == set(self._by_page)

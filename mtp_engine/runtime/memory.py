@@ -9,7 +9,6 @@ from torch import Tensor
 from mtp_engine.cache import Entry, HybridKV, PrefixCache
 from mtp_engine.cache.prefix import as_tokens
 from mtp_engine.cache.prefix_file import StoredPrefix
-from mtp_engine.cache.snapshot import Snapshot, Snapshots
 from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Drafter
 from mtp_engine.runtime.request import Mark, Request
@@ -56,7 +55,6 @@ class Memory:
             )
         weight = self._copied_bytes(page // 2) // max(1, self._token_bytes)
         self._spacing = -(-max(_EVERY, weight // 4) // chunk) * chunk
-        self._snapshots = Snapshots(self.pages.device)
         self.prefix = PrefixCache(self.pages, budget=prefix_bytes, page_bytes=self._token_bytes * page)
 
     # ---- for the scheduler -------------------------------------------------------------------------------------------
@@ -106,7 +104,7 @@ class Memory:
                 rows += self.drafter.cache.save(request.slot, full * page, tokens, self.drafter.reread)
             rows += self.drafter.save(request.slot, tokens, lean=mark.lean) if drafts else []
             pages = tuple(self.pages.table[request.slot][:full])
-            entry = Entry(known, pages, self._snapshots.take(rows), drafts, lean=mark.lean)
+            entry = Entry(known, pages, tuple(rows), drafts, lean=mark.lean)
             self.prefix.add(entry, spare=mark.spare)
         except Exception as error:
             _LOG.warning("a beginning of %d tokens could not be kept (%s); nothing else is affected", tokens, error)
@@ -126,21 +124,22 @@ class Memory:
     def restore(self, stored: StoredPrefix) -> None:
         """Keep what a file held. Raises EngineError if the prefix cache has no room for it."""
         assert self.prefix is not None
-        entry = Entry(stored.tokens, (), Snapshot(tuple(stored.rows)), True, stored.lean)
-        if not self.prefix.fits(entry.rows.size):
+        rows = tuple(row.to(self.pages.device) for row in stored.rows)
+        entry = Entry(stored.tokens, (), rows, True, stored.lean)
+        if not self.prefix.fits(entry.copied):
             raise EngineError(
-                f"it takes {entry.rows.size / 1e9:.3g} GB, and the prefix cache has less: raise prefix_cache_gb"
+                f"it takes {entry.copied / 1e9:.3g} GB, and the prefix cache has less: raise prefix_cache_gb"
             )
         if not self.prefix.has(stored.tokens, drafts=True):
             self.prefix.add(entry)
 
     def _whole(self, entry: Entry) -> list[Tensor]:
         """All rows of an entry, in host memory: what `Entry.rows` of one without pages holds."""
-        rows, given = list(entry.rows.settled()), list[Tensor]()
+        rows, given = list(entry.rows), list[Tensor]()
         for cache in self._caches if entry.drafts and not entry.lean else [self.cache]:
             own, rows = rows[: 2 * len(cache.groups)], rows[2 * len(cache.groups) :]
             given += cache.whole(entry.pages, own)
-        return given + rows
+        return [row.cpu() for row in given + rows]
 
     def _look_up(self, request: Request) -> tuple[Entry | None, list[Mark]]:
         """What it can go on from, and where its reading stops to keep an entry: at the prompt's end; at a junction, where
@@ -182,7 +181,7 @@ class Memory:
         try:
             for cache in self._caches:
                 cache.copy_pages(entry.pages, slot)
-            rows, own = entry.rows.open(), 2 * len(self.cache.groups)
+            rows, own = entry.rows, 2 * len(self.cache.groups)
             self.cache.load(slot, start, tokens, rows[:own])
             if request.params.speculate:
                 rows = rows[own:]
