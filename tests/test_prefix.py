@@ -132,6 +132,8 @@ def test_the_longest_entry_is_found_and_the_oldest_goes_first(operations: list[A
     spare: list[Entry] = []  # those of them that go before all others
     for name, text, drafts in operations:
         if name.startswith("add"):
+            if any(each.tokens.tolist() == text and each.drafts == drafts for each in known):
+                continue
             made = entry(pages, text, drafts)
             cache.add(made, spare=name == "add spare")
             pages.release(1)
@@ -155,7 +157,7 @@ def test_the_longest_entry_is_found_and_the_oldest_goes_first(operations: list[A
                 spare = [each for each in spare if each is not hit.entry]
             shared = [common(e.tokens.tolist(), text) for e in known]
             longest = max((n for n in shared if n >= PAGE), default=0)
-            assert hit.common == longest or hit.common < PAGE > longest or hit.length == hit.common
+            assert hit.common == max(longest, hit.length)
         assert list(cache._entries) == known
         assert list(cache._spare) == spare
         cache.check()
@@ -172,8 +174,8 @@ def common(first: list[int], second: list[int]) -> int:
 def test_a_slot_that_needs_pages_gets_those_of_entries() -> None:
     pages = Pages(slots=2, tokens=6 * PAGE, page_size=PAGE, device=CPU)
     cache = PrefixCache(pages, budget=10**6, page_bytes=1)
-    for start in (0, 1, 0):
-        made = entry(pages, [start, *range(2, 9)])  # two pages each; the last shares nothing with the first
+    for start in (0, 1, 9):
+        made = entry(pages, [start, *range(2, 9)])  # two pages each
         cache.add(made)
         pages.release(1)
     assert pages.free == 0

@@ -12,6 +12,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from typing import final
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 from mtp_engine.cache.pages import Pages
 
 Tokens = NDArray[np.int64]
+_LOOKED_AT = 16  # entries with the same pages, to see where a text leaves them
 
 
 @final
@@ -64,7 +66,8 @@ class PrefixCache:
         self._pages, self._budget, self._page_bytes = pages, budget, page_bytes
         self._entries: OrderedDict[Entry, None] = OrderedDict()  # least recently used first
         self._spare: OrderedDict[Entry, None] = OrderedDict()  # those of them that go first
-        self._by_page: dict[bytes, OrderedDict[Entry, None]] = {}
+        self._through: dict[bytes, OrderedDict[Entry, None]] = {}  # by a page's hash: who has that page
+        self._ending: dict[bytes, dict[int, dict[tuple[bytes, bool], Entry]]] = {}  # by the last full page's, see _end
         self._held: Counter[int] = Counter()
         self._copied = 0
         self.asked_tokens = self.hit_tokens = 0  # of prompts that were looked up, and of these what was found
@@ -84,40 +87,49 @@ class PrefixCache:
 
     def find(self, tokens: Tokens, most: int, *, drafts: bool) -> Hit:
         """Look for the beginning of `tokens`, of `most` tokens at most. drafts: only with the drafter's state."""
-        best, common, seen = None, 0, set[Entry]()
         chain = [b"", *_chain(tokens, self._pages.page_size)]
-        for page in range(len(chain) - 1, -1, -1):
-            for entry in reversed(self._by_page.get(chain[page], {})):
-                if entry in seen:
-                    continue
-                seen.add(entry)
-                start = page * self._pages.page_size
-                alike = start + _common(entry.tokens[start:], tokens[start:])
-                common = max(common, alike)
-                usable = alike == len(entry.tokens) <= most and (entry.drafts or not drafts)
-                if usable and (best is None or len(entry.tokens) > len(best.tokens)):
-                    best = entry
-            if best is not None and len(best.tokens) >= page * self._pages.page_size:
-                break  # entries that share fewer pages are shorter
+        best = self._longest(tokens, most, chain, (True,) if drafts else (True, False))
+        common = len(best.tokens) if best else 0
+        shared = next((page for page in range(len(chain) - 1, 0, -1) if chain[page] in self._through), 0)
+        if shared:
+            start = shared * self._pages.page_size
+            latest = islice(reversed(self._through[chain[shared]]), _LOOKED_AT)
+            common = max(common, *(start + _common(entry.tokens[start:], tokens[start:]) for entry in latest))
         if best is not None:
             self._entries.move_to_end(best)
             self._spare.pop(best, None)
         return Hit(best, common)
 
+    def _longest(self, tokens: Tokens, most: int, chain: Sequence[bytes], drafts: Sequence[bool]) -> Entry | None:
+        size = self._pages.page_size
+        for page in range(min(len(chain) - 1, most // size), -1, -1):
+            by_length = self._ending.get(chain[page], {})
+            for length in sorted(by_length, reverse=True):
+                if page * size + length <= most:
+                    tail = tokens[page * size : page * size + length].tobytes()
+                    for each in drafts:
+                        if entry := by_length[length].get((tail, each)):
+                            return entry
+        return None
+
     def has(self, tokens: Tokens, *, drafts: bool) -> bool:
-        """Whether there is an entry of exactly these tokens; it counts as used."""
+        """Whether there is an entry of exactly these tokens; it counts as found."""
         return len(tokens) > 0 and self.find(tokens, len(tokens), drafts=drafts).length == len(tokens)
 
     def add(self, entry: Entry, *, spare: bool = False) -> None:
-        """Keep an entry, and drop others until the budget holds. spare: until it is found, others come before it."""
+        """Keep an entry that is not there yet, and drop others until the budget holds. spare: it goes before others that
+        are not, until it is found."""
         self._pages.hold(entry.pages)
         self._held.update(entry.pages)
         self._copied += entry.copied
         self._entries[entry] = None
         if spare:
             self._spare[entry] = None
-        for name in self._names(entry):
-            self._by_page.setdefault(name, OrderedDict())[entry] = None
+        names = [b"", *_chain(entry.tokens, self._pages.page_size)]
+        for name in names[1:]:
+            self._through.setdefault(name, OrderedDict())[entry] = None
+        length, key = self._end(entry)
+        self._ending.setdefault(names[-1], {}).setdefault(length, {})[key] = entry
         while self.size > self._budget and self._entries:
             self.drop(next(iter(self._spare or self._entries)))
 
@@ -125,10 +137,18 @@ class PrefixCache:
         """Forget an entry; pages that slots or other entries use stay."""
         del self._entries[entry]
         self._spare.pop(entry, None)
-        for name in self._names(entry):
-            del self._by_page[name][entry]
-            if not self._by_page[name]:
-                del self._by_page[name]
+        names = [b"", *_chain(entry.tokens, self._pages.page_size)]
+        for name in names[1:]:
+            del self._through[name][entry]
+            if not self._through[name]:
+                del self._through[name]
+        length, key = self._end(entry)
+        by_length = self._ending[names[-1]]
+        del by_length[length][key]
+        if not by_length[length]:
+            del by_length[length]
+        if not by_length:
+            del self._ending[names[-1]]
         self._copied -= entry.copied
         for page in entry.pages:
             self._held[page] -= 1
@@ -149,11 +169,10 @@ class PrefixCache:
                 break
             self.drop(entry)
 
-    def _names(self, entry: Entry) -> Iterator[bytes]:
-        """Under which an entry is found: its pages, or that it has no full one."""
-        if len(entry.tokens) < self._pages.page_size:
-            yield b""
-        yield from _chain(entry.tokens, self._pages.page_size)
+    def _end(self, entry: Entry) -> tuple[int, tuple[bytes, bool]]:
+        """What tells entries apart that end in the same page: how many tokens they have there, and which."""
+        length = len(entry.tokens) % self._pages.page_size
+        return length, (entry.tokens[len(entry.tokens) - length :].tobytes(), entry.drafts)
 
     def check(self) -> None:
         """Assert what must hold between two calls."""
@@ -162,8 +181,13 @@ class PrefixCache:
         assert set(self._spare) <= set(entries)
         assert self._copied == sum(entry.copied for entry in entries)
         assert self.size <= self._budget or not entries
-        named = {name for entry in entries for name in self._names(entry)}
-        assert named == set(self._by_page)
+        ending = [e for by_length in self._ending.values() for ends in by_length.values() for e in ends.values()]
+        assert len(ending) == len(entries)
+        assert set(ending) == set(entries)
+        size = self._pages.page_size
+        assert Counter(e for passing in self._through.values() for e in passing) == Counter(
+            {entry: len(entry.tokens) // size for entry in entries if len(entry.tokens) >= size}
+        )
         self._pages.check([page for entry in entries for page in entry.pages])
 
 
