@@ -1,7 +1,9 @@
 """The loop emits exactly what plain decoding emits: for any drafter, tree, batch, chunk and end, and after any error."""
 
+import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,23 @@ def check_empty(loop: DecodeLoop) -> None:
     if loop.memory.prefix is not None:
         loop.memory.prefix.clear()
     assert loop.memory.pages.free == loop.memory.pages.count
+
+
+class Refused(logging.Handler):
+    """What goes wrong when a state is kept or used is noted and costs nobody anything; in most tests nothing may."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise AssertionError(record.getMessage())
+
+
+@contextmanager
+def nothing_noted() -> Iterator[None]:
+    handler, logger = Refused(logging.WARNING), logging.getLogger("mtp_engine")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def check_memory(loop: DecodeLoop) -> None:

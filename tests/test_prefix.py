@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mimo import load
 from real_config import REAL
-from test_decode_loop import CPU, Models, check_empty, check_memory
+from test_decode_loop import CPU, Models, check_empty, check_memory, nothing_noted
 from test_runtime import Ahead
 from torch import Tensor
 
@@ -219,6 +220,15 @@ class Family:
 
 FAMILIES = ("llama", "mimo_v2_flash", "mimo")
 CONTEXT = 120
+
+
+@pytest.fixture(autouse=True)
+def loud(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "caplog" in request.fixturenames:
+        yield
+        return
+    with nothing_noted():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ class PagedKV:
     def spans(self, slot: int, start: int, stop: int) -> list[slice]:
         """Storage rows of a slot's tokens start..stop-1, as few runs as possible. Never empty."""
         spans: list[slice] = []
-        for page in range(start // self.page_size, max(start + 1, stop + self.page_size - 1) // self.page_size):
+        for page in range(start // self.page_size, max(start // self.page_size + 1, -(-stop // self.page_size))):
             first = self.table[slot][page] * self.page_size
             low, high = max(start - page * self.page_size, 0), min(stop - page * self.page_size, self.page_size)
             if spans and spans[-1].stop == first:
