@@ -885,3 +885,33 @@ def test_a_structure_cut_off(kind: str, tmp_path: Path) -> None:
         "generate", "Hi", "--model", hub.NANO, "-q", "--regex", "[a-z ]+", "--max-tokens", "6", "--threads", "1"
     )
     assert whole.exit_code == 0, "it matches wherever it is cut"
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+
+def test_models_verify_fetch_and_remove(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_gguf import write_tiny
+
+    from mtp_engine.hub import cache
+
+    monkeypatch.setenv("MTP_ENGINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "_HEAD", 1000)
+    name = str(tmp_path / "tiny.gguf")
+    write_tiny(Path(name))
+    assert "nothing of it" in invoke("models", "verify", name).stdout
+    folder = Path(invoke("models", "fetch", name, "-q").stdout.strip())
+    assert invoke("models", "verify", name).stdout == f"{folder}: ok\n"
+    weights = folder / "model.safetensors"
+    before, good = weights.stat(), weights.read_bytes()
+    weights.write_bytes(good[:5000] + b"\xff" * 100 + good[5100:])
+    os.utime(weights, (before.st_mtime, before.st_mtime))
+    result = invoke("models", "verify", name, "-q")
+    assert (result.exit_code, result.stdout) == (2, f"{folder}: DAMAGED: model.safetensors\n")
+    assert f"mtp-engine models fetch --force {name}" in result.stderr
+    assert invoke("models", "fetch", name, "-q").exit_code == 0
+    assert weights.read_bytes() == good
+    assert invoke("models", "fetch", "--force", name, "-q").stdout == f"{folder}\n"
+    assert invoke("models", "remove", name).stdout.endswith("freed\n")
+    assert not folder.exists()
+    assert invoke("models", "remove", name).stdout.endswith("nothing of it is in the cache\n")

@@ -35,8 +35,11 @@ class _CommandLine(click.Group):
     def main(self, args: Any = None, prog_name: str | None = None, *rest: Any, **extra: Any) -> Any:
         """Run and exit; click calls this both for the script and in its test runner."""
         extra.pop("standalone_mode", None)
-        if not os.environ.get(_TRACEBACK):  # what the engine logs of a step that failed is a traceback
-            logging.getLogger("mtp_engine").addHandler(logging.NullHandler())
+        log = logging.getLogger("mtp_engine")
+        if not (
+            log.handlers or os.environ.get(_TRACEBACK)
+        ):  # what the engine logs of a step that failed is a traceback
+            log.addHandler(logging.NullHandler())
         try:
             with ending_signals():
                 if "stdout" in _reopen():
