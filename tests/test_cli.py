@@ -915,3 +915,17 @@ def test_models_verify_fetch_and_remove(tmp_path: Path, monkeypatch: pytest.Monk
     assert invoke("models", "remove", name).stdout.endswith("freed\n")
     assert not folder.exists()
     assert invoke("models", "remove", name).stdout.endswith("nothing of it is in the cache\n")
+
+
+def test_a_signal_that_an_import_swallowed_still_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch does with whatever is raised while it imports numpy."""
+
+    def load(*_: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ImportError("cannot load module more than once per process") from None
+
+    monkeypatch.setattr(answer_module, "load_engine", load)
+    result = invoke("generate", "Hi", "-q")
+    assert (result.exit_code, result.stderr) == (143, "")

@@ -2,10 +2,8 @@
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn, final
+from typing import Any, NoReturn, final
 
 INTERNAL = 1  # a fault of this program, a failed check, or nobody reads our output any more
 USER = 2  # something the user can mend
@@ -27,19 +25,27 @@ def interrupt_code(error: BaseException | None) -> int:
     return 128 + (error.number if isinstance(error, Terminated) else signal.SIGINT)
 
 
-@contextmanager
-def ending_signals() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise `Terminated`, unless somebody has another use for them (as nohup has)."""
-    numbers = [signal.SIGTERM, signal.SIGHUP] if threading.current_thread() is threading.main_thread() else []
-    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, _end)
-    try:
-        yield
-    finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+@final
+class EndingSignals:
+    """Inside, SIGTERM and SIGHUP raise `Terminated`, and Ctrl-C KeyboardInterrupt as ever, unless somebody has another use
+    for them (as nohup has). `last` is the one that came last, or None: what we raise while a package is imported may be
+    swallowed there, and come back as an ImportError."""
 
+    def __init__(self) -> None:
+        self.last: int | None = None
+        self._before: dict[int, Any] = {}
 
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated(number)
+    def __enter__(self) -> "EndingSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    self._before[number] = signal.signal(number, self._end)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _end(self, number: int, frame: FrameType | None) -> NoReturn:
+        self.last = number
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)

@@ -15,7 +15,7 @@ import click
 from mtp_engine import __version__
 from mtp_engine.cli.chat import chat
 from mtp_engine.cli.conformance import conformance
-from mtp_engine.cli.exits import INTERNAL, USER, ending_signals, interrupt_code
+from mtp_engine.cli.exits import INTERNAL, USER, EndingSignals, interrupt_code
 from mtp_engine.cli.generate import generate
 from mtp_engine.cli.inspect import inspect
 from mtp_engine.cli.kernels import kernels
@@ -40,8 +40,9 @@ class _CommandLine(click.Group):
             log.handlers or os.environ.get(_TRACEBACK)
         ):  # what the engine logs of a step that failed is a traceback
             log.addHandler(logging.NullHandler())
+        signals = EndingSignals()
         try:
-            with ending_signals():
+            with signals:
                 if "stdout" in _reopen():
                     raise EngineError("stdout is closed: send it to a file, or to /dev/null")
                 code = super().main(args, _NAME, standalone_mode=False, **extra)
@@ -49,7 +50,8 @@ class _CommandLine(click.Group):
             _let_go_of_stdout()
             raise
         except BaseException as error:
-            code = _report(error)
+            swallowed = signals.last if isinstance(error, ImportError) else None
+            code = 128 + swallowed if swallowed else _report(error)
         sys.exit(code or 0)
 
 
