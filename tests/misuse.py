@@ -87,8 +87,7 @@ class Misuse:
         (folder / "here").mkdir()
         os.chdir(folder / "here")  # --json writes where it is told
         os.environ["MTP_ENGINE_CACHE"] = str(self.cache)
-        os.environ["PIP_NO_INDEX"] = "1"  # the default model is not to be fetched
-        os.environ.pop("PIP_FIND_LINKS", None)
+        os.environ["MTP_ENGINE_WHEEL"] = str(folder / "none.whl")  # the default model is not to be fetched
         self.quick = ["--max-tokens", "2", "--max-context", "64", "--threads", "1", "--compare", "off", "--seed", "1"]
         self._run(["generate", "x", "--model", str(self.model), *self.quick, "--json", str(folder / "record.json")])
 

@@ -10,7 +10,7 @@ from misuse import Misuse
 @pytest.fixture(scope="module")
 def misuse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Misuse]:
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("MTP_ENGINE_CACHE", "PIP_NO_INDEX", "PIP_FIND_LINKS"):
+        for name in ("MTP_ENGINE_CACHE", "MTP_ENGINE_WHEEL"):
             patch.setenv(name, "")  # Misuse sets them; they come back
         patch.chdir(Path.cwd())
         yield Misuse(tmp_path_factory.mktemp("fuzz"))
