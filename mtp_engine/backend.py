@@ -34,6 +34,9 @@ _RULES: dict[str, Callable[[], Verifier]] = {
 }  # fmt: skip
 
 
+_NO_MEMORY = "the memory is not enough for this model: lower --max-context, or choose a smaller one"
+
+
 def _rule(name: str) -> Verifier:
     return _RULES[name]()
 
@@ -71,8 +74,31 @@ class Backend:
     kernels: bool = False
 
 
+def find_device(name: str) -> torch.device:
+    """The device of a name; auto is the GPU if there is one. Raises EngineError for one that is not here."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    known = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    if name == "cpu" or name in known:
+        return torch.device(name)
+    if name.split(":")[0] == "cuda" and not gpus:
+        raise EngineError(f"device {name}: this torch sees no NVIDIA GPU; use --device cpu, or leave it out")
+    raise EngineError(f"device {name!r} is not one that this engine runs on; here are: auto, {', '.join(known)}")
+
+
+def describe_device(config: EngineConfig) -> str:
+    """For people. config: settled, with a device that exists and its dtype."""
+    device = torch.device(config.device)
+    if device.type != "cuda":
+        return f"{config.device}, {torch.get_num_threads()} threads, {config.dtype}"
+    return f"{config.device} ({torch.cuda.get_device_name(device)}), {config.dtype}, attention {config.attention}"
+
+
 def make_backend(config: EngineConfig, device: torch.device, progress: Progress) -> Backend:
     """Raises EngineError where the kernels that config asks for cannot run here."""
+    if device.type != "cuda" and config.attention == "flashinfer":
+        raise EngineError("FlashInfer needs an NVIDIA GPU, and this runs on the CPU: leave --attention out")
     if device.type != "cuda" or config.attention == "torch":
         return Backend()
     try:
@@ -141,8 +167,14 @@ def check_tree(shape: TreeShape, config: EngineConfig, device: str) -> None:
 
 @contextmanager
 def gpu_errors() -> Iterator[None]:
-    """What CUDA says, as something the user can act on."""
+    """What CUDA says, and what a full memory says, as something the user can act on."""
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
         raise EngineError(explain(error)) from error
+    except MemoryError as error:
+        raise EngineError(f"{_NO_MEMORY} ({error})") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise EngineError(f"{_NO_MEMORY} ({str(error).splitlines()[0]})") from error

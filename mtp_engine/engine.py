@@ -12,7 +12,7 @@ from typing import Any, Literal, cast, final
 import torch
 
 from mtp_engine.assemble import make_drafter, make_loop
-from mtp_engine.backend import Backend, check_tree, gpu_errors, make_backend
+from mtp_engine.backend import Backend, check_tree, describe_device, find_device, gpu_errors, make_backend
 from mtp_engine.cache.prefix_file import StoredPrefix
 from mtp_engine.config import DEFAULT_MODEL, SAMPLE_STEPS, EngineConfig, ModelConfig, SamplingParams, TreeShape
 from mtp_engine.drafters import RootDrafter
@@ -86,9 +86,19 @@ class Engine:
         mtp: a folder of MTP layers to use instead of the model's own. Raises EngineError for everything a user can mend.
         """
         config = config or EngineConfig()
-        device = _device(config)
+        device = find_device(config.device)
+        config = replace(config, device=str(device))
         torch.set_num_threads(config.threads or os.cpu_count() or 1)
         files = hub.locate(name, mtp=mtp, progress=progress)
+        try:
+            return cls._load(files, config, device, progress)
+        except Exception:
+            if not hub.discard_damaged(files.folder, progress):
+                raise
+        return cls._load(hub.locate(name, mtp=mtp, progress=progress), config, device, progress)
+
+    @classmethod
+    def _load(cls, files: hub.ModelFiles, config: EngineConfig, device: torch.device, progress: Progress) -> "Engine":
         tokenizer = Tokenizer.load(files.folder)
         if files.mtp_folder is None and config.drafter == "mtp" and loader.has_mtp(files.folder):
             files = replace(files, mtp_folder=files.folder)
@@ -102,6 +112,11 @@ class Engine:
         model = backend.fuse(model)
         loop = make_loop(model, drafter, config, backend, slots=config.max_batch, tokenizer=tokenizer)
         return cls(model, loop, tokenizer, config, backend, files)
+
+    @property
+    def device_note(self) -> str:
+        """What it runs on, in words."""
+        return describe_device(self.config)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -319,16 +334,6 @@ class Engine:
 
 def _about(index: int, prompts: int, error: str) -> str:
     return error if prompts == 1 else f"prompt {index}: {error}"
-
-
-def _device(config: EngineConfig) -> torch.device:
-    try:
-        device = torch.device(config.device)
-    except RuntimeError:
-        raise EngineError(f"device {config.device!r} is unknown: use cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise EngineError("device cuda was asked for, but this torch sees no NVIDIA GPU: use --device cpu")
-    return device
 
 
 def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:

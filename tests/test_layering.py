@@ -40,7 +40,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     ),
     "training.nano": ("config engine errors hub kernels models text training", "torch numpy safetensors tokenizers click rich"),
     "cli": ("conformance config engine errors hub kernels models.make_tiny protocols runtime text training mtp_engine",
-            "click rich"),
+            "click rich prompt_toolkit"),
 }  # fmt: skip
 """One line a package; a package may always import itself."""
 

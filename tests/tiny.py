@@ -164,6 +164,8 @@ class Sums:
                 bits[token // 32] |= 1 << (token % 32)
         return torch.tensor([word - (1 << 32) if word >> 31 else word for word in bits], dtype=torch.int32)
 
+    complete = True
+
     def advance(self, tokens: Sequence[int]) -> None:
         for token in tokens:
             assert self.allows(self.answer, token)

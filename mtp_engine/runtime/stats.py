@@ -86,7 +86,7 @@ class GenerationStats:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """The stable `stats` object of `--json`; README documents each key."""
+        """The stable `stats` object of `--json`; cli/README.md documents each key."""
         return {
             "seed": self.seed,
             "prompt_tokens": self.prompt_tokens,
