@@ -21,14 +21,21 @@ from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.assemble import decode_loop
 from mtp_engine.cache import Entry, HybridKV, Pages, PrefixCache
 from mtp_engine.cache.prefix import as_tokens
-from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
+from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter, TorchDraftOps
 from mtp_engine.errors import EngineError
 from mtp_engine.models import loader
 from mtp_engine.models.make_tiny import make_tiny
-from mtp_engine.protocols import Drafter
+from mtp_engine.protocols import Drafter, Verifier
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import PromptChunk, Request
-from mtp_engine.verifiers import MatchVerifier
+from mtp_engine.verifiers import (
+    BlockVerifier,
+    MatchVerifier,
+    RejectionVerifier,
+    RRSVerifier,
+    TraversalVerifier,
+    TypicalVerifier,
+)  # fmt: skip
 
 SLOTS, PAGE = 3, 4
 
@@ -245,15 +252,16 @@ def drafter_of(name: str, family: Family, slots: int) -> Drafter:
 
 
 def loop_of(
-    family: Family, drafter: Drafter, *, slots: int = 3, tokens: int = 1000, in_flight: int = 1, **options: Any
-) -> DecodeLoop:
+    family: Family, drafter: Drafter, *, slots: int = 3, tokens: int = 1000, in_flight: int = 1,
+    verifier: Verifier | None = None, **options: Any,
+) -> DecodeLoop:  # fmt: skip
     layers = [layer.attention for layer in family.main.config.layers]
     cache = HybridKV(
         layers, Pages(slots=slots, tokens=tokens, page_size=8, device=CPU), max_nodes=drafter.max_nodes,
         behind=in_flight * (drafter.depth + 1), dtype=torch.float32,
     )  # fmt: skip
     return decode_loop(
-        family.main, cache, drafter, MatchVerifier(), device=CPU, slots=slots, max_context=CONTEXT, eos_token_ids=[],
+        family.main, cache, drafter, verifier or MatchVerifier(), device=CPU, slots=slots, max_context=CONTEXT, eos_token_ids=[],
         prefill_chunk=16, runner=lambda step: Ahead(step, in_flight), **options,
     )  # fmt: skip
 
@@ -315,6 +323,34 @@ def test_hits_say_the_same_in_as_many_steps(
             assert request.output == expected.output
             assert [each.token for each in request.logprobs] == [each.token for each in expected.logprobs]
         assert request.stats.steps == expected.stats.steps
+
+
+RULES = {
+    "rejection": RejectionVerifier, "block": BlockVerifier, "rrs": RRSVerifier, "traversal": TraversalVerifier,
+    "typical": TypicalVerifier,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_other_rules_say_the_same_after_hits_and_preemptions(families: dict[str, Family], rule: str) -> None:
+    """Their texts depend on what was drafted, which a hit does not change."""
+    family, found = families["llama"], []
+    shape = "chain:3" if rule in ("rejection", "block", "typical") else "3x2"
+    ops = TorchDraftOps("best" if rule == "typical" else "drawn")
+    for tokens, prefix in ((2000, 0), (2000, 10**9), (200, 10**9)):
+        drafter = MTPDrafter(family.module, TreeShape.parse(shape), slots=3, ops=ops)
+        loop = loop_of(family, drafter, verifier=RULES[rule](), tokens=tokens, prefix_bytes=prefix)
+        for _ in range(2):
+            requests = [
+                loop.add(prompt_of(i, 20, 3), SamplingParams(max_tokens=60, seed=i, temperature=0.9)) for i in range(3)
+            ]
+            while loop.requests:
+                loop.step()
+            found.append([(request.output, request.stats.steps) for request in requests])
+        if tokens == 2000:
+            assert bool(sum(request.stats.cached_tokens for request in requests)) == bool(prefix)
+        assert bool(sum(request.stats.preemptions for request in requests)) == (tokens == 200)
+    assert all(each == found[0] for each in found)
 
 
 class Reading:

@@ -43,10 +43,14 @@ def legend(*, asked: bool) -> list[str]:
     return list(_LEGEND)
 
 
+def _cached(stats: GenerationStats) -> str:
+    return f", of which {stats.cached_tokens} were kept from before" if stats.cached_tokens else ""
+
+
 def statistics(stats: GenerationStats, finish_reason: str, rule: str) -> Table:
     """What was drafted, accepted and emitted, how long it took, and how that compares with plain decoding."""
     rows = [
-        ("tokens", f"{stats.tokens} (finish reason: {finish_reason}), prompt {stats.prompt_tokens}"),
+        ("tokens", f"{stats.tokens} (finish reason: {finish_reason}), prompt {stats.prompt_tokens}{_cached(stats)}"),
         ("steps", f"{stats.steps}"),
         ("mean accepted length", f"{stats.mean_accepted_length:.2f}"),
         ("nodes per step", f"{stats.nodes_per_step:.1f}"),
