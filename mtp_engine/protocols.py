@@ -83,7 +83,8 @@ class Drafter(Protocol):
     def load(self, slot: int, known: Sequence[int], saved: Sequence[Tensor], left: int) -> None:
         """Go on in a slot from what `save` gave there or elsewhere; the cache's rows that belong to it are in place.
 
-        known: all tokens up to the next tree's root, one more than were saved. left: tokens to read behind them.
+        known: all tokens up to the next tree's root, one more than were saved. left: tokens to read behind them until its
+        rows must be there.
         """
 
 

@@ -189,7 +189,8 @@ class Memory:
                     own = 2 * len(self.drafter.cache.groups)
                     self.drafter.cache.load(slot, start, tokens, rows[:own], self.drafter.reread)
                     rows = rows[own:]
-                self.drafter.load(slot, request.known(0, tokens + 1), rows, request.length - tokens)
+                left = next((mark.tokens for mark in request.marks if not mark.lean), tokens) - tokens
+                self.drafter.load(slot, request.known(0, tokens + 1), rows, left)
             return True
         except Exception as error:
             _LOG.warning("a kept beginning could not be used (%s); it is read again", error)
