@@ -1,7 +1,7 @@
 """What the prefix cache gives and what it costs.
 
-    python bench/prefix.py --prompts ../shared/prompts/spec-bench.jsonl --model mimo-nano
-    python bench/prefix.py --prompts ../shared/prompts/spec-bench.jsonl --device cuda --parts equal,beside
+    python bench/prefix.py --model mimo-nano
+    python bench/prefix.py --device cuda --parts equal,beside
 
 first: time to first token of a prompt, and of a second one that shares its first 1,960 tokens. chat: tokens that ten turns
 read. replay: 200 requests with 20 system prompts in random order. overhead: the same prompts, none of which share anything,

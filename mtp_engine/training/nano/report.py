@@ -95,10 +95,10 @@ def evaluate(
 ) -> tuple[Figures, list[Dialogue]]:  # fmt: skip
     """Figures of an exported model on held-out dialogues, and ten of its answers. config: how the engine runs; its
     drafter and tree are set here."""
-    device = torch.device(config.device)
+    drafting = Engine.load(str(folder), replace(config, drafter="mtp", tree=TreeShape.parse("chain:3")))
+    device = drafting.model.embedding.device
     loss = answer_loss(str(folder), held_out[:texts], device)
     other = answer_loss(reference, held_out[:texts], device).bits_per_byte if reference else 0.0
-    drafting = Engine.load(str(folder), replace(config, drafter="mtp", tree=TreeShape.parse("chain:3")))
     asked = [prompt for prompt, _ in held_out[:prompts]]
     encoded = [drafting.encode([{"role": "user", "content": prompt}]) for prompt in asked]
     length, drafted = outside_loops(drafting, encoded, SamplingParams(max_tokens=max_tokens))
