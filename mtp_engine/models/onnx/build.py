@@ -1,0 +1,240 @@
+"""Whole models as graphs: the main model's body and head, and the levels of its MTP layers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from onnx import TensorProto
+from torch import Tensor
+
+from mtp_engine.config import LayerConfig, ModelConfig, MTPConfig, RopeConfig
+from mtp_engine.models.build import FEATURES, FFN_NORM, MTPNames
+from mtp_engine.models.layers import RotaryEmbedding
+from mtp_engine.models.onnx import blocks
+from mtp_engine.models.onnx.blocks import AttentionInputs, AttentionWeights, Precision
+from mtp_engine.models.onnx.fold import Matrix, Rounded, turn, units
+from mtp_engine.models.onnx.graph import Graph
+
+Read = Callable[..., Tensor]
+"""(name, *shape) -> a tensor of the checkpoint: models.weights.Weights.tensor."""
+
+_ROWS = 4096  # of a large matrix that are worked on at a time
+
+
+@final
+@dataclass(frozen=True)
+class Builder:
+    """Writes the graphs of one model. Hidden states are rotated everywhere, in and out."""
+
+    read: Read
+    config: ModelConfig
+    precision: Precision = Precision()  # noqa: RUF009
+
+    def main(self, path: Path, features: Sequence[int], metadata: dict[str, str]) -> None:
+        """tokens [N], positions [1, N], sizes, masks, past keys and values of every layer -> hidden [N, (F + 1) * H], and the
+        new keys and values of each kind of layer, stacked: [layers, N, kv_heads, dim]."""
+        graph, c = Graph(), self.config
+        tokens = graph.input("tokens", TensorProto.INT64, ["N"])
+        step = _StepInputs(graph, c.layers, c.max_context)
+        table = graph.constant(self._turned_rows("model.embed_tokens.weight"))
+        x, delta, kept = graph("Gather", table, tokens), None, []
+        new: list[tuple[str, str]] = []
+        for i, layer in enumerate(c.layers):
+            x, delta, k, v = self._block(graph, x, delta, f"model.layers.{i}", layer, FFN_NORM, step, i)
+            new.append((k, v))
+            if i in features:
+                kept.append(graph("Add", x, delta))
+        x = graph("Add", x, delta)
+        graph.output("hidden", graph("Concat", *kept, x, axis=-1) if kept else x)
+        for kind, members in groups(c.layers).items():
+            for name, side in (("k", 0), ("v", 1)):
+                parts = [graph("Unsqueeze", new[i][side], graph.integers(0)) for i in members]
+                graph.output(f"new_{name}{kind}", graph("Concat", *parts, axis=0))
+        graph.save(path, metadata)
+
+    def head(self, path: Path, norm: str, rows: np.ndarray[Any, Any] | None, metadata: dict[str, str]) -> None:
+        """hidden [N, H] before the norm called `norm` -> logits [N, n]. rows: of which tokens; None: all."""
+        graph, hidden = Graph(), self.config.hidden_size
+        x = graph.input("hidden", TensorProto.FLOAT, ["N", hidden])
+        name = "model.embed_tokens.weight" if self.config.tied_head else "lm_head.weight"
+        weight = self._rounded_rows(name, self._norm(norm), rows)
+        normed = blocks.norm(graph, x, hidden, self.config.norm_eps)
+        graph.output("logits", blocks.fixed_product(graph, normed, weight, self.precision.head, self.precision.step(self.precision.head, weight)))
+        graph.save(path, metadata)
+
+    def mix(self, path: Path, config: MTPConfig, metadata: dict[str, str]) -> None:
+        """What the main model gave [N, (F + 1) * H] -> what the MTP layers read [N, H] (models.mtp.MTPModule.main_hidden)."""
+        graph, hidden, eps = Graph(), self.config.hidden_size, self.config.norm_eps
+        count = len(config.features)
+        x = graph.input("hidden", TensorProto.FLOAT, ["N", (count + 1) * hidden])
+        if config.features:
+            parts = graph.many("Split", x, outputs=count + 1, axis=-1, num_outputs=count + 1)
+            normed = [blocks.norm(graph, part, hidden, eps) for part in parts[:-1]]
+            weight = self._joined(f"{FEATURES}.proj", [f"{FEATURES}.{i}.norm" for i in range(count)])
+            rounded = Rounded.of(weight, self.precision.weights)
+            y = blocks.fixed_product(
+                graph, graph("Concat", *normed, axis=-1), rounded, self.precision.join, self.precision.step(self.precision.join, rounded)
+            )
+            graph.output("mixed", graph("Add", parts[-1], y))
+        elif config.hidden == "post_norm":  # its weights stand between two norms, in the basis of the checkpoint
+            weight = turn(np.diag(self._norm("model.norm"))) 
+            weight = turn(weight.T).T  # Q^T diag(norm) Q
+            normed = blocks.norm(graph, x, hidden, eps)
+            graph.output("mixed", graph("MatMul", normed, graph.constant(weight.astype(np.float32))))
+        else:
+            graph.output("mixed", x)
+        graph.save(path, metadata)
+
+    def level(self, path: Path, names: MTPNames, k: int, config: MTPConfig, metadata: dict[str, str]) -> None:
+        """embedded, hidden [N, H], and the rest as for the main model -> output [N, H], new keys and values [1, N, ...]."""
+        graph, hidden, eps, prefix = Graph(), self.config.hidden_size, self.config.norm_eps, f"{names.prefix}.{k}"
+        halves = [graph.input(name, TensorProto.FLOAT, ["N", hidden]) for name in ("embedded", "hidden")]
+        norms = [f"{prefix}.{names.embedding_norm}", f"{prefix}.{names.hidden_norm}"]
+        if config.concat == "hidden_first":
+            halves, norms = halves[::-1], norms[::-1]
+        step = _StepInputs(graph, [config.layer], self.config.max_context)
+        joined = graph("Concat", *(blocks.norm(graph, half, hidden, eps) for half in halves), axis=-1)
+        weight = Rounded.of(self._joined(f"{prefix}.{names.projection}", norms), self.precision.weights)
+        x = blocks.fixed_product(graph, joined, weight, self.precision.join, self.precision.step(self.precision.join, weight))
+        x, delta, new_k, new_v = self._block(graph, x, None, prefix, config.layer, names.ffn_norm, step, 0)
+        graph.output("hidden_out", graph("Add", x, delta))
+        for name, value in (("new_k0", new_k), ("new_v0", new_v)):
+            graph.output(name, graph("Unsqueeze", value, graph.integers(0)))
+        graph.save(path, metadata)
+
+    def _block(
+        self, graph: Graph, x: str, delta: str | None, prefix: str, layer: LayerConfig, ffn_norm: str, step: "_StepInputs",
+        index: int,
+    ) -> tuple[str, str, str, str]:  # fmt: skip
+        """A decoder layer. The residual stream comes and goes as a sum of two, which the next norm adds."""
+        hidden, eps = self.config.hidden_size, self.config.norm_eps
+        if delta is None:
+            normed = blocks.norm(graph, x, hidden, eps)
+        else:
+            x, normed = blocks.add_norm(graph, x, delta, hidden, eps)
+        a = layer.attention
+        context = a.window or self.config.max_context
+        weights = self._attention(prefix, layer, context)
+        delta, k, v = blocks.attention(
+            graph, normed, a, weights, step.shared(index), step.past(index), self.precision, context
+        )
+        x, normed = blocks.add_norm(graph, x, delta, hidden, eps)
+        return x, self._ffn(graph, normed, prefix, layer, ffn_norm), k, v
+
+    def _ffn(self, graph: Graph, normed: str, prefix: str, layer: LayerConfig, ffn_norm: str) -> str:
+        wide, norm = layer.intermediate, self._norm(f"{prefix}.{ffn_norm}")
+        gate, up = (self._into(f"{prefix}.mlp.{name}_proj", wide, norm) for name in ("gate", "up"))
+        down = self._out(f"{prefix}.mlp.down_proj", wide)
+        bits = self.precision.weights
+        return blocks.gated(
+            graph, normed, Rounded.of(np.concatenate([gate, up]), bits), Rounded.of(down, bits), self.precision
+        )
+
+    def _attention(self, prefix: str, layer: LayerConfig, context: int) -> AttentionWeights:
+        a, bits = layer.attention, self.precision.weights
+        norm, name = self._norm(f"{prefix}.input_layernorm"), f"{prefix}.self_attn"
+        sizes = (a.heads * a.qk_dim, a.kv_heads * a.qk_dim, a.kv_heads * a.v_dim)
+        parts = [self._into(f"{name}.{each}_proj", rows, norm) for each, rows in zip("qkv", sizes, strict=True)]
+        parts[2] *= a.value_scale
+        biases = None
+        if a.bias:
+            q, k, v = (self._vector(f"{name}.{x}_proj.bias", rows) for x, rows in zip("qkv", sizes, strict=True))
+            biases = (q, k, v * a.value_scale)
+        rounded = Rounded.of(np.concatenate(parts), bits)
+        q, k, v = np.split(rounded.weight, np.cumsum(sizes)[:2])
+        root = np.sqrt(self.config.hidden_size)
+        found = units(
+            q, k, v, biases, heads=a.heads, kv_heads=a.kv_heads, scale=a.qk_dim**-0.5, context=context,
+            longest=root * (1 + self.precision.step(self.precision.qkv, rounded) / 2), spread=self.precision.value_spread,
+        )  # fmt: skip
+        per_row = np.concatenate([np.repeat(found.query, a.qk_dim), np.repeat(found.key, a.qk_dim), found.value])
+        bias = np.concatenate(biases) / per_row if biases else None
+        # a query head's values are those of its group; their units go into the matrix behind them
+        value = np.repeat(found.value.reshape(a.kv_heads, 1, a.v_dim), a.heads // a.kv_heads, 1).reshape(-1)
+        out = self._out(f"{name}.o_proj", a.heads * a.v_dim) * value
+        return AttentionWeights(Rounded(rounded.values, rounded.scale / per_row), bias, Rounded.of(out, bits), found)
+
+    def _vector(self, name: str, size: int) -> Matrix:
+        return self.read(name, size).double().numpy()
+
+    def _norm(self, name: str) -> Matrix:
+        return self._vector(f"{name}.weight", self.config.hidden_size)
+
+    def _into(self, name: str, rows: int, norm: Matrix) -> Matrix:
+        """A matrix that reads the residual stream through a norm with these weights. [rows, H]."""
+        weight = self.read(f"{name}.weight", rows, self.config.hidden_size).double().numpy()
+        return turn(weight * norm)
+
+    def _out(self, name: str, columns: int) -> Matrix:
+        """A matrix that writes to the residual stream. [H, columns]."""
+        return turn(self.read(f"{name}.weight", self.config.hidden_size, columns).double().numpy().T).T
+
+    def _joined(self, name: str, norms: Sequence[str]) -> Matrix:
+        """A matrix from several normed states to the residual stream. [H, len(norms) * H]."""
+        hidden = self.config.hidden_size
+        weight = self.read(f"{name}.weight", hidden, len(norms) * hidden).double().numpy()
+        parts = np.split(weight, len(norms), axis=1)
+        turned = [turn(part * self._norm(norm)) for part, norm in zip(parts, norms, strict=True)]
+        return turn(np.concatenate(turned, 1).T).T
+
+    def _turned_rows(self, name: str) -> np.ndarray[Any, Any]:
+        table = self.read(name, self.config.vocab_size, self.config.hidden_size)
+        out = np.empty(table.shape, np.float32)
+        for start in range(0, len(table), _ROWS):
+            out[start : start + _ROWS] = turn(table[start : start + _ROWS].double().numpy())
+        return out
+
+    def _rounded_rows(self, name: str, norm: Matrix, rows: np.ndarray[Any, Any] | None) -> Rounded:
+        table = self.read(name, self.config.vocab_size, self.config.hidden_size)
+        if rows is not None:
+            table = table[torch.from_numpy(rows)]
+        pieces = [
+            Rounded.of(turn(piece.double().numpy() * norm), self.precision.weights)
+            for piece in table.split(_ROWS)
+        ]
+        values = np.concatenate([piece.values for piece in pieces], 1)
+        return Rounded(np.ascontiguousarray(values), np.concatenate([piece.scale for piece in pieces]))
+
+
+def groups(layers: Sequence[LayerConfig]) -> dict[int, list[int]]:
+    """The layers of each cache group, as cache.HybridKV counts them."""
+    kinds: dict[tuple[int | None, int, int, int], list[int]] = {}
+    for number, layer in enumerate(layers):
+        a = layer.attention
+        kinds.setdefault((a.window, a.kv_heads, a.qk_dim, a.v_dim), []).append(number)
+    return dict(enumerate(kinds.values()))
+
+
+@final
+class _StepInputs:
+    """What a step's layers are given, declared when first asked for: positions, and for each cache group g a mask and how many
+    of its columns are past and new keys."""
+
+    def __init__(self, graph: Graph, layers: Sequence[LayerConfig], context: int) -> None:
+        self._graph, self._layers, self._context = graph, layers, context
+        self._group = {number: kind for kind, members in groups(layers).items() for number in members}
+        self._positions = graph.input("positions", TensorProto.INT64, [1, "N"])
+        self._masks = {kind: graph.input(f"mask{kind}", TensorProto.FLOAT, ["N", f"T{kind}"]) for kind in groups(layers)}
+        self._sizes = {kind: graph.input(f"sizes{kind}", TensorProto.INT64, [2]) for kind in groups(layers)}
+        self._tables: dict[RopeConfig, tuple[str, str]] = {}
+        self._wide: dict[tuple[int, int], str] = {}
+
+    def shared(self, layer: int) -> AttentionInputs:
+        a, kind = self._layers[layer].attention, self._group[layer]
+        wide = (kind, a.heads // a.kv_heads)
+        if wide not in self._wide:
+            self._wide[wide] = self._graph("Concat", *[self._masks[kind]] * wide[1], axis=0)
+        if a.rope not in self._tables:
+            angles = torch.arange(self._context)[None], RotaryEmbedding(a.rope, torch.device("cpu"))
+            cos, sin = (table[0, :, 0].numpy() for table in angles[1](angles[0]))
+            half = a.rope.dim // 2  # the tables repeat, the sine's first half with its sign changed
+            self._tables[a.rope] = self._graph.constant(cos[:, :half]), self._graph.constant(sin[:, half:])
+        return AttentionInputs(self._wide[wide], self._sizes[kind], self._positions, *self._tables[a.rope])
+
+    def past(self, layer: int) -> tuple[str, str]:
+        a, rows = self._layers[layer].attention, f"S{self._group[layer]}"
+        keys = self._graph.input(f"k{layer}", TensorProto.FLOAT, [rows, a.kv_heads, a.qk_dim])
+        return keys, self._graph.input(f"v{layer}", TensorProto.FLOAT, [rows, a.kv_heads, a.v_dim])

@@ -1,0 +1,74 @@
+"""Running graphs with onnxruntime: its settings, a check of its products, and calls that copy no keys and values."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import onnxruntime
+import torch
+from onnx import TensorProto
+from torch import Tensor
+
+from mtp_engine.models.onnx.blocks import fixed_product
+from mtp_engine.models.onnx.fold import Rounded
+from mtp_engine.models.onnx.graph import Graph
+
+_KINDS = {torch.float32: np.float32, torch.int64: np.int64}
+
+
+def open_session(model: Path | bytes, threads: int) -> onnxruntime.InferenceSession:
+    """Threads that have nothing to do sleep: spinning, they would take the cores of whoever else runs."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    source = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+@final
+class Session:
+    """A graph, called with torch tensors on the CPU."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._session = open_session(path, threads)
+        self.outputs = [output.name for output in self._session.get_outputs()]
+
+    def __call__(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Sequence[int]]) -> list[Tensor]:
+        """outputs: names and shapes, all fp32. Contiguous inputs are read where they lie."""
+        binding = self._session.io_binding()
+        kept = []
+        for name, value in inputs.items():
+            value = value.contiguous()
+            kept.append(value)
+            binding.bind_input(name, "cpu", 0, _KINDS[value.dtype], tuple(value.shape), value.data_ptr())
+        results = [torch.empty(tuple(shape)) for shape in outputs.values()]
+        for name, result in zip(outputs, results, strict=True):
+            binding.bind_output(name, "cpu", 0, np.float32, tuple(result.shape), result.data_ptr())
+        self._session.run_with_iobinding(binding)
+        return results
+
+
+def weight_bits() -> int:
+    """8 where this processor's products of unsigned and signed bytes are exact; 7 where their sums of two saturate at 16
+    bits (no VNNI). Raises AssertionError where 7 bits are wrong, too. About 10 ms."""
+    for bits in (8, 7):
+        if all(exact(bits, rows) for rows in (1, 2, 3, 5, 16, 64)):
+            return bits
+    raise AssertionError("this processor's integer products are wrong; use --dtype fp32")
+
+
+def exact(bits: int, rows: int, columns: int = 256, outputs: int = 48) -> bool:
+    """Whether a product of the largest numbers, among others, is what integer arithmetic says."""
+    generator = np.random.default_rng(rows)
+    most = (1 << (bits - 1)) - 1
+    weight = generator.integers(-most, most + 1, (columns, outputs)).astype(np.int8)
+    weight[:, 0], weight[:, 1] = most, -most
+    x = generator.integers(-127, 128, (rows, columns))
+    x[0], x[-1] = 127, -127
+    graph = Graph()
+    name = graph.input("x", TensorProto.FLOAT, ["N", columns])
+    graph.output("y", fixed_product(graph, name, Rounded(weight, np.ones(outputs)), 8, 1.0))
+    y = open_session(graph.serialised(), 1).run(None, {"x": x.astype(np.float32)})[0]
+    return np.array_equal(y, (x @ weight.astype(np.int64)).astype(np.float32))
