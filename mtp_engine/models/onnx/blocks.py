@@ -12,7 +12,7 @@ import numpy as np
 from onnx import TensorProto
 
 from mtp_engine.config import AttentionConfig
-from mtp_engine.models.onnx.fold import WEIGHT_SUM, Matrix, Rounded, Units, most_value
+from mtp_engine.models.onnx.fold import WEIGHT_SUM, Matrix, Rounded, Units, coarse_unit, most_value
 from mtp_engine.models.onnx.graph import Graph
 
 _MOST = 127 * 128 + 63  # the largest number of two bytes, high and low
@@ -62,59 +62,32 @@ def step_of(bits: int, spread: float, hidden: int) -> float:
 def fixed_product(graph: Graph, x: str, weight: Rounded, bits: int, step: float) -> str:
     """x W^T for rows whose size is known, since their rms is 1. The scale of x is a constant."""
     if bits == 8:
-        return _product(graph, _bytes(graph, x, graph.floats(step)), weight, step)
-    high, low = _split(graph, x, graph.floats(step * 128), graph.floats(step))
-    return _joined(graph, _product(graph, graph("Concat", high, low, axis=0), weight, step), None)
+        return _product(graph, _bytes(graph, x, step), weight, step)
+    high = _bytes(graph, x, step * 128)
+    left = graph("Sub", x, graph("DequantizeLinear", high, graph.floats(step * 128), graph.bytes(_ZERO)))
+    both = graph("Concat", high, _bytes(graph, left, step), axis=1)
+    high, low = graph.many("Split", _product(graph, both, weight, step), outputs=2, axis=1, num_outputs=2)
+    return graph("Add", graph("Mul", high, graph.floats(128)), low)
 
 
 def row_product(graph: Graph, x: str, weight: Rounded, bits: int) -> str:
-    """x W^T with a scale per row, its largest element."""
-    largest = graph("ReduceMax", graph("Abs", x), graph.integers(-1), keepdims=0)
-    if bits == 8:
-        step = graph("Mul", largest, graph.floats(1 / 127))
-        y = _product(graph, _bytes(graph, x, step), weight, 1.0)
-        return graph("Mul", y, graph("Unsqueeze", step, graph.integers(-1)))
-    step = graph("Mul", largest, graph.floats(1 / _MOST))
-    high, low = _split(graph, x, graph("Mul", step, graph.floats(128)), step)
-    y = _product(graph, graph("Concat", high, low, axis=0), weight, 1.0)
-    return _joined(graph, y, graph("Unsqueeze", step, graph.integers(-1)))
+    """x W^T with a scale per row, by its largest element."""
+    largest = graph("ReduceMax", graph("Abs", x), graph.integers(-1))
+    most = graph.floats(127.0 if bits == 8 else float(_MOST))
+    factor = graph("Div", most, graph("Max", largest, graph.floats(1e-20)))
+    return graph("Div", fixed_product(graph, graph("Mul", x, factor), weight, bits, 1.0), factor)
 
 
-def _bytes(graph: Graph, x: str, step: str) -> str:
-    """round(x / step) + 128. step: a number, or one for each row."""
-    if graph.weights.get(step) is not None:
-        return graph("QuantizeLinear", x, step, graph.constant(np.array(_ZERO, np.uint8)))
-    zero = graph("ConstantOfShape", graph("Shape", step), value=_scalar_byte())
-    return graph("QuantizeLinear", x, step, zero, axis=0)
-
-
-def _split(graph: Graph, x: str, coarse: str, step: str) -> tuple[str, str]:
-    """Bytes of x / (128 step), and of what that leaves of x / step."""
-    high = _bytes(graph, x, coarse)
-    if graph.weights.get(step) is not None:
-        known = graph("DequantizeLinear", high, coarse, graph.constant(np.array(_ZERO, np.uint8)))
-    else:
-        zero = graph("ConstantOfShape", graph("Shape", step), value=_scalar_byte())
-        known = graph("DequantizeLinear", high, coarse, zero, axis=0)
-    return high, _bytes(graph, graph("Sub", x, known), step)
-
-
-def _scalar_byte() -> TensorProto:
-    return TensorProto(data_type=TensorProto.UINT8, dims=[1], int32_data=[_ZERO])
+def _bytes(graph: Graph, x: str, step: float) -> str:
+    """round(x / step) + 128, as bytes."""
+    return graph("QuantizeLinear", x, graph.floats(step), graph.bytes(_ZERO))
 
 
 def _product(graph: Graph, x: str, weight: Rounded, step: float) -> str:
+    scale = graph.constant((weight.scale * step).astype(np.float32))
     return graph.ms(
-        "MatMulIntegerToFloat", x, graph.constant(weight.values), graph.floats(1.0),
-        graph.constant((weight.scale * step).astype(np.float32)), graph.constant(np.array(_ZERO, np.uint8)),
-    )  # fmt: skip
-
-
-def _joined(graph: Graph, y: str, step: str | None) -> str:
-    """The two halves of y, of the high and the low bytes -> their sum, the high ones times 128."""
-    high, low = graph.many("Split", y, outputs=2, axis=0, num_outputs=2)
-    y = graph("Add", graph("Mul", high, graph.floats(128)), low)
-    return y if step is None else graph("Mul", y, step)
+        "MatMulIntegerToFloat", x, graph.constant(weight.values), graph.floats(1.0), scale, graph.bytes(_ZERO)
+    )
 
 
 @final
@@ -142,7 +115,7 @@ def attention(
     graph: Graph, x: str, config: AttentionConfig, weights: AttentionWeights, shared: AttentionInputs, past: tuple[str, str],
     precision: Precision, context: int,
 ) -> tuple[str, str, str]:  # fmt: skip
-    """x: [N, H] of rms 1; past: keys and values [S, kv_heads, dim] as integers -> what attention adds to the residual
+    """x: [1, N, H] of rms 1; past: keys and values [S, kv_heads, dim] as integers -> what attention adds to the residual
     stream, and the integers of the new keys and values."""
     c = config
     group, width = c.heads // c.kv_heads, (c.heads + c.kv_heads) * c.qk_dim
@@ -151,7 +124,7 @@ def attention(
         qkv = graph("Add", qkv, graph.constant(weights.bias.astype(np.float32)))
     qk, v = graph.many("Split", qkv, graph.integers(width, c.kv_heads * c.v_dim), outputs=2, axis=-1)
     qk = graph.ms(
-        "RotaryEmbedding", graph("Unsqueeze", qk, graph.integers(0)), shared.positions, shared.cos, shared.sin,
+        "RotaryEmbedding", qk, shared.positions, shared.cos, shared.sin,
         num_heads=c.heads + c.kv_heads, rotary_embedding_dim=0 if c.rope.dim == c.qk_dim else c.rope.dim,
     )  # fmt: skip
     sizes = graph.integers(c.heads * c.qk_dim, c.kv_heads * c.qk_dim)
@@ -164,7 +137,7 @@ def attention(
     q = graph("Reshape", graph("Transpose", q, perm=[1, 2, 0, 3]), graph.integers(c.kv_heads, -1, c.qk_dim))
     y = _attend(graph, q, past, (k, v), shared, weights.units.shift, context)
     y = graph("Reshape", y, graph.integers(c.kv_heads, group, -1, c.v_dim))
-    y = graph("Reshape", graph("Transpose", y, perm=[2, 0, 1, 3]), graph.integers(-1, c.heads * c.v_dim))
+    y = graph("Reshape", graph("Transpose", y, perm=[2, 0, 1, 3]), graph.integers(1, -1, c.heads * c.v_dim))
     return row_product(graph, y, weights.out, precision.out), k, v
 
 
@@ -174,32 +147,28 @@ def _attend(
 ) -> str:  # fmt: skip
     """q: [kv_heads, group * N, dim]; integers throughout -> [kv_heads, group * N, v_dim], averages of values.
 
-    Attention weights become integers that add up to about WEIGHT_SUM, so their unit depends on their sum. That is taken
-    of coarser integers first, each smaller than its weight by less than 2**-17 of the largest: over 2**13 keys the sum is
-    too small by less than 1/16, and the fine integers add up to at most 1.08 WEIGHT_SUM and what rounding adds.
+    Attention weights become integers that add up to about WEIGHT_SUM, whatever the number of keys: the sum of coarse
+    integers, rounded up so that it is never too small, gives the unit of the fine ones.
     """
-    bits, kind = (17, TensorProto.INT32) if context <= 8192 else (30, TensorProto.INT64)
     scores = [
         graph.ms("FusedMatMul", q, keys, transB=1, transBatchB=1, alpha=2.0**-shift) for keys in (past[0], new[0])
     ]
     s = graph("Add", graph("Concat", *scores, axis=-1), shared.mask)
     last = graph.integers(-1)
-    highest = graph("Sub", graph("ReduceMax", s, last), graph.floats(float(np.log(2.0) * bits)))
-    e = graph("Exp", graph("Sub", s, highest))
-    coarse = graph("ReduceSum", graph("Cast", e, to=kind), last)
-    unit = graph("Div", graph.floats(WEIGHT_SUM), graph("Cast", coarse, to=TensorProto.FLOAT))
+    coarse = graph.floats(float(np.log(coarse_unit(context))))
+    e = graph("Exp", graph("Sub", s, graph("Sub", graph("ReduceMax", s, last), coarse)))
+    unit = graph("Div", graph.floats(WEIGHT_SUM), graph("ReduceSum", graph("Ceil", e), last))
     w = graph("Round", graph("Mul", e, unit))
-    total = graph("ReduceSum", w, last)
     parts = graph.many("Split", w, shared.sizes, outputs=2, axis=-1)
     sums = [
         graph.ms("FusedMatMul", part, values, transBatchB=1)
         for part, values in zip(parts, (past[1], new[1]), strict=True)
     ]
-    return graph("Div", graph("Add", *sums), total)
+    return graph("Div", graph("Add", *sums), graph("ReduceSum", w, last))
 
 
 def gated(graph: Graph, x: str, gate_up: Rounded, down: Rounded, precision: Precision) -> str:
-    """down(silu(gate(x)) * up(x)). x: [N, H] of rms 1."""
+    """down(silu(gate(x)) * up(x)). x: [1, N, H] of rms 1."""
     wide = gate_up.values.shape[1] // 2
     both = fixed_product(graph, x, gate_up, precision.gate_up, precision.step(precision.gate_up, gate_up))
     gate, up = graph.many("Split", both, graph.integers(wide, wide), outputs=2, axis=-1)

@@ -1,9 +1,9 @@
 """Whole models as graphs: the main model's body and head, and the levels of its MTP layers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import numpy as np
 import torch
@@ -18,8 +18,14 @@ from mtp_engine.models.onnx.blocks import AttentionInputs, AttentionWeights, Pre
 from mtp_engine.models.onnx.fold import Matrix, Rounded, turn, units
 from mtp_engine.models.onnx.graph import Graph
 
-Read = Callable[..., Tensor]
-"""(name, *shape) -> a tensor of the checkpoint: models.weights.Weights.tensor."""
+
+class Reader(Protocol):
+    """Where weights come from: store.Checkpoints."""
+
+    def tensor(self, name: str, *shape: int) -> Tensor: ...
+    def matrix(self, name: str, rows: int, columns: int) -> Tensor:
+        """A matrix that may be stored as FP8 with scales. `name` is without `.weight`."""
+
 
 _ROWS = 4096  # of a large matrix that are worked on at a time
 
@@ -29,47 +35,54 @@ _ROWS = 4096  # of a large matrix that are worked on at a time
 class Builder:
     """Writes the graphs of one model. Hidden states are rotated everywhere, in and out."""
 
-    read: Read
+    read: Reader
     config: ModelConfig
     precision: Precision = Precision()  # noqa: RUF009
 
-    def main(self, path: Path, features: Sequence[int], metadata: dict[str, str]) -> None:
-        """tokens [N], positions [1, N], sizes, masks, past keys and values of every layer -> hidden [N, (F + 1) * H], and the
-        new keys and values of each kind of layer, stacked: [layers, N, kv_heads, dim]."""
+    def embedding(self, path: Path) -> None:
+        """The rotated table, [V, H] fp32, without a header."""
+        table = self.read.tensor("model.embed_tokens.weight", self.config.vocab_size, self.config.hidden_size)
+        with path.open("wb") as file:
+            for piece in table.split(_ROWS):
+                file.write(turn(piece.double().numpy()).astype(np.float32).data)
+
+    def main(self, path: Path, features: Sequence[int]) -> None:
+        """x [1, N, H], the tokens' embeddings, positions [1, N], sizes, masks, past keys and values of every layer -> hidden [1, N, (F + 1) * H], and the
+        new keys and values of each kind of layer, one layer after the other: [layers * N, kv_heads, dim]."""
         graph, c = Graph(), self.config
-        tokens = graph.input("tokens", TensorProto.INT64, ["N"])
+        x = graph.input("x", TensorProto.FLOAT, [1, "N", c.hidden_size])
         step = _StepInputs(graph, c.layers, c.max_context)
-        table = graph.constant(self._turned_rows("model.embed_tokens.weight"))
-        x, delta, kept = graph("Gather", table, tokens), None, []
+        delta: str | None = None
+        kept: list[str] = []
         new: list[tuple[str, str]] = []
         for i, layer in enumerate(c.layers):
             x, delta, k, v = self._block(graph, x, delta, f"model.layers.{i}", layer, FFN_NORM, step, i)
             new.append((k, v))
             if i in features:
                 kept.append(graph("Add", x, delta))
+        assert delta is not None, "a model has layers"
         x = graph("Add", x, delta)
         graph.output("hidden", graph("Concat", *kept, x, axis=-1) if kept else x)
         for kind, members in groups(c.layers).items():
             for name, side in (("k", 0), ("v", 1)):
-                parts = [graph("Unsqueeze", new[i][side], graph.integers(0)) for i in members]
-                graph.output(f"new_{name}{kind}", graph("Concat", *parts, axis=0))
-        graph.save(path, metadata)
+                graph.output(f"new_{name}{kind}", graph("Concat", *(new[i][side] for i in members), axis=0))
+        graph.save(path)
 
-    def head(self, path: Path, norm: str, rows: np.ndarray[Any, Any] | None, metadata: dict[str, str]) -> None:
-        """hidden [N, H] before the norm called `norm` -> logits [N, n]. rows: of which tokens; None: all."""
+    def head(self, path: Path, norm: str, rows: np.ndarray[Any, Any] | None) -> None:
+        """hidden [1, N, H] before the norm called `norm` -> logits [1, N, n]. rows: of which tokens; None: all."""
         graph, hidden = Graph(), self.config.hidden_size
-        x = graph.input("hidden", TensorProto.FLOAT, ["N", hidden])
+        x = graph.input("hidden", TensorProto.FLOAT, [1, "N", hidden])
         name = "model.embed_tokens.weight" if self.config.tied_head else "lm_head.weight"
         weight = self._rounded_rows(name, self._norm(norm), rows)
         normed = blocks.norm(graph, x, hidden, self.config.norm_eps)
         graph.output("logits", blocks.fixed_product(graph, normed, weight, self.precision.head, self.precision.step(self.precision.head, weight)))
-        graph.save(path, metadata)
+        graph.save(path)
 
-    def mix(self, path: Path, config: MTPConfig, metadata: dict[str, str]) -> None:
-        """What the main model gave [N, (F + 1) * H] -> what the MTP layers read [N, H] (models.mtp.MTPModule.main_hidden)."""
+    def mix(self, path: Path, config: MTPConfig) -> None:
+        """What the main model gave [1, N, (F + 1) * H] -> what the MTP layers read [1, N, H] (models.mtp.MTPModule.main_hidden)."""
         graph, hidden, eps = Graph(), self.config.hidden_size, self.config.norm_eps
         count = len(config.features)
-        x = graph.input("hidden", TensorProto.FLOAT, ["N", (count + 1) * hidden])
+        x = graph.input("hidden", TensorProto.FLOAT, [1, "N", (count + 1) * hidden])
         if config.features:
             parts = graph.many("Split", x, outputs=count + 1, axis=-1, num_outputs=count + 1)
             normed = [blocks.norm(graph, part, hidden, eps) for part in parts[:-1]]
@@ -86,12 +99,12 @@ class Builder:
             graph.output("mixed", graph("MatMul", normed, graph.constant(weight.astype(np.float32))))
         else:
             graph.output("mixed", x)
-        graph.save(path, metadata)
+        graph.save(path)
 
-    def level(self, path: Path, names: MTPNames, k: int, config: MTPConfig, metadata: dict[str, str]) -> None:
-        """embedded, hidden [N, H], and the rest as for the main model -> output [N, H], new keys and values [1, N, ...]."""
+    def level(self, path: Path, names: MTPNames, k: int, config: MTPConfig) -> None:
+        """embedded, hidden [1, N, H], and the rest as for the main model -> output [1, N, H], new keys and values [N, ...]."""
         graph, hidden, eps, prefix = Graph(), self.config.hidden_size, self.config.norm_eps, f"{names.prefix}.{k}"
-        halves = [graph.input(name, TensorProto.FLOAT, ["N", hidden]) for name in ("embedded", "hidden")]
+        halves = [graph.input(name, TensorProto.FLOAT, [1, "N", hidden]) for name in ("embedded", "hidden")]
         norms = [f"{prefix}.{names.embedding_norm}", f"{prefix}.{names.hidden_norm}"]
         if config.concat == "hidden_first":
             halves, norms = halves[::-1], norms[::-1]
@@ -102,8 +115,8 @@ class Builder:
         x, delta, new_k, new_v = self._block(graph, x, None, prefix, config.layer, names.ffn_norm, step, 0)
         graph.output("hidden_out", graph("Add", x, delta))
         for name, value in (("new_k0", new_k), ("new_v0", new_v)):
-            graph.output(name, graph("Unsqueeze", value, graph.integers(0)))
-        graph.save(path, metadata)
+            graph.output(name, value)
+        graph.save(path)
 
     def _block(
         self, graph: Graph, x: str, delta: str | None, prefix: str, layer: LayerConfig, ffn_norm: str, step: "_StepInputs",
@@ -158,37 +171,30 @@ class Builder:
         return AttentionWeights(Rounded(rounded.values, rounded.scale / per_row), bias, Rounded.of(out, bits), found)
 
     def _vector(self, name: str, size: int) -> Matrix:
-        return self.read(name, size).double().numpy()
+        return self.read.tensor(name, size).double().numpy()
 
     def _norm(self, name: str) -> Matrix:
         return self._vector(f"{name}.weight", self.config.hidden_size)
 
     def _into(self, name: str, rows: int, norm: Matrix) -> Matrix:
         """A matrix that reads the residual stream through a norm with these weights. [rows, H]."""
-        weight = self.read(f"{name}.weight", rows, self.config.hidden_size).double().numpy()
+        weight = self.read.matrix(name, rows, self.config.hidden_size).double().numpy()
         return turn(weight * norm)
 
     def _out(self, name: str, columns: int) -> Matrix:
         """A matrix that writes to the residual stream. [H, columns]."""
-        return turn(self.read(f"{name}.weight", self.config.hidden_size, columns).double().numpy().T).T
+        return turn(self.read.matrix(name, self.config.hidden_size, columns).double().numpy().T).T
 
     def _joined(self, name: str, norms: Sequence[str]) -> Matrix:
         """A matrix from several normed states to the residual stream. [H, len(norms) * H]."""
         hidden = self.config.hidden_size
-        weight = self.read(f"{name}.weight", hidden, len(norms) * hidden).double().numpy()
+        weight = self.read.matrix(name, hidden, len(norms) * hidden).double().numpy()
         parts = np.split(weight, len(norms), axis=1)
         turned = [turn(part * self._norm(norm)) for part, norm in zip(parts, norms, strict=True)]
         return turn(np.concatenate(turned, 1).T).T
 
-    def _turned_rows(self, name: str) -> np.ndarray[Any, Any]:
-        table = self.read(name, self.config.vocab_size, self.config.hidden_size)
-        out = np.empty(table.shape, np.float32)
-        for start in range(0, len(table), _ROWS):
-            out[start : start + _ROWS] = turn(table[start : start + _ROWS].double().numpy())
-        return out
-
     def _rounded_rows(self, name: str, norm: Matrix, rows: np.ndarray[Any, Any] | None) -> Rounded:
-        table = self.read(name, self.config.vocab_size, self.config.hidden_size)
+        table = self.read.tensor(name, self.config.vocab_size, self.config.hidden_size)
         if rows is not None:
             table = table[torch.from_numpy(rows)]
         pieces = [

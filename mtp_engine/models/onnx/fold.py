@@ -61,14 +61,23 @@ class Units:
 
 
 _EXACT = float(1 << 24)  # integers up to here are exact in fp32
-import os as _os
-WEIGHT_SUM = float(1 << int(_os.environ.get("WS","15")))  # what the integers of a row's attention weights add up to, nearly
-_TOTAL = 1.08 * WEIGHT_SUM  # what they add up to at most, rounding aside: see _attend in blocks.py
+WEIGHT_SUM = float(1 << 13)  # what the integers of a row's attention weights add up to, nearly
+_ROUNDED_UP = 1.0 + 1e-6  # for the functions whose last bit may be wrong
+
+
+def coarse_unit(context: int) -> float:
+    """What stands for the largest attention weight of a row where weights are rounded up and `context` of them added exactly."""
+    return float(1 << max(24 - max(context - 1, 1).bit_length(), 2)) * (1 - 1e-3)
 
 
 def most_value(context: int) -> int:
-    """How large an integer value may be for context * weight * value to be exact."""
-    return int(_EXACT / (_TOTAL + min(context / 2, _TOTAL)))
+    """How large an integer value may be for all sums of weight * value over `context` keys to be exact.
+
+    Weights add up to at most WEIGHT_SUM before they are rounded; rounding adds at most a half to each that is a half or
+    more.
+    """
+    total = WEIGHT_SUM * _ROUNDED_UP
+    return int(_EXACT / (total + min(context / 2, total)))
 
 
 def norm_bound(weight: Matrix, bias: Matrix | None, longest: float) -> float:

@@ -1,6 +1,6 @@
 """Writing an ONNX graph node by node."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -23,6 +23,7 @@ class Graph:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self.weights: dict[str, Array] = {}
+        self._small: dict[object, str] = {}  # constants that are used again
 
     def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
         self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
@@ -33,12 +34,20 @@ class Graph:
         self._outputs.append(helper.make_tensor_value_info(name, dtype, None))
 
     def constant(self, value: Array) -> str:
+        key = (value.shape, value.dtype, value.tobytes()) if value.nbytes <= _SMALL else None
+        if key in self._small:
+            return self._small[key]
         name = f"c{len(self.weights)}"
-        self.weights[name] = np.ascontiguousarray(value)
+        self.weights[name] = value if value.ndim == 0 else np.ascontiguousarray(value)
+        if key is not None:
+            self._small[key] = name
         return name
 
     def floats(self, *values: float) -> str:
         return self.constant(np.array(values[0] if len(values) == 1 else values, np.float32))
+
+    def bytes(self, value: int) -> str:
+        return self.constant(np.array(value, np.uint8))
 
     def integers(self, *values: int) -> str:
         return self.constant(np.array(values, np.int64))
@@ -55,7 +64,7 @@ class Graph:
         """An operation of onnxruntime's own."""
         return self(op, *inputs, domain="com.microsoft", **attributes)
 
-    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+    def save(self, path: Path) -> None:
         """`path`, and its weights in a file of the same name that ends in .bin."""
         offset, kept = 0, []
         data = path.with_suffix(".bin")
@@ -73,16 +82,15 @@ class Graph:
                     tensor.external_data.add(key=key, value=str(entry))
                 kept.append(tensor)
                 offset += file.write(value.data)
-        path.write_bytes(self._model(kept, metadata))
+        path.write_bytes(self._model(kept))
 
     def serialised(self) -> bytes:
         """A small graph with everything in it."""
-        return self._model([onnx.numpy_helper.from_array(value, name) for name, value in self.weights.items()], {})
+        return self._model([onnx.numpy_helper.from_array(value, name) for name, value in self.weights.items()])
 
-    def _model(self, constants: Sequence[TensorProto], metadata: Mapping[str, str]) -> bytes:
+    def _model(self, constants: Sequence[TensorProto]) -> bytes:
         graph = helper.make_graph(self._nodes, "step", self._inputs, self._outputs, constants)
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-        helper.set_model_props(model, dict(metadata))
         data: bytes = model.SerializeToString()
         return data

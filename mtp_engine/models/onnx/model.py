@@ -39,7 +39,7 @@ class GraphDecoder:
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """tokens, positions: [B, N] int64 -> [B, N, (F + 1) * H]: F features, then the residual stream before the norm."""
         width = (len(self.features) + 1) * self.config.hidden_size
-        inputs = {"tokens": tokens.flatten(), "positions": positions.view(1, -1)}
+        inputs = {"x": self.embedding[tokens.reshape(1, -1)], "positions": positions.reshape(1, -1)}
         hidden = _run(self.body, self.config.layers, inputs, ("hidden", width), cast(StepKeys, attention))
         return hidden.view(*tokens.shape, -1)
 
@@ -65,13 +65,13 @@ class GraphMTP:
         if self.mix is None:
             return hidden
         size = self.embedding.shape[1]
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        return self.mix({"hidden": flat}, {"mixed": (len(flat), size)})[0].view(*hidden.shape[:-1], size)
+        flat = hidden.reshape(1, -1, hidden.shape[-1])
+        return self.mix({"hidden": flat}, {"mixed": (1, flat.shape[1], size)})[0].view(*hidden.shape[:-1], size)
 
     def forward(self, level: int, embedded: Tensor, hidden: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """As MTPModule.forward: [B, N, H] each, positions [B, N] int64 -> [B, N, H]."""
         index = 0 if self.config.reused else level
-        inputs = {"embedded": embedded.flatten(0, 1), "hidden": hidden.flatten(0, 1), "positions": positions.reshape(1, -1)}
+        inputs = {"embedded": embedded.flatten(0, 1)[None], "hidden": hidden.flatten(0, 1)[None], "positions": positions.reshape(1, -1)}
         output = ("hidden_out", hidden.shape[-1])
         keys = cast(StepKeys, attention)
         return _run(self.layers[index], [self.config.layer], inputs, output, keys, index).view(hidden.shape)
@@ -88,7 +88,7 @@ def _run(
     """One call for all layers. first: the member of the cache group that the first layer is."""
     name, width = output
     rows = inputs["positions"].shape[1]
-    outputs: dict[str, tuple[int, ...]] = {name: (rows, width)}
+    outputs: dict[str, tuple[int, ...]] = {name: (1, rows, width)}
     kinds = groups(layers)
     for kind, members in kinds.items():
         k, v, inputs[f"mask{kind}"] = keys.past(kind)
@@ -96,13 +96,14 @@ def _run(
         for index, layer in enumerate(members):
             inputs[f"k{layer}"], inputs[f"v{layer}"] = k[first + index], v[first + index]
         for side, past in (("k", k), ("v", v)):
-            outputs[f"new_{side}{kind}"] = (len(members), rows, *past.shape[2:])
+            outputs[f"new_{side}{kind}"] = (len(members) * rows, *past.shape[2:])
     hidden, *new = session(inputs, outputs)
     for kind in kinds:
-        keys.write(kind, *new[2 * kind : 2 * kind + 2], first)
+        k, v = (value.unflatten(0, (-1, rows)) for value in new[2 * kind : 2 * kind + 2])
+        keys.write(kind, k, v, first)
     return hidden
 
 
 def _head(session: Session, hidden: Tensor, size: int) -> Tensor:
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    return session({"hidden": flat}, {"logits": (len(flat), size)})[0].view(*hidden.shape[:-1], size)
+    flat = hidden.reshape(1, -1, hidden.shape[-1])
+    return session({"hidden": flat}, {"logits": (1, flat.shape[1], size)})[0].view(*hidden.shape[:-1], size)

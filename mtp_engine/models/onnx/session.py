@@ -68,7 +68,7 @@ def exact(bits: int, rows: int, columns: int = 256, outputs: int = 48) -> bool:
     x = generator.integers(-127, 128, (rows, columns))
     x[0], x[-1] = 127, -127
     graph = Graph()
-    name = graph.input("x", TensorProto.FLOAT, ["N", columns])
+    name = graph.input("x", TensorProto.FLOAT, [1, "N", columns])
     graph.output("y", fixed_product(graph, name, Rounded(weight, np.ones(outputs)), 8, 1.0))
-    y = open_session(graph.serialised(), 1).run(None, {"x": x.astype(np.float32)})[0]
+    y = open_session(graph.serialised(), 1).run(None, {"x": x[None].astype(np.float32)})[0][0]
     return np.array_equal(y, (x @ weight.astype(np.int64)).astype(np.float32))
