@@ -71,7 +71,11 @@ class GraphMTP:
     def forward(self, level: int, embedded: Tensor, hidden: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """As MTPModule.forward: [B, N, H] each, positions [B, N] int64 -> [B, N, H]."""
         index = 0 if self.config.reused else level
-        inputs = {"embedded": embedded.flatten(0, 1)[None], "hidden": hidden.flatten(0, 1)[None], "positions": positions.reshape(1, -1)}
+        inputs = {
+            "embedded": embedded.flatten(0, 1)[None],
+            "hidden": hidden.flatten(0, 1)[None],
+            "positions": positions.clamp(min=0).reshape(1, -1),  # negative ones are of rows that nobody sees
+        }
         output = ("hidden_out", hidden.shape[-1])
         keys = cast(StepKeys, attention)
         return _run(self.layers[index], [self.config.layer], inputs, output, keys, index).view(hidden.shape)
