@@ -23,6 +23,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "cache": ("kernels tree config errors", "torch numpy"),
     "attention": ("cache kernels protocols tree", "torch"),
     "models": ("kernels config errors protocols", "torch numpy safetensors gguf tokenizers"),
+    "models.onnx": ("kernels config errors models protocols", "torch numpy onnx onnxruntime"),
     "drafters": ("tree protocols config sampling attention cache kernels models.mtp models.layers", "torch"),
     "verifiers": ("tree protocols config sampling kernels", "torch"),
     "runtime": ("attention.rows cache config errors kernels protocols sampling tree", "torch"),

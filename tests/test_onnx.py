@@ -62,9 +62,7 @@ def read(model: GraphDecoder, cache: HybridKV, tokens: Tensor, sizes: Sequence[i
     out, start = [], 0
     for size in sizes:
         rows = StepRows.prompt(slot, start, size, CPU)
-        out.append(
-            model.forward(tokens[None, start : start + size], rows.positions, GraphAttention(cache, rows))[0]
-        )
+        out.append(model.forward(tokens[None, start : start + size], rows.positions, GraphAttention(cache, rows))[0])
         start += size
     return torch.cat(out)
 
@@ -93,7 +91,9 @@ def test_any_chunks_have_the_same_bits(model: GraphDecoder, plain: Tensor, data:
     hidden = read(model, cache, TOKENS, sizes)
     read(model, whole, TOKENS, [sum(sizes)])
     assert torch.equal(hidden, plain[: sum(sizes)])
-    for mine, theirs in zip(cache.groups[0].read(0, 0, sum(sizes)), whole.groups[0].read(0, 0, sum(sizes)), strict=True):
+    for mine, theirs in zip(
+        cache.groups[0].read(0, 0, sum(sizes)), whole.groups[0].read(0, 0, sum(sizes)), strict=True
+    ):
         assert torch.equal(mine, theirs)
 
 
@@ -256,7 +256,9 @@ def test_what_is_kept_is_checked(tmp_path: Path) -> None:
     assert (folder / "a.bin").read_bytes() == b"right"
 
 
-def decode(model: GraphDecoder, drafter: MTPDrafter | RootDrafter, prompts: list[list[int]], chunk: int) -> list[list[int]]:
+def decode(
+    model: GraphDecoder, drafter: MTPDrafter | RootDrafter, prompts: list[list[int]], chunk: int
+) -> list[list[int]]:
     layers = [layer.attention for layer in model.config.layers]
     cache = HybridKV(
         layers, slots=3, tokens=900, page_size=16, max_nodes=drafter.max_nodes, dtype=torch.float32, device=CPU
@@ -281,7 +283,12 @@ def test_drafting_does_not_change_the_text(tmp_path: Path, shape: str, changes: 
     model = load.load_main(main, tmp_path / "g", threads=1, precision=BYTES)
     module = load.load_mtp(main, layers, model, tmp_path / "g", threads=1, precision=BYTES)
     drafter = MTPDrafter(
-        module, TreeShape.parse(shape), slots=3, tokens=900, page_size=16, attention=GraphAttention  # type: ignore[arg-type]
+        module,
+        TreeShape.parse(shape),
+        slots=3,
+        tokens=900,
+        page_size=16,
+        attention=GraphAttention,  # type: ignore[arg-type]
     )
     prompts = [TOKENS[:21].tolist(), TOKENS[30:77].tolist()]
     assert decode(model, drafter, prompts, 16) == decode(model, RootDrafter(), prompts, 64)
@@ -322,7 +329,12 @@ def test_mimo_7b(tmp_path: Path) -> None:
     found = model.logits(read(model, new_cache(model), TOKENS, [60]))
     assert (found - expected).norm() < 0.1 * expected.norm()
     drafter = MTPDrafter(
-        module, TreeShape.parse("tree:7"), slots=3, tokens=900, page_size=16, attention=GraphAttention  # type: ignore[arg-type]
+        module,
+        TreeShape.parse("tree:7"),
+        slots=3,
+        tokens=900,
+        page_size=16,
+        attention=GraphAttention,  # type: ignore[arg-type]
     )
     prompts = [TOKENS[:21].tolist(), TOKENS[30:77].tolist()]
     assert decode(model, drafter, prompts, 16) == decode(model, RootDrafter(), prompts, 64)

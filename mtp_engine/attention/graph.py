@@ -4,6 +4,7 @@ The graph's sums do not round, so it does not matter where a key lies: the graph
 it is, with other requests' rows and free ones in it, and a mask that hides them.
 """
 
+from itertools import accumulate
 from typing import NoReturn, final
 
 import torch
@@ -42,7 +43,8 @@ class GraphAttention:
         else:
             everything = torch.cat(sources)
             keys, values = kv.k.index_select(1, everything), kv.v.index_select(1, everything)
-            columns = list(torch.arange(used).split([len(source) for source in sources]))
+            ends = accumulate(map(len, sources))
+            columns = [torch.arange(end - len(source), end) for source, end in zip(sources, ends, strict=True)]
         size = keys.shape[1]
         mask = torch.full((batch, nodes, size + batch * nodes), -float("inf"))
         if isinstance(kv, WindowKV):
@@ -83,7 +85,7 @@ class GraphAttention:
         places = kv.rows(rows.slots, behind)
         if isinstance(kv, WindowKV) and places.shape[1] > kv.size:  # of a long chunk only the end stays
             kept = places.shape[1] - kv.size
-            k, v = (x.unflatten(1, places.shape)[:, :, kept:].flatten(1, 2) for x in (k, v))
+            k, v = (x.view(len(x), *places.shape, *x.shape[2:])[:, :, kept:].flatten(1, 2) for x in (k, v))
             places = places[:, kept:]
         kv.k[first : first + len(k)].index_copy_(1, places.flatten(), k)
         kv.v[first : first + len(v)].index_copy_(1, places.flatten(), v)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import final
 
 import numpy as np
-from onnx import TensorProto
 
 from mtp_engine.config import AttentionConfig
 from mtp_engine.models.onnx.fold import WEIGHT_SUM, Matrix, Rounded, Units, coarse_unit, most_value
@@ -61,10 +60,15 @@ def step_of(bits: int, spread: float, hidden: int) -> float:
 
 def fixed_product(graph: Graph, x: str, weight: Rounded, bits: int, step: float) -> str:
     """x W^T for rows whose size is known, since their rms is 1. The scale of x is a constant."""
+    graph.products.append(x)
+    return _fixed(graph, x, weight, bits, step)
+
+
+def _fixed(graph: Graph, x: str, weight: Rounded, bits: int, step: float) -> str:
     if bits == 8:
         return _product(graph, _bytes(graph, x, step), weight, step)
     high = _bytes(graph, x, step * 128)
-    left = graph("Sub", x, graph("DequantizeLinear", high, graph.floats(step * 128), graph.bytes(_ZERO)))
+    left = graph("Sub", x, graph("DequantizeLinear", high, graph.floats(step * 128), graph.byte(_ZERO)))
     both = graph("Concat", high, _bytes(graph, left, step), axis=1)
     high, low = graph.many("Split", _product(graph, both, weight, step), outputs=2, axis=1, num_outputs=2)
     return graph("Add", graph("Mul", high, graph.floats(128)), low)
@@ -72,21 +76,22 @@ def fixed_product(graph: Graph, x: str, weight: Rounded, bits: int, step: float)
 
 def row_product(graph: Graph, x: str, weight: Rounded, bits: int) -> str:
     """x W^T with a scale per row, by its largest element."""
+    graph.products.append(x)
     largest = graph("ReduceMax", graph("Abs", x), graph.integers(-1))
     most = graph.floats(127.0 if bits == 8 else float(_MOST))
     factor = graph("Div", most, graph("Max", largest, graph.floats(1e-20)))
-    return graph("Div", fixed_product(graph, graph("Mul", x, factor), weight, bits, 1.0), factor)
+    return graph("Div", _fixed(graph, graph("Mul", x, factor), weight, bits, 1.0), factor)
 
 
 def _bytes(graph: Graph, x: str, step: float) -> str:
     """round(x / step) + 128, as bytes."""
-    return graph("QuantizeLinear", x, graph.floats(step), graph.bytes(_ZERO))
+    return graph("QuantizeLinear", x, graph.floats(step), graph.byte(_ZERO))
 
 
 def _product(graph: Graph, x: str, weight: Rounded, step: float) -> str:
     scale = graph.constant((weight.scale * step).astype(np.float32))
     return graph.ms(
-        "MatMulIntegerToFloat", x, graph.constant(weight.values), graph.floats(1.0), scale, graph.bytes(_ZERO)
+        "MatMulIntegerToFloat", x, graph.constant(weight.values), graph.floats(1.0), scale, graph.byte(_ZERO)
     )
 
 

@@ -1,7 +1,7 @@
 """Whole models as graphs: the main model's body and head, and the levels of its MTP layers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -38,17 +38,19 @@ class Builder:
     read: Reader
     config: ModelConfig
     precision: Precision = Precision()  # noqa: RUF009
+    seconds: Mapping[str, Tensor] = field(default_factory=dict)  # of the inputs of matrices, by name: see compensate.py
 
     def embedding(self, path: Path) -> None:
         """The rotated table, [V, H] fp32, without a header."""
         table = self.read.tensor("model.embed_tokens.weight", self.config.vocab_size, self.config.hidden_size)
         with path.open("wb") as file:
-            for piece in table.split(_ROWS):
+            for piece in _pieces(table):
                 file.write(turn(piece.double().numpy()).astype(np.float32).data)
 
-    def main(self, path: Path, features: Sequence[int]) -> None:
-        """x [1, N, H], the tokens' embeddings, positions [1, N], sizes, masks, past keys and values of every layer -> hidden [1, N, (F + 1) * H], and the
-        new keys and values of each kind of layer, one layer after the other: [layers * N, kv_heads, dim]."""
+    def main(self, path: Path, features: Sequence[int], *, probe: bool = False) -> None:
+        """x [1, N, H], the tokens' embeddings, positions [1, N], sizes, masks, past keys and values of every layer -> hidden
+        [1, N, (F + 1) * H], and the new keys and values of each kind of layer, one layer after the other: [layers * N,
+        kv_heads, dim]. probe: also what each matrix is multiplied with, under the names of `products`."""
         graph, c = Graph(), self.config
         x = graph.input("x", TensorProto.FLOAT, [1, "N", c.hidden_size])
         step = _StepInputs(graph, c.layers, c.max_context)
@@ -62,11 +64,24 @@ class Builder:
                 kept.append(graph("Add", x, delta))
         assert delta is not None, "a model has layers"
         x = graph("Add", x, delta)
+        if probe:
+            for name, value in zip(self.products(), graph.products, strict=True):
+                graph.output(name, value)
         graph.output("hidden", graph("Concat", *kept, x, axis=-1) if kept else x)
         for kind, members in groups(c.layers).items():
             for name, side in (("k", 0), ("v", 1)):
                 graph.output(f"new_{name}{kind}", graph("Concat", *(new[i][side] for i in members), axis=0))
         graph.save(path)
+
+    def products(self) -> list[str]:
+        return [
+            f"model.layers.{i}.{name}"
+            for i in range(len(self.config.layers))
+            for name in ("qkv", "out", "gate_up", "down")
+        ]
+
+    def _round(self, weight: Matrix, name: str) -> Rounded:
+        return Rounded.of(weight, self.precision.weights, self.seconds.get(name))
 
     def head(self, path: Path, norm: str, rows: np.ndarray[Any, Any] | None) -> None:
         """hidden [1, N, H] before the norm called `norm` -> logits [1, N, n]. rows: of which tokens; None: all."""
@@ -75,25 +90,34 @@ class Builder:
         name = "model.embed_tokens.weight" if self.config.tied_head else "lm_head.weight"
         weight = self._rounded_rows(name, self._norm(norm), rows)
         normed = blocks.norm(graph, x, hidden, self.config.norm_eps)
-        graph.output("logits", blocks.fixed_product(graph, normed, weight, self.precision.head, self.precision.step(self.precision.head, weight)))
+        graph.output(
+            "logits",
+            blocks.fixed_product(
+                graph, normed, weight, self.precision.head, self.precision.step(self.precision.head, weight)
+            ),
+        )
         graph.save(path)
 
     def mix(self, path: Path, config: MTPConfig) -> None:
-        """What the main model gave [1, N, (F + 1) * H] -> what the MTP layers read [1, N, H] (models.mtp.MTPModule.main_hidden)."""
+        """What the main model gave [1, N, (F + 1) * H] -> what the MTP layers read [1, N, H] (MTPModule.main_hidden)."""
         graph, hidden, eps = Graph(), self.config.hidden_size, self.config.norm_eps
         count = len(config.features)
         x = graph.input("hidden", TensorProto.FLOAT, [1, "N", (count + 1) * hidden])
         if config.features:
             parts = graph.many("Split", x, outputs=count + 1, axis=-1, num_outputs=count + 1)
             normed = [blocks.norm(graph, part, hidden, eps) for part in parts[:-1]]
-            weight = self._joined(f"{FEATURES}.proj", [f"{FEATURES}.{i}.norm" for i in range(count)])
-            rounded = Rounded.of(weight, self.precision.weights)
+            joined = self._joined(f"{FEATURES}.proj", [f"{FEATURES}.{i}.norm" for i in range(count)])
+            rounded = Rounded.of(joined, self.precision.weights)
             y = blocks.fixed_product(
-                graph, graph("Concat", *normed, axis=-1), rounded, self.precision.join, self.precision.step(self.precision.join, rounded)
+                graph,
+                graph("Concat", *normed, axis=-1),
+                rounded,
+                self.precision.join,
+                self.precision.step(self.precision.join, rounded),
             )
             graph.output("mixed", graph("Add", parts[-1], y))
         elif config.hidden == "post_norm":  # its weights stand between two norms, in the basis of the checkpoint
-            weight = turn(np.diag(self._norm("model.norm"))) 
+            weight = turn(np.diag(self._norm("model.norm")))
             weight = turn(weight.T).T  # Q^T diag(norm) Q
             normed = blocks.norm(graph, x, hidden, eps)
             graph.output("mixed", graph("MatMul", normed, graph.constant(weight.astype(np.float32))))
@@ -111,11 +135,13 @@ class Builder:
         step = _StepInputs(graph, [config.layer], self.config.max_context)
         joined = graph("Concat", *(blocks.norm(graph, half, hidden, eps) for half in halves), axis=-1)
         weight = Rounded.of(self._joined(f"{prefix}.{names.projection}", norms), self.precision.weights)
-        x = blocks.fixed_product(graph, joined, weight, self.precision.join, self.precision.step(self.precision.join, weight))
+        x = blocks.fixed_product(
+            graph, joined, weight, self.precision.join, self.precision.step(self.precision.join, weight)
+        )
         x, delta, new_k, new_v = self._block(graph, x, None, prefix, config.layer, names.ffn_norm, step, 0)
         graph.output("hidden_out", graph("Add", x, delta))
-        for name, value in (("new_k0", new_k), ("new_v0", new_v)):
-            graph.output(name, value)
+        graph.output("new_k0", new_k)
+        graph.output("new_v0", new_v)
         graph.save(path)
 
     def _block(
@@ -141,13 +167,11 @@ class Builder:
         wide, norm = layer.intermediate, self._norm(f"{prefix}.{ffn_norm}")
         gate, up = (self._into(f"{prefix}.mlp.{name}_proj", wide, norm) for name in ("gate", "up"))
         down = self._out(f"{prefix}.mlp.down_proj", wide)
-        bits = self.precision.weights
-        return blocks.gated(
-            graph, normed, Rounded.of(np.concatenate([gate, up]), bits), Rounded.of(down, bits), self.precision
-        )
+        both = self._round(np.concatenate([gate, up]), f"{prefix}.gate_up")
+        return blocks.gated(graph, normed, both, self._round(down, f"{prefix}.down"), self.precision)
 
     def _attention(self, prefix: str, layer: LayerConfig, context: int) -> AttentionWeights:
-        a, bits = layer.attention, self.precision.weights
+        a = layer.attention
         norm, name = self._norm(f"{prefix}.input_layernorm"), f"{prefix}.self_attn"
         sizes = (a.heads * a.qk_dim, a.kv_heads * a.qk_dim, a.kv_heads * a.v_dim)
         parts = [self._into(f"{name}.{each}_proj", rows, norm) for each, rows in zip("qkv", sizes, strict=True)]
@@ -156,7 +180,7 @@ class Builder:
         if a.bias:
             q, k, v = (self._vector(f"{name}.{x}_proj.bias", rows) for x, rows in zip("qkv", sizes, strict=True))
             biases = (q, k, v * a.value_scale)
-        rounded = Rounded.of(np.concatenate(parts), bits)
+        rounded = self._round(np.concatenate(parts), f"{prefix}.qkv")
         q, k, v = np.split(rounded.weight, np.cumsum(sizes)[:2])
         root = np.sqrt(self.config.hidden_size)
         found = units(
@@ -168,7 +192,8 @@ class Builder:
         # a query head's values are those of its group; their units go into the matrix behind them
         value = np.repeat(found.value.reshape(a.kv_heads, 1, a.v_dim), a.heads // a.kv_heads, 1).reshape(-1)
         out = self._out(f"{name}.o_proj", a.heads * a.v_dim) * value
-        return AttentionWeights(Rounded(rounded.values, rounded.scale / per_row), bias, Rounded.of(out, bits), found)
+        qkv = Rounded(rounded.values, rounded.scale / per_row)
+        return AttentionWeights(qkv, bias, self._round(out, f"{prefix}.out"), found)
 
     def _vector(self, name: str, size: int) -> Matrix:
         return self.read.tensor(name, size).double().numpy()
@@ -197,12 +222,13 @@ class Builder:
         table = self.read.tensor(name, self.config.vocab_size, self.config.hidden_size)
         if rows is not None:
             table = table[torch.from_numpy(rows)]
-        pieces = [
-            Rounded.of(turn(piece.double().numpy() * norm), self.precision.weights)
-            for piece in table.split(_ROWS)
-        ]
+        pieces = [self._round(turn(piece.double().numpy() * norm), name) for piece in _pieces(table)]
         values = np.concatenate([piece.values for piece in pieces], 1)
         return Rounded(np.ascontiguousarray(values), np.concatenate([piece.scale for piece in pieces]))
+
+
+def _pieces(table: Tensor) -> list[Tensor]:
+    return [table[start : start + _ROWS] for start in range(0, len(table), _ROWS)]
 
 
 def groups(layers: Sequence[LayerConfig]) -> dict[int, list[int]]:
@@ -223,7 +249,9 @@ class _StepInputs:
         self._graph, self._layers, self._context = graph, layers, context
         self._group = {number: kind for kind, members in groups(layers).items() for number in members}
         self._positions = graph.input("positions", TensorProto.INT64, [1, "N"])
-        self._masks = {kind: graph.input(f"mask{kind}", TensorProto.FLOAT, ["N", f"T{kind}"]) for kind in groups(layers)}
+        self._masks = {
+            kind: graph.input(f"mask{kind}", TensorProto.FLOAT, ["N", f"T{kind}"]) for kind in groups(layers)
+        }
         self._sizes = {kind: graph.input(f"sizes{kind}", TensorProto.INT64, [2]) for kind in groups(layers)}
         self._tables: dict[RopeConfig, tuple[str, str]] = {}
         self._wide: dict[tuple[int, int], str] = {}

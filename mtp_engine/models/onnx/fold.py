@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from mtp_engine.models.onnx.compensate import compensated
 
 Matrix = NDArray[Any]  # float64 while it is worked on
 
@@ -21,7 +25,8 @@ def turn(rows: Matrix) -> Matrix:
     size = rows.shape[-1]
     signs = np.random.default_rng(size).integers(0, 2, size) * 2 - 1
     spectrum = np.fft.fft(rows * signs, axis=-1)
-    return (spectrum.real - spectrum.imag) / np.sqrt(size)
+    turned: Matrix = (spectrum.real - spectrum.imag) / np.sqrt(size)
+    return turned
 
 
 @final
@@ -38,11 +43,15 @@ class Rounded:
         return (self.values * self.scale).T
 
     @classmethod
-    def of(cls, weight: Matrix, bits: int) -> "Rounded":
-        """weight: [out, in]. bits: 8, or 7 for processors whose products of 8 bits saturate."""
+    def of(cls, weight: Matrix, bits: int, second: Tensor | None = None) -> "Rounded":
+        """weight: [out, in]. bits: 8, or 7 for processors whose products of 8 bits saturate. second: see compensate.py."""
         most = (1 << (bits - 1)) - 1
         scale = np.maximum(np.abs(weight).max(1), 1e-30) / most
-        values = np.rint(weight / scale[:, None]).astype(np.int8)
+        if second is None:
+            values = np.rint(weight / scale[:, None]).astype(np.int8)
+        else:
+            single = torch.from_numpy(weight).float(), torch.from_numpy(scale)
+            values = compensated(*single, most, second).numpy()
         return cls(np.ascontiguousarray(values.T), scale)
 
 

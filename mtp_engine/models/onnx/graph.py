@@ -23,6 +23,7 @@ class Graph:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self.weights: dict[str, Array] = {}
+        self.products: list[str] = []  # what matrices are multiplied with, in order
         self._small: dict[object, str] = {}  # constants that are used again
 
     def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
@@ -46,7 +47,7 @@ class Graph:
     def floats(self, *values: float) -> str:
         return self.constant(np.array(values[0] if len(values) == 1 else values, np.float32))
 
-    def bytes(self, value: int) -> str:
+    def byte(self, value: int) -> str:
         return self.constant(np.array(value, np.uint8))
 
     def integers(self, *values: int) -> str:

@@ -103,7 +103,7 @@ def _run(
             outputs[f"new_{side}{kind}"] = (len(members) * rows, *past.shape[2:])
     hidden, *new = session(inputs, outputs)
     for kind in kinds:
-        k, v = (value.unflatten(0, (-1, rows)) for value in new[2 * kind : 2 * kind + 2])
+        k, v = (value.view(-1, rows, *value.shape[1:]) for value in new[2 * kind : 2 * kind + 2])
         keys.write(kind, k, v, first)
     return hidden
 

@@ -101,8 +101,8 @@ def write_main(folder: Path, builder: Builder, features: tuple[int, ...]) -> Non
 
 def open_main(folder: Path, config: ModelConfig, features: tuple[int, ...], threads: int) -> GraphDecoder:
     table = np.memmap(folder / "embedding.bin", np.float32, "c", shape=(config.vocab_size, config.hidden_size))
-    sessions = (Session(folder / f"{name}.onnx", threads) for name in ("body", "head"))
-    return GraphDecoder(config, torch.from_numpy(table), *sessions, features)
+    body, head = (Session(folder / f"{name}.onnx", threads) for name in ("body", "head"))
+    return GraphDecoder(config, torch.from_numpy(table), body, head, features)
 
 
 def write_mtp(folder: Path, builder: Builder, names: MTPNames, config: MTPConfig, draft_ids: Tensor) -> None:
@@ -116,9 +116,7 @@ def write_mtp(folder: Path, builder: Builder, names: MTPNames, config: MTPConfig
 
 def open_mtp(folder: Path, config: MTPConfig, main: GraphDecoder, draft_ids: Tensor, threads: int) -> GraphMTP:
     count = 1 if config.reused else config.depth
-    layers, heads = (
-        [Session(folder / f"{name}{k}.onnx", threads) for k in range(count)] for name in ("level", "head")
-    )
+    layers, heads = ([Session(folder / f"{name}{k}.onnx", threads) for k in range(count)] for name in ("level", "head"))
     mix = Session(folder / "mix.onnx", threads) if mixes(config) else None
     return GraphMTP(config, layers, heads, main.embedding, draft_ids, mix)
 
