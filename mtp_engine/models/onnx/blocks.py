@@ -23,10 +23,10 @@ _ZERO = 128  # the unsigned byte that stands for 0
 class Precision:
     """Bits of the inputs of each kind of product (8, or 15 as two rows of 8), and of weights."""
 
-    qkv: int = 8
+    qkv: int = 15
     gate_up: int = 8
-    out: int = 8
-    down: int = 8
+    out: int = 15
+    down: int = 15
     head: int = 8
     join: int = 8
     weights: int = 8

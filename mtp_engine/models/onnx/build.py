@@ -105,12 +105,12 @@ class Builder:
         x = graph.input("hidden", TensorProto.FLOAT, [1, "N", (count + 1) * hidden])
         if config.features:
             parts = graph.many("Split", x, outputs=count + 1, axis=-1, num_outputs=count + 1)
-            normed = [blocks.norm(graph, part, hidden, eps) for part in parts[:-1]]
+            earlier = [blocks.norm(graph, part, hidden, eps) for part in parts[:-1]]
             joined = self._joined(f"{FEATURES}.proj", [f"{FEATURES}.{i}.norm" for i in range(count)])
             rounded = Rounded.of(joined, self.precision.weights)
             y = blocks.fixed_product(
                 graph,
-                graph("Concat", *normed, axis=-1),
+                graph("Concat", *earlier, axis=-1),
                 rounded,
                 self.precision.join,
                 self.precision.step(self.precision.join, rounded),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mtp_engine.config import LayerConfig, ModelConfig, MTPConfig
 from mtp_engine.models.onnx.build import groups
-from mtp_engine.models.onnx.session import Session
+from mtp_engine.models.onnx.session import Session, Stack
 from mtp_engine.protocols import Attention
 
 
@@ -93,15 +93,14 @@ def _run(
     name, width = output
     rows = inputs["positions"].shape[1]
     outputs: dict[str, tuple[int, ...]] = {name: (1, rows, width)}
-    kinds = groups(layers)
+    kinds, stacks = groups(layers), []
     for kind, members in kinds.items():
         k, v, inputs[f"mask{kind}"] = keys.past(kind)
         inputs[f"sizes{kind}"] = torch.tensor([k.shape[1], rows])
-        for index, layer in enumerate(members):
-            inputs[f"k{layer}"], inputs[f"v{layer}"] = k[first + index], v[first + index]
         for side, past in (("k", k), ("v", v)):
+            stacks.append(Stack([f"{side}{layer}" for layer in members], past[first : first + len(members)]))
             outputs[f"new_{side}{kind}"] = (len(members) * rows, *past.shape[2:])
-    hidden, *new = session(inputs, outputs)
+    hidden, *new = session(inputs, outputs, stacks)
     for kind in kinds:
         k, v = (value.view(-1, rows, *value.shape[1:]) for value in new[2 * kind : 2 * kind + 2])
         keys.write(kind, k, v, first)

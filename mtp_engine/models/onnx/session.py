@@ -1,6 +1,7 @@
 """Running graphs with onnxruntime: its settings, a check of its products, and calls that copy no keys and values."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
@@ -14,6 +15,7 @@ from mtp_engine.models.onnx.blocks import fixed_product
 from mtp_engine.models.onnx.fold import Rounded
 from mtp_engine.models.onnx.graph import Graph
 
+_MOST_BINDINGS = 64
 _KINDS = {torch.float32: np.float32, torch.int64: np.int64}
 
 
@@ -28,26 +30,53 @@ def open_session(model: Path | bytes, threads: int) -> onnxruntime.InferenceSess
 
 
 @final
+@dataclass(frozen=True)
+class Stack:
+    """Inputs of one shape that lie in one tensor: names[i] is value[i], which is contiguous."""
+
+    names: Sequence[str]
+    value: Tensor
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Where they lie."""
+        return (self.value.data_ptr(), self.value.stride(0), *self.value.shape)
+
+
+@final
 class Session:
-    """A graph, called with torch tensors on the CPU."""
+    """A graph, called with torch tensors on the CPU, which it reads where they lie. Not for several threads at once."""
 
     def __init__(self, path: Path, threads: int) -> None:
         self._session = open_session(path, threads)
-        self.outputs = [output.name for output in self._session.get_outputs()]
+        self._bindings: dict[tuple[object, ...], onnxruntime.IOBinding] = {}
 
-    def __call__(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Sequence[int]]) -> list[Tensor]:
-        """outputs: names and shapes, all fp32. Contiguous inputs are read where they lie."""
-        binding = self._session.io_binding()
-        kept = []
-        for name, value in inputs.items():
-            value = value.contiguous()
-            kept.append(value)
-            binding.bind_input(name, "cpu", 0, _KINDS[value.dtype], tuple(value.shape), value.data_ptr())
+    def __call__(
+        self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Sequence[int]], stacks: Sequence[Stack] = ()
+    ) -> list[Tensor]:
+        """outputs: names and shapes, all fp32."""
+        inputs = {name: value.contiguous() for name, value in inputs.items()}
         results = [torch.empty(tuple(shape)) for shape in outputs.values()]
+        binding = self._binding(stacks)
+        for name, value in inputs.items():
+            binding.bind_input(name, "cpu", 0, _KINDS[value.dtype], value.shape, value.data_ptr())
         for name, result in zip(outputs, results, strict=True):
-            binding.bind_output(name, "cpu", 0, np.float32, tuple(result.shape), result.data_ptr())
+            binding.bind_output(name, "cpu", 0, np.float32, result.shape, result.data_ptr())
         self._session.run_with_iobinding(binding)
         return results
+
+    def _binding(self, stacks: Sequence[Stack]) -> onnxruntime.IOBinding:
+        """One with the stacks bound, which is kept for as long as they lie where they do: for many steps."""
+        key = tuple(stack.key for stack in stacks)
+        if key not in self._bindings:
+            if len(self._bindings) == _MOST_BINDINGS:
+                self._bindings.clear()
+            binding = self._bindings[key] = self._session.io_binding()
+            for stack in stacks:
+                begin, stride = stack.value.data_ptr(), stack.value.stride(0) * stack.value.element_size()
+                for i, name in enumerate(stack.names):
+                    binding.bind_input(name, "cpu", 0, np.float32, stack.value.shape[1:], begin + i * stride)
+        return self._bindings[key]
 
 
 def weight_bits() -> int:
