@@ -211,6 +211,29 @@ def test_a_scale_per_row_is_the_rows_own(rows: int, bits: int, seed: int) -> Non
     assert (np.abs(y[0] - exact) <= size / (127 if bits == 8 else 16000) + 1e-6).all()
 
 
+def test_errors_of_rounding_cancel_over_the_inputs_seen() -> None:
+    """Inputs with few large directions, as hidden states are."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 48, generator=generator) @ (
+        torch.randn(48, 48, generator=generator) * torch.logspace(0, -2, 48)
+    )
+    weight = torch.randn(20, 48, generator=generator).double().numpy()
+    errors = [
+        (x.double() @ torch.from_numpy(rounded.weight - weight).T).norm()
+        for rounded in (Rounded.of(weight, 8), Rounded.of(weight, 8, x.T @ x))
+    ]
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_texts_change_the_weights_and_not_the_promise(folder: Path) -> None:
+    texts = [TOKENS[:50].tolist(), TOKENS[50:].tolist()]
+    model = load.load_main(folder, folder.parent / "graphs", threads=1, precision=BYTES, texts=texts)
+    other = load.load_main(folder, folder.parent / "graphs", threads=1, precision=BYTES)
+    hidden = read(model, new_cache(model), TOKENS, [50, 1, 3, 42])
+    assert torch.equal(hidden, read(model, new_cache(model), TOKENS, [1] * LENGTH))
+    assert not torch.equal(hidden, read(other, new_cache(other), TOKENS, [LENGTH]))
+
+
 def test_this_processor_is_checked() -> None:
     assert session.weight_bits() in (8, 7)
     assert session.exact(7, 5), "7 bits are exact everywhere"

@@ -27,6 +27,7 @@ class Reader(Protocol):
         """A matrix that may be stored as FP8 with scales. `name` is without `.weight`."""
 
 
+HEAD = "head"  # what the head reads is called in `seconds`
 _ROWS = 4096  # of a large matrix that are worked on at a time
 
 
@@ -88,7 +89,7 @@ class Builder:
         graph, hidden = Graph(), self.config.hidden_size
         x = graph.input("hidden", TensorProto.FLOAT, [1, "N", hidden])
         name = "model.embed_tokens.weight" if self.config.tied_head else "lm_head.weight"
-        weight = self._rounded_rows(name, self._norm(norm), rows)
+        weight = self._rounded_rows(name, self._norm(norm), rows, moments=norm == "model.norm")
         normed = blocks.norm(graph, x, hidden, self.config.norm_eps)
         graph.output(
             "logits",
@@ -218,11 +219,11 @@ class Builder:
         turned = [turn(part * self._norm(norm)) for part, norm in zip(parts, norms, strict=True)]
         return turn(np.concatenate(turned, 1).T).T
 
-    def _rounded_rows(self, name: str, norm: Matrix, rows: np.ndarray[Any, Any] | None) -> Rounded:
+    def _rounded_rows(self, name: str, norm: Matrix, rows: np.ndarray[Any, Any] | None, *, moments: bool) -> Rounded:
         table = self.read.tensor(name, self.config.vocab_size, self.config.hidden_size)
         if rows is not None:
             table = table[torch.from_numpy(rows)]
-        pieces = [self._round(turn(piece.double().numpy() * norm), name) for piece in _pieces(table)]
+        pieces = [self._round(turn(piece.double().numpy() * norm), HEAD if moments else "") for piece in _pieces(table)]
         values = np.concatenate([piece.values for piece in pieces], 1)
         return Rounded(np.ascontiguousarray(values), np.concatenate([piece.scale for piece in pieces]))
 

@@ -1,5 +1,8 @@
 """From folders to models that run as graphs, which are kept under `root`."""
 
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,22 +15,25 @@ from mtp_engine.models.onnx import store
 from mtp_engine.models.onnx.blocks import Precision
 from mtp_engine.models.onnx.build import Builder
 from mtp_engine.models.onnx.model import GraphDecoder, GraphMTP
+from mtp_engine.models.onnx.probe import second_moments
 from mtp_engine.models.weights import Weights
 
 _CPU = torch.device("cpu")
 
 
 def load_main(
-    folder: Path, root: Path, *, threads: int, precision: Precision, features: tuple[int, ...] = ()
-) -> GraphDecoder:
-    """The main model of a Hugging Face folder. features: layers whose outputs its MTP layers read.
+    folder: Path, root: Path, *, threads: int, precision: Precision, features: tuple[int, ...] = (),
+    texts: Sequence[Sequence[int]] = (),
+) -> GraphDecoder:  # fmt: skip
+    """The main model of a Hugging Face folder. features: layers whose outputs its MTP layers read. texts: token ids, some
+    thousand in all, over which rounding errors of weights are made to cancel; none: weights are rounded one by one.
     Raises EngineError where a model has no graph."""
     config = loader.read_config(folder)
     if why := store.can(config):
         raise EngineError(f"{folder}: {why}; use --dtype fp32")
     builder = Builder(store.Checkpoints(_weights(folder, config.fp8_block)), config, precision)
-    key = {"main": _identity(folder), "precision": precision, "features": features}
-    path = store.prepared(root, key, lambda new: store.write_main(new, builder, features))
+    key = {"main": _identity(folder), "precision": precision, "features": features, "texts": texts}
+    path = store.prepared(root, key, lambda new: store.write_main(new, _seen(builder, texts, threads), features))
     return store.open_main(path, config, features, threads)
 
 
@@ -49,6 +55,13 @@ def load_mtp(
     key = {"main": _identity(main_folder), "mtp": _identity(folder), "precision": precision, "vocab": len(ids)}
     path = store.prepared(root, key, lambda new: store.write_mtp(new, builder, names, config, ids))
     return store.open_mtp(path, config, main, ids, threads)
+
+
+def _seen(builder: Builder, texts: Sequence[Sequence[int]], threads: int) -> Builder:
+    if not texts:
+        return builder
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        return replace(builder, seconds=second_moments(builder, texts, Path(folder), threads))
 
 
 def _weights(folder: Path, block: int | None) -> Weights:
