@@ -225,6 +225,12 @@ def test_errors_of_rounding_cancel_over_the_inputs_seen() -> None:
     assert errors[1] < 0.7 * errors[0]
 
 
+def test_calibration_is_conversations() -> None:
+    conversations = load.calibration()
+    assert len(conversations) == 20
+    assert all([message["role"] for message in each] == ["user", "assistant"] for each in conversations)
+
+
 def test_texts_change_the_weights_and_not_the_promise(folder: Path) -> None:
     texts = [TOKENS[:50].tolist(), TOKENS[50:].tolist()]
     model = load.load_main(folder, folder.parent / "graphs", threads=1, precision=BYTES, texts=texts)

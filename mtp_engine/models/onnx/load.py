@@ -1,8 +1,10 @@
 """From folders to models that run as graphs, which are kept under `root`."""
 
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -55,6 +57,13 @@ def load_mtp(
     key = {"main": _identity(main_folder), "mtp": _identity(folder), "precision": precision, "vocab": len(ids)}
     path = store.prepared(root, key, lambda new: store.write_mtp(new, builder, names, config, ids))
     return store.open_mtp(path, config, main, ids, threads)
+
+
+def calibration() -> list[list[dict[str, str]]]:
+    """Conversations for `texts`, to be put through the model's chat template and tokenizer: some 4,000 tokens that the default
+    model wrote."""
+    file = resources.files("mtp_engine") / "assets" / "calibration.jsonl"
+    return [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _seen(builder: Builder, texts: Sequence[Sequence[int]], threads: int) -> Builder:
