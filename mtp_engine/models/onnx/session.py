@@ -16,15 +16,18 @@ from mtp_engine.models.onnx.fold import Rounded
 from mtp_engine.models.onnx.graph import Graph
 
 _MOST_BINDINGS = 64
+_SPIN_US = 30
 _KINDS = {torch.float32: np.float32, torch.int64: np.int64}
 
 
 def open_session(model: Path | bytes, threads: int) -> onnxruntime.InferenceSession:
-    """Threads that have nothing to do sleep: spinning, they would take the cores of whoever else runs."""
+    """Between runs threads sleep, and within one they spin for a moment only: longer, they would take the cores of whoever
+    else runs, and not at all, each operation would have to wake them (figures in bench/LOG.md)."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     source = model if isinstance(model, bytes) else str(model)
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
