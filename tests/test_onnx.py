@@ -243,6 +243,7 @@ def test_texts_change_the_weights_and_not_the_promise(folder: Path) -> None:
 def test_this_processor_is_checked() -> None:
     assert session.weight_bits() in (8, 7)
     assert session.exact(7, 5), "7 bits are exact everywhere"
+    assert session.steady()
 
 
 def test_a_turn_is_orthogonal() -> None:

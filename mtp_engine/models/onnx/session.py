@@ -91,6 +91,24 @@ def weight_bits() -> int:
     raise AssertionError("this processor's integer products are wrong; use --dtype fp32")
 
 
+def steady() -> bool:
+    """Whether functions of single elements give an element the same bits wherever it stands in a tensor of whatever size:
+    vector code may treat the rest of a tensor in another way. About 10 ms."""
+    graph = Graph()
+    x = graph.input("x", TensorProto.FLOAT, ["N"])
+    graph.output("y", graph("Exp", x))
+    graph.output("z", graph.ms("QuickGelu", x, alpha=1.0))
+    run = open_session(graph.serialised(), 1).run
+    values = -np.abs(np.random.default_rng(0).standard_normal(200).astype(np.float32)) * 9
+    whole = run(None, {"x": values})
+    for start in range(20):
+        for count in (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 100):
+            part = run(None, {"x": values[start : start + count].copy()})
+            if not all(np.array_equal(a, b[start : start + count]) for a, b in zip(part, whole, strict=True)):
+                return False
+    return True
+
+
 def exact(bits: int, rows: int, columns: int = 256, outputs: int = 48) -> bool:
     """Whether a product of the largest numbers, among others, is what integer arithmetic says."""
     generator = np.random.default_rng(rows)
