@@ -1,6 +1,6 @@
 """Mean accepted length over a prompt set, by category, with loop steps left out and counted.
 
-    python bench/acceptance.py --prompts ../shared/prompts/spec-bench.jsonl --tree chain:3
+    python bench/acceptance.py --prompts bench/prompts/bench_core.jsonl --tree chain:3
 
 Mean accepted length = emitted tokens / verification steps (bonus token included). A step is in a loop if the first
 token it emits ends a 16-gram that the answer already held; such steps flatter a drafter. --every-position drafts anew at
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 import torch
-from common import conditions, encode, read_prompts, require_commit
+from common import COUNT, SOME, conditions, encode, read_prompts, require_commit, run
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -39,17 +39,17 @@ class EveryPosition:
 
 
 @click.command()
-@click.option("--prompts", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--limit", default=0, help="Use this many prompts, spread over the file; 0 = all.")
-@click.option("--longest", default=500, show_default=True, help="Leave out prompts of more tokens.")
+@click.option("--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
+@click.option("--limit", default=0, type=COUNT, help="Use this many prompts, spread over the file; 0 = all.")
+@click.option("--longest", default=500, type=SOME, show_default=True, help="Leave out prompts of more tokens.")
 @click.option("--model", default="smollm2-135m-mtp3", show_default=True)
 @click.option("--mtp", default=None, help="A folder of other MTP layers.")
 @click.option("--drafter", default="mtp", show_default=True)
 @click.option("--tree", default="chain:3", show_default=True)
-@click.option("--draft-vocab", default=16384, show_default=True)
+@click.option("--draft-vocab", default=16384, type=COUNT, show_default=True)
 @click.option("--temperature", default=0.0, show_default=True)
-@click.option("--max-tokens", default=128, show_default=True)
-@click.option("--batch", default=8, show_default=True)
+@click.option("--max-tokens", default=128, type=SOME, show_default=True)
+@click.option("--batch", default=8, type=SOME, show_default=True)
 @click.option("--every-position", is_flag=True, help="Draft at every token (teacher forcing).")
 @click.option("--device", default="cpu", show_default=True)
 def main(prompts: Path, limit: int, longest: int, model: str, mtp: str | None, tree: str, temperature: float,
@@ -99,4 +99,4 @@ def main(prompts: Path, limit: int, longest: int, model: str, mtp: str | None, t
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

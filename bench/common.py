@@ -15,20 +15,44 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NoReturn, final
 
+import click
 import torch
 
-from mtp_engine import Engine
+from mtp_engine import Engine, EngineError
 
+SOME, COUNT = click.IntRange(min=1), click.IntRange(min=0)
 ROOT = Path(__file__).resolve().parents[1]
 _STAMP = "bench/COMMIT"
 _CODE = ("bench", "drafters", "kernels", "mtp_engine", "verifiers")
 
 
+def run(command: click.Command) -> NoReturn:
+    """Run a bench's `main`; what the user can mend is one line and exit code 2."""
+    try:
+        command(standalone_mode=False)
+    except click.Abort:
+        sys.exit(130)
+    except (click.ClickException, EngineError, OSError) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        sys.stderr.write(f"error: {' '.join(message.split())}\n")
+        sys.exit(2)
+    sys.exit(0)
+
+
 def read_prompts(path: Path, limit: int = 0) -> list[dict[str, Any]]:
-    """Lines with `turns` (the first is used) and `category`. With a limit, spread evenly over the file."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """Lines with `turns` (the first is used) and `category`. With a limit, spread evenly over the file.
+
+    Raises EngineError for a file of another kind.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        usable = bool(rows) and all(isinstance(row["turns"][0], str) and "category" in row for row in rows)
+    except (ValueError, LookupError, TypeError) as error:
+        raise EngineError(f"{path}: not lines of JSON with `turns` and `category` ({error})") from error
+    if not usable:
+        raise EngineError(f"{path}: not lines of JSON with `turns` and `category`; choose another file for --prompts")
     if limit and limit < len(rows):
         rows = [rows[index * len(rows) // limit] for index in range(limit)]
     return rows

@@ -1,6 +1,6 @@
 """Decoding speed on one prompt at a time: transformers, our plain decoding, and drafting, all in one process.
 
-    python bench/decode.py --prompts ../shared/prompts/spec-bench.jsonl --limit 12 --tree chain:3 --tree tree:5
+    python bench/decode.py --prompts bench/prompts/bench_core.jsonl --limit 12 --tree chain:3 --tree tree:5
     python bench/decode.py --device cuda --dtype bf16 --max-tokens 128 --tree tree:15 --tree tree:31
 
 Every prompt is decoded by each contender in turn, so that a noisy machine hurts all of them alike. Rates are emitted
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 import torch
-from common import conditions, encode, read_prompts, require_commit
+from common import COUNT, SOME, conditions, encode, read_prompts, require_commit, run
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -82,23 +82,23 @@ def our_decoder(engine: Engine, prompt: list[int], params: SamplingParams) -> tu
 @click.command()
 @click.option(
     "--prompts",
-    type=click.Path(exists=True, path_type=Path),
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
     default=Path(__file__).parent / "prompts/bench_core.jsonl",
 )
-@click.option("--limit", default=12, show_default=True)
-@click.option("--longest", default=400, show_default=True)
+@click.option("--limit", default=12, type=COUNT, show_default=True)
+@click.option("--longest", default=400, type=SOME, show_default=True)
 @click.option("--model", default=DEFAULT_MODEL, show_default=True)
 @click.option("--tree", "trees", multiple=True, default=["chain:3"], show_default=True)
-@click.option("--max-tokens", default=96, show_default=True)
+@click.option("--max-tokens", default=96, type=SOME, show_default=True)
 @click.option("--temperature", default=0.0, show_default=True)
-@click.option("--draft-vocab", default=EngineConfig().draft_vocab, show_default=True)
+@click.option("--draft-vocab", default=EngineConfig().draft_vocab, type=COUNT, show_default=True)
 @click.option("--draft-int8/--no-draft-int8", default=True, show_default=True)
 @click.option("--peer/--no-peer", default=True, help="Run transformers too.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="fp32", show_default=True)
 @click.option("--attention", default="exact", show_default=True)
-@click.option("--in-flight", default=2, show_default=True, help="Steps queued ahead on a GPU.")
-@click.option("--threads", default=0, help="CPU threads; 0 is one per core.")
+@click.option("--in-flight", default=2, type=SOME, show_default=True, help="Steps queued ahead on a GPU.")
+@click.option("--threads", default=0, type=COUNT, help="CPU threads; 0 is one per core.")
 @click.option("--mtp", default=None)
 def main(
     prompts: Path,
@@ -185,4 +185,4 @@ def report(seconds, tokens, steps, same, cases, record) -> None:  # type: ignore
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,7 +7,7 @@ import json
 import time
 
 import click
-from common import conditions, require_commit
+from common import COUNT, SOME, conditions, require_commit, run
 from jsonschema import ValidationError, validate
 from rich.console import Console
 from rich.table import Table
@@ -51,15 +51,15 @@ def valid(text: str, schema: dict[str, object]) -> bool:
 
 
 @click.command()
-@click.option("--count", default=40, show_default=True, help="Answers per schema.")
+@click.option("--count", default=40, type=SOME, show_default=True, help="Answers per schema.")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True)
 @click.option("--tree", default="tree:7", show_default=True)
 @click.option("--temperature", default=1.0, show_default=True)
-@click.option("--max-tokens", default=200, show_default=True)
-@click.option("--batch", default=1, show_default=True)
+@click.option("--max-tokens", default=200, type=SOME, show_default=True)
+@click.option("--batch", default=1, type=SOME, show_default=True)
 @click.option("--plain/--no-plain", default=True, help="Decode without speculation too, and compare the tokens.")
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--threads", default=0, help="CPU threads; 0 is one per core.")
+@click.option("--threads", default=0, type=COUNT, help="CPU threads; 0 is one per core.")
 def main(count: int, model: str, tree: str, temperature: float, max_tokens: int, batch: int, plain: bool, device: str,
          threads: int) -> None:  # fmt: skip
     commit = require_commit()
@@ -101,4 +101,4 @@ def main(count: int, model: str, tree: str, temperature: float, max_tokens: int,
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

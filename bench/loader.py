@@ -116,6 +116,8 @@ def main() -> None:
     if options.child:
         child(Path(options.child[0]), options.child[1], options.child[2] == "1")
         return
+    if not (0 < options.gb < 1000 and options.repeat >= 1):
+        parser.error("--gb must be above 0 and --repeat at least 1")
     commit = require_commit()
     results = {}
     print(f"{'stored -> engine':28} {'read GB':>8} {'resident':>9} {'seconds':>8} {'GB/s':>6} {'peak/resident':>14}")

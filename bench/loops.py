@@ -103,7 +103,7 @@ def build(model: Model, tree: str | None, batch: int, context: int, config: Engi
 
         return make
 
-    drafter = mtp_drafter(model.module, model.config, config, backend) if shape else RootDrafter()
+    drafter = mtp_drafter(model.module, config, backend) if shape else RootDrafter()
     loop = make_loop(model.main, drafter, config, replace(backend, runner=runner), slots=batch, tokenizer=None)
     return Bench(loop, recorders[0])
 

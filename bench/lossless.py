@@ -1,6 +1,6 @@
 """Token-for-token equality with plain decoding over a prompt set, and the logit margin wherever it breaks.
 
-    python bench/lossless.py --prompts ../shared/prompts/spec-bench.jsonl --limit 40
+    python bench/lossless.py --prompts bench/prompts/bench_core.jsonl --limit 40
     python bench/lossless.py --limit 40 --device cuda --dtype bf16 --batch 8
 
 For every difference the report gives the prompt, the position, and by how much the main model preferred its choice
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
-from common import conditions, encode, read_prompts, require_commit
+from common import COUNT, SOME, conditions, encode, read_prompts, require_commit, run
 from loops import rescored
 from rich.console import Console
 from rich.table import Table
@@ -44,18 +44,22 @@ def differences(
 
 
 @click.command()
-@click.option("--prompts", "path", type=click.Path(exists=True, path_type=Path),
+@click.option("--prompts", "path", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               default=Path(__file__).parent / "prompts/bench_core.jsonl")  # fmt: skip
-@click.option("--limit", default=40, show_default=True)
-@click.option("--max-tokens", default=128, show_default=True)
+@click.option("--limit", default=40, type=COUNT, show_default=True)
+@click.option("--max-tokens", default=128, type=SOME, show_default=True)
 @click.option("--model", default=DEFAULT_MODEL, show_default=True)
 @click.option("--mtp", default=None)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="fp32", show_default=True)
 @click.option("--attention", default="exact", show_default=True)
-@click.option("--batch", default=1, show_default=True, help="Requests at a time.")
-@click.option("--kv-tokens", default=0, help="Room for so many tokens, so that requests are preempted; 0 is enough.")
-@click.option("--other-batch", default=3, show_default=True, help="Of the second plain run, in reversed order.")
+@click.option("--batch", default=1, type=SOME, show_default=True, help="Requests at a time.")
+@click.option(
+    "--kv-tokens", default=0, type=COUNT, help="Room for so many tokens, so that requests are preempted; 0 is enough."
+)
+@click.option(
+    "--other-batch", default=3, type=SOME, show_default=True, help="Of the second plain run, in reversed order."
+)
 def main(path: Path, limit: int, max_tokens: int, model: str, mtp: str | None, device: str, dtype: str, attention: str,
          batch: int, kv_tokens: int, other_batch: int) -> None:  # fmt: skip
     commit = require_commit()
@@ -100,4 +104,4 @@ def main(path: Path, limit: int, max_tokens: int, model: str, mtp: str | None, d
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,7 +8,7 @@ import statistics
 import time
 
 import click
-from common import conditions, require_commit
+from common import COUNT, SOME, conditions, require_commit, run
 from rich.console import Console
 from rich.table import Table
 
@@ -26,10 +26,10 @@ PATH = {
 
 
 @click.command()
-@click.option("--steps", default=40, show_default=True, help="Steps per contender.")
+@click.option("--steps", default=40, type=SOME, show_default=True, help="Steps per contender.")
 @click.option("--tree", "trees", multiple=True, default=["tree:7", "chain:3"], show_default=True)
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--threads", default=0, help="CPU threads; 0 is one per core.")
+@click.option("--threads", default=0, type=COUNT, help="CPU threads; 0 is one per core.")
 def main(steps: int, trees: tuple[str, ...], device: str, threads: int) -> None:
     commit = require_commit()
     wanted = {"none": BASE, "truncation": BASE | TRUNCATION, "all but truncation": BASE | PATH, "all": BASE | TRUNCATION | PATH,
@@ -60,4 +60,4 @@ def main(steps: int, trees: tuple[str, ...], device: str, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,7 +19,7 @@ from typing import Any, final
 
 import click
 import torch
-from common import conditions, require_commit
+from common import SOME, conditions, require_commit, run
 from floors import draft_bytes, main_bytes, on_paper
 from layers import measure_layers, seconds
 from loops import Forced, build, kernel_times, measure, pretend
@@ -221,15 +221,15 @@ def measure_model(session: Session, options: dict[str, Any], contexts: tuple[int
 @click.command()
 @click.option("--model", "models", multiple=True, default=["default", "mimo-7b", "mimo-slice"], show_default=True,
               type=click.Choice(["default", *SHAPES]))  # fmt: skip
-@click.option("--nodes", multiple=True, type=int, default=[1, 2, 4, 8, 16, 32], show_default=True)
-@click.option("--batch", "batches", multiple=True, type=int, default=[1, 4, 16, 32], show_default=True)
-@click.option("--context", "contexts", multiple=True, type=int, help="Default: what suits the model.")
+@click.option("--nodes", multiple=True, type=SOME, default=[1, 2, 4, 8, 16, 32], show_default=True)
+@click.option("--batch", "batches", multiple=True, type=SOME, default=[1, 4, 16, 32], show_default=True)
+@click.option("--context", "contexts", multiple=True, type=SOME, help="Default: what suits the model.")
 @click.option("--tree", default=None, help="Of the whole loop. Default: tree:31 for the default model, else chain:3.")
-@click.option("--forced", default=3, show_default=True, help="Accepted length to pretend in the whole loop.")
-@click.option("--steps", default=40, show_default=True)
-@click.option("--draft-vocab", type=int, help="Default: all tokens; for the default model 16384.")
+@click.option("--forced", default=3, type=SOME, show_default=True, help="Accepted length to pretend in the whole loop.")
+@click.option("--steps", default=40, type=SOME, show_default=True)
+@click.option("--draft-vocab", type=SOME, help="Default: all tokens; for the default model 16384.")
 @click.option("--attention", default="exact", type=click.Choice(["exact", "flashinfer", "torch"]), show_default=True)
-@click.option("--in-flight", default=2, show_default=True, help="Steps queued ahead (steps_in_flight).")
+@click.option("--in-flight", default=2, type=SOME, show_default=True, help="Steps queued ahead (steps_in_flight).")
 @click.option("--path", default=DEFAULT_MODEL, show_default=True, help="Of the default model's files.")
 @click.option("--mtp", default=None, help="A folder of other MTP layers for the default model.")
 @click.option("--device", default="cuda", show_default=True)
@@ -263,4 +263,4 @@ def main(models: tuple[str, ...], contexts: tuple[int, ...], tree: str | None, s
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,6 +1,6 @@
 """Mean accepted length by verification rule, tree and way of drafting, at several temperatures.
 
-    python bench/rules.py --prompts ../shared/prompts/spec-bench.jsonl --device cuda
+    python bench/rules.py --prompts bench/prompts/bench_core.jsonl --device cuda
 
 40 prompts, T = 0, 0.7, 1.0. Mean accepted length = emitted tokens / verification steps (bonus token included), loop
 steps left out (see acceptance.py). drawn: candidates are drawn and their distribution q is used; noise: ranked by probability and
@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
-from common import conditions, encode, read_prompts, require_commit
+from common import COUNT, SOME, conditions, encode, read_prompts, require_commit, run
 from rich.console import Console
 from rich.table import Table
 
@@ -38,21 +38,21 @@ def set_up(engine: Engine, rule: str, ranking: str, tree: str) -> None:
     )
     backend = make_backend(config, engine.loop.work.device, lambda *_: None)
     unfused = replace(backend, fuse_mtp=lambda module: module)  # it is fused already
-    drafter = mtp_drafter(engine.loop.work.drafter.module, engine.model_config, config, unfused)
+    drafter = mtp_drafter(engine.loop.work.drafter.module, config, unfused)
     engine.loop = make_loop(engine.model, drafter, config, backend, slots=config.max_batch, tokenizer=engine.tokenizer)
 
 
 @click.command()
-@click.option("--prompts", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--limit", default=40, show_default=True)
-@click.option("--longest", default=500, show_default=True, help="Leave out prompts of more tokens.")
+@click.option("--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
+@click.option("--limit", default=40, type=COUNT, show_default=True)
+@click.option("--longest", default=500, type=SOME, show_default=True, help="Leave out prompts of more tokens.")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True)
-@click.option("--max-tokens", default=48, show_default=True)
-@click.option("--batch", default=40, show_default=True)
+@click.option("--max-tokens", default=48, type=SOME, show_default=True)
+@click.option("--batch", default=40, type=SOME, show_default=True)
 @click.option("--temperature", "temperatures", multiple=True, type=float, default=[0.0, 0.7, 1.0], show_default=True)
 @click.option("--only", multiple=True, help="Rules to run; all if none is named.")
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--threads", default=0, help="CPU threads; 0 is one per core.")
+@click.option("--threads", default=0, type=COUNT, help="CPU threads; 0 is one per core.")
 def main(
     prompts: Path, limit: int, longest: int, model: str, max_tokens: int, batch: int,
     temperatures: tuple[float, ...], only: tuple[str, ...], device: str, threads: int,
@@ -82,4 +82,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

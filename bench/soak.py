@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, final
 
 import click
-from common import conditions, require_commit
+from common import COUNT, SOME, conditions, require_commit, run
 from rich.console import Console
 from rich.table import Table
 
@@ -278,19 +278,21 @@ def run_pause(engine: Engine, length: int, others: int, steps: int) -> dict[str,
 @click.command(help="For example: python bench/soak.py --part requests --requests 50")
 @click.option("--part", "parts", multiple=True, type=click.Choice(["requests", "operations", "pause"]),
               default=["requests", "operations", "pause"], show_default=True)  # fmt: skip
-@click.option("--requests", default=1000, show_default=True)
-@click.option("--operations", default=10_000, show_default=True)
-@click.option("--tokens", default=32, show_default=True, help="Of an answer, at most, in the first two parts.")
+@click.option("--requests", default=1000, type=SOME, show_default=True)
+@click.option("--operations", default=10_000, type=COUNT, show_default=True)
+@click.option(
+    "--tokens", default=32, type=SOME, show_default=True, help="Of an answer, at most, in the first two parts."
+)
 @click.option("--model", default=hub.NANO, show_default=True, help="Of the first two parts.")
 @click.option("--tree", default="3x2", show_default=True)
-@click.option("--seed", default=1, show_default=True)
+@click.option("--seed", default=1, type=COUNT, show_default=True)
 @click.option("--long-model", default=DEFAULT_MODEL, show_default=True, help="Of the last part.")
-@click.option("--long", "length", default=4000, show_default=True, help="Tokens of the long prompt.")
-@click.option("--others", default=8, show_default=True, help="Requests that decode meanwhile.")
-@click.option("--steps", default=20, show_default=True, help="Steps without the prompt that are timed.")
-@click.option("--chunk", default=256, show_default=True, help="Tokens of a prompt that one step reads.")
+@click.option("--long", "length", default=4000, type=SOME, show_default=True, help="Tokens of the long prompt.")
+@click.option("--others", default=8, type=SOME, show_default=True, help="Requests that decode meanwhile.")
+@click.option("--steps", default=20, type=SOME, show_default=True, help="Steps without the prompt that are timed.")
+@click.option("--chunk", default=256, type=SOME, show_default=True, help="Tokens of a prompt that one step reads.")
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--threads", default=0, help="CPU threads; 0 is one per core.")
+@click.option("--threads", default=0, type=COUNT, help="CPU threads; 0 is one per core.")
 def main(
     parts: tuple[str, ...], requests: int, operations: int, tokens: int, model: str, tree: str, seed: int,
     long_model: str, length: int, others: int, steps: int, chunk: int, device: str, threads: int,
@@ -324,4 +326,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

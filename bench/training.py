@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 import torch
-from common import conditions, require_commit
+from common import SOME, conditions, require_commit, run
 
 from mtp_engine.config import DEFAULT_MODEL
 from mtp_engine.training.dialogues import DialogueSettings
@@ -25,12 +25,12 @@ from mtp_engine.training.trainer import TrainSettings
 
 @click.command()
 @click.option("--model", default=DEFAULT_MODEL, show_default=True)
-@click.option("--prompts", type=click.Path(exists=True, path_type=Path))
-@click.option("--shards", default=2, show_default=True, help="The first also compiles, and is not timed.")
-@click.option("--rows", default=2048, show_default=True)
-@click.option("--row-length", default=768, show_default=True)
-@click.option("--batch-tokens", default=41_472, show_default=True)
-@click.option("--steps", default=60, show_default=True, help="The first third is not timed.")
+@click.option("--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--shards", default=2, type=SOME, show_default=True, help="The first also compiles, and is not timed.")
+@click.option("--rows", default=2048, type=SOME, show_default=True)
+@click.option("--row-length", default=768, type=SOME, show_default=True)
+@click.option("--batch-tokens", default=41_472, type=SOME, show_default=True)
+@click.option("--steps", default=60, type=SOME, show_default=True, help="The first third is not timed.")
 @click.option("--device", default="cpu", show_default=True)
 def main(
     model: str,
@@ -75,4 +75,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

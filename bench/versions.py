@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, final
 
 import click
-from common import conditions, require_commit
+from common import COUNT, SOME, conditions, require_commit, run
 from rich.console import Console
 from rich.table import Table
 
@@ -100,14 +100,14 @@ def compare(old: Path, options: dict[str, Any], passes: int, loads: int) -> dict
 @click.option("--old", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
 @click.option("--old-commit", default="", help="Where --old has no git to ask.")
 @click.option("--tree", "trees", multiple=True, default=["plain", "tree:7"], show_default=True)
-@click.option("--prompts", "path", type=click.Path(exists=True, path_type=Path),
+@click.option("--prompts", "path", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               default=Path(__file__).parent / "prompts/bench_core.jsonl")  # fmt: skip
-@click.option("--limit", default=4, show_default=True)
-@click.option("--max-tokens", default=64, show_default=True)
-@click.option("--passes", default=5, show_default=True)
-@click.option("--loads", default=1, show_default=True, help="How often both are loaded anew.")
+@click.option("--limit", default=4, type=COUNT, show_default=True)
+@click.option("--max-tokens", default=64, type=SOME, show_default=True)
+@click.option("--passes", default=5, type=SOME, show_default=True)
+@click.option("--loads", default=1, type=SOME, show_default=True, help="How often both are loaded anew.")
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--threads", default=0, help="CPU threads; 0 is one per core.")
+@click.option("--threads", default=0, type=COUNT, help="CPU threads; 0 is one per core.")
 def main(old: Path, old_commit: str, trees: tuple[str, ...], path: Path, limit: int, max_tokens: int, passes: int,
          loads: int, device: str, threads: int) -> None:  # fmt: skip
     commit = require_commit()
@@ -139,4 +139,4 @@ def main(old: Path, old_commit: str, trees: tuple[str, ...], path: Path, limit: 
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

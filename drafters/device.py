@@ -82,12 +82,13 @@ class DeviceDraftOps:
         return state.last_rows(values, counts)
 
     def observe(
-        self, slots: Tensor, result: VerifyResult, hidden: Tensor, tokens_table: Tensor, hidden_table: Tensor,
-        counts_table: Tensor,
+        self, slots: Tensor, lengths: Tensor, result: VerifyResult, hidden: Tensor, tokens_table: Tensor,
+        hidden_table: Tensor, counts_table: Tensor, recent: Tensor,
     ) -> None:  # fmt: skip
         state.observe(
-            slots, result.path, result.tokens, result.counts, hidden, tokens_table, hidden_table, counts_table
-        )
+            slots, lengths, result.path, result.tokens, result.counts, hidden, tokens_table, hidden_table, counts_table,
+            recent,
+        )  # fmt: skip
 
 
 def _shown(nodes: Nodes, count: int, frontier: int, level: int) -> Growth:

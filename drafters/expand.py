@@ -96,10 +96,13 @@ class DraftOps(Protocol):
         """values: [B, R, H] -> [B, 1, H], the last real row's (the first where there is none)."""
 
     def observe(
-        self, slots: Tensor, result: VerifyResult, hidden: Tensor, tokens_table: Tensor, hidden_table: Tensor,
-        counts_table: Tensor,
+        self, slots: Tensor, lengths: Tensor, result: VerifyResult, hidden: Tensor, tokens_table: Tensor,
+        hidden_table: Tensor, counts_table: Tensor, recent: Tensor,
     ) -> None:  # fmt: skip
-        """Keep what a step emitted: row i of a slot becomes token i and the hidden state [B, N, H] of the node before it."""
+        """Keep what a step emitted: row i of a slot becomes token i and the hidden state [B, N, H] of the node before it.
+
+        The states go into the ring `recent` [S, R, H], too, by position: that of position p into row p % R.
+        """
 
 
 def level_sizes(shape: TreeShape, depth: int, beam: int) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ Hidden states. Row p of layer k needs the hidden state of position p-1-k, which 
 the row before the first new one is carried over from the last step, and a tree node takes its parent's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -23,12 +24,12 @@ from torch import Tensor
 
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.attention.torch import TorchAttention
-from mtp_engine.cache import NO_LIMIT, HybridKV
+from mtp_engine.cache import NO_LIMIT, HybridKV, Pages, ring_spans
 from mtp_engine.config import TreeShape
 from mtp_engine.drafters.expand import DraftOps, Growth, Level, LevelRows, level_sizes
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.models.mtp import MTPModule
-from mtp_engine.sampling.batch import Batch
+from mtp_engine.sampling.batch import Batch, to_device
 from mtp_engine.tree import DraftTree, VerifyResult
 
 
@@ -57,15 +58,13 @@ class MTPDrafter:
         shape: TreeShape,
         *,
         slots: int,
-        tokens: int,
-        page_size: int,
         beam: int = 8,
         attention: AttentionFactory = TorchAttention,
         ops: DraftOps | None = None,
         ring_page: int = 1,
         ring_rows: int = 1,
     ) -> None:
-        """shape: at most as deep as the module has levels. tokens: capacity of MTP layers with full attention.
+        """shape: at most as deep as the module has levels.
         beam: how many nodes of a level are given children when the shape is tree:N, or more (see level_sizes).
         ring_page: see HybridKV. ring_rows: a ring takes at least this many rows at a time."""
         self.module, self.shape, self.attention = module, shape, attention
@@ -76,32 +75,68 @@ class MTPDrafter:
         self.max_nodes = 1 + (min(shape.best, drafted) if shape.best else drafted)
         layer, embedding = module.config.layer.attention, module.embedding
         rows = self.depth + 1
-        self.scratch_rows = rows + sum(keep for _, keep in self._levels[:-1])  # rows a step may append to the cache
-        self.cache = HybridKV(
-            [layer] * len(module.layers), slots=slots, tokens=tokens, page_size=page_size,
-            max_nodes=max(self.scratch_rows, ring_rows), ring_page=ring_page, dtype=embedding.dtype, device=embedding.device,
-        )  # fmt: skip
+        self.scratch_rows = rows + sum(keep for _, keep in self._levels[:-1])
+        self.cache: HybridKV | None = None
+        self._ring_page, self._ring_rows = ring_page, ring_rows
         # a chained layer's rows need the whole window of the layer before, so windows add up
         reach = self.depth if module.config.chained and not module.config.reused else 1
-        self._history = (layer.window or NO_LIMIT) * reach + self.depth  # rows of a prompt's end that drafting needs
-        hidden, device = embedding.shape[1], embedding.device
+        self.history = (layer.window or NO_LIMIT) * reach + self.depth
+        # up to `depth` rows are still to come when a state is saved; level k makes its own again from k rows later on
+        self.reread = 2 * self.depth - 1
+        self._slots, hidden, device = slots, embedding.shape[1], embedding.device
         self._tokens = torch.zeros(slots, rows, dtype=torch.int64, device=device)
         self._hidden = torch.zeros(slots, rows, hidden, dtype=embedding.dtype, device=device)
         self._counts = torch.zeros(slots, dtype=torch.int64, device=device)
         self._first = torch.ones(slots, dtype=torch.int64, device=device)
         self._carry = torch.zeros(self.depth, slots, hidden, dtype=embedding.dtype, device=device)
+        self._recent = self._hidden[:, :0]  # [slots, R, H], the state of position p in row p % R
 
-    @property
-    def room(self) -> int:
-        return self.cache.room - self.scratch_rows
-
-    def reserve(self, slot: int, tokens: int) -> bool:
-        return self.cache.reserve(slot, tokens + self.scratch_rows)
+    def attach(self, pages: Pages, behind: int) -> None:
+        layer, embedding = self.module.config.layer.attention, self.module.embedding
+        self.cache = HybridKV(
+            [layer] * len(self.module.layers), pages, max_nodes=max(self.scratch_rows, self._ring_rows),
+            behind=behind + self.reread, ring_page=self._ring_page, dtype=embedding.dtype,
+        )  # fmt: skip
+        read = self.history if self.history < NO_LIMIT else self.reread
+        kept = read + 1 + behind + self.depth + 1
+        self._recent = embedding.new_zeros(self._slots, kept, embedding.shape[1])
 
     def release(self, slot: int) -> None:
-        self.cache.release(slot)
         self._first[slot], self._counts[slot] = 1, 0
         self._carry[:, slot] = 0.0
+
+    def save(self, slot: int, tokens: int, *, lean: bool) -> list[Tensor]:
+        """The main model's states of the last `reread` + 1 positions, or of all that drafting needs: [rows, H]."""
+        rows, ring = min(tokens, (self.history if lean else self.reread) + 1), self._recent[slot]
+        return [torch.cat([ring[span] for span in ring_spans(0, len(ring), tokens - rows, tokens)])]
+
+    def load(self, slot: int, known: Sequence[int], saved: Sequence[Tensor], left: int) -> None:
+        """Each level runs over the tokens whose states are there, a row later than the level above, from which it takes a
+        state; so all rows are those that were there, and the last ones leave the states that `draft` goes on from."""
+        [hidden], tokens, device = saved, len(known) - 1, self._carry.device
+        ring = self._recent[slot]
+        spans = ring_spans(0, len(ring), tokens - len(hidden), tokens)
+        for span, part in zip(spans, torch.split(hidden, [span.stop - span.start for span in spans]), strict=True):
+            ring[span] = part
+        if left >= self.history:
+            return  # nothing of this will be seen
+        start = tokens + 1 - len(hidden)  # position of the first row to run: it takes the state before it
+        ids = to_device(known[start:], torch.int64, device)
+        self._first[slot] = max(1, tokens + 1 - self.history)
+        self._tokens[slot, 0], self._hidden[slot, 0], self._counts[slot] = ids[-1], hidden[-1], 1
+        self._carry[:, slot] = 0.0
+        one = torch.ones(1, dtype=torch.int64, device=device)
+        slots, ids, states = one * slot, ids[None, :-1], hidden[None, :-1]
+        for number in range(min(self.depth, len(self.module.layers))):
+            if not ids.shape[1]:
+                break
+            rows = _NewRows(
+                slots, ids, states, one * ids.shape[1], one * (start + number), self._first[slots], tokens + 1, True
+            )
+            level = self._run(number, rows, Growth.start(one), None)
+            if number + 1 < self.depth:
+                self._carry[number + 1, slot] = level.passed[0, -1]
+            ids, states = ids[:, 1:], level.passed[:, :-1]
 
     def draft(self, batch: Batch) -> DraftTree:
         slots, counts = batch.slots, self._counts[batch.slots]
@@ -121,7 +156,9 @@ class MTPDrafter:
             self._read(batch, result.tokens, hidden, batch.prompt_left)
             return
         states = self.module.main_hidden(hidden)
-        self.ops.observe(batch.slots, result, states, self._tokens, self._hidden, self._counts)
+        self.ops.observe(
+            batch.slots, batch.lengths, result, states, self._tokens, self._hidden, self._counts, self._recent
+        )
 
     def _read(self, batch: Batch, tokens: Tensor, hidden: Tensor, left: int) -> None:
         """Rows of a prompt's chunk: tokens [1, C] behind its first one, hidden [1, C, H] of the positions before them.
@@ -130,8 +167,11 @@ class MTPDrafter:
         next chunk. Rows too far from the prompt's end for any draft to see are left out.
         """
         count, slots = tokens.shape[1], batch.slots
+        latest = min(count, self._recent.shape[1])
+        kept = torch.arange(batch.bound - latest, batch.bound, device=slots.device) % self._recent.shape[1]
+        self._recent[slots, kept] = self.module.main_hidden(hidden[0, -latest:])
         start = batch.bound - count  # position of the token in front of `tokens`
-        first = max(1, batch.bound + left + 1 - self._history)  # position of the first row that is needed
+        first = max(1, batch.bound + left + 1 - self.history)  # position of the first row that is needed
         if batch.bound < first:
             return
         skipped = max(0, first - start - 1)
@@ -186,6 +226,7 @@ class MTPDrafter:
         step = StepRows(
             rows.slots, start, level.positions, level.parents, depth, bound, level.first, rows.full, level.offsets
         )
+        assert self.cache, "the drafter is not attached to a loop"
         return self.module.forward(number, embedded, hidden, level.rotary, self.attention(self.cache, step))
 
 

@@ -3,13 +3,14 @@
 Needs no model; good where the answer repeats the prompt (summaries, edits, code). A. Saxena, "Prompt lookup decoding", 2023.
 """
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
-from mtp_engine.cache import NO_LIMIT
-from mtp_engine.sampling.batch import Batch
+from mtp_engine.cache import Pages
+from mtp_engine.sampling.batch import Batch, to_device
 from mtp_engine.tree import DraftTree, VerifyResult
 
 
@@ -17,18 +18,20 @@ from mtp_engine.tree import DraftTree, VerifyResult
 class NgramDrafter:
     """Drafts chains of up to `length` tokens after the newest earlier match of the longest suffix (3 tokens, then 2)."""
 
-    room = NO_LIMIT
+    cache = None
+    scratch_rows = history = reread = 0
 
     def __init__(
         self, length: int, *, slots: int, max_context: int, device: torch.device, suffixes: tuple[int, ...] = (3, 2)
     ) -> None:
         self.max_nodes = length + 1
         self._length, self._suffixes = length, suffixes
+        self.depth = length
         # the last column takes what steps write that were launched before an answer was known to have ended
         self._text = torch.full((slots, max_context + self.max_nodes + 1), -1, device=device)
 
-    def reserve(self, slot: int, tokens: int) -> bool:
-        return True
+    def attach(self, pages: Pages, behind: int) -> None:
+        pass
 
     def release(self, slot: int) -> None:
         self._text[slot] = -1
@@ -44,7 +47,7 @@ class NgramDrafter:
             follow = (starts + suffix)[:, None] + offsets
             drafted = text.gather(1, follow.clamp(max=text.shape[1] - 1))
             usable = (found & (size == 1))[:, None]
-            known = (follow <= batch.lengths[:, None]) & usable
+            known = (follow <= batch.lengths[:, None]) & usable & (drafted >= 0)  # who wants no drafts did not show all
             chains[:, 1:] = torch.where(known, drafted, chains[:, 1:])
             size = torch.where(usable[:, 0], 1 + known.sum(1), size)
         return DraftTree.chain(chains, size)
@@ -67,3 +70,9 @@ class NgramDrafter:
         positions = batch.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         # what lies past the new length is overwritten later
         self._text[batch.slots[:, None], positions.clamp(max=self._text.shape[1] - 1)] = tokens
+
+    def save(self, slot: int, tokens: int, *, lean: bool) -> list[Tensor]:
+        return []
+
+    def load(self, slot: int, known: Sequence[int], saved: Sequence[Tensor], left: int) -> None:
+        self._text[slot, : len(known)] = to_device(known, torch.int64, self._text.device)

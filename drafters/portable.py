@@ -59,10 +59,12 @@ class TorchDraftOps:
         return values.gather(1, index.expand(-1, 1, values.shape[2]))
 
     def observe(
-        self, slots: Tensor, result: VerifyResult, hidden: Tensor, tokens_table: Tensor, hidden_table: Tensor,
-        counts_table: Tensor,
+        self, slots: Tensor, lengths: Tensor, result: VerifyResult, hidden: Tensor, tokens_table: Tensor,
+        hidden_table: Tensor, counts_table: Tensor, recent: Tensor,
     ) -> None:  # fmt: skip
         rows = result.tokens.shape[1]
         tokens_table[slots, :rows] = result.tokens
-        hidden_table[slots, :rows] = result.gather(hidden)
+        hidden_table[slots, :rows] = states = result.gather(hidden)
+        turned = (lengths[:, None] + torch.arange(rows, device=lengths.device)) % recent.shape[1]
+        recent[slots[:, None], turned] = states
         counts_table[slots] = result.counts

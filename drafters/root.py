@@ -1,10 +1,11 @@
 """No drafting: a tree of one node, which is plain decoding."""
 
+from collections.abc import Sequence
 from typing import final
 
 from torch import Tensor
 
-from mtp_engine.cache import NO_LIMIT
+from mtp_engine.cache import Pages
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
@@ -12,10 +13,11 @@ from mtp_engine.tree import DraftTree, VerifyResult
 @final
 class RootDrafter:
     max_nodes = 1
-    room = NO_LIMIT
+    depth = scratch_rows = history = reread = 0
+    cache = None
 
-    def reserve(self, slot: int, tokens: int) -> bool:
-        return True
+    def attach(self, pages: Pages, behind: int) -> None:
+        pass
 
     def release(self, slot: int) -> None:
         pass
@@ -24,4 +26,10 @@ class RootDrafter:
         return DraftTree.root(batch.tokens)
 
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
+        pass
+
+    def save(self, slot: int, tokens: int, *, lean: bool) -> list[Tensor]:
+        return []
+
+    def load(self, slot: int, known: Sequence[int], saved: Sequence[Tensor], left: int) -> None:
         pass

@@ -138,8 +138,8 @@ def last_rows(values: Tensor, counts: Tensor) -> Tensor:
 
 @triton.jit
 def _observe(
-    slots, path, tokens, counts, hidden, tokens_table, hidden_table, counts_table, D, rows, nodes, H,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    slots, lengths, path, tokens, counts, hidden, tokens_table, hidden_table, counts_table, recent, D, rows, ring, nodes,
+    H, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (kept node, request, piece of H)."""
     _wait(PDL)
@@ -148,6 +148,8 @@ def _observe(
     slot, node = tl.load(slots + b), tl.load(path + b * D + d)
     value = tl.load(hidden + (b * nodes + node) * H + h, mask=h < H)
     tl.store(hidden_table + (slot * rows + d) * H + h, value, mask=h < H)
+    turned = (tl.load(lengths + b) + d) % ring
+    tl.store(recent + (slot * ring + turned) * H + h, value, mask=h < H)
     if tl.program_id(2) == 0:
         tl.store(tokens_table + slot * rows + d, tl.load(tokens + b * D + d))
         if d == 0:
@@ -155,20 +157,22 @@ def _observe(
 
 
 def observe(
-    slots: Tensor, path: Tensor, tokens: Tensor, counts: Tensor, hidden: Tensor,
-    tokens_table: Tensor, hidden_table: Tensor, counts_table: Tensor,
+    slots: Tensor, lengths: Tensor, path: Tensor, tokens: Tensor, counts: Tensor, hidden: Tensor,
+    tokens_table: Tensor, hidden_table: Tensor, counts_table: Tensor, recent: Tensor,
 ) -> None:  # fmt: skip
-    """Row d of slot slots[b] becomes tokens[b, d] and hidden[b, path[b, d]], its count counts[b].
+    """Row d of slot slots[b] becomes tokens[b, d] and hidden[b, path[b, d]], its count counts[b]; row (lengths[b] + d) % R
+    of the ring `recent` becomes that state, too.
 
-    slots, counts: [B]; path, tokens: [B, D] int64; hidden: [B, N, H]; tables: [S, >= D], [S, >= D, H] and [S].
+    slots, lengths, counts: [B] int64; path, tokens: [B, D] int64; hidden: [B, N, H]; tables: [S, >= D], [S, >= D, H] and
+    [S]; recent: [S, R, H], R >= D.
     """
     batch, depth = path.shape
-    check_contiguous(path, tokens, hidden, tokens_table, hidden_table)
+    check_contiguous(path, tokens, hidden, tokens_table, hidden_table, recent)
     width = hidden.shape[2]
     block = min(1024, triton.next_power_of_2(width))
     _observe[(depth, batch, -(-width // block))](
-        slots, path, tokens, counts, hidden, tokens_table, hidden_table, counts_table, depth, tokens_table.shape[1],
-        hidden.shape[1], width, BLOCK=block, PDL=pdl(), launch_pdl=pdl(), num_warps=2,
+        slots, lengths, path, tokens, counts, hidden, tokens_table, hidden_table, counts_table, recent, depth,
+        tokens_table.shape[1], recent.shape[1], hidden.shape[1], width, BLOCK=block, PDL=pdl(), launch_pdl=pdl(), num_warps=2,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mtp_engine.runtime.stats import GenerationStats
     from mtp_engine.tree import DraftTree, VerifyResult
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "AsyncEngine": "async_engine",

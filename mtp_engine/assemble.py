@@ -9,7 +9,7 @@ import torch
 from mtp_engine.attention.rows import AttentionFactory
 from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.backend import Backend
-from mtp_engine.cache import HybridKV
+from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import MAX_TREE_NODES, EngineConfig, ModelConfig, Structure
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.hub.hub import ModelFiles
@@ -19,6 +19,7 @@ from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Drafter, Progress, TargetModel, Verifier
 from mtp_engine.runtime.intake import Intake
 from mtp_engine.runtime.loop import DecodeLoop
+from mtp_engine.runtime.memory import Memory
 from mtp_engine.runtime.scheduler import Scheduler
 from mtp_engine.runtime.slots import SlotState
 from mtp_engine.runtime.step import EagerRunner, ModelStep, RunnerFactory
@@ -28,7 +29,7 @@ from mtp_engine.sampling.stops import NewDecoder
 from mtp_engine.sampling.structure import Grammars
 from mtp_engine.text.tokenizer import Tokenizer
 
-_KV_BUDGET = 4 << 30  # bytes; the default cache holds a full context per slot up to this
+_KV_BUDGET = 4 << 30  # bytes; the default cache holds a full context per slot up to this, and what is kept besides
 
 
 def kv_tokens(model: ModelConfig, config: EngineConfig, slots: int) -> int:
@@ -40,9 +41,14 @@ def kv_tokens(model: ModelConfig, config: EngineConfig, slots: int) -> int:
         for a in (layer.attention for layer in model.layers)
         if a.window is None
     )
-    return min(slots * context, max(context, _KV_BUDGET // max(each, 1))) + slots * (
-        2 * MAX_TREE_NODES + config.page_size
-    )
+    running = min(slots * context, max(context, _KV_BUDGET // max(each, 1)))
+    kept = prefix_bytes(config) // each if each else 0
+    return running + kept + slots * (2 * MAX_TREE_NODES + config.page_size)
+
+
+def prefix_bytes(config: EngineConfig) -> int:
+    """Of the prefix cache; 0 where there is none."""
+    return int(config.prefix_cache_gb * 1e9) if config.prefix_cache else 0
 
 
 def make_loop(
@@ -53,19 +59,18 @@ def make_loop(
         model = replace(model, features=drafter.module.config.features)
     layers, embedding = [layer.attention for layer in model.config.layers], model.embedding
     eos = tokenizer.eos_ids if tokenizer else ()
+    tokens = kv_tokens(model.config, config, slots) + backend.scratch_tokens + config.page_size
+    pages = Pages(slots=slots + 1, tokens=tokens, page_size=config.page_size, device=embedding.device)
     cache = HybridKV(
-        layers, slots=slots + 1, page_size=config.page_size, ring_page=backend.ring_page,
-        tokens=kv_tokens(model.config, config, slots) + backend.scratch_tokens + config.page_size,
-        max_nodes=max(drafter.max_nodes, backend.ring_rows), kernels=backend.kernels,
-        dtype=embedding.dtype, device=embedding.device,
+        layers, pages, ring_page=backend.ring_page, max_nodes=max(drafter.max_nodes, backend.ring_rows),
+        behind=backend.in_flight * (drafter.depth + 1), kernels=backend.kernels, dtype=embedding.dtype,
     )  # fmt: skip
-    if backend.scratch_tokens:
-        cache.reserve(slots, backend.scratch_tokens)
-        drafter.reserve(slots, backend.scratch_tokens)
+    pages.reserve(slots, backend.scratch_tokens)
     return decode_loop(
         model, cache, drafter, backend.verifier(config.verifier), slots=slots, eos_token_ids=eos,
         max_context=config.max_context or model.config.max_context, max_waiting=config.max_waiting,
         prefill_chunk=min(config.prefill_chunk, backend.chunk_rows),
+        prefix_bytes=prefix_bytes(config), share_pages=backend.kernels,
         device=embedding.device, attention=backend.attention, runner=backend.runner(slots), kernels=backend.kernels,
         text=tokenizer.stream if tokenizer else None, spell=tokenizer.spellings if tokenizer else None,
         grammars=Grammars(tokenizer.folder, model.config.vocab_size, eos).start if tokenizer else None,
@@ -75,20 +80,26 @@ def make_loop(
 def decode_loop(
     model: TargetModel, cache: HybridKV, drafter: Drafter, verifier: Verifier, *, slots: int, max_context: int,
     eos_token_ids: Sequence[int], prefill_chunk: int, device: torch.device, max_waiting: int = 1024,
+    prefix_bytes: int = 0, share_pages: bool = False,
     attention: AttentionFactory = TorchAttention, runner: RunnerFactory = EagerRunner, kernels: bool = False,
     text: NewDecoder | None = None, spell: Callable[[str], Iterable[Sequence[int]]] | None = None,
     grammars: Callable[[Structure], Constraint] | None = None, clock: Callable[[], float] = time.monotonic,
 ) -> DecodeLoop:  # fmt: skip
-    """A loop of given parts. text, spell, grammars: see Intake. clock: seconds, for timeouts."""
-    work = ModelStep(  # the last slot is scratch, with which runners pad batches
-        model, cache, drafter, verifier, Processors(slots=slots + 1, eos_token_ids=eos_token_ids, device=device),
-        SlotState(slots + 1, device, kernels=kernels), attention, device,
-    )  # fmt: skip
+    """A loop of given parts. text, spell, grammars: see Intake. clock: seconds, for timeouts. prefix_bytes, share_pages:
+    see Memory."""
+    drafter.attach(cache.pages, cache.behind)
+    processors = Processors(slots=slots + 1, eos_token_ids=eos_token_ids, device=device)
+    state = SlotState(slots + 1, device, kernels=kernels)  # the last slot is scratch, with which runners pad batches
+    work = ModelStep(model, cache, drafter, verifier, processors, state, attention, device)
     runs = runner(work)
-    work.ahead = drafter.max_nodes * runs.in_flight  # rows of steps that run past the end
-    intake = Intake(model.vocab_size, max_context, work.capacity, frozenset(eos_token_ids), text, spell, grammars)
-    scheduler = Scheduler(work, slots=slots, chunk=prefill_chunk, max_waiting=max_waiting, clock=clock)
-    return DecodeLoop(work, runs, scheduler, intake)
+    rows = max(drafter.max_nodes, drafter.scratch_rows if drafter.cache and drafter.cache.paged else 0)
+    memory = Memory(
+        cache, drafter, processors, state, vocab=model.vocab_size, chunk=prefill_chunk, prefix_bytes=prefix_bytes,
+        shares=share_pages, ahead=rows + drafter.max_nodes * (runs.in_flight - 1),
+    )  # fmt: skip
+    intake = Intake(model.vocab_size, max_context, memory.capacity, frozenset(eos_token_ids), text, spell, grammars)
+    scheduler = Scheduler(memory, slots=slots, chunk=prefill_chunk, max_waiting=max_waiting, clock=clock)
+    return DecodeLoop(work, runs, scheduler, intake, memory)
 
 
 def make_drafter(
@@ -105,15 +116,14 @@ def make_drafter(
         files.mtp_folder, model, config.draft_vocab, progress,
         dequantize=config.dequantize, window_keys=config.window_keys, rounded=config.draft_int8,
     )  # fmt: skip
-    return mtp_drafter(module, model.config, config, backend)
+    return mtp_drafter(module, config, backend)
 
 
-def mtp_drafter(module: MTPModule, model: ModelConfig, config: EngineConfig, backend: Backend) -> MTPDrafter:
+def mtp_drafter(module: MTPModule, config: EngineConfig, backend: Backend) -> MTPDrafter:
     """The drafter of a main model's MTP layers, for config.tree."""
     assert config.tree is not None
     slots = config.max_batch + 1  # the last is scratch
     return MTPDrafter(
-        backend.fuse_mtp(module), config.tree, slots=slots, page_size=config.page_size, attention=backend.attention,
-        tokens=kv_tokens(model, config, slots) + backend.scratch_tokens, ops=backend.ops(config.ranking),
+        backend.fuse_mtp(module), config.tree, slots=slots, attention=backend.attention, ops=backend.ops(config.ranking),
         ring_page=backend.ring_page, ring_rows=backend.ring_rows,
     )  # fmt: skip

@@ -34,6 +34,9 @@ _RULES: dict[str, Callable[[], Verifier]] = {
 }  # fmt: skip
 
 
+_NO_MEMORY = "the memory is not enough for this model: lower --max-context, or choose a smaller one"
+
+
 def _rule(name: str) -> Verifier:
     return _RULES[name]()
 
@@ -52,8 +55,9 @@ class Backend:
     """attention: makes each step's attention. runner: for a loop of so many slots. verifier: by the rule's name. ops: by
     how candidates are picked. fuse, fuse_mtp: wrap the modules. kernels: caches move rows by kernels.
 
-    ring_page, ring_rows: rings are whole pages and take at least so many rows at a time. scratch_tokens: room that the
-    scratch slot needs; 0 = there is none. chunk_rows: rows of a prompt that may be read at once.
+    in_flight: steps that may be queued at a time. ring_page, ring_rows: rings are whole pages and take at least so many
+    rows at a time. scratch_tokens: room that the scratch slot needs; 0 = there is none. chunk_rows: rows of a prompt that
+    may be read at once.
     """
 
     attention: AttentionFactory = TorchAttention
@@ -62,6 +66,7 @@ class Backend:
     fuse_mtp: Callable[[MTPModule], MTPModule] = _same_module
     verifier: Callable[[str], Verifier] = _rule
     ops: Callable[[Ranking], DraftOps] = TorchDraftOps
+    in_flight: int = 1
     ring_page: int = 1
     ring_rows: int = 1
     scratch_tokens: int = 0
@@ -69,8 +74,31 @@ class Backend:
     kernels: bool = False
 
 
+def find_device(name: str) -> torch.device:
+    """The device of a name; auto is the GPU if there is one. Raises EngineError for one that is not here."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    known = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    if name == "cpu" or name in known:
+        return torch.device(name)
+    if name.split(":")[0] == "cuda" and not gpus:
+        raise EngineError(f"device {name}: this torch sees no NVIDIA GPU; use --device cpu, or leave it out")
+    raise EngineError(f"device {name!r} is not one that this engine runs on; here are: auto, {', '.join(known)}")
+
+
+def describe_device(config: EngineConfig) -> str:
+    """For people. config: settled, with a device that exists and its dtype."""
+    device = torch.device(config.device)
+    if device.type != "cuda":
+        return f"{config.device}, {torch.get_num_threads()} threads, {config.dtype}"
+    return f"{config.device} ({torch.cuda.get_device_name(device)}), {config.dtype}, attention {config.attention}"
+
+
 def make_backend(config: EngineConfig, device: torch.device, progress: Progress) -> Backend:
     """Raises EngineError where the kernels that config asks for cannot run here."""
+    if device.type != "cuda" and config.attention == "flashinfer":
+        raise EngineError("FlashInfer needs an NVIDIA GPU, and this runs on the CPU: leave --attention out")
     if device.type != "cuda" or config.attention == "torch":
         return Backend()
     try:
@@ -114,6 +142,7 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
         fuse_mtp=fuse_mtp,
         verifier=lambda rule: DeviceMatchVerifier(most, device) if rule == "match" else _rule(rule),
         ops=lambda ranking: DeviceDraftOps(most, device) if ranking == "noise" else TorchDraftOps(ranking),
+        in_flight=in_flight,
         ring_page=config.page_size,
         ring_rows=MOST_ROWS,
         scratch_tokens=SCRATCH_TOKENS,
@@ -138,8 +167,14 @@ def check_tree(shape: TreeShape, config: EngineConfig, device: str) -> None:
 
 @contextmanager
 def gpu_errors() -> Iterator[None]:
-    """What CUDA says, as something the user can act on."""
+    """What CUDA says, and what a full memory says, as something the user can act on."""
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
         raise EngineError(explain(error)) from error
+    except MemoryError as error:
+        raise EngineError(f"{_NO_MEMORY} ({error})") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise EngineError(f"{_NO_MEMORY} ({str(error).splitlines()[0]})") from error

@@ -292,12 +292,15 @@ class EngineConfig:
     layers run in int8 on a CPU, which is faster and costs a little acceptance. max_context 0 means the model's own limit.
     max_batch is how many requests run at a time, and max_waiting how many more may wait for room; one beyond them is
     refused as busy. prefill_chunk is how many tokens of a prompt are read at a time (on a GPU with our kernels at most 64).
-    threads: of the CPU; 0 is one per core.
+    device: cpu, cuda, cuda:1, ...; auto is the GPU if there is one. threads: of the CPU; 0 is one per core.
 
-    kv_tokens is the size of the paged KV cache in tokens; 0 means max_batch full contexts. dequantize turns FP8 weights
-    into `dtype` when they are loaded: faster on a CPU, two or four times the memory. window_keys is how many keys a
-    query of a sliding-window layer sees, itself included; 0 is the family's reading of config.json (for MiMo-V2
-    sliding_window + 1, as in SGLang and transformers; vLLM and lmdeploy count sliding_window keys).
+    kv_tokens is the size of the paged KV cache in tokens; 0 means max_batch full contexts, and prefix_cache_gb more.
+    prefix_cache: keep the beginnings of texts, so that prompts that begin alike are not read again; prefix_cache_gb is how
+    much of them (1e9 bytes).
+    dequantize turns FP8 weights into `dtype` when they are loaded: faster on a CPU, two or four times the memory.
+    window_keys is how many keys a query of a sliding-window layer sees, itself included; 0 is the family's reading of
+    config.json (for MiMo-V2 sliding_window + 1, as in SGLang and transformers; vLLM and lmdeploy count sliding_window
+    keys).
     verifier: which drafts are kept; VERIFIERS.md compares the rules. allow_lossy lets one run that changes the output's
     distribution. candidates: how MTP layers pick them: by their probabilities and the noise of the main model's own choice,
     drawn from their probabilities by fresh noise (rules that use q), or the most probable ones; auto suits the rule.
@@ -315,7 +318,7 @@ class EngineConfig:
     verifier: Literal["match", "rejection", "block", "rrs", "traversal", "typical"] = "match"
     candidates: Literal["auto", "noise", "drawn", "best"] = "auto"
     allow_lossy: bool = False
-    device: str = "cpu"
+    device: str = "auto"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     attention: Literal["exact", "flashinfer", "torch"] = "exact"
     steps_in_flight: int = 2
@@ -324,6 +327,8 @@ class EngineConfig:
     max_waiting: int = 1024
     max_context: int = 0
     kv_tokens: int = 0
+    prefix_cache: bool = True
+    prefix_cache_gb: float = 1.0
     page_size: int = 64
     prefill_chunk: int = 256
     dequantize: bool = False
@@ -336,8 +341,12 @@ class EngineConfig:
             (1, ("max_batch", "max_waiting", "page_size", "prefill_chunk", "steps_in_flight")),
         ):
             for name in names:
-                if getattr(self, name) < least:
-                    raise EngineError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+                if not least <= getattr(self, name) < 1 << 31:
+                    raise EngineError(f"{name} is {getattr(self, name)}; it must be at least {least} and below 2**31")
+        if not 0 < self.prefix_cache_gb < 1e6:
+            raise EngineError(
+                f"prefix_cache_gb is {self.prefix_cache_gb}; it must be above 0 (prefix_cache=False turns the cache off)"
+            )
         if self.threads > MAX_THREADS:
             raise EngineError(f"threads is {self.threads}; it must be at most {MAX_THREADS}")
         if self.drafter == "ngram" and self.tree and set(self.tree.widths) != {1}:

@@ -4,16 +4,21 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal, cast, final
 
 import torch
 
 from mtp_engine.assemble import make_drafter, make_loop
-from mtp_engine.backend import Backend, check_tree, gpu_errors, make_backend
+from mtp_engine.backend import Backend, check_tree, describe_device, find_device, gpu_errors, make_backend
+from mtp_engine.cache.prefix_file import StoredPrefix
 from mtp_engine.config import DEFAULT_MODEL, SAMPLE_STEPS, EngineConfig, ModelConfig, SamplingParams, TreeShape
 from mtp_engine.drafters import RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
+from mtp_engine.hub.identity import weights_identity
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.protocols import Progress
@@ -58,9 +63,11 @@ class Engine:
     """
 
     def __init__(
-        self, model: Decoder, loop: DecodeLoop, tokenizer: Tokenizer, config: EngineConfig, backend: Backend
-    ) -> None:
+        self, model: Decoder, loop: DecodeLoop, tokenizer: Tokenizer, config: EngineConfig, backend: Backend,
+        files: hub.ModelFiles | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.loop, self.tokenizer, self.config, self.backend = model, loop, tokenizer, config, backend
+        self._files = files
         self.lock = Turns()  # held while the loop is touched
         self.closed = False
 
@@ -79,9 +86,19 @@ class Engine:
         mtp: a folder of MTP layers to use instead of the model's own. Raises EngineError for everything a user can mend.
         """
         config = config or EngineConfig()
-        device = _device(config)
+        device = find_device(config.device)
+        config = replace(config, device=str(device))
         torch.set_num_threads(config.threads or os.cpu_count() or 1)
         files = hub.locate(name, mtp=mtp, progress=progress)
+        try:
+            return cls._load(files, config, device, progress)
+        except Exception:
+            if not hub.discard_damaged(files.folder, progress):
+                raise
+        return cls._load(hub.locate(name, mtp=mtp, progress=progress), config, device, progress)
+
+    @classmethod
+    def _load(cls, files: hub.ModelFiles, config: EngineConfig, device: torch.device, progress: Progress) -> "Engine":
         tokenizer = Tokenizer.load(files.folder)
         if files.mtp_folder is None and config.drafter == "mtp" and loader.has_mtp(files.folder):
             files = replace(files, mtp_folder=files.folder)
@@ -94,7 +111,12 @@ class Engine:
         drafter = make_drafter(files, model, config, backend, progress)
         model = backend.fuse(model)
         loop = make_loop(model, drafter, config, backend, slots=config.max_batch, tokenizer=tokenizer)
-        return cls(model, loop, tokenizer, config, backend)
+        return cls(model, loop, tokenizer, config, backend, files)
+
+    @property
+    def device_note(self) -> str:
+        """What it runs on, in words."""
+        return describe_device(self.config)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -241,12 +263,52 @@ class Engine:
             finally:
                 self.lock.release()
 
+    def save_prefix(self, path: str | Path, prompt: Prompt) -> int:
+        """Write what has been read of a prompt's beginning to a file, after reading it if that has not happened.
+
+        `load_prefix` takes it up in another process, whose prompts that begin alike need not be read there. Returns how
+        many tokens that are: all but the last. Raises EngineError where there is nothing to save or no place to write.
+        """
+        maker, ids = self._maker(), self.encode(prompt)
+        for _ in range(2):
+            with self.lock:
+                stored = self.check_open().memory.stored(ids[:-1], maker)
+            if stored and len(stored.tokens) == len(ids) - 1:
+                stored.write(Path(path))
+                return len(stored.tokens)
+            self.generate([ids], SamplingParams(max_tokens=1))
+        raise EngineError("the prompt's beginning was not kept: raise prefix_cache_gb, or give it more than one token")
+
+    def load_prefix(self, path: str | Path) -> int:
+        """Keep what a file of `save_prefix` holds. Returns of how many tokens. Raises EngineError, with nothing changed,
+        for files that are damaged or that another model, version, device or drafter made."""
+        stored = StoredPrefix.read(Path(path), self._maker())
+        with self.lock:
+            self.check_open().memory.restore(stored)
+        return len(stored.tokens)
+
+    def _maker(self) -> str:
+        """What must be the same for a saved beginning to be of use."""
+        if not self.config.prefix_cache or self._files is None:
+            raise EngineError(
+                "beginnings are kept in files by the prefix cache, and this engine has none: prefix_cache=True"
+            )
+        config, drafter = self.config, self.check_open().work.drafter
+        about = (
+            version("mtp-engine"), torch.__version__, self.model_config, config.dtype, config.device, config.attention,
+            config.window_keys, config.drafter, config.draft_int8, drafter.reread, weights_identity(self._files),
+        )  # fmt: skip
+        return sha256(repr(about).encode()).hexdigest()
+
     def undrafted(self, **changes: Any) -> "Engine":
-        """An engine over the same weights that never drafts: a loop of its own, with one row per request in every step.
+        """An engine over the same weights that never drafts, nor keeps what it has read: a loop of its own, with one row
+        per request in every step.
 
         changes: of the EngineConfig's fields that a loop is made from, such as max_batch."""
         self.check_open()
-        config = replace(self.config, drafter="root", tree=None, verifier="match", candidates="auto", **changes)
+        config = replace(
+            self.config, drafter="root", tree=None, verifier="match", candidates="auto", prefix_cache=False, **changes
+        )
         slots, tokenizer = config.max_batch, self.tokenizer
         loop = make_loop(self.model, RootDrafter(), config, self.backend, slots=slots, tokenizer=tokenizer)
         return Engine(self.model, loop, tokenizer, config, self.backend)
@@ -272,16 +334,6 @@ class Engine:
 
 def _about(index: int, prompts: int, error: str) -> str:
     return error if prompts == 1 else f"prompt {index}: {error}"
-
-
-def _device(config: EngineConfig) -> torch.device:
-    try:
-        device = torch.device(config.device)
-    except RuntimeError:
-        raise EngineError(f"device {config.device!r} is unknown: use cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise EngineError("device cuda was asked for, but this torch sees no NVIDIA GPU: use --device cpu")
-    return device
 
 
 def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:

@@ -1,10 +1,11 @@
 """What the decode loop asks of its parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
+from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
@@ -47,10 +48,22 @@ class Drafter(Protocol):
     def max_nodes(self) -> int: ...  # nodes of its largest tree, root included
 
     @property
-    def room(self) -> int: ...  # tokens for which it has memory
+    def depth(self) -> int: ...  # of its deepest tree
 
-    def reserve(self, slot: int, tokens: int) -> bool:
-        """Make room for a request of at most `tokens` tokens. False, with nothing changed, where there is none."""
+    @property
+    def cache(self) -> HybridKV | None: ...  # of its own layers, once it is attached
+
+    @property
+    def scratch_rows(self) -> int: ...  # that a draft may append to its cache
+
+    @property
+    def history(self) -> int: ...  # tokens of a prompt's end that it reads
+
+    @property
+    def reread(self) -> int: ...  # tokens that `load` runs through its layers once more, where their rows were saved
+
+    def attach(self, pages: Pages, behind: int) -> None:
+        """Make its cache in a loop's pages. behind: see HybridKV."""
 
     def release(self, slot: int) -> None:
         """Forget what a slot holds: another request may take it."""
@@ -61,6 +74,17 @@ class Drafter(Protocol):
         """A step was kept. hidden: [B, N, H] of all its nodes, of which result.path names those kept.
 
         A prompt comes in the same way, chunk by chunk (batch.prompt_left): a chain of known tokens that is kept whole.
+        """
+
+    def save(self, slot: int, tokens: int, *, lean: bool) -> list[Tensor]:
+        """Copies of what it needs to go on behind the slot's first `tokens` tokens: besides its cache's rows, or, lean,
+        without them. The slot may be ahead of that by as much as `behind` says."""
+
+    def load(self, slot: int, known: Sequence[int], saved: Sequence[Tensor], left: int) -> None:
+        """Go on in a slot from what `save` gave there or elsewhere; the cache's rows that belong to it are in place.
+
+        known: all tokens up to the next tree's root, one more than were saved. left: tokens to read behind them until its
+        rows must be there.
         """
 
 

@@ -23,6 +23,17 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def on_the_cpu() -> Iterator[None]:
+    """Tests that do not name a device mean the CPU, also on a machine with a GPU."""
+    from mtp_engine import engine
+    from mtp_engine.backend import find_device
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "find_device", lambda name: find_device("cpu" if name == "auto" else name))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """One thread, except where the default model runs: a second one makes tiny tensors up to ten times slower."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtp_engine.attention.rows import StepRows
 from mtp_engine.attention.torch import TorchAttention
-from mtp_engine.cache import HybridKV
+from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 
@@ -75,9 +75,13 @@ class Run:
     def __init__(self, model: Decoder, capacity: int, max_nodes: int = 1) -> None:
         self.model = model
         attentions = [layer.attention for layer in model.config.layers]
-        self.cache = HybridKV(attentions, slots=1, tokens=capacity, page_size=8, max_nodes=max_nodes,
-                              dtype=torch.float32, device=CPU)  # fmt: skip
-        self.cache.reserve(0, capacity)
+        self.cache = HybridKV(
+            attentions,
+            Pages(slots=1, tokens=capacity, page_size=8, device=CPU),
+            max_nodes=max_nodes,
+            dtype=torch.float32,
+        )
+        self.cache.pages.reserve(0, capacity)
         self.length = 0
 
     def __call__(self, tokens: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtp_engine.attention.rows import StepRows
 from mtp_engine.attention.torch import TorchAttention
-from mtp_engine.cache import HybridKV
+from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import AttentionConfig, RopeConfig
 from mtp_engine.kernels.reference import attend, visible_bias
 from mtp_engine.tree import DraftTree
@@ -44,8 +44,8 @@ def layer(window: int | None, kv_heads: int = KV_HEADS) -> AttentionConfig:
 
 
 def hybrid(windows: Sequence[int | None], *, max_nodes: int, slots: int = 3, page_size: int = 4) -> HybridKV:
-    return HybridKV([layer(w) for w in windows], slots=slots, tokens=slots * 96, page_size=page_size,
-                    max_nodes=max_nodes, dtype=torch.float32, device=CPU)  # fmt: skip
+    pages = Pages(slots=slots, tokens=slots * 96, page_size=page_size, device=CPU)
+    return HybridKV([layer(w) for w in windows], pages, max_nodes=max_nodes, dtype=torch.float32)
 
 
 def tree_rows(tree: DraftTree, slots: list[int], lengths: list[int], first: list[int] | None = None) -> StepRows:
@@ -138,7 +138,7 @@ def test_trees_behind_prefixes(
     cache, prefixes = hybrid([None, window], max_nodes=nodes), {}
     sinks = draw(g, HEADS) * 2 if sink else None
     for slot, length in zip(slots, lengths, strict=True):
-        cache.reserve(slot, length + nodes)
+        cache.pages.reserve(slot, length + nodes)
         prefixes[slot] = draw(g, length, KV_HEADS, QK_DIM), draw(g, length, KV_HEADS, V_DIM)
         if length:
             prefill = TorchAttention(cache, causal_rows(slot, 0, length))
@@ -164,7 +164,7 @@ def test_a_prompt_in_chunks_sees_what_the_whole_sees(window: int | None, chunk: 
     total = 40
     q, k, v = draw(g, total, HEADS, QK_DIM), draw(g, total, KV_HEADS, QK_DIM), draw(g, total, KV_HEADS, V_DIM)
     cache = hybrid([window], max_nodes=2)
-    cache.reserve(1, total)
+    cache.pages.reserve(1, total)
     out = []
     for start in range(0, total, chunk):
         part = slice(start, min(start + chunk, total))
@@ -179,9 +179,9 @@ def test_layers_of_one_group_keep_to_themselves() -> None:
     """Four layers, two kinds: each reads the keys it wrote, through its own head sizes."""
     g = torch.Generator().manual_seed(1)
     layers = [layer(None), layer(5, kv_heads=1), layer(None), layer(5, kv_heads=1)]
-    cache = HybridKV(layers, slots=1, tokens=32, page_size=4, max_nodes=2, dtype=torch.float32, device=CPU)
+    cache = HybridKV(layers, Pages(slots=1, tokens=32, page_size=4, device=CPU), max_nodes=2, dtype=torch.float32)
     assert len(cache.groups) == 2
-    cache.reserve(0, 12)
+    cache.pages.reserve(0, 12)
     parts = [
         (draw(g, 1, 11, HEADS, QK_DIM), draw(g, 1, 11, c.kv_heads, QK_DIM), draw(g, 1, 11, c.kv_heads, V_DIM))
         for c in layers

@@ -140,3 +140,42 @@ def test_every_script_asks_before_it_works(script: Path) -> None:
 
 def test_there_are_scripts() -> None:
     assert len(SCRIPTS) >= 9
+
+
+PROMPTS = str(BENCH / "prompts" / "bench_core.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "words"),
+    [
+        ("acceptance", ["--prompts", PROMPTS, "--drafter", "root"], "root drafter drafts nothing"),
+        ("acceptance", ["--prompts", PROMPTS, "--tree", "banana"], "chain:K"),
+        ("acceptance", ["--prompts", __file__], "not lines of JSON"),
+        ("acceptance", ["--prompts", PROMPTS, "--limit", "-1"], "--limit"),
+        ("decode", ["--tree", "banana", "--no-peer"], "chain:K"),
+        ("grammar", ["--tree", "banana"], "chain:K"),
+        ("processing", ["--tree", "banana"], "chain:K"),
+        ("rules", ["--prompts", PROMPTS, "--device", "mps"], "here are"),
+        ("soak", ["--tree", "banana"], "chain:K"),
+        ("loader", ["--gb", "nan"], "--gb"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(script: str, options: list[str], words: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(BENCH.parent), "MTP_BENCH_DIRTY": "1"}
+    command = [sys.executable, str(BENCH / f"{script}.py"), *options]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    last = done.stderr.strip().splitlines()[-1]
+    assert words in last
+    assert "Traceback" not in done.stderr
+    assert script == "loader" or done.stderr == f"{last}\n"
+
+
+def test_docstrings_name_files_that_are_there() -> None:
+    for script in BENCH.glob("*.py"):
+        text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+        for word in text.replace("=", " ").split():
+            path = word.strip("().,;:`")
+            if "/" in path and path.endswith((".py", ".jsonl", ".md")):
+                found = [root / path for root in (BENCH.parent, BENCH.parent / "mtp_engine") if (root / path).exists()]
+                assert found, f"{script.name} names {path}"

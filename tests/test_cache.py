@@ -26,15 +26,15 @@ from test_tree import lineage, random_tree
 from torch import Tensor
 
 from mtp_engine.attention.torch import TorchAttention
-from mtp_engine.cache import HybridKV, PagedKV, WindowKV
+from mtp_engine.cache import HybridKV, PagedKV, Pages, WindowKV
 from mtp_engine.tree import DraftTree, VerifyResult
 
 SLOTS, PAGES, PAGE = 3, 6, 4
 
 
 def paged() -> PagedKV:
-    return PagedKV(layers=2, kv_heads=1, qk_dim=2, v_dim=1, slots=SLOTS, pages=PAGES, page_size=PAGE,
-                   dtype=torch.float32, device=CPU)  # fmt: skip
+    pages = Pages(slots=SLOTS, tokens=PAGES * PAGE, page_size=PAGE, device=CPU)
+    return PagedKV(pages, layers=2, kv_heads=1, qk_dim=2, v_dim=1, dtype=torch.float32)
 
 
 def ring(window: int, nodes: int, slots: int = 2) -> WindowKV:
@@ -43,7 +43,7 @@ def ring(window: int, nodes: int, slots: int = 2) -> WindowKV:
 
 
 def state(cache: PagedKV) -> tuple[Any, ...]:
-    return [list(pages) for pages in cache.table], list(cache._free), cache.k.clone(), cache.v.clone()
+    return [list(pages) for pages in cache.table], cache.owner.free, cache.k.clone(), cache.v.clone()
 
 
 def fill(cache: PagedKV, slot: int, start: int, stop: int, tag: float) -> None:
@@ -80,40 +80,41 @@ def test_pages_under_any_history(ops: list[tuple[int, int]]) -> None:
     cache, held, tags = paged(), [0] * SLOTS, [0.0] * SLOTS
     for number, (slot, tokens) in enumerate(ops):
         if tokens < 0:
-            cache.release(slot)
+            cache.owner.release(slot)
             held[slot] = 0
         else:
+            tokens = max(tokens, held[slot])
             missing = -(-tokens // PAGE) - len(cache.table[slot])
             free = PAGES - sum(map(len, cache.table))
             before = state(cache)
             if missing > free:
-                assert not cache.reserve(slot, tokens)
-                assert cache.room == free * PAGE
+                assert not cache.owner.reserve(slot, tokens)
+                assert cache.owner.unreserved == free * PAGE
                 assert state(cache)[:2] == before[:2]
                 assert all(torch.equal(a, b) for a, b in zip(state(cache)[2:], before[2:], strict=True))
             else:
-                assert cache.reserve(slot, tokens)
+                assert cache.owner.reserve(slot, tokens)
                 assert len(cache.table[slot]) == max(len(before[0][slot]), -(-tokens // PAGE))
                 tags[slot] = tags[slot] if held[slot] else float(number + 1)
                 fill(cache, slot, held[slot], max(tokens, held[slot]), tags[slot])
                 held[slot] = max(tokens, held[slot])
-        cache.check()
+        cache.owner.check()
         for other in range(SLOTS):
             check_contents(cache, other, held[other], tags[other])
     for slot in range(SLOTS):
-        cache.release(slot)
-    cache.reserve(0, PAGES * PAGE)
-    cache.check()
+        cache.owner.release(slot)
+    cache.owner.reserve(0, PAGES * PAGE)
+    cache.owner.check()
 
 
 def test_scattered_pages_read_as_a_run_does() -> None:
     cache = paged()
     for slot, tokens in ((0, PAGE), (1, PAGE), (2, 2 * PAGE)):
-        cache.reserve(slot, tokens)
-    cache.release(0)
-    cache.release(2)
-    cache.reserve(1, 3 * PAGE)  # pages 1, 2, 3: still a run
-    cache.reserve(0, 3 * PAGE)  # pages 0, 4, 5: no run is left
+        cache.owner.reserve(slot, tokens)
+    cache.owner.release(0)
+    cache.owner.release(2)
+    cache.owner.reserve(1, 3 * PAGE)  # pages 1, 2, 3: still a run
+    cache.owner.reserve(0, 3 * PAGE)  # pages 0, 4, 5: no run is left
     assert cache.table[0] == [0, 4, 5]
     for slot in (0, 1):
         fill(cache, slot, 0, 3 * PAGE, 7.0)
@@ -128,16 +129,16 @@ def test_scattered_pages_read_as_a_run_does() -> None:
 @pytest.mark.parametrize("fault", ["shared", "free", "lost"])
 def test_check_sees_faults(fault: str) -> None:
     cache = paged()
-    cache.reserve(0, 2 * PAGE)
-    cache.check()
+    cache.owner.reserve(0, 2 * PAGE)
+    cache.owner.check()
     if fault == "shared":
         cache.table[1] = [cache.table[0][0]]
     elif fault == "free":
-        cache._free[cache.table[0][0]] = True
+        cache.owner.free += 1
     else:
         cache.table[0].pop()
     with pytest.raises(AssertionError):
-        cache.check()
+        cache.owner.check()
 
 
 # ---- rings --------------------------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ class Session:
         self.slots = self.rng.sample(range(3), self.rng.randint(1, 3))
         self.kept = [[self._draw(1, 0) for _ in windows] for _ in self.slots]
         for b, slot in enumerate(self.slots):
-            self.cache.reserve(slot, 96)
+            self.cache.pages.reserve(slot, 96)
             self._prefill(b, slot, self.rng.randint(0, 25))
 
     def _draw(self, batch: int, nodes: int) -> list[Tensor]:
@@ -242,7 +243,7 @@ def test_rings_and_pages_forget_nothing(window: int, max_nodes: int, seed: int) 
     session = Session(seed, [window, None], max_nodes)
     for _ in range(7):
         session.step()
-    session.cache.check()
+    session.cache.pages.check()
 
 
 def test_a_smaller_ring_would_be_caught() -> None:
@@ -275,7 +276,7 @@ def test_commit_moves_the_kept_rows_and_no_others(seed: int) -> None:
     cache, nodes, window = hybrid([None, 6], max_nodes=8), 8, 6
     slots, lengths = rng.sample(range(3), 2), [rng.randint(0, 30), rng.randint(0, 30)]
     for slot in range(3):
-        cache.reserve(slot, 45)
+        cache.pages.reserve(slot, 45)
     everywhere = list(range(45))
     for group in cache.groups:
         for slot in range(3):  # every row holds its slot and the newest position written there
@@ -297,18 +298,3 @@ def test_commit_moves_the_kept_rows_and_no_others(seed: int) -> None:
         [idle] = {0, 1, 2} - set(slots)
         start = 45 - kv.size if isinstance(kv, WindowKV) else 0
         assert tags(cache, group, idle, range(start, 45)) == [100.0 * idle + p for p in range(start, 45)]
-
-
-def test_reserve_is_all_or_nothing() -> None:
-    cache = hybrid([None, 4, None], max_nodes=2, slots=2, page_size=8)
-    capacity = cache.paged[0].pages * 8
-    cache.reserve(0, capacity - 8)
-    before = [state(group)[:2] for group in cache.paged]
-    assert cache.room == 8
-    assert not cache.reserve(1, 9)
-    assert [state(group)[:2] for group in cache.paged] == before
-    assert cache.reserve(1, 8)
-    cache.release(0)
-    cache.release(1)
-    cache.check()
-    assert all(all(group._free) for group in cache.paged)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-import mtp_engine.cli.generate as generate_module
+import mtp_engine.cli.answer as answer_module
 from mtp_engine.cli.main import main
 from mtp_engine.cli.output import TextWriter, visible
 from mtp_engine.cli.progress import Waits
@@ -27,8 +27,8 @@ from mtp_engine.text.tokenizer import StreamDecoder
 
 TEXT = "Grüße, 世界 🙂!\nEnd."  # one token per byte below: characters of one to four tokens
 STATS_KEYS = {
-    "seed", "prompt_tokens", "steps", "tokens", "mean_accepted_length", "accepted_per_depth", "proposed_per_depth",
-    "nodes_per_step", "preemptions", "queued_s", "prefill_s", "draft_s", "verify_s", "total_s",
+    "seed", "prompt_tokens", "cached_tokens", "steps", "tokens", "mean_accepted_length", "accepted_per_depth",
+    "proposed_per_depth", "nodes_per_step", "preemptions", "queued_s", "prefill_s", "draft_s", "verify_s", "total_s",
     "tokens_per_s", "ttft_s", "plain_tokens_per_s",
     "speedup", "identical_to_plain",
 }  # fmt: skip
@@ -39,14 +39,17 @@ class FakeEngine:
 
     def __init__(self, text: str = TEXT, *, config: EngineConfig | None = None, fail_after: int = 1 << 60) -> None:
         self.config = config or EngineConfig()
+        self.device_note = "cpu, 1 threads, fp32"
         self.text, self.fail_after = text, fail_after
         self.failure: BaseException = KeyboardInterrupt()
         self.compare_failure: BaseException | None = None
         self.compared: list[bool] = []
+        self.identical, self.complete = True, True
         self.prompts: list[Any] = []
         self.params: list[SamplingParams] = []
         self.tokenizer = SimpleNamespace(
             has_chat_template=True,
+            folder=Path("/nowhere"),
             stream=lambda: StreamDecoder(lambda ids: bytes(ids).decode("utf-8", "replace")),
         )
 
@@ -69,7 +72,13 @@ class FakeEngine:
             if start + 3 >= len(ids):
                 text += decoder.flush()
                 finished = SimpleNamespace(
-                    text=self.text, token_ids=ids, drafted=drafted, finish_reason="stop", stats=stats, error=""
+                    text=self.text,
+                    token_ids=ids,
+                    drafted=drafted,
+                    finish_reason="stop",
+                    stats=stats,
+                    error="",
+                    complete=self.complete,
                 )
             yield SimpleNamespace(index=0, text=text, token_ids=step, drafted=marks, finished=finished)
 
@@ -78,7 +87,7 @@ class FakeEngine:
             raise self.compare_failure
         self.compared.append(full)
         answer.stats.plain_tokens_per_s = answer.stats.tokens_per_s / 2
-        answer.stats.identical_to_plain = True if full else None
+        answer.stats.identical_to_plain = self.identical if full else None
 
 
 @pytest.fixture
@@ -90,7 +99,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
         fake.config = config
         return fake
 
-    monkeypatch.setattr(generate_module, "load_engine", load)
+    monkeypatch.setattr(answer_module, "load_engine", load)
     return fake
 
 
@@ -101,7 +110,7 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(generate_module, "load_engine", load)
+    monkeypatch.setattr(answer_module, "load_engine", load)
 
 
 def invoke(*args: str, stdin: bytes | None = None) -> Result:
@@ -129,9 +138,9 @@ def test_stdout_holds_exactly_the_text(engine: FakeEngine) -> None:
 
 
 def test_table_shows_every_number_in_80_columns(engine: FakeEngine) -> None:
-    err = invoke("generate", "Hi", "--compare", "full").stderr
+    err = invoke("generate", "Hi", "--compare", "full", "--explain").stderr
     tokens, steps = len(TEXT.encode()), -(-len(TEXT.encode()) // 3)
-    assert max(map(len, err.splitlines())) <= 80
+    assert max(map(len, err.split("\n\n")[0].splitlines())) <= 80
     rows = {line[:26].strip(): " ".join(line[26:].split()) for line in err.splitlines() if line[24:26] in ("  ", "l ")}
     assert rows["tokens"].startswith(f"{tokens} ")
     assert "stop" in rows["tokens"]
@@ -167,7 +176,10 @@ def test_json_has_the_stable_schema(engine: FakeEngine, tmp_path: Path) -> None:
     result = invoke("generate", "Hi", "--json", str(target), "--tree", "4x2x2", "--quiet")
     assert result.stdout == TEXT + "\n"
     document = json.loads(target.read_bytes())
-    assert set(document) == {"text", "token_ids", "finish_reason", "stats", "model", "drafter", "tree"}
+    assert set(document) == {
+        "model", "mtp", "drafter", "tree", "version", "commit", "prompt", "system", "chat", "thinking", "params", "config",
+        "text", "token_ids", "drafted", "finish_reason", "complete", "stats",
+    }  # fmt: skip
     assert set(document["stats"]) == STATS_KEYS
     assert document["text"] == TEXT
     assert document["token_ids"] == list(TEXT.encode())
@@ -306,7 +318,7 @@ def test_failures_are_one_line(
     engine: FakeEngine, tmp_path: Path, failure: Exception, code: int, words: list[str]
 ) -> None:
     engine.fail_after, engine.failure = 0, failure
-    assert_error(invoke("generate", "Hi", "--json", str(tmp_path / "a.json")), *words, code=code)
+    assert_error(invoke("generate", "Hi", "-q", "--json", str(tmp_path / "a.json")), *words, code=code)
     assert os.listdir(tmp_path) == []
 
 
@@ -321,7 +333,7 @@ def test_ctrl_c_keeps_what_was_committed(engine: FakeEngine, tmp_path: Path) -> 
     result = invoke("generate", "Hi", "--json", str(tmp_path / "a.json"))
     assert result.exit_code == 130
     assert result.stdout == "Gr\n"  # the third byte is half a character
-    assert result.stderr == "interrupted: 3 tokens in 1 steps, mean accepted length 3.00\n"
+    assert result.stderr.endswith("interrupted: 3 tokens in 1 steps, mean accepted length 3.00\n")
     assert os.listdir(tmp_path) == []
 
 
@@ -339,7 +351,7 @@ def test_ctrl_c_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate_module, "load_engine", load)
+    monkeypatch.setattr(answer_module, "load_engine", load)
     result = invoke("generate", "Hi")
     assert (result.exit_code, result.stdout, result.stderr.strip()) == (130, "", "")
 
@@ -368,9 +380,11 @@ test_cli.child({text!r} * {copies}, {fail_after})
 
 
 def child(text: str, fail_after: int) -> None:
-    generate_module.load_engine = lambda name, config, mtp, progress: FakeEngine(  # type: ignore[assignment, return-value]
-        text, config=config, fail_after=fail_after
-    )
+    def load(name: str, config: EngineConfig, mtp: str | None, progress: Any) -> FakeEngine:
+        progress("starting", 0, None)
+        return FakeEngine(text, config=config, fail_after=fail_after)
+
+    answer_module.load_engine = load  # type: ignore[assignment]
     main()
 
 
@@ -653,7 +667,7 @@ def test_structures_come_from_files(engine: FakeEngine, tmp_path: Path) -> None:
     [
         (["--json-schema", "missing.json"], "--json-schema needs a text file"),
         (["--regex", "a", "--json-schema", __file__], "exactly one"),
-        (["--tools", __file__], "not a JSON list of tools"),
+        (["--tools", __file__], "not JSON"),
         (["--verifier", "typical"], "lossy"),
         (["--verifier", "block", "--tree", "2x2"], "checks chains"),
         (["--frequency-penalty", "3"], "from -2 to 2"),
@@ -664,3 +678,254 @@ def test_bad_parameters_are_one_line(engine: FakeEngine, options: list[str], mes
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+# ---- the first hour -------------------------------------------------------------------------------------------------
+
+
+def test_the_first_line_says_what_it_runs_on(engine: FakeEngine) -> None:
+    assert invoke("generate", "Hi").stderr.splitlines()[0] == f"{hub.DEFAULT_MODEL} on cpu, 1 threads, fp32"
+    assert EngineConfig().device == "auto"
+
+
+def test_devices_that_do_not_exist() -> None:
+    from mtp_engine.backend import find_device
+
+    for name in ("mps", "meta", "cuda:99", "xla:0", "cpu:0", ""):
+        with pytest.raises(EngineError, match=r"here are: auto, cpu|sees no NVIDIA GPU"):
+            find_device(name)
+    assert find_device("auto").type in ("cpu", "cuda")
+
+
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 2), ("2>&-", 0), ("<&-", 0), (">&- 2>&- <&-", 2)])
+def test_closed_streams(closed: str, code: int) -> None:
+    done = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *command()], capture_output=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert b"Traceback" not in done.stderr
+    assert b"internal error" not in done.stderr
+    if closed == ">&-":
+        assert done.stderr == b"error: stdout is closed: send it to a file, or to /dev/null\n"
+    if code == 0:
+        assert done.stdout == TEXT.encode() + b"\n"
+
+
+def test_an_incomplete_structure_is_no_success(engine: FakeEngine) -> None:
+    engine.complete = False
+    result = invoke("generate", "Hi", "-q", "--regex", "a+b", "--stop", "x")
+    assert result.exit_code == 3
+    assert result.stderr == "warning: the answer was cut off by a stop before it matched its structure\n"
+    assert result.stdout == TEXT + "\n"
+
+
+def test_different_tokens_are_no_success(engine: FakeEngine) -> None:
+    engine.identical = False
+    for options in ([], ["-q"]):
+        result = invoke("generate", "Hi", "--compare", "full", *options)
+        assert result.exit_code == 4
+        assert "DIFFERENT TOKENS" in result.stderr
+    assert engine.compared == [True, True]
+    assert invoke("generate", "Hi", "--compare", "sample").exit_code == 0
+
+
+def test_rules_that_keep_the_distribution_explain_other_tokens(engine: FakeEngine) -> None:
+    engine.identical = False
+    result = invoke("generate", "Hi", "--compare", "full", "--verifier", "rejection")
+    assert result.exit_code == 0
+    assert "keeps the distribution, not the text" in " ".join(result.stderr.split())
+
+
+def test_statistics_in_a_pipe_are_plain_lines(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    err = invoke("generate", "Hi").stderr
+    assert not [line for line in err.splitlines() if line != line.rstrip()]
+    assert "bonus" not in err
+    assert "bonus" in invoke("generate", "Hi", "--explain").stderr
+
+
+def test_the_legend_is_shown_on_a_terminal_once(tmp_path: Path) -> None:
+    for times in (1, 0):
+        shown, code = in_terminal(command(), MTP_ENGINE_CACHE=str(tmp_path))
+        assert (shown.count("bonus"), code) == (times, 0)
+
+
+def test_a_redirected_table_keeps_to_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in ("60", "100"):
+        monkeypatch.setenv("COLUMNS", columns)
+        lines = invoke("inspect", hub.NANO).stdout.splitlines()
+        assert max(map(len, lines)) <= int(columns)
+    monkeypatch.delenv("COLUMNS")
+    lines = invoke("inspect", hub.NANO).stdout.splitlines()
+    assert not [line for line in lines if line != line.rstrip()]
+    assert len([line for line in lines if line.startswith("bytes as published")]) == 1
+
+
+def test_inspect_says_where_files_differ_from_what_config_says(tmp_path: Path) -> None:
+    out = invoke("inspect", str(make_model(tmp_path / "m"))).stdout
+    assert "the files here hold BF16, F32" in out
+    assert "the embedding table is the output head, too" in out
+
+
+def test_flashinfer_on_a_cpu_is_refused() -> None:
+    import torch
+
+    from mtp_engine.backend import make_backend
+
+    with pytest.raises(EngineError, match="needs an NVIDIA GPU"):
+        make_backend(EngineConfig(attention="flashinfer", device="cpu"), torch.device("cpu"), hub.silent)
+
+
+def test_conformance_knows_how_many_checks_there_are() -> None:
+    from mtp_engine.conformance.suite import SETTINGS, count_checks
+
+    assert count_checks(exact=True) == count_checks(exact=False) + 1 == len(SETTINGS) + 10
+
+
+def test_a_prompt_from_the_terminal_is_asked_for(engine: FakeEngine) -> None:
+    import pexpect
+
+    code = command()[2].replace("main()", "").replace("child(", "child(")
+    chat = pexpect.spawn(sys.executable, ["-c", code, "generate", "-", "-q"], encoding="utf-8", timeout=60)
+    chat.expect_exact("end it with Ctrl-D")
+    chat.sendline("Hi")
+    chat.sendeof()
+    chat.expect_exact("End.")
+    chat.expect(pexpect.EOF)
+    chat.close()
+    assert chat.exitstatus == 0
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_signals_end_as_ctrl_c_does(sent: signal.Signals, code: int, tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    arguments = [*MTP_ENGINE, "generate", "Hi", "--model", hub.NANO, "--max-tokens", "1900", "--min-tokens", "1900"]
+    process = subprocess.Popen(
+        [*arguments, "--threads", "1", "--json", str(target)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert b"interrupted: " in err
+    assert b"Traceback" not in err
+    assert os.listdir(tmp_path) == []
+
+
+# ---- an answer repeated from its JSON -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A warm answer of mimo-nano, with much that is not the default."""
+    file = tmp_path_factory.mktemp("record") / "out.json"
+    options = (
+        "--temperature 0.9 --top-k 40 --frequency-penalty 0.2 --stop dragon --max-tokens 12 --tree 2x2 --threads 1"
+    )
+    result = invoke("generate", "Tell me a story.", "--model", hub.NANO, *options.split(), "-q", "--json", str(file))
+    assert result.exit_code == 0, result.output
+    return file
+
+
+def test_a_record_holds_all_that_was_asked(recorded: Path) -> None:
+    record = json.loads(recorded.read_text())
+    assert (record["prompt"], record["chat"], record["mtp"], record["model"]) == (
+        "Tell me a story.",
+        True,
+        None,
+        hub.NANO,
+    )
+    assert record["params"]["stop"] == ["dragon"]
+    assert record["params"]["seed"] == record["stats"]["seed"]
+    assert (record["config"]["tree"], record["config"]["verifier"], record["config"]["dtype"]) == (
+        "2x2",
+        "match",
+        "fp32",
+    )
+    assert len(record["drafted"]) == len(record["token_ids"]) == 12
+    assert record["version"] == "0.2.0"
+
+
+def test_a_record_repeats_its_answer(recorded: Path) -> None:
+    again = invoke("generate", "--from", str(recorded), "--compare", "off")
+    assert again.exit_code == 0, again.output
+    assert again.stdout == json.loads(recorded.read_text())["text"] + "\n"
+    assert "the same tokens as recorded" in again.stderr
+    assert invoke("generate", "--from", str(recorded), "-q").stderr == ""
+
+
+def test_a_record_with_changes(recorded: Path) -> None:
+    other = invoke("generate", "--from", str(recorded), "-q", "--seed", "1", "--json", "-")
+    params = json.loads(other.stdout)["params"]
+    assert (params["seed"], params["top_k"]) == (1, 40)
+    plain = invoke("generate", "--from", str(recorded), "-q", "--drafter", "root", "--json", "-")
+    assert json.loads(plain.stdout)["text"] == json.loads(recorded.read_text())["text"]
+    shorter = invoke("generate", "--from", str(recorded), "-q", "--json", "-", "Another prompt.")
+    assert json.loads(shorter.stdout)["prompt"] == "Another prompt."
+
+
+def test_a_record_that_cannot_be_repeated(recorded: Path, tmp_path: Path) -> None:
+    record = json.loads(recorded.read_text())
+    (tmp_path / "b.json").write_text(json.dumps({**record, "token_ids": record["token_ids"][::-1]}))
+    result = invoke("generate", "--from", str(tmp_path / "b.json"), "-q")
+    assert (result.exit_code, "DIFFERENT TOKENS" in result.stderr) == (4, True)
+
+
+@pytest.mark.parametrize("kind", ["json_schema", "regex"])
+def test_a_structure_cut_off(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text(
+        '{"type": "object", "properties": {"name": {"type": "string", "minLength": 90}}, "required": ["name"]}'
+    )
+    option = ["--json-schema", str(tmp_path / "schema.json")] if kind == "json_schema" else ["--regex", "[a-z]{200}"]
+    arguments = ["generate", "Hi", "--model", hub.NANO, "-q", *option, "--max-tokens", "6", "--threads", "1"]
+    result = invoke(*arguments, "--json", str(tmp_path / "a.json"))
+    assert result.exit_code == 3
+    assert "--max-tokens 6" in result.stderr
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert (record["finish_reason"], record["complete"]) == ("length", False)
+    whole = invoke(
+        "generate", "Hi", "--model", hub.NANO, "-q", "--regex", "[a-z ]+", "--max-tokens", "6", "--threads", "1"
+    )
+    assert whole.exit_code == 0, "it matches wherever it is cut"
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+
+def test_models_verify_fetch_and_remove(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_gguf import write_tiny
+
+    from mtp_engine.hub import cache
+
+    monkeypatch.setenv("MTP_ENGINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "_HEAD", 1000)
+    name = str(tmp_path / "tiny.gguf")
+    write_tiny(Path(name))
+    assert "nothing of it" in invoke("models", "verify", name).stdout
+    folder = Path(invoke("models", "fetch", name, "-q").stdout.strip())
+    assert invoke("models", "verify", name).stdout == f"{folder}: ok\n"
+    weights = folder / "model.safetensors"
+    before, good = weights.stat(), weights.read_bytes()
+    weights.write_bytes(good[:5000] + b"\xff" * 100 + good[5100:])
+    os.utime(weights, (before.st_mtime, before.st_mtime))
+    result = invoke("models", "verify", name, "-q")
+    assert (result.exit_code, result.stdout) == (2, f"{folder}: DAMAGED: model.safetensors\n")
+    assert f"mtp-engine models fetch --force {name}" in result.stderr
+    assert invoke("models", "fetch", name, "-q").exit_code == 0
+    assert weights.read_bytes() == good
+    assert invoke("models", "fetch", "--force", name, "-q").stdout == f"{folder}\n"
+    assert invoke("models", "remove", name).stdout.endswith("freed\n")
+    assert not folder.exists()
+    assert invoke("models", "remove", name).stdout.endswith("nothing of it is in the cache\n")
+
+
+def test_a_signal_that_an_import_swallowed_still_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch does with whatever is raised while it imports numpy."""
+
+    def load(*_: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ImportError("cannot load module more than once per process") from None
+
+    monkeypatch.setattr(answer_module, "load_engine", load)
+    result = invoke("generate", "Hi", "-q")
+    assert (result.exit_code, result.stderr) == (143, "")

@@ -56,9 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 def mtp(models: Models, shape: str, ranking: Ranking = "noise") -> MTPDrafter:
-    return MTPDrafter(
-        models.mtp, TreeShape.parse(shape), slots=SLOTS, tokens=2048, page_size=8, ops=TorchDraftOps(ranking)
-    )
+    return MTPDrafter(models.mtp, TreeShape.parse(shape), slots=SLOTS, ops=TorchDraftOps(ranking))
 
 
 def engine(models: Models, drafter: Drafter, rule: Verifier | None = None) -> kit.Generate:

@@ -1,7 +1,9 @@
 """The loop emits exactly what plain decoding emits: for any drafter, tree, batch, chunk and end, and after any error."""
 
+import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from mtp_engine.assemble import decode_loop
 from mtp_engine.attention.rows import StepRows
-from mtp_engine.cache import HybridKV
+from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import SamplingParams, TreeShape
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineBusy, EngineError
@@ -40,16 +42,21 @@ class Scripted:
     and shape per request, in which about half the nodes that could be right are.
     """
 
-    room = 1 << 40
+    cache = None
+    scratch_rows = history = reread = 0
 
     def __init__(self, kind: str, texts: Mapping[int, Sequence[int]], vocab: int = VOCAB, nodes: int = 6) -> None:
         self.kind, self.texts, self.vocab, self.max_nodes = kind, texts, vocab, nodes
+        self.depth = nodes - 1
         self.rng = random.Random(nodes)
 
-    def reserve(self, slot: int, tokens: int) -> bool:
-        return True
-
+    def attach(self, pages: Pages, behind: int) -> None: ...
     def release(self, slot: int) -> None: ...
+    def load(self, slot: int, known: Sequence[int], saved: Sequence[Tensor], left: int) -> None: ...
+
+    def save(self, slot: int, tokens: int, *, lean: bool) -> list[Tensor]:
+        return []
+
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None: ...
 
     def draft(self, batch: Batch) -> DraftTree:
@@ -116,12 +123,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 def make_loop(model: Decoder, drafter: Drafter, **changes: Any) -> DecodeLoop:
-    """A loop whose first layer has a window of 12: both kinds of cache, pages of 8."""
+    """A loop whose first layer has a window of 12: both kinds of cache, pages of 8. prefix: how many of the smallest entries
+    the prefix cache has room for."""
     wanted = {"slots": SLOTS, "max_context": CONTEXT, "prefill_chunk": 16, "eos_token_ids": [], "tokens": 0, **changes}
     layers = [layer.attention for layer in model.config.layers]
-    cache = HybridKV([replace(layers[0], window=12), *layers[1:]], slots=wanted["slots"],
-                     tokens=wanted.pop("tokens") or wanted["slots"] * (CONTEXT + 16), page_size=8,
-                     max_nodes=drafter.max_nodes, dtype=torch.float32, device=CPU)  # fmt: skip
+    tokens = wanted.pop("tokens") or wanted["slots"] * (CONTEXT + 16)
+    cache = HybridKV(
+        [replace(layers[0], window=12), *layers[1:]],
+        Pages(slots=wanted["slots"], tokens=tokens, page_size=8, device=CPU),
+        max_nodes=drafter.max_nodes,
+        behind=3 * (drafter.depth + 1),
+        dtype=torch.float32,
+    )
+    if entries := wanted.pop("prefix", 0):
+        drafter.attach(cache.pages, cache.behind)
+        caches = [each for each in (cache, drafter.cache) if each]
+        wanted["prefix_bytes"] = entries * sum(each.entry_bytes(7 + drafter.reread, drafter.reread) for each in caches)
     return decode_loop(model, cache, drafter, MatchVerifier(), device=CPU, **wanted)
 
 
@@ -133,7 +150,7 @@ def decode(loop: DecodeLoop, prompts: Sequence[Sequence[int]], params: Sequence[
         for out in loop.step():
             assert len(out.tokens) == len(out.drafted) >= 1
             emitted[out.request] += out.tokens
-        loop.work.cache.check()
+        check_memory(loop)
     for request in requests:
         assert emitted[request] == request.output
         check_statistics(request)
@@ -144,8 +161,35 @@ def decode(loop: DecodeLoop, prompts: Sequence[Sequence[int]], params: Sequence[
 def check_empty(loop: DecodeLoop) -> None:
     assert loop.requests == []
     assert sorted(loop.scheduler._free) == list(range(loop.scheduler._slots))
-    assert all(not pages for group in loop.work.cache.paged for pages in group.table)
-    assert all(all(group._free) for group in loop.work.cache.paged)
+    assert not any(loop.memory.pages.table)
+    check_memory(loop)
+    if loop.memory.prefix is not None:
+        loop.memory.prefix.clear()
+    assert loop.memory.pages.free == loop.memory.pages.count
+
+
+class Refused(logging.Handler):
+    """What goes wrong when a state is kept or used is noted and costs nobody anything; in most tests nothing may."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise AssertionError(record.getMessage())
+
+
+@contextmanager
+def nothing_noted() -> Iterator[None]:
+    handler, logger = Refused(logging.WARNING), logging.getLogger("mtp_engine")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def check_memory(loop: DecodeLoop) -> None:
+    if loop.memory.prefix is not None:
+        loop.memory.prefix.check()
+    else:
+        loop.memory.pages.check()
 
 
 def check_statistics(request: Request) -> None:
@@ -213,7 +257,7 @@ def make_drafter(name: str, models: Models, texts: Mapping[int, Sequence[int]]) 
         return NgramDrafter(4, slots=SLOTS, max_context=CONTEXT, device=CPU)
     module = models.deep if name.startswith("deep ") else models.mtp
     shape = TreeShape.parse(name.removeprefix("deep "))
-    return MTPDrafter(module, shape, slots=SLOTS, tokens=SLOTS * (CONTEXT + 64), page_size=8)
+    return MTPDrafter(module, shape, slots=SLOTS)
 
 
 DRAFTERS = [
@@ -282,7 +326,7 @@ def test_requests_come_and_go(models: Models, plain: Plain, name: str) -> None:
             loop.add(*waiting.pop())
         before = list(loop.requests)
         loop.step()
-        loop.work.cache.check()
+        check_memory(loop)
         for request in before:
             assert texts[request.seed][len(request.prompt) :][: len(request.output)] == request.output
             finished += request.finish_reason == "length" and len(request.output) == 30
@@ -399,12 +443,22 @@ def test_a_stop_at_the_limit_is_a_stop(models: Models, plain: Plain) -> None:
     assert (request.finish_reason, request.output) == ("stop", output[: index + 1])
 
 
+def test_who_wants_no_drafts_disturbs_nobody(models: Models) -> None:
+    """The drafter has not seen its prompt, and drafts for it all the same; those drafts are no tokens."""
+    wanted = [SamplingParams(max_tokens=20, speculate=False), SamplingParams(max_tokens=20, frequency_penalty=0.5)]
+    answers = []
+    for drafter in (RootDrafter(), make_drafter("ngram", models, {})):
+        requests = decode(make_loop(models.main, drafter), [prompts()[2]] * 2, wanted)
+        answers.append([(request.output, request.finish_reason) for request in requests])
+    assert answers[0] == answers[1]
+
+
 # ---- errors -------------------------------------------------------------------------------------------------------
 
 
 def snapshot(loop: DecodeLoop) -> tuple[Any, ...]:
-    pages = [([list(row) for row in group.table], list(group._free)) for group in loop.work.cache.paged]
-    return list(loop.requests), list(loop.scheduler._free), pages
+    pages = loop.memory.pages
+    return list(loop.requests), list(loop.scheduler._free), [list(table) for table in pages.table], pages.free
 
 
 @pytest.mark.parametrize(
@@ -433,7 +487,7 @@ def test_a_refused_request_changes_nothing(
     later = loop.add(prompts()[1], replace(settings[1], max_tokens=20))
     while loop.requests:
         loop.step()
-        loop.work.cache.check()
+        check_memory(loop)
     assert running.prompt + running.output == texts[79]
     assert later.output == texts[78][7:27]
     check_empty(loop)
@@ -441,13 +495,13 @@ def test_a_refused_request_changes_nothing(
 
 @pytest.mark.parametrize("changes", [{"slots": 1}, {"tokens": 160}], ids=["slots", "memory"])
 def test_who_does_not_fit_waits(models: Models, plain: Plain, changes: dict[str, int]) -> None:
-    """Four requests of which one or two fit at a time give what they give at once."""
+    """Four requests that do not fit together give what they give at once."""
     texts, loop = plain("greedy"), make_loop(models.main, RootDrafter(), **changes)
     requests = [loop.add(prompt, params) for prompt, params in zip(prompts(), params_for("greedy"), strict=True)]
     while loop.requests:
         loop.step()
-        assert len(loop.scheduler.running) <= changes.get("slots", 3)
-        loop.work.cache.check()
+        assert len(loop.scheduler.running) <= changes.get("slots", SLOTS)
+        check_memory(loop)
     assert {request.seed: request.prompt + request.output for request in requests} == texts
     check_empty(loop)
 
@@ -463,7 +517,7 @@ def test_who_is_preempted_says_what_it_would_have_said(models: Models, plain: Pl
     together = 0
     while loop.requests:
         loop.step()
-        loop.work.cache.check()
+        check_memory(loop)
         together = max(together, len(loop.scheduler.running))
     assert together > 2
     assert sum(request.stats.preemptions for request in requests) >= 2
@@ -487,19 +541,6 @@ def test_too_many_that_wait_are_told_so(models: Models, plain: Plain) -> None:
     while loop.requests:
         loop.step()
     assert all(request.prompt + request.output == plain("greedy")[request.seed] for request in requests)
-
-
-def test_the_drafters_cache_may_be_the_smaller_one(models: Models, plain: Plain) -> None:
-    drafter = MTPDrafter(models.deep, TreeShape.parse("chain:3"), slots=SLOTS, tokens=144, page_size=8)
-    loop, texts = make_loop(models.main, drafter), plain("top_p")
-    before = snapshot(loop)
-    with pytest.raises(EngineError, match="KV cache holds"):
-        loop.add([1] * 100, params_for("top_p")[0])
-    assert snapshot(loop) == before
-    requests = decode(loop, prompts()[1:3] * 2, params_for("top_p", max_tokens=60)[1:3] * 2)  # one or two fit at a time
-    assert all(r.prompt + r.output == texts[r.seed][: len(r.prompt) + 60] for r in requests)
-    assert drafter.cache.paged[0].table == [[]] * SLOTS
-    drafter.cache.check()
 
 
 def test_a_failure_that_is_nobodys_is_raised(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -552,17 +593,17 @@ def test_a_draft_vocabulary_smaller_than_the_tree_is_wide(models: Models, plain:
     head = Linear(models.main.head_weight[ids])
     layers = [replace(layer, head=replace(layer.head, linear=head)) for layer in models.mtp.layers]
     module = replace(models.mtp, draft_ids=ids, layers=layers)
-    drafter = MTPDrafter(module, TreeShape.parse(shape), slots=SLOTS, tokens=2000, page_size=8)
+    drafter = MTPDrafter(module, TreeShape.parse(shape), slots=SLOTS)
     requests = decode(make_loop(models.main, drafter), prompts(), params_for("greedy", max_tokens=30))
     assert all(r.output == texts[r.seed][len(r.prompt) :][:30] for r in requests)
 
 
 @pytest.mark.parametrize("shape", ["tree:1", "tree:2", "chain:6"])
 def test_a_deep_drafter_with_few_nodes_stays_within_its_rows(models: Models, plain: Plain, shape: str) -> None:
-    """The main cache has room for the text and the tree's nodes, and not a row more."""
+    """The pages have room for the text and a step's rows, the main model's or the drafter's, and not a row more."""
     texts, prompt = plain("greedy"), prompts()[1]
-    drafter = MTPDrafter(models.deep, TreeShape.parse(shape), slots=1, tokens=400, page_size=8)
-    most = 80 - len(prompt) - drafter.max_nodes
+    drafter = MTPDrafter(models.deep, TreeShape.parse(shape), slots=1)
+    most = 80 - len(prompt) - max(drafter.max_nodes, drafter.scratch_rows)
     loop = make_loop(models.main, drafter, slots=1, tokens=80)
     [request] = decode(loop, [prompt], params_for("greedy", seed=78, count=1, max_tokens=most))
     assert request.output == texts[78][len(prompt) :][:most]

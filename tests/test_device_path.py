@@ -6,6 +6,7 @@ Without a GPU the kernels run in Triton's interpreter, operation by operation; w
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tiny import MTP, Sums, write_llama, write_mtp
 from mtp_engine.assemble import decode_loop
 from mtp_engine.attention.exact import MOST_ROWS, exact_attention
 from mtp_engine.attention.rows import AttentionFactory, StepRows
-from mtp_engine.cache import HybridKV
+from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import SamplingParams, Structure, TreeShape
 from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.drafters.device import DeviceDraftOps
@@ -59,25 +60,24 @@ class Model:
         if shape == "root":
             return RootDrafter()
         return MTPDrafter(
-            self.module, TreeShape.parse(shape), slots=SLOTS + 1, tokens=2000, page_size=PAGE, attention=exact_attention,
+            self.module, TreeShape.parse(shape), slots=SLOTS + 1, attention=exact_attention,
             ops=DeviceDraftOps(4, DEVICE), ring_page=PAGE, ring_rows=MOST_ROWS,
         )  # fmt: skip
 
-    def loop(self, shape: str, attention: AttentionFactory = exact_attention) -> DecodeLoop:
+    def loop(self, shape: str, attention: AttentionFactory = exact_attention, **options: Any) -> DecodeLoop:
         drafter = self.drafter(shape)
         layers = [layer.attention for layer in self.decoder.config.layers]
         cache = HybridKV(
-            layers, slots=SLOTS + 1, tokens=2000, page_size=PAGE, max_nodes=MOST_ROWS, ring_page=PAGE, kernels=True,
-            dtype=self.decoder.embedding.dtype, device=DEVICE,
+            layers, Pages(slots=SLOTS + 1, tokens=2000, page_size=PAGE, device=DEVICE), max_nodes=MOST_ROWS, ring_page=PAGE,
+            behind=2 * (drafter.depth + 1), kernels=True, dtype=self.decoder.embedding.dtype,
         )  # fmt: skip
-        cache.reserve(SLOTS, SCRATCH_TOKENS)
-        drafter.reserve(SLOTS, SCRATCH_TOKENS)
+        assert cache.pages.reserve(SLOTS, SCRATCH_TOKENS)
         graphs = partial(GraphRunner, in_flight=2, scratch=SLOTS, device=DEVICE)
         return decode_loop(
             self.decoder, cache, drafter, DeviceMatchVerifier(4, DEVICE), slots=SLOTS, max_context=400,
             eos_token_ids=[], prefill_chunk=80, device=DEVICE, attention=attention,
             kernels=True, runner=graphs if GPU else EagerRunner,
-            grammars=lambda _: Sums(self.decoder.config.vocab_size),
+            grammars=lambda _: Sums(self.decoder.config.vocab_size), **options,
         )  # fmt: skip
 
 
@@ -165,6 +165,35 @@ def test_requests_join_and_leave_steps_in_flight(model: Model) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("shape", ["chain:3", "tree:6"])
+def test_kept_beginnings_have_the_bits_of_what_was_read(model: Model, shape: str) -> None:
+    """Whole prompts, and answers that are taken up where they were cut, with steps in flight: also of a preempted request."""
+    prompts, params = [*PROMPTS, PROMPTS[2] + [9, 4]], SamplingParams(max_tokens=21, temperature=0.8, seed=2)
+    loop = model.loop(shape, prefix_bytes=10**8, share_pages=True)
+    misses = decode(loop, prompts, [params] * 4)
+    hits = decode(loop, prompts, [params] * 4)
+    assert [r.output for r in hits] == [r.output for r in misses]
+    assert [r.stats.steps for r in hits] == [r.stats.steps for r in misses]
+    assert [r.stats.cached_tokens for r in hits] == [len(prompt) - 1 for prompt in prompts]
+    further = [request.prompt + request.output[: 21 - 4 * i] + [3, 7] for i, request in enumerate(misses)]
+    kept, alone = decode(loop, further, [params] * 4), decode(model.loop("root"), further, [params] * 4)
+    assert [r.output for r in kept] == [r.output for r in alone]
+    assert kept[0].stats.cached_tokens == len(further[0]) - 3
+    request = loop.add(PROMPTS[0], SamplingParams(max_tokens=60, temperature=0.8, seed=5))
+    for _ in range(6):
+        loop.step()
+    while loop._flying:
+        loop._land(*loop._flying.popleft())
+    loop.memory.keep(request, apart=True)
+    loop.scheduler._requeue(request)
+    while loop.requests:
+        loop.step()
+    [plain] = decode(model.loop("root"), [PROMPTS[0]], [request.params])
+    assert request.output == plain.output
+    loop.memory.prefix.check()  # type: ignore[union-attr]
+
+
+@pytest.mark.cuda
 @torch.inference_mode()
 def test_a_prompt_in_chunks_has_the_bits_of_single_rows(model: Model) -> None:
     """So a request that was queued again, and reads its prompt and answer in other chunks, says the same."""
@@ -173,10 +202,10 @@ def test_a_prompt_in_chunks_has_the_bits_of_single_rows(model: Model) -> None:
 
     def read(size: int) -> torch.Tensor:
         cache = HybridKV(
-            layers, slots=1, tokens=400, page_size=PAGE, max_nodes=MOST_ROWS, ring_page=PAGE, kernels=True,
-            dtype=model.decoder.embedding.dtype, device=DEVICE,
+            layers, Pages(slots=1, tokens=400, page_size=PAGE, device=DEVICE), max_nodes=MOST_ROWS, ring_page=PAGE,
+            kernels=True, dtype=model.decoder.embedding.dtype,
         )  # fmt: skip
-        cache.reserve(0, 300)
+        cache.pages.reserve(0, 300)
         hidden = []
         for start in range(0, 200, size):
             rows = StepRows.prompt(0, start, min(size, 200 - start), DEVICE)

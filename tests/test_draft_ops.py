@@ -106,8 +106,9 @@ def test_what_a_step_leaves(tree: DraftTree, seed: int) -> None:
             integers(3, 0, 9, batch + 1, depth + 1),
             floats(3, batch + 1, depth + 1, 24),
             integers(4, 0, 9, batch + 1),
+            floats(5, batch + 1, depth + 3, 24),
         )
-        ops.observe(slots, result, hidden, *tables)
+        ops.observe(slots, integers(6, 0, 99, batch), result, hidden, *tables)
         kept.append(tables)
     assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
     moved = DraftTree(*(x.to(DEVICE) for x in (tree.tokens, tree.parents, tree.depths, tree.size)), tree.max_depth)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from test_decode_loop import check_memory
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.engine import Prompt
@@ -61,9 +62,8 @@ def check_idle(engine: Engine) -> None:
         engine.loop.step()  # sweeps what was cancelled
     assert not scheduler.busy
     assert sorted(scheduler._free) == list(range(scheduler._slots))
-    for cache in (engine.loop.work.cache, engine.loop.work.drafter.cache):  # type: ignore[attr-defined]
-        cache.check()
-        assert all(not pages for group in cache.paged for pages in group.table)
+    check_memory(engine.loop)
+    assert not any(engine.loop.memory.pages.table)
 
 
 def same(answer: Generation, other: Generation) -> bool:

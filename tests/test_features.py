@@ -49,7 +49,7 @@ def trained(root: Path, fp8: bool) -> tuple[Decoder, MTPModule]:
 def test_drafts_are_those_of_a_full_recomputation(tmp_path: Path, fp8: bool) -> None:
     main, module = trained(tmp_path, fp8)
     config = EngineConfig(tree=Shape.parse("chain:2"), dtype="fp32", max_batch=2, max_context=256)
-    drafter = MTPDrafter(module, Shape.parse("chain:2"), slots=3, tokens=600, page_size=16)
+    drafter = MTPDrafter(module, Shape.parse("chain:2"), slots=3)
     prompt, params = torch.randint(61, (19,), generator=torch.Generator().manual_seed(1)).tolist(), SamplingParams(40)
 
     def run(loop: DecodeLoop) -> tuple[list[int], list[bool]]:

@@ -33,7 +33,7 @@ def test_trees_are_drafted_and_verified_under_a_constraint(models: Models, name:
         for i in range(SLOTS)
     ]  # fmt: skip
     plain = decode(make_loop(models.main, RootDrafter(), grammars=lambda _: Sums()), prompts(), wanted)
-    drafter = MTPDrafter(models.mtp, TreeShape.parse(name), slots=SLOTS, tokens=2048, page_size=8)
+    drafter = MTPDrafter(models.mtp, TreeShape.parse(name), slots=SLOTS)
     loop = make_loop(models.main, drafter, grammars=lambda _: Sums())
     trees, draft = [], drafter.draft
 
@@ -128,3 +128,34 @@ def test_a_wrong_structure_is_refused(engine: Engine, wrong: Structure) -> None:
     assert not engine.loop.requests
     assert not engine.loop.requests
     assert engine.model.embedding.device == CPU
+
+
+@pytest.mark.parametrize(
+    ("structure", "words"),
+    [
+        (Structure(regex="a("), "unclosed group"), (Structure(json='{"type": "banana"}'), "banana"),
+        (Structure(json="[1]"), "not an object"), (Structure(json="[" * 9000), "not JSON"),
+        (Structure(grammar="start: ("), "Expected"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_structure_is_said_to_the_end(structure: Structure, words: str) -> None:
+    with Engine.load("mimo-nano", EngineConfig(device="cpu", threads=1, max_context=64)) as engine:
+        with pytest.raises(EngineError, match=words) as error:
+            engine.generate(["a"], SamplingParams(structure=structure))
+        assert "\n" not in str(error.value)
+
+
+def test_an_answer_knows_whether_it_matches() -> None:
+    """Cut off by its limit it does not, unless it may end anywhere; ended by its grammar, or without one, it does."""
+    with Engine.load("mimo-nano", EngineConfig(device="cpu", threads=1, max_context=128)) as engine:
+
+        def answer(regex: str, **params: Any) -> tuple[str, bool]:
+            structure = Structure(regex=regex) if regex else None
+            [found] = engine.generate(["Once"], SamplingParams(structure=structure, seed=1, **params))
+            return found.finish_reason, found.complete
+
+        assert answer("[a-z]{90}", max_tokens=5) == ("length", False)
+        assert answer("[a-z ]+", max_tokens=5) == ("length", True)
+        assert answer("yes|no", max_tokens=20) == ("stop", True)
+        assert answer("ab[a-z]{90}", max_tokens=20, stop="b") == ("stop", False)
+        assert answer("", max_tokens=5) == ("length", True)

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from test_gguf import write_tiny
 
 from mtp_engine.errors import EngineError
+from mtp_engine.hub import cache as cache_module
 from mtp_engine.hub import hub
-from mtp_engine.hub.hub import Progress, WheelSource, prepare
+from mtp_engine.hub.hub import prepare
+from mtp_engine.hub.wheel import Progress, WheelSource
 
 WHEEL = "tiny_model-0.1-py3-none-any.whl"
 MEMBER = "tiny_model/Tiny.gguf"
@@ -40,8 +43,13 @@ def write_wheel(shelf: Path) -> WheelSource:
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 0.1\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
-    wheel = shelf / WHEEL
-    return WheelSource("tiny-model==0.1", wheel.stat().st_size, digest(wheel), MEMBER, digest(shelf / "Tiny.gguf"))
+    return source_in(shelf)
+
+
+def source_in(shelf: Path) -> WheelSource:
+    wheel, gguf = shelf / WHEEL, shelf / "Tiny.gguf"
+    sizes = {"gguf_bytes": gguf.stat().st_size, "model_bytes": 100_000}
+    return WheelSource("tiny-model==0.1", wheel.stat().st_size, digest(wheel), MEMBER, digest(gguf), **sizes)
 
 
 class Shelf:
@@ -79,8 +87,7 @@ def shelf(tmp_path: Path) -> Shelf:
 
 @pytest.fixture
 def source(shelf: Shelf) -> WheelSource:
-    wheel, gguf = shelf.folder / WHEEL, shelf.folder / "Tiny.gguf"
-    return WheelSource("tiny-model==0.1", wheel.stat().st_size, digest(wheel), MEMBER, digest(gguf))
+    return source_in(shelf.folder)
 
 
 @pytest.fixture
@@ -137,7 +144,7 @@ def test_a_later_format_converts_the_kept_gguf(
     root: Path, source: WheelSource, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = prepare(source, root, shelf)
-    monkeypatch.setattr(hub, "FORMAT", hub.FORMAT + 1)
+    monkeypatch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
     new = prepare(source, root, offline)
     assert new != old
     assert whole(new)
@@ -384,8 +391,10 @@ def test_the_hub_is_asked_for_safe_files_only(local: Path, monkeypatch: pytest.M
     there += ["chat_template.jinja", "merges.txt", "model.gguf", "onnx/model.safetensors"]
     taken: list[str] = []
 
-    def snapshot_download(repo: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        assert repo == "org/name"
+    def snapshot_download(
+        repo: str, *, allow_patterns: list[str], ignore_patterns: list[str], force_download: bool
+    ) -> str:
+        assert (repo, force_download) == ("org/name", False)
         found = filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         taken.extend(found)
         return str(local)
@@ -431,3 +440,168 @@ def test_the_default_model_starts_offline(monkeypatch: pytest.MonkeyPatch) -> No
     assert time.perf_counter() - start < 0.1
     config = json.loads((first.folder / "config.json").read_text())
     assert (config["num_hidden_layers"], config["rope_theta"], config["rms_norm_eps"]) == (30, 100000.0, 1e-5)
+
+
+# ---- damage and full disks ----------------------------------------------------------------------------------------
+
+
+def overwrite(path: Path, at: int, data: bytes, *, secretly: bool) -> None:
+    """Damage that keeps the size. secretly: the time of writing is as before, too, as when a disk loses bits."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(data)
+    when = before.st_mtime if secretly else before.st_mtime + 60
+    os.utime(path, (when, when))
+
+
+@pytest.mark.parametrize("secretly", [True, False])
+def test_an_overwritten_header_is_noticed_and_mended(
+    root: Path, source: WheelSource, shelf: Shelf, *, secretly: bool
+) -> None:
+    folder = prepare(source, root, shelf)
+    good = digest(folder / "model.safetensors")
+    overwrite(folder / "model.safetensors", 3, b"\xff", secretly=secretly)
+    assert digest(prepare(source, root, offline) / "model.safetensors") == good
+
+
+def test_damage_behind_the_first_mebibyte(
+    root: Path, source: WheelSource, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start sees it by the time of writing; where that is unchanged, whoever fails to load looks at every byte."""
+    monkeypatch.setattr(cache_module, "_HEAD", 1000)
+    monkeypatch.setenv("MTP_ENGINE_CACHE", str(root))
+    folder = prepare(source, root, shelf)
+    weights = folder / "model.safetensors"
+    good = digest(weights)
+    overwrite(weights, 2000, b"\xff" * 64, secretly=False)
+    assert digest(prepare(source, root, offline) / "model.safetensors") == good
+    overwrite(weights, 2000, b"\xff" * 64, secretly=True)
+    assert prepare(source, root, offline) == folder
+    assert digest(weights) != good
+    assert hub.discard_damaged(folder)
+    assert digest(prepare(source, root, offline) / "model.safetensors") == good
+    assert not hub.discard_damaged(folder)
+
+
+def test_a_copied_cache_is_read_once(root: Path, source: WheelSource, shelf: Shelf) -> None:
+    """Other times of writing over the right bytes are no damage, and are put right."""
+    folder = prepare(source, root, shelf)
+    weights = folder / "model.safetensors"
+    when = weights.stat().st_mtime
+    os.utime(weights, (when + 99, when + 99))
+    assert cache_module.damaged_files(folder) == []
+    assert int(weights.stat().st_mtime) == int(when)
+
+
+def test_a_manifest_that_hides_a_file_is_damaged(root: Path, source: WheelSource, shelf: Shelf) -> None:
+    folder = prepare(source, root, shelf)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["config.json"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "config.json").write_text("{}")
+    assert json.loads((prepare(source, root, offline) / "config.json").read_text())
+
+
+@pytest.mark.model
+def test_an_engine_mends_what_it_cannot_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 MB of 0xff in the middle of the weights load without complaint; the first step fails. A lost header does not load."""
+    from mtp_engine.cli.main import main
+
+    kept = hub.cache_root() / "gguf" / Path(hub.SMOLLM2.member).name
+    hub.locate(hub.DEFAULT_MODEL)
+    monkeypatch.setenv("MTP_ENGINE_CACHE", str(tmp_path))
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / kept.name).symlink_to(kept)
+    weights = hub.locate(hub.DEFAULT_MODEL).folder / "model.safetensors"
+    good = digest(weights)
+    monkeypatch.setattr(hub, "pip_download", offline)
+    options = ["generate", "--raw", "Once upon", "--max-tokens", "2", "--max-context", "64", "--threads", "1"]
+    for at, size in ((2 << 20, 4 << 20), (0, 9)):
+        overwrite(weights, at, b"\xff" * size, secretly=True)
+        done = CliRunner().invoke(main, options)
+        assert done.exit_code == 0, done.output
+        assert ("made again" in done.stderr) == (at > 0)
+        assert digest(weights) == good
+
+
+def test_verify_and_remove(cache: Path, source: WheelSource, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(hub._WHEELS, hub.DEFAULT_MODEL, source)
+    folder = prepare(source, cache, shelf)
+    kept = cache / "gguf" / "Tiny.gguf"
+    assert [(each.path, each.damaged) for each in hub.verify(hub.DEFAULT_MODEL)[1:]] == [(kept, ()), (folder, ())]
+    overwrite(folder / "model.safetensors", 5000, b"?", secretly=True)
+    overwrite(kept, 5000, b"?", secretly=True)
+    damaged = [each.damaged for each in hub.verify(hub.DEFAULT_MODEL)]
+    assert damaged == [(), ("Tiny.gguf",), ("model.safetensors",)]
+    assert hub.remove(hub.DEFAULT_MODEL) > source.gguf_bytes
+    assert left(cache) == []
+    assert hub.remove(hub.DEFAULT_MODEL) == 0
+    for name in (hub.NANO, str(shelf.folder), "org/name", "no-such"):
+        with pytest.raises(EngineError, match=r"nothing to remove|folder of yours|hf cache|no such model"):
+            hub.remove(name)
+
+
+def test_fetch_by_force_makes_everything_anew(root: Path, source: WheelSource, shelf: Shelf) -> None:
+    folder = prepare(source, root, shelf)
+    inode = (folder / "config.json").stat().st_ino
+    prepare(source, root, offline)
+    assert (folder / "config.json").stat().st_ino == inode
+    prepare(source, root, offline, force=True)
+    assert (folder / "config.json").stat().st_ino != inode
+    overwrite(root / "gguf" / "Tiny.gguf", 100, b"?", secretly=True)
+    prepare(source, root, shelf, force=True)
+    assert (shelf.calls, digest(root / "gguf" / "Tiny.gguf")) == (2, source.gguf_sha256)
+
+
+def test_what_ships_has_its_hashes() -> None:
+    """After a change in mtp_engine/assets: write their sha256sum into sha256.json."""
+    for name in (hub.NANO, hub.DEFAULT_MODEL):
+        checked = hub._verify_assets(name)
+        assert checked.damaged == ()
+        listed = json.loads((hub._ASSETS / hub._SUMS).read_text())
+        there = {path.name for path in checked.path.iterdir() if path.suffix != ".md"}
+        assert {Path(file).name for file in listed if file.startswith(f"{name}/")} == there
+
+
+def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=size))
+
+
+def test_room_for_the_download_is_asked_for_first(
+    root: Path, source: WheelSource, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free(monkeypatch, 5_000_000)
+    with fails("tiny-model==0.1", r"needs 200 MB", str(root), "5 MB left", "MTP_ENGINE_CACHE"):
+        prepare(replace(source, model_bytes=200_000_000 - source.gguf_bytes), root, shelf)
+    assert (shelf.calls, left(root)) == (0, [])
+
+
+def test_room_for_the_conversion_is_asked_for_first(
+    root: Path, source: WheelSource, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free(monkeypatch, 2_000_000)
+    with fails("converting Tiny.gguf", r"needs \d+ MB", str(root), "2 MB left", "MTP_ENGINE_CACHE"):
+        prepare(source, root, shelf)
+    assert left(root) == ["gguf/Tiny.gguf"]
+
+
+def test_a_disk_that_fills_up_under_pip_is_no_matter_of_the_network(
+    root: Path, source: WheelSource, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'ERROR: [Errno 28] No space left on device' >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with fails(r"needs \d+ MB", str(root), "MB left", "MTP_ENGINE_CACHE") as error:
+        prepare(source, root, hub.pip_download)
+    assert "network" not in str(error.value)
+    assert left(root) == []
+
+
+@pytest.mark.model
+def test_the_sizes_of_the_default_model() -> None:
+    folder = hub.locate(hub.DEFAULT_MODEL).folder
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    assert size <= hub.SMOLLM2.model_bytes * 1.01
+    assert hub.SMOLLM2.model_bytes < size * 1.05

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from test_decode_loop import SLOTS, Models, make_drafter, make_loop, prompts
+from test_decode_loop import SLOTS, Models, check_memory, make_drafter, make_loop, prompts
 from tiny import Sums, new_request
 
 from mtp_engine.config import SamplingParams, Structure, TreeShape
@@ -71,7 +71,7 @@ def run(loop: DecodeLoop, waves: Sequence[Sequence[SamplingParams]]) -> list[Req
         loop.step()
     while loop.requests:
         loop.step()
-    loop.work.cache.check()
+    check_memory(loop)
     return requests
 
 
@@ -89,7 +89,7 @@ def test_plain_steps_overlap_and_others_do_not(models: Models, name: str) -> Non
         runners.append(Queue(step))
         return runners[-1]
 
-    drafter = MTPDrafter(models.mtp, TreeShape.parse("3x2"), slots=SLOTS, tokens=2048, page_size=8)
+    drafter = MTPDrafter(models.mtp, TreeShape.parse("3x2"), slots=SLOTS)
     grammars = {"grammars": lambda _: Sums(), "tokens": 2048}
     found = run(make_loop(models.main, drafter, runner=runner, **grammars), waves)
     expected = run(make_loop(models.main, RootDrafter(), **grammars), waves)

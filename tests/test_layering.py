@@ -19,8 +19,8 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "tree": ("", "torch"),
     "kernels": ("errors", "torch triton flashinfer tvm_ffi"),
     "sampling": ("config errors tree", "torch llguidance"),
-    "protocols": ("sampling.batch tree", "torch"),
-    "cache": ("kernels tree config errors", "torch numpy"),
+    "cache": ("kernels tree config errors", "torch numpy safetensors"),
+    "protocols": ("cache sampling.batch tree", "torch"),
     "attention": ("cache kernels protocols tree", "torch"),
     "models": ("kernels config errors protocols", "torch numpy safetensors gguf tokenizers"),
     "models.onnx": ("kernels config errors models protocols", "torch numpy onnx onnxruntime"),
@@ -32,7 +32,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "hub": ("config errors models protocols", "torch platformdirs filelock huggingface_hub"),
     "backend": ("attention config drafters errors models protocols runtime sampling verifiers", "torch triton"),
     "assemble": ("attention backend cache config drafters hub models protocols runtime sampling text", "torch"),
-    "engine": ("assemble backend config drafters errors hub models protocols runtime sampling text", "torch"),
+    "engine": ("assemble backend cache config drafters errors hub models protocols runtime sampling text", "torch"),
     "async_engine": ("config engine errors protocols runtime", ""),
     "conformance": ("config engine errors hub protocols sampling mtp_engine", "torch transformers pytest"),
     "training": (
@@ -41,7 +41,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     ),
     "training.nano": ("config engine errors hub kernels models text training", "torch numpy safetensors tokenizers click rich"),
     "cli": ("conformance config engine errors hub kernels models.make_tiny protocols runtime text training mtp_engine",
-            "click rich"),
+            "click rich prompt_toolkit"),
 }  # fmt: skip
 """One line a package; a package may always import itself."""
 

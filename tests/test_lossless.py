@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from test_decode_loop import check_memory
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.assemble import make_drafter, make_loop
@@ -45,7 +46,7 @@ class Loaded:
         requests = [loop.add(self.engine.encode(prompt), params) for params in PARAMS for prompt in PROMPTS]
         while loop.requests:
             loop.step()
-        loop.work.cache.check()
+        check_memory(loop)
         return requests
 
 

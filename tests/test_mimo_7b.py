@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mimo import Run, load, read_all
-from tiny import batch_of, new_request, show_prompt
+from tiny import attached, batch_of, new_request, show_prompt
 from torch import Tensor
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
@@ -78,8 +78,7 @@ def dense_first_draft(folder: Path, tokens: Tensor, hidden: Tensor) -> Tensor:
 def test_draft_equals_a_dense_computation(folder: Path) -> None:
     main = load(folder)
     module = loader.load_mtp(folder, main, 0, lambda *_: None)
-    drafter = MTPDrafter(module, TreeShape.parse("3"), slots=1, tokens=100, page_size=8)
-    drafter.reserve(0, 60)
+    drafter = attached(MTPDrafter(module, TreeShape.parse("3"), slots=1), slots=1)
     hidden = Run(main, 48)(TOKENS[:-1])
     show_prompt(drafter, 0, TOKENS.tolist(), hidden, 7)
     tree = drafter.draft(batch_of([new_request(0, TOKENS.tolist())]))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mimo import Run, load, read_all, transformers_config
-from tiny import batch_of, new_request, show_prompt
+from tiny import attached, batch_of, new_request, show_prompt
 from torch import Tensor, nn
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
@@ -88,7 +88,7 @@ class Setting:
 
     def drafter(self, slots: int = 2) -> tuple[MTPDrafter, Recorder]:
         module = loader.load_mtp(self.folder, self.main, 0, lambda *_: None)
-        drafter = MTPDrafter(module, TreeShape.parse("chain:3"), slots=slots, tokens=600, page_size=8)
+        drafter = attached(MTPDrafter(module, TreeShape.parse("chain:3"), slots=slots), slots=slots)
         recorder = Recorder(module)
         drafter.module = recorder  # type: ignore[assignment]
         return drafter, recorder
@@ -113,7 +113,6 @@ def test_all_three_layers_equal_the_reference(tiny: Setting, data: st.DataObject
     texts = data.draw(st.lists(st.lists(st.integers(0, 255), min_size=2, max_size=40), min_size=1, max_size=2))
     requests = [new_request(slot, text) for slot, text in enumerate(texts)]
     for r in requests:
-        drafter.reserve(r.slot, 200)
         chunk = data.draw(st.sampled_from([1, 2, 5, 64]))
         show_prompt(drafter, r.slot, r.prompt, tiny.hidden(r.prompt[:-1]), chunk)
     for _ in range(data.draw(st.integers(1, 8))):

@@ -12,7 +12,7 @@ from real_config import REAL
 from safetensors.torch import load_file
 from tiny import LLAMA, write_mtp
 
-from mtp_engine.cache import HybridKV
+from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.cli.main import main
 from mtp_engine.errors import EngineError
 from mtp_engine.hub.inspect import ModelReport, inspect_model
@@ -67,8 +67,10 @@ def test_the_cache_itself_comes_to_the_figure(folder: Path) -> None:
     mtp_layers = [loader.read_mtp_config(folder).layer.attention] * 3
     total = 0
     for layers in (main_layers, mtp_layers):
-        cache = HybridKV(layers, slots=1, tokens=262_144, page_size=64, max_nodes=4, dtype=torch.bfloat16,
-                         device=torch.device("meta"))  # fmt: skip
+        cache = HybridKV(
+            layers, Pages(slots=1, tokens=262_144, page_size=64, device=torch.device("meta")), max_nodes=4,
+            dtype=torch.bfloat16,
+        )  # fmt: skip
         total += sum(group.k.nbytes + group.v.nbytes for group in cache.groups)
     assert total / GIB == pytest.approx(5.65, rel=0.01)
     every_layer_global = 48 * 4 * (192 + 128) * 2 * 262_144

@@ -1,21 +1,23 @@
 """MTP drafting: every tree a drafter proposes has the scores of a full recomputation, after any history of rejections."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import MTP, DenseMTP, batch_of, new_request, show_prompt, write_llama, write_mtp
+from tiny import MTP, DenseMTP, attached, batch_of, new_request, show_prompt, write_llama, write_mtp
 
 from mtp_engine.attention.rows import StepRows
 from mtp_engine.attention.torch import TorchAttention
-from mtp_engine.cache import HybridKV
+from mtp_engine.cache import NO_LIMIT, HybridKV, Pages
 from mtp_engine.config import TreeShape
 from mtp_engine.drafters.mtp import MTPDrafter
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
+from mtp_engine.runtime.request import Request
 from mtp_engine.tree import DraftTree, VerifyResult
 
 SWITCHES = {
@@ -44,9 +46,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> "Models":
 def dense_hidden(main: Decoder, tokens: list[int]) -> torch.Tensor:
     """Pre-norm hidden states of all tokens, in one pass over a fresh cache."""
     n, device = len(tokens), torch.device("cpu")
-    cache = HybridKV([x.attention for x in main.config.layers], slots=1, tokens=n + 8, page_size=8, max_nodes=1,
-                     dtype=torch.float32, device=device)  # fmt: skip
-    cache.reserve(0, n)
+    cache = HybridKV(
+        [x.attention for x in main.config.layers],
+        Pages(slots=1, tokens=n + 8, page_size=8, device=device),
+        max_nodes=1,
+        dtype=torch.float32,
+    )
+    cache.pages.reserve(0, n)
     rows = StepRows.prompt(0, 0, n, device)
     return main.forward(torch.tensor([tokens]), rows.positions, TorchAttention(cache, rows))[0]
 
@@ -67,23 +73,40 @@ def check_scores(
             torch.testing.assert_close(chosen.sort(descending=True).values, expected, rtol=1e-4, atol=1e-4)
 
 
+def move(drafter: MTPDrafter, request: Request, slot: int, lean: bool) -> None:
+    """To another slot, through a saved state; of the old one nothing is left."""
+    old, tokens, cache = request.slot, request.length, drafter.cache
+    assert cache
+    rows = cache.save(old, 0, tokens, drafter.reread)
+    state = drafter.save(old, tokens, lean=lean)
+    for group in cache.groups:
+        everywhere = group.rows(torch.tensor([old]), torch.arange(200)[None])[0]
+        group.k[:, everywhere] = group.v[:, everywhere] = 1e3
+    for table in (drafter._recent, drafter._hidden, drafter._carry[0], drafter._carry[-1]):
+        table[old] = 1e3
+    drafter.release(old)
+    if not lean:
+        cache.load(slot, 0, tokens, rows, drafter.reread)
+    drafter.load(slot, request.prompt + request.output, state, 0)
+    request.slot = slot
+
+
 @pytest.mark.parametrize("name", SWITCHES)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_drafts_equal_full_recomputation(models: "Models", name: str, data: st.DataObject) -> None:
     main, folder, mtp_folder = models[name]
     shape = TreeShape.parse(data.draw(st.sampled_from(["chain:3", "2x2x1", "3x1x2", "tree:6", "1x3"])))
-    drafter = MTPDrafter(
-        loader.load_mtp(mtp_folder, main, 0, lambda *_: None), shape, slots=3, tokens=600, page_size=8, beam=4
-    )
+    module = loader.load_mtp(mtp_folder, main, 0, lambda *_: None)
+    drafter = attached(MTPDrafter(module, shape, slots=3, beam=4), behind=3 * 4)
     dense = DenseMTP.load(folder, mtp_folder)
     texts = data.draw(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=40), min_size=1, max_size=2))
     slots = data.draw(st.permutations([0, 1, 2]))
     requests = [new_request(slot, text) for slot, text in zip(slots, texts, strict=False)]
     for r in requests:
-        drafter.reserve(r.slot, 200)
         hidden = dense_hidden(main, r.prompt[:-1]) if len(r.prompt) > 1 else torch.empty(0, 0)
         show_prompt(drafter, r.slot, r.prompt, hidden, data.draw(st.sampled_from([1, 2, 3, 7, 64])))
+    came_whole = set[Request]()
     for _ in range(data.draw(st.integers(1, 6))):
         batch = batch_of(requests)
         tree = drafter.draft(batch)
@@ -104,6 +127,18 @@ def test_drafts_equal_full_recomputation(models: "Models", name: str, data: st.D
             r.output += new
         counts = torch.tensor(kept) + 1
         drafter.observe(batch, VerifyResult(path, tokens, counts), hiddens)
+        if data.draw(st.booleans()):
+            lost = batch_of(requests)
+            for _ in range(data.draw(st.integers(0, 2))):  # steps in flight, of which nothing will count
+                drafter.draft(lost)
+                drafter.observe(lost, VerifyResult(path, tokens, counts), torch.randn_like(hiddens))
+                lost = replace(lost, lengths=lost.lengths + counts, bound=lost.bound + 4)
+            for b, r in enumerate(requests):
+                del r.output[len(r.output) - data.draw(st.integers(0, kept[b])) :]  # an answer cut in mid-step
+                # the states of a whole history are there unless the request has come to its slot with fewer
+                lean = drafter.history < NO_LIMIT and r not in came_whole and data.draw(st.booleans())
+                came_whole |= set() if lean else {r}
+                move(drafter, r, (set(slots) - {each.slot for each in requests}).pop(), lean)
 
 
 def test_stale_rows_would_be_caught(models: "Models") -> None:
@@ -119,12 +154,13 @@ def test_truncated_prefill_is_exact(models: "Models") -> None:
     """Only the last windows of a long prompt are given to the MTP layers; the draft is that of the whole prompt."""
     for name in ("chained", "mimo"):
         main, folder, mtp_folder = models[name]
-        drafter = MTPDrafter(
-            loader.load_mtp(mtp_folder, main, 0, lambda *_: None),
-            TreeShape.parse("2x1x1"),
+        drafter = attached(
+            MTPDrafter(
+                loader.load_mtp(mtp_folder, main, 0, lambda *_: None),
+                TreeShape.parse("2x1x1"),
+                slots=1,
+            ),
             slots=1,
-            tokens=600,
-            page_size=8,
         )
         prompt = torch.randint(1, 60, (120,), generator=torch.Generator().manual_seed(3)).tolist()
         hidden = dense_hidden(main, prompt[:-1])
@@ -142,8 +178,7 @@ def test_truncated_prefill_is_exact(models: "Models") -> None:
 def test_a_tree_is_as_large_as_it_says(models: "Models", tmp_path: Path, depth: int, text: str, nodes: int) -> None:
     main, _, _ = models["mimo"]
     module = loader.load_mtp(write_mtp(tmp_path / "mtp", depth=depth), main, 0, lambda *_: None)
-    drafter = MTPDrafter(module, TreeShape.parse(text), slots=1, tokens=600, page_size=8)
-    drafter.reserve(0, 50)
+    drafter = attached(MTPDrafter(module, TreeShape.parse(text), slots=1), slots=1)
     prompt = [5, 9, 14, 3, 44]
     show_prompt(drafter, 0, prompt, dense_hidden(main, prompt[:-1]))
     tree = drafter.draft(batch_of([new_request(0, prompt)]))
@@ -153,12 +188,13 @@ def test_a_tree_is_as_large_as_it_says(models: "Models", tmp_path: Path, depth: 
 def test_best_n_tree_holds_the_best_nodes(models: "Models") -> None:
     """tree:N against brute force over all paths of a small vocabulary."""
     main, folder, mtp_folder = models["mimo"]
-    drafter = MTPDrafter(
-        loader.load_mtp(mtp_folder, main, 0, lambda *_: None),
-        TreeShape.parse("tree:6"),
+    drafter = attached(
+        MTPDrafter(
+            loader.load_mtp(mtp_folder, main, 0, lambda *_: None),
+            TreeShape.parse("tree:6"),
+            slots=1,
+        ),
         slots=1,
-        tokens=600,
-        page_size=8,
     )
     prompt = [5, 9, 14, 3, 44]
     hidden = dense_hidden(main, prompt[:-1])

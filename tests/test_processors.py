@@ -48,7 +48,7 @@ def drafter(name: str, models: Models, texts: dict[int, list[int]]) -> Drafter:
         return Scripted(name, texts)
     if name == "ngram":
         return NgramDrafter(4, slots=SLOTS, max_context=192, device=CPU)
-    return MTPDrafter(models.mtp, TreeShape.parse(name), slots=SLOTS, tokens=SLOTS * 256, page_size=8)
+    return MTPDrafter(models.mtp, TreeShape.parse(name), slots=SLOTS)
 
 
 def run(models: Models, drafts: Drafter, params: Sequence[SamplingParams], **changes: Any) -> list[Request]:

@@ -12,7 +12,7 @@ from weakref import WeakSet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_decode_loop import CPU, VOCAB, Models, Scripted, check_empty, make_loop
+from test_decode_loop import CPU, VOCAB, Models, Scripted, check_empty, check_memory, make_loop
 from test_stops import Letters, text_of
 from tiny import Sums
 from torch import Tensor
@@ -95,7 +95,8 @@ class Answer:
 
 
 def prompt_of(length: int) -> list[int]:
-    return [1 + (7 * length + 11 * i * i) % (VOCAB - 1) for i in range(length)]
+    """All begin alike, for two thirds of their lengths."""
+    return [1 + (7 * length * (3 * i > 2 * length) + 11 * i * i) % (VOCAB - 1) for i in range(length)]
 
 
 def seed_of(ask: int) -> int:
@@ -111,7 +112,7 @@ class Solo(Mapping[int, list[int]]):
     """What each seed's request says alone, without drafts. As a mapping: prompt and answer, for Scripted."""
 
     def __init__(self, models: Models) -> None:
-        self.models, self._known = models, dict[int, Answer]()
+        self.models, self._known, self._steps = models, dict[int, Answer](), dict[tuple[str, int], int]()
 
     def answer(self, seed: int) -> Answer:
         if seed not in self._known:
@@ -122,6 +123,17 @@ class Solo(Mapping[int, list[int]]):
                 loop.step()
             self._known[seed] = Answer.of(request)
         return self._known[seed]
+
+    def steps(self, drafter: str, seed: int) -> int:
+        """With a drafter, and nothing kept."""
+        if (drafter, seed) not in self._steps:
+            loop = make_loop(self.models.main, make_drafter(Setup(drafter), self), slots=1, prefill_chunk=100,
+                             max_context=CONTEXT, text=Letters, grammars=grammars)  # fmt: skip
+            request = loop.add(self.prompt(seed), params_of((seed - 100) // 2, seed=seed, n=1))
+            while loop.requests:
+                loop.step()
+            self._steps[drafter, seed] = request.stats.steps
+        return self._steps[drafter, seed]
 
     def prompt(self, seed: int) -> list[int]:
         return prompt_of(ASKS[(seed - 100) // 2][1])
@@ -202,6 +214,8 @@ class Setup:
     tokens: int = 400
     chunk: int = 16
     max_waiting: int = 100
+    prefix: int = 0  # the prefix cache's size, in smallest entries
+    shares: bool = False
 
 
 DRAFTERS = ("root", "chain:3", "3x2", "tree:6", "deep tree:6", "ngram", "right", "wrong", "random")
@@ -210,9 +224,11 @@ setups = st.builds(
     drafter=st.sampled_from(DRAFTERS),
     in_flight=st.integers(1, 3),
     slots=st.integers(1, 4),
-    tokens=st.sampled_from([120, 200, 900]),
+    tokens=st.sampled_from([130, 200, 900]),
     chunk=st.sampled_from([1, 2, 5, 16]),
     max_waiting=st.sampled_from([2, 100]),
+    prefix=st.sampled_from([0, 2, 12, 10**6]),
+    shares=st.booleans(),
 )
 
 
@@ -225,7 +241,7 @@ def make_drafter(setup: Setup, solo: Solo) -> Drafter:
         return Scripted(setup.drafter, solo)
     module = solo.models.deep if setup.drafter.startswith("deep ") else solo.models.mtp
     shape = TreeShape.parse(setup.drafter.removeprefix("deep "))
-    return MTPDrafter(module, shape, slots=setup.slots, tokens=setup.tokens + 24, page_size=8)
+    return MTPDrafter(module, shape, slots=setup.slots)
 
 
 @dataclass(eq=False)
@@ -244,11 +260,12 @@ class World:
     """A loop, its clock, and all that was asked of it."""
 
     def __init__(self, setup: Setup, solo: Solo, grammars: Callable[[Structure], Sums] = grammars) -> None:
-        self.solo, self.now, self.faulty = solo, 0.0, False
+        self.setup, self.solo, self.now, self.faulty = setup, solo, 0.0, False
         self.loop = make_loop(
             solo.models.main, make_drafter(setup, solo), slots=setup.slots, tokens=setup.tokens,
             prefill_chunk=setup.chunk, max_context=CONTEXT, max_waiting=setup.max_waiting, text=Letters,
-            grammars=grammars, runner=runner(setup.in_flight), clock=lambda: self.now,
+            grammars=grammars, runner=runner(setup.in_flight), clock=lambda: self.now, prefix=setup.prefix,
+            share_pages=setup.shares,
         )  # fmt: skip
         self.followed: dict[Request, Followed] = {}
 
@@ -322,10 +339,8 @@ class World:
         assert all(request.finish_reason is None for request in (*running, *waiting))
         alive = {r for r, entry in self.followed.items() if r.finish_reason is None}
         assert alive == {*running, *waiting}
-        for cache in (work.cache, *([work.drafter.cache] if hasattr(work.drafter, "cache") else [])):
-            cache.check()
-            for group in cache.paged:
-                assert all(bool(pages) == (slot in taken) for slot, pages in enumerate(group.table))
+        check_memory(self.loop)
+        assert all(bool(pages) == (slot in taken) for slot, pages in enumerate(self.loop.memory.pages.table))
         assert set(work.processors._wanted) <= set(taken)
         assert len(self.loop._flying) <= self.loop.runner.in_flight
         for request in self.followed:
@@ -349,9 +364,6 @@ class World:
         assert not self.loop._flying
         assert not self.loop.scheduler.outputs
         assert not self.loop.scheduler.busy
-        drafter = self.loop.work.drafter
-        if isinstance(drafter, MTPDrafter):
-            assert all(all(group._free) for group in drafter.cache.paged)
         for entry in self.followed.values():
             self._check_answer(entry)
 
@@ -366,6 +378,8 @@ class World:
         on_its_own = request.failures < 2 and not entry.may_fail
         if on_its_own and not entry.cancelled:
             assert answer == alone
+            if not self.faulty and self.setup.drafter != "random":  # whose trees nobody can foresee
+                assert request.stats.steps == self.solo.steps(self.setup.drafter, entry.seed)
         elif answer.reason in ("abort", "timeout", "error") and answer != alone:
             assert entry.cancelled or answer.reason == "error"
             assert answer.output == alone.output[: len(answer.output)]
@@ -409,7 +423,10 @@ def perform(world: World, steps: Sequence[tuple[Any, ...]]) -> None:
             entry.cancelled = True
             running = entry.request.finish_reason is None
             if name == "remove":
-                assert world.loop.remove(entry.request) is running
+                try:
+                    assert world.loop.remove(entry.request) is running
+                except KeyboardInterrupt:
+                    assert world.faulty
                 assert not world.loop.remove(entry.request)
             else:
                 world.loop.scheduler.cancel(entry.request)
@@ -486,7 +503,8 @@ class Faults:
         work.drafter = Wrapped(work.drafter, self, draft="draft", observe="observe")
         work.verifier = Wrapped(work.verifier, self, verify="verify")
         work.state = Wrapped(work.state, self, advance="advance")
-        work.processors = Wrapped(work.processors, self, apply="processors", start="start")
+        work.processors = loop.memory.processors = Wrapped(work.processors, self, apply="processors", start="start")
+        loop.memory.cache = Wrapped(loop.memory.cache, self, save="save", load="load")
         loop.scheduler.commit = self.around("commit", loop.scheduler.commit)  # type: ignore[method-assign]
 
     def follow(self, entries: Sequence[Followed]) -> None:
@@ -521,7 +539,20 @@ class Wrapped:
         return getattr(self._inner, name)
 
 
-POINTS = ("start", "forward", "logits", "draft", "observe", "verify", "advance", "processors", "commit", "take")
+POINTS = (
+    "save",
+    "load",
+    "start",
+    "forward",
+    "logits",
+    "draft",
+    "observe",
+    "verify",
+    "advance",
+    "processors",
+    "commit",
+    "take",
+)
 planned_faults = st.lists(
     st.tuples(
         st.sampled_from(POINTS), st.integers(1, 30), st.booleans(),
@@ -560,9 +591,9 @@ def test_failures_and_interruptions_do_not_matter(
 @pytest.mark.parametrize("point", POINTS)
 def test_a_part_that_raises(solo: Solo, point: str, call: int, error: type[BaseException], after: bool) -> None:
     """Every part once, early and at the end of an answer; those whose step it was not always go on."""
-    world = World(Setup("right", in_flight=2), solo)
+    world = World(Setup("right", in_flight=2, prefix=100), solo)
     faults = Faults(world, [(point, call, after, error)])
-    for kind, length, most in (("logprobs", 1, 6), ("sampled", 9, 22), ("all", 2, 22)):
+    for kind, length, most in (("logprobs", 1, 6), ("sampled", 9, 22), ("all", 2, 22), *[("hot", 9, 6)] * 4):
         faults.follow(world.add(ASKS.index((kind, length, most))))
     world.drain()
     assert len(faults.raised) == 1

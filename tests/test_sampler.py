@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mtp_engine.assemble import decode_loop
 from mtp_engine.attention.torch import TorchAttention
-from mtp_engine.cache import HybridKV
+from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import AttentionConfig, SamplingParams, TreeShape
 from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.models import loader
@@ -314,7 +314,7 @@ class Sampled:
     def law(self, params: SamplingParams) -> dict[tuple[int, ...], float]:
         paths = list(itertools.product(range(VOCAB), repeat=TOKENS))
         cache = HybridKV(
-            self.layers(), slots=len(paths), tokens=8, page_size=8, max_nodes=3, dtype=torch.float32, device=CPU
+            self.layers(), Pages(slots=len(paths), tokens=8, page_size=8, device=CPU), max_nodes=3, dtype=torch.float32
         )
         tokens = torch.tensor([[ROOT, *path[:-1]] for path in paths])
         chains = DraftTree.chain(tokens, torch.full((len(paths),), TOKENS))
@@ -329,8 +329,12 @@ class Sampled:
 
     def sample(self, drafter: Drafter, params: SamplingParams, seeds: Sequence[int]) -> dict[int, list[int]]:
         """The text, ROOT included, of each seed; hundreds at once. The MTP layers start to draft at the second token."""
-        cache = HybridKV(self.layers(), slots=len(seeds), tokens=8, page_size=8, max_nodes=drafter.max_nodes,
-                         dtype=torch.float32, device=CPU)  # fmt: skip
+        cache = HybridKV(
+            self.layers(),
+            Pages(slots=len(seeds), tokens=8, page_size=8, device=CPU),
+            max_nodes=drafter.max_nodes,
+            dtype=torch.float32,
+        )
         loop = decode_loop(self.main, cache, drafter, MatchVerifier(), slots=len(seeds), max_context=64,
                           eos_token_ids=[], prefill_chunk=8, device=CPU)  # fmt: skip
         requests = [loop.add([ROOT], replace(params, seed=seed)) for seed in seeds]
@@ -391,7 +395,7 @@ def test_what_is_sampled_has_the_models_law(sampled: Sampled, known: dict[int, l
             drafter: Drafter = Scripted(name, known, vocab=VOCAB, nodes=4)
             if name == "mtp":
                 shape = TreeShape.parse("2x2")
-                drafter = MTPDrafter(sampled.mtp, shape, slots=len(seeds), tokens=8, page_size=8)
+                drafter = MTPDrafter(sampled.mtp, shape, slots=len(seeds))
             texts += sampled.sample(drafter, params, seeds).values()
         assert 2e-3 < fit(texts, law) < 1 - 2e-3
         everything += texts

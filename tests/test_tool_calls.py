@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_engine.text.tool_calls import ToolCall, parse_answer
+from mtp_engine.text.tool_calls import ToolCall, call_schema, parse_answer
 
 TOOL = {
     "type": "function",
@@ -111,3 +111,42 @@ def test_any_string_survives(value: str) -> None:
 def test_any_answer_parses(text: str) -> None:
     parse_answer(text, [TOOL])
     parse_answer(text, [TOOL], thinking=True)
+
+
+# ---- the schema of a call ---------------------------------------------------------------------------------------------
+
+
+def test_tools_are_closed_unless_they_say_otherwise() -> None:
+    inner = {"type": "object", "properties": {"c": {"type": "integer"}}}
+    parameters = {
+        "properties": {"a": inner, "b": {"type": "array", "items": inner}, "free": {"type": "object"}},
+        "$defs": {"d": inner},
+    }
+    [arguments] = [call_schema([{"name": "f", "parameters": parameters}])["properties"]["arguments"]]
+    assert arguments["additionalProperties"] is False
+    for part in (arguments["properties"]["a"], arguments["properties"]["b"]["items"], arguments["$defs"]["d"]):
+        assert part["additionalProperties"] is False
+    assert "additionalProperties" not in arguments["properties"]["free"], "it lists nothing, so it takes anything"
+    opened = call_schema([{"name": "f", "parameters": {**parameters, "additionalProperties": True}}])
+    assert opened["properties"]["arguments"]["additionalProperties"] is True
+    assert call_schema([{"name": "f"}])["properties"]["arguments"]["additionalProperties"] is False
+
+
+def test_parts_of_a_composition_stay_open() -> None:
+    half = {"properties": {"a": {"type": "integer"}}}
+    arguments = call_schema([{"name": "f", "parameters": {"allOf": [half, half]}}])["properties"]["arguments"]
+    assert "additionalProperties" not in arguments
+    assert arguments["allOf"] == [half, half]
+
+
+@pytest.mark.parametrize(
+    ("tools", "words"),
+    [
+        ({}, "an object, not a list"), ("ab", "a text"), (3, "a number"), (None, "null"), ([], "at least one"),
+        (["a"], "tool 1 is a text"), ([TOOL, {}], "tool 2 has no name"), ([{"function": []}], "tool 1 is a list"),
+        ([{"name": "f", "parameters": []}, 1], "tool 2 is a number"), ([{"name": "f", "parameters": "x"}], "of tool 1, f"),
+    ],
+)  # fmt: skip
+def test_what_is_no_list_of_tools(tools: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call_schema(tools)

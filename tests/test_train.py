@@ -2,10 +2,12 @@
 
 import errno
 import gc
+import io
 import json
 import math
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -641,6 +643,77 @@ def test_help_is_fast_and_has_an_example() -> None:
     done = subprocess.run([sys.executable, "-c", code, "train", "--help"], capture_output=True, timeout=60, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Examples:" in done.stdout
+
+
+# ---- what a user sees of an interruption, an end, and a mistake -------------------------------------------------------
+
+
+def few_steps(world: World, out: Path, *more: Any) -> list[Any]:
+    corpus = world.text.parent / "corpus"
+    return ["train", world.model, "--layers", 1, "--data", corpus, "--batch-tokens", 4 * ROW, "--out", out, *more]
+
+
+def test_a_finished_run_is_not_trained_again(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert invoke(*few_steps(world, out, "--steps", 2)).exit_code == 0
+    before = contents(out)
+    again = invoke(*few_steps(world, out, "--steps", 2))
+    assert (again.exit_code, again.stdout) == (0, f"{out}\n")
+    assert "holds a finished run of 2 steps" in again.stderr
+    assert contents(out) == before
+    for change, word in ((["--steps", 3], "steps"), (["--steps", 2, "--layers", 2], "layers")):
+        assert_refused(invoke(*few_steps(world, out, *change)), "finished run", word)
+
+
+def test_a_folder_of_something_else_is_refused(world: World, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert_refused(invoke(*few_steps(world, tmp_path, "--steps", 2)), "not empty", "--out")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_ctrl_c_says_what_is_saved_and_how_to_go_on(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, steps, real = tmp_path / "out", iter(range(3)), trainer.distill_step
+
+    def interrupted(*arguments: Any) -> Measures:
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(trainer, "distill_step", interrupted)
+    monkeypatch.setattr(sys, "argv", ["mtp-engine", "train", "MODEL", "--out", "OUT"])
+    done = invoke(*few_steps(world, out, "--steps", 9))
+    assert done.exit_code == 130
+    assert f"interrupted: step 3 is saved in {out}; to go on:\nmtp-engine train MODEL --out OUT\n" in done.stderr
+    monkeypatch.setattr(trainer, "distill_step", real)
+    done = invoke(*few_steps(world, out, "--steps", 9))
+    assert done.exit_code == 0
+    assert "going on after step 3" in done.stderr
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), 0.0, -1.0])
+def test_rates_are_numbers(rate: float) -> None:
+    for rates in ({"muon": rate}, {"adam": rate}):
+        with pytest.raises(EngineError, match="must be above 0 and finite"):
+            Rates(**rates)
+
+
+def test_the_bar_keeps_its_time_at_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from mtp_engine.cli import train
+    from mtp_engine.training.trainer import Report
+
+    screen = io.StringIO()
+    shown = Console(width=80, force_terminal=True, file=screen)
+    monkeypatch.setattr(train, "console", lambda **_: shown)
+    report = Report(5, [1.234] * 8, [1.0] * 8, [1.0] * 8, 284_000.0, 10.0)
+    job = Job("m", Path("out"), Path("data"), settings=TrainSettings(steps=900))
+    train._follow([report], job, quiet=False)
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).strip().split("\r")[-1]
+    assert re.fullmatch(r"loss 1.234 .*…  *━+ 5/900 \S+:\S+", last)
+    assert len(last) <= 80
 
 
 # ---- first values -----------------------------------------------------------------------------------------------------

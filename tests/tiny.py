@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mtp_engine.cache import Pages
 from mtp_engine.config import SamplingParams
+from mtp_engine.drafters import MTPDrafter
 from mtp_engine.protocols import Drafter
 from mtp_engine.runtime.request import Members, Request
 from mtp_engine.runtime.stats import GenerationStats
@@ -124,6 +126,15 @@ def new_request(slot: int, prompt: list[int]) -> Request:
     return request
 
 
+def attached(drafter: MTPDrafter, slots: int = 3, tokens: int = 600, page_size: int = 8, behind: int = 0) -> MTPDrafter:
+    """With pages of its own, all of which its slots have in equal parts."""
+    pages = Pages(slots=slots, tokens=tokens, page_size=page_size, device=torch.device("cpu"))
+    drafter.attach(pages, behind)
+    for slot in range(slots):
+        assert pages.reserve(slot, tokens // slots // page_size * page_size)
+    return drafter
+
+
 def show_prompt(drafter: Drafter, slot: int, prompt: list[int], hidden: Tensor, chunk: int = 1 << 20) -> None:
     """What the loop shows a drafter of a prompt, chunk by chunk. hidden: [len(prompt) - 1, H]."""
     last = len(prompt) - 1
@@ -152,6 +163,8 @@ class Sums:
             if self.allows([*self.answer, *path], token):
                 bits[token // 32] |= 1 << (token % 32)
         return torch.tensor([word - (1 << 32) if word >> 31 else word for word in bits], dtype=torch.int32)
+
+    complete = True
 
     def advance(self, tokens: Sequence[int]) -> None:
         for token in tokens:

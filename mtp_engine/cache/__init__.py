@@ -2,6 +2,8 @@
 
 from mtp_engine.cache.hybrid import NO_LIMIT, HybridKV
 from mtp_engine.cache.paged import PagedKV
-from mtp_engine.cache.window import WindowKV
+from mtp_engine.cache.pages import Pages
+from mtp_engine.cache.prefix import Entry, PrefixCache
+from mtp_engine.cache.window import WindowKV, ring_spans
 
-__all__ = ["NO_LIMIT", "HybridKV", "PagedKV", "WindowKV"]
+__all__ = ["NO_LIMIT", "Entry", "HybridKV", "PagedKV", "Pages", "PrefixCache", "WindowKV", "ring_spans"]

@@ -1,4 +1,4 @@
-"""The cache of layers with full attention: fixed-size pages, handed to slots as they are reserved."""
+"""The cache of layers with full attention: fixed-size pages, which an allocator hands to slots."""
 
 from typing import final
 
@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtp_engine.cache.pages import Pages
 from mtp_engine.kernels.reference import move_rows, write_rows
 
 
@@ -25,73 +26,50 @@ def _zeros(layers: int, rows: int, heads: int, dim: int, dtype: torch.dtype, dev
 
 @final
 class PagedKV:
-    """Keys and values of `layers` layers, all with the same head shapes, in `pages` pages of `page_size` tokens.
+    """Keys and values of `layers` layers, all with the same head shapes, in the pages of `owner`.
 
-    Row r of the storage is token r % page_size of page r // page_size. Slot s's token t lies in page
-    table[s][t // page_size]. Pages are taken in one contiguous run where there is one: then a slot's keys are a view.
-    `device_pages` is the same table as a tensor, [slots, pages] int32.
+    Row r of the storage is token r % page_size of page r // page_size. Where a slot's pages are one contiguous run, its
+    keys are a view.
     """
 
     def __init__(
-        self,
-        *,
-        layers: int,
-        kv_heads: int,
-        qk_dim: int,
-        v_dim: int,
-        slots: int,
-        pages: int,
-        page_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, owner: Pages, *, layers: int, kv_heads: int, qk_dim: int, v_dim: int, dtype: torch.dtype
     ) -> None:
-        self.page_size, self.pages, self.device = page_size, pages, device
-        self.k = _zeros(layers, pages * page_size, kv_heads, qk_dim, dtype, device)
-        self.v = _zeros(layers, pages * page_size, kv_heads, v_dim, dtype, device)
-        self.table: list[list[int]] = [[] for _ in range(slots)]
-        self.device_pages = torch.zeros(slots, pages, dtype=torch.int32, device=device)
-        self._free = [True] * pages
+        self.owner, self.page_size, self.device = owner, owner.page_size, owner.device
+        rows = owner.count * owner.page_size
+        self.k = _zeros(layers, rows, kv_heads, qk_dim, dtype, owner.device)
+        self.v = _zeros(layers, rows, kv_heads, v_dim, dtype, owner.device)
 
     @property
-    def room(self) -> int:
-        """Tokens for which pages are free."""
-        return sum(self._free) * self.page_size
+    def table(self) -> list[list[int]]:
+        return self.owner.table
 
-    def reserve(self, slot: int, tokens: int) -> bool:
-        """Give `slot` pages for `tokens` tokens in all. False, with nothing changed, if too few are free."""
-        missing = -(-tokens // self.page_size) - len(self.table[slot])
-        if missing <= 0:
-            return True
-        if missing * self.page_size > self.room:
-            return False
-        taken = self._run(missing) or [page for page in range(self.pages) if self._free[page]][:missing]
-        for page in taken:
-            self._free[page] = False
-        self.table[slot].extend(taken)
-        table = torch.tensor(self.table[slot], dtype=torch.int32)
-        if self.device.type != "cpu":
-            table = table.pin_memory()  # a copy from other memory would wait for all that is queued
-        self.device_pages[slot, : len(table)].copy_(table, non_blocking=True)
-        return True
+    @property
+    def device_pages(self) -> Tensor:
+        """[slots, pages] int32."""
+        return self.owner.on_device
 
-    def _run(self, count: int) -> list[int] | None:
-        start = 0
-        for page in range(self.pages):
-            if not self._free[page]:
-                start = page + 1
-            elif page - start + 1 == count:
-                return list(range(start, page + 1))
-        return None
-
-    def release(self, slot: int) -> None:
-        for page in self.table[slot]:
-            self._free[page] = True
-        self.table[slot] = []
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in all layers."""
+        return sum(x[:, :1].numel() * x.element_size() for x in (self.k, self.v))
 
     def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Storage rows of cache slots `positions` [B, N] of the requests in `slots` [B] -> [B, N] int64."""
         pages = self.device_pages[slots].gather(1, positions // self.page_size).long()
         return pages * self.page_size + positions % self.page_size
+
+    def spans(self, slot: int, start: int, stop: int) -> list[slice]:
+        """Storage rows of a slot's tokens start..stop-1, as few runs as possible. Never empty."""
+        spans: list[slice] = []
+        for page in range(start // self.page_size, max(start // self.page_size + 1, -(-stop // self.page_size))):
+            first = self.table[slot][page] * self.page_size
+            low, high = max(start - page * self.page_size, 0), min(stop - page * self.page_size, self.page_size)
+            if spans and spans[-1].stop == first:
+                spans[-1] = slice(spans[-1].start, first + high)
+            else:
+                spans.append(slice(first + low, first + max(low, high)))
+        return spans
 
     def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
         """rows: [B, N]; k: [B, N, Hkv, Dk]; v: [B, N, Hkv, Dv]."""
@@ -112,9 +90,3 @@ class PagedKV:
         """Copy storage rows source [M] to target [M] in every layer."""
         move_rows(self.k, source, target)
         move_rows(self.v, source, target)
-
-    def check(self) -> None:
-        taken = [page for pages in self.table for page in pages]
-        assert len(taken) == len(set(taken)), "a page belongs to two slots"
-        assert all(not self._free[page] for page in taken), "a page in use is marked free"
-        assert len(taken) + sum(self._free) == self.pages, "a page has leaked"

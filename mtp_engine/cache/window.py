@@ -14,6 +14,14 @@ from torch import Tensor
 from mtp_engine.kernels.reference import move_rows, write_rows
 
 
+def ring_spans(base: int, size: int, start: int, stop: int) -> list[slice]:
+    """Rows of positions start..stop-1 in a ring of `size` rows from row `base` on: one run, or two where it turns."""
+    low, count = start % size, stop - start
+    before = min(count, size - low)
+    spans = [slice(base + low, base + low + before)]
+    return spans if before == count else [*spans, slice(base, base + count - before)]
+
+
 @final
 class WindowKV:
     """Keys and values of `layers` layers with the same head shapes and window. Position p lies in ring row p % size."""
@@ -40,9 +48,18 @@ class WindowKV:
         self.k = torch.zeros(layers, slots * self.size, kv_heads, qk_dim, dtype=dtype, device=device)
         self.v = torch.zeros(layers, slots * self.size, kv_heads, v_dim, dtype=dtype, device=device)
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one row in all layers."""
+        return sum(x[:, :1].numel() * x.element_size() for x in (self.k, self.v))
+
     def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Storage rows of `positions` [B, N] of the requests in `slots` [B] -> [B, N] int64."""
         return slots[:, None] * self.size + positions % self.size
+
+    def spans(self, slot: int, start: int, stop: int) -> list[slice]:
+        """Storage rows of positions start..stop-1 in a slot's ring."""
+        return ring_spans(slot * self.size, self.size, start, stop)
 
     def prefix_positions(self, lengths: Tensor) -> Tensor:
         """The window - 1 positions before each length, oldest first: [B, window - 1]; negative ones do not exist."""

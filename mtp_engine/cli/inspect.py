@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.filesize import decimal
 
-from mtp_engine.cli.output import JsonTarget, console
+from mtp_engine.cli.output import JsonTarget, console, show
 from mtp_engine.cli.progress import Waits
 from mtp_engine.cli.report import pairs
 
@@ -43,7 +43,7 @@ def inspect(model: str, mtp: str | None, json_file: str | None, quiet: bool) -> 
     if target:
         target.write(asdict(report))
     if target is None or target.path is not None:
-        console().print(pairs(_rows(report)))
+        show(pairs(_rows(report)), console())
 
 
 def _rows(report: "ModelReport") -> list[tuple[str, str]]:
@@ -79,19 +79,30 @@ def _assumption(report: "ModelReport") -> str:
 
 def _plan(report: "ModelReport") -> list[tuple[str, str]]:
     plan, context = report.plan, f"{report.max_context:,} tokens"
-    rows = [("parameters per token", f"{plan.active_parameters:,} (without the embedding table)")]
+    table = "without the embedding table"
+    if plan.active_parameters == plan.parameters:
+        table = "all: the embedding table is the output head, too"
+    rows = [("parameters per token", f"{plan.active_parameters:,} ({table})")]
     if report.mtp_layers:
         rows.append(("per MTP layer", f"{plan.mtp_layer_parameters:,}"))
     stored = ", ".join(f"{decimal(size)} {dtype}" for dtype, size in plan.bytes_by_dtype.items())
     rings = [(plan.kv_per_sequence, "main"), (plan.mtp_kv_per_sequence, "MTP")]
     return [
         *rows,
-        ("bytes to store", f"{decimal(sum(plan.bytes_by_dtype.values()))} ({stored})"),
+        ("bytes as published", f"{decimal(sum(plan.bytes_by_dtype.values()))} ({stored}){_other_format(report)}"),
         ("KV per token", ", ".join(f"{size:,} bytes in {dtype}" for dtype, size in report.kv_bytes_per_token.items())),
         ("KV per sequence", _rings(rings)),
         ("KV at full context", f"{plan.kv_full_context / 2**30:.2f} GiB in bf16 ({context})"),
         ("GPUs needed", ", ".join(f"{count} of {size}" for size, count in plan.gpus.items())),
     ]
+
+
+def _other_format(report: "ModelReport") -> str:
+    """A word about files that hold the weights in other numbers than config.json calls for."""
+    here = sum(report.files.values())
+    if not here or report.dtypes.keys() <= report.plan.parameters_by_dtype.keys():
+        return ""
+    return f"; the files here hold {', '.join(report.dtypes)}, {decimal(here)}"
 
 
 def _rings(rings: list[tuple[int, str]]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from mtp_engine.cli.output import console
+from mtp_engine.cli.output import console, show
 from mtp_engine.cli.progress import Waits
 from mtp_engine.errors import EngineError
 
@@ -98,7 +98,7 @@ def check(dims: list[_Dims], quiet: bool) -> None:
         for qk, v in dims:
             rows = list(run_checks(qk, v, progress=waits))
             waits.close()
-            console().print(_table(f"{qk}x{v}", rows))
+            show(_table(f"{qk}x{v}", rows), console())
             wrong += sum(not row.passed for row in rows)
     if wrong:
         raise EngineError(

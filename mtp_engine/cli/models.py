@@ -1,4 +1,4 @@
-"""`mtp-engine models`: which models have a name, and fetching them."""
+"""`mtp-engine models`: which models have a name, and what the cache holds of them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.filesize import decimal
 
-from mtp_engine.cli.output import console
+from mtp_engine.cli.output import console, show
 from mtp_engine.cli.progress import Waits
 from mtp_engine.cli.report import pairs
 from mtp_engine.errors import EngineError
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 @click.group(invoke_without_command=True)
 @click.pass_context
 def models(context: click.Context) -> None:
-    """List the models that have a name of their own, fetch one, or make a tiny random one.
+    """List the models that have a name of their own; fetch, check or remove one, or make a tiny random one.
 
     \b
     Examples:
       mtp-engine models
       mtp-engine models fetch smollm2-135m-mtp3
+      mtp-engine models verify smollm2-135m-mtp3
+      mtp-engine models remove smollm2-135m-mtp3
       mtp-engine models make-tiny /tmp/tiny --fp8
     """
     if context.invoked_subcommand is not None:
@@ -36,23 +38,66 @@ def models(context: click.Context) -> None:
         fetched = f"yes (fetched as {size})" if hub.is_cached(model.name) else f"no (first use fetches {size})"
         state = fetched if model.download_bytes else "yes (comes with the package)"
         rows = [("cached", state), ("licence", model.licence), ("source", model.source), ("what", model.description)]
-        out.print(pairs([(f"  {what}", value) for what, value in rows]))
+        show(pairs([(f"  {what}", value) for what, value in rows]), out)
+
+
+@models.command()
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Convert it again, and fetch it again if the kept download is damaged.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+def fetch(name: str, force: bool, quiet: bool) -> None:
+    """Fetch the model NAME into the cache, so that later runs need no network. Prints the folder it is in.
+
+    What is there already is checked, every byte, and made again where it is damaged.
+
+    \b
+    Examples:
+      mtp-engine models fetch smollm2-135m-mtp3
+      mtp-engine models fetch --force smollm2-135m-mtp3
+      mtp-engine models fetch HuggingFaceTB/SmolLM2-135M-Instruct
+    """
+    with Waits(quiet=quiet) as waits:
+        files = hub.locate(name, force=force, progress=waits)
+        if hub.discard_damaged(files.folder, waits):
+            files = hub.locate(name, progress=waits)
+    click.echo(str(files.folder))
 
 
 @models.command()
 @click.argument("name")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
-def fetch(name: str, quiet: bool) -> None:
-    """Fetch the model NAME into the cache, so that later runs need no network. Prints the folder it is in.
+def verify(name: str, quiet: bool) -> None:
+    """Read every byte that is kept of the model NAME, a registered name or a .gguf file, and compare its hashes.
+
+    Exit code 2 if anything is damaged.
 
     \b
     Examples:
-      mtp-engine models fetch smollm2-135m-mtp3
-      mtp-engine models fetch HuggingFaceTB/SmolLM2-135M-Instruct
+      mtp-engine models verify smollm2-135m-mtp3
     """
     with Waits(quiet=quiet) as waits:
-        files = hub.locate(name, progress=waits)
-    click.echo(str(files.folder))
+        found = hub.verify(name, waits)
+    for each in found:
+        click.echo(f"{each.path}: {'DAMAGED: ' + ', '.join(each.damaged) if each.damaged else 'ok'}")
+    if not found:
+        click.echo(f"{name}: nothing of it is in the cache")
+    if any(each.damaged for each in found):
+        ours = [each for each in found if each.damaged and hub.is_packaged(each.path)]
+        remedy = "install the package anew" if ours else f"mtp-engine models fetch --force {name}"
+        raise EngineError(f"{name} is damaged; to mend it: {remedy}")
+
+
+@models.command()
+@click.argument("name")
+def remove(name: str) -> None:
+    """Delete what the cache holds of the model NAME, a registered name or a .gguf file, which itself stays.
+
+    \b
+    Examples:
+      mtp-engine models remove smollm2-135m-mtp3
+    """
+    freed = hub.remove(name)
+    click.echo(f"{decimal(freed)} freed" if freed else f"{name}: nothing of it is in the cache")
 
 
 @models.command()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from mtp_engine.cli.thoughts import ThoughtSplitter
 from mtp_engine.errors import EngineError
@@ -31,10 +31,27 @@ def one_line(text: str) -> str:
 def console(*, stderr: bool = False) -> Console:
     """A console that shows strings as they are: no markup, no emoji codes, no highlighting.
 
-    Results that go to a file or a pipe are not wrapped, so that a path stays one word.
+    Results that go to a file or a pipe keep to COLUMNS if that is set, and else are not wrapped, so that a path stays one
+    word.
     """
-    width = None if stderr or sys.stdout.isatty() else 4096
+    width = None if stderr or sys.stdout.isatty() or os.environ.get("COLUMNS") else 4096
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False, width=width)
+
+
+def show(what: RenderableType, out: Console) -> None:
+    """Print a table; where that is no terminal as plain lines, without the spaces that fill its columns."""
+    if out.is_terminal:
+        out.print(what)
+        return
+    with out.capture() as captured:
+        out.print(what)
+    out.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+    out.file.flush()
+
+
+def note(text: str) -> None:
+    """A line for people, on stderr."""
+    console(stderr=True).print(text, soft_wrap=not sys.stderr.isatty(), style="dim" if sys.stderr.isatty() else None)
 
 
 @final

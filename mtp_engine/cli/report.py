@@ -1,19 +1,21 @@
-"""The table under an answer."""
+"""The statistics under an answer."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 
-from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
 
+from mtp_engine.cli.output import console
+from mtp_engine.hub.cache import cache_root
 from mtp_engine.runtime.stats import GenerationStats
 
-_FOOTER = (
-    "mean accepted length = tokens / steps: accepted drafts plus the main model's own (bonus) token of each step.\n"
+_LEGEND = [
+    "",
+    "mean accepted length = tokens / steps: accepted drafts plus the main model's own (bonus) token of each step.",
     "unconditional: share of all steps that accepted a draft at that depth; conditional: of those steps that accepted "
-    "the depth before."
-)
+    "the depth before.",
+]
+_SHOWN = "legend-shown"  # in the cache, once it was
 
 
 def pairs(rows: Sequence[tuple[str, str]]) -> Table:
@@ -26,10 +28,29 @@ def pairs(rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def statistics(stats: GenerationStats, finish_reason: str, notes: Sequence[str] = ()) -> RenderableType:
+def legend(*, asked: bool) -> list[str]:
+    """What the statistics mean: where the user asked, and the first time that they stand on a terminal."""
+    if asked:
+        return list(_LEGEND)
+    if not console(stderr=True).is_terminal:
+        return []
+    mark = cache_root() / _SHOWN
+    with suppress(OSError):
+        if mark.exists():
+            return []
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    return list(_LEGEND)
+
+
+def _cached(stats: GenerationStats) -> str:
+    return f", of which {stats.cached_tokens} were kept from before" if stats.cached_tokens else ""
+
+
+def statistics(stats: GenerationStats, finish_reason: str, rule: str) -> Table:
     """What was drafted, accepted and emitted, how long it took, and how that compares with plain decoding."""
     rows = [
-        ("tokens", f"{stats.tokens} (finish reason: {finish_reason}), prompt {stats.prompt_tokens}"),
+        ("tokens", f"{stats.tokens} (finish reason: {finish_reason}), prompt {stats.prompt_tokens}{_cached(stats)}"),
         ("steps", f"{stats.steps}"),
         ("mean accepted length", f"{stats.mean_accepted_length:.2f}"),
         ("nodes per step", f"{stats.nodes_per_step:.1f}"),
@@ -37,11 +58,23 @@ def statistics(stats: GenerationStats, finish_reason: str, notes: Sequence[str] 
         ("prefill", f"{_seconds(stats.prefill_s)}, first token after {_seconds(stats.ttft_s)}"),
         *_shares(stats),
         ("tokens per second", f"{stats.tokens_per_s:.1f} (prefill left out)"),
-        *_comparison(stats),
+        *_comparison(stats, rule),
         ("seed", f"{stats.seed}"),
     ]
-    footer = Text("\n".join([_FOOTER, *notes]), style="dim")
-    return Group(Text(), pairs(rows), Padding(footer, (1, 0, 0, 0)))
+    return pairs(rows)
+
+
+def verdict(stats: GenerationStats, rule: str) -> str:
+    """What comparing with plain decoding has shown. rule: the verifier, of which only match promises the same tokens."""
+    if stats.identical_to_plain is None:
+        return "its first steps timed"
+    if stats.identical_to_plain:
+        return "whole answer: identical tokens"
+    if rule == "match":
+        return "whole answer: DIFFERENT TOKENS"
+    if rule == "typical":
+        return "whole answer: other tokens, as the typical rule is lossy"
+    return f"whole answer: other tokens, as the {rule} rule keeps the distribution, not the text"
 
 
 def _acceptance(stats: GenerationStats) -> list[tuple[str, str]]:
@@ -62,16 +95,11 @@ def _shares(stats: GenerationStats) -> list[tuple[str, str]]:
     return [(f"time in {name}", f"{_seconds(s)} ({s / whole if whole else 0:.0%})") for name, s in parts.items()]
 
 
-def _comparison(stats: GenerationStats) -> list[tuple[str, str]]:
+def _comparison(stats: GenerationStats, rule: str) -> list[tuple[str, str]]:
     if stats.plain_tokens_per_s is None or stats.speedup is None:
         return []
-    extent = {
-        None: "its first steps timed",
-        True: "whole answer: identical tokens",
-        False: "whole answer: DIFFERENT TOKENS",
-    }[stats.identical_to_plain]
     return [
-        ("plain decoding", f"{stats.plain_tokens_per_s:.1f} tokens/s ({extent})"),
+        ("plain decoding", f"{stats.plain_tokens_per_s:.1f} tokens/s ({verdict(stats, rule)})"),
         ("measured speed-up", f"{stats.speedup:.2f}x"),
     ]
 

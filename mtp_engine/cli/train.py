@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from mtp_engine.cli.options import settings
-from mtp_engine.cli.output import console
+from mtp_engine.cli.output import console, note, show
 from mtp_engine.cli.progress import Waits
 from mtp_engine.errors import EngineError
 
@@ -90,17 +90,39 @@ def train(model: str, dry_run: bool, quiet: bool, **options: Any) -> None:
     if dry_run:
         return _show_plan(job)
     first = os.environ.get("RANK", "0") == "0"
-    with Waits(quiet=quiet or not first) as waits:
-        waits("starting", 0, None)
-        from mtp_engine.training.run import Training
-
-        training = Training(job, waits)
-    if training.resumed and first:
-        console(stderr=True).print(f"going on after step {training.trainer.step}", highlight=False)
-    with closing(training.run()) as reports:
-        _follow(reports, job, quiet=quiet or not first)
+    try:
+        _train(job, first=first, quiet=quiet or not first)
+    except KeyboardInterrupt:
+        if first:
+            note(_interrupted(job))
+        raise
     if first:
         click.echo(str(job.out))
+
+
+def _train(job: "Job", *, first: bool, quiet: bool) -> None:
+    with Waits(quiet=quiet) as waits:
+        waits("starting", 0, None)
+        from mtp_engine.training.run import Training, finished_steps
+
+        if (steps := finished_steps(job)) is not None:
+            if first:
+                note(f"nothing is left to do: {job.out} holds a finished run of {steps} steps; delete it to train anew")
+            return
+        training = Training(job, waits)
+    if training.resumed and first:
+        note(f"going on after step {training.trainer.step}")
+    with closing(training.run()) as reports:
+        _follow(reports, job, quiet=quiet)
+
+
+def _interrupted(job: "Job") -> str:
+    """What is kept of a run that was interrupted, and the line that goes on."""
+    from mtp_engine.training.run import saved_step
+
+    step = saved_step(job.out)
+    kept = f"step {step} is saved in {job.out}" if step is not None else f"no step is saved yet in {job.out}"
+    return f"interrupted: {kept}; to go on:\n{job.command}"
 
 
 def _job(model: str, options: dict[str, Any]) -> "Job":
@@ -152,14 +174,15 @@ def _show_plan(job: "Job") -> None:
         ("corpus", f"{job.corpus}: {'its shards are kept' if job.corpus.is_dir() else 'will be written first'}"),
     ):
         table.add_row(what, value)
-    console().print(table)
+    show(table, console())
 
 
 def _follow(reports: Any, job: "Job", *, quiet: bool) -> None:
-    """Show each report: a bar on a terminal, lines elsewhere."""
+    """Show each report: a bar on a terminal, lines elsewhere. On a narrow one the losses give way to the time left."""
     out = console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeRemainingColumn(), console=out, disable=quiet or not out.is_terminal) as bar:
+    losses = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+    columns = (losses, BarColumn(bar_width=10), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    with Progress(*columns, console=out, disable=quiet or not out.is_terminal, expand=True) as bar:
         task = bar.add_task("training", total=job.settings.steps)
         for report in reports:
             line = _line(report)

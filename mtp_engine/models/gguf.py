@@ -43,6 +43,11 @@ def convert(gguf_path: Path, folder: Path, progress: Progress = lambda what, don
     _write_json(folder / "config.json", config)
 
 
+def converted_bytes(gguf_path: Path) -> int:
+    """About what `convert` writes: all weights in fp32. Raises EngineError for a damaged file."""
+    return sum(4 * int(np.prod(tensor.shape)) for tensor in open_gguf(gguf_path).tensors.values()) + (8 << 20)
+
+
 def _config(source: Source) -> dict[str, Any]:
     """LlamaForCausalLM's config.json."""
     if (architecture := source.get("general.architecture", str)) != "llama":

@@ -139,6 +139,8 @@ def _family(folder: Path) -> tuple[ModuleType, Fields]:
     path = folder / "config.json"
     raw = read_json(path)
     names = raw.get("architectures") or ["(none named)"]
+    if not (isinstance(names, list) and isinstance(names[0], str)):
+        raise EngineError(f"{path}: architectures is {names!r}, not a list of names")
     if names[0] not in _FAMILIES:
         raise EngineError(f"{path}: architecture {names[0]} is not supported; known: {', '.join(_FAMILIES)}")
     return _FAMILIES[names[0]], Fields(raw, str(path))

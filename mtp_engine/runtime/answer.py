@@ -15,7 +15,8 @@ class Generation:
     """A finished answer. drafted[i]: token i was an accepted draft, not the main model's own. The text leaves special
     tokens out and ends before a stop string; token_ids hold them, the stop included. logprobs: one per token where they
     were asked for. others: the further answers to the same prompt, where n > 1. error: what went wrong, where
-    finish_reason is "error"; what was said before stands in text and token_ids."""
+    finish_reason is "error"; what was said before stands in text and token_ids. complete: False where a structure was
+    asked for and the answer ended, by its limit or a stop, before it matched."""
 
     text: str
     token_ids: list[int]
@@ -25,13 +26,15 @@ class Generation:
     logprobs: tuple[TokenLogprob, ...] = ()
     others: tuple["Generation", ...] = ()
     error: str = ""
+    complete: bool = True
 
     @classmethod
     def of(cls, request: Request) -> "Generation":
         assert request.finish_reason is not None
+        constraint = request.trail.constraint
         return cls(
             request.text, request.output, request.drafted, request.finish_reason, request.stats,
-            tuple(request.logprobs), error=request.error,
+            tuple(request.logprobs), error=request.error, complete=constraint is None or constraint.complete,
         )  # fmt: skip
 
     @classmethod

@@ -10,6 +10,7 @@ import torch
 from mtp_engine.config import SamplingParams
 from mtp_engine.protocols import Launched
 from mtp_engine.runtime.intake import Intake
+from mtp_engine.runtime.memory import Memory
 from mtp_engine.runtime.request import Members, Request, StepOutput
 from mtp_engine.runtime.scheduler import Scheduler, StepPlan
 from mtp_engine.runtime.stats import LoopClock
@@ -26,8 +27,8 @@ class DecodeLoop:
     takes part in steps already launched, and what they give it is dropped. Not for several threads at once; Engine is.
     """
 
-    def __init__(self, work: ModelStep, runner: Runner, scheduler: Scheduler, intake: Intake) -> None:
-        self.work, self.runner, self.scheduler, self.intake = work, runner, scheduler, intake
+    def __init__(self, work: ModelStep, runner: Runner, scheduler: Scheduler, intake: Intake, memory: Memory) -> None:
+        self.work, self.runner, self.scheduler, self.intake, self.memory = work, runner, scheduler, intake, memory
         self._flying: deque[tuple[StepPlan, Members | None, Launched]] = deque()
         self._members: Members | None = None  # of the last step launched
         self._clock = LoopClock()

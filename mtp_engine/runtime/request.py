@@ -47,6 +47,8 @@ class Request:
     slot: int = -1  # its row in caches and tables while it runs
     read: int = 0  # tokens of prompt and output whose chunk was launched
     decoding: bool = False  # all of them are
+    marks: "list[Mark]" = field(default_factory=list)  # where reading stops to keep its state; the last: all is read
+    in_flight: int = 0  # steps that it has a part in and that have not landed
     failures: int = 0  # steps in a row that broke off with it
     output: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)  # per output token: an accepted draft, not the main model's own
@@ -110,7 +112,7 @@ class Request:
 
         Ends it with an error where its structure or its text cannot be made again.
         """
-        self.slot, self.read, self.decoding = -1, 0, False
+        self.slot, self.read, self.decoding, self.in_flight = -1, 0, False, 0
         self.drafted = [*self.drafted, *[False] * len(self.output)][: len(self.output)]
         del self.logprobs[len(self.output) :]
         try:
@@ -153,11 +155,22 @@ class PromptChunk:
     request: Request
     start: int
     stop: int
+    left: int  # tokens to read behind the chunk until the drafter's rows must be there
+    mark: "Mark | None"  # that it stops at
 
-    @property
-    def left(self) -> int:
-        """Tokens to read behind the chunk."""
-        return self.request.length - self.stop
+
+@final
+@dataclass(frozen=True)
+class Mark:
+    """A number of tokens of which a request's state is kept when it has read them.
+
+    spare: in case somebody needs it (see PrefixCache.add). lean: of the drafter only what its rows can be made from again,
+    which is worth it where it would have to read for this mark alone.
+    """
+
+    tokens: int
+    spare: bool = False
+    lean: bool = False
 
 
 @final

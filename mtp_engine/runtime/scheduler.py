@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, final
 
 from mtp_engine.errors import EngineBusy
-from mtp_engine.runtime.request import PromptChunk, Request, StepOutput, plain
+from mtp_engine.runtime.request import Mark, PromptChunk, Request, StepOutput, plain
 from mtp_engine.runtime.stats import StepTimes
 from mtp_engine.sampling.stops import FinishReason
 
@@ -20,17 +20,21 @@ _ATTEMPTS = 2  # steps in a row that may break off with a request before it ends
 
 
 class Room(Protocol):
-    """The memory that requests run in: caches and all that is kept by slot (step.ModelStep)."""
+    """The memory that requests run in: caches and all that is kept by slot (memory.Memory)."""
 
     def enter(self, request: Request) -> bool:
-        """Set up request.slot for it. False, with nothing changed, where memory for it is taken at present.
+        """Set up request.slot for it: what is kept of the beginning of its text need not be read (request.read), and its
+        reading stops at request.marks. False, with nothing changed, where memory for it is taken at present."""
 
-        Memory for its whole answer is taken if there is enough; else, unless it was preempted before, for what is known of
-        its text only: then it grows.
-        """
+    def grow(self, request: Request) -> bool:
+        """See that it has memory for its next step. False where there is none."""
 
-    def grow(self, request: Request, *, whole: bool = False) -> bool:
-        """See that it has memory for its next step, or for its whole answer. False where there is none."""
+    def fits(self, requests: Sequence[Request]) -> bool:
+        """Whether there is memory for the whole answers of all of them."""
+
+    def keep(self, request: Request, mark: Mark | None = None, *, apart: bool = False) -> None:
+        """Keep what its slot holds: at a mark, else of all it has read and said. apart: without keeping its pages from
+        others."""
 
     def leave(self, slot: int) -> None: ...
 
@@ -67,6 +71,7 @@ class Scheduler:
         self._free = list(range(slots))[::-1]
         self._cancelled: deque[Request] = deque()
         self._arrivals = itertools.count()
+        self._reading: PromptChunk | None = None  # the last one planned
 
     @property
     def busy(self) -> bool:
@@ -106,6 +111,7 @@ class Scheduler:
     def plan(self, now: float, in_flight: int) -> StepPlan | None:
         """The next step; None where nobody wants one, or it has to wait for those in flight. Its chunk counts as read from
         now on. now: of the loop's clock. in_flight: steps whose tokens are not known yet."""
+        self._keep_what_was_read()
         self._admit(now)
         decoding = tuple(request for request in self.running if request.decoding)
         if in_flight and not plain([request.params for request in decoding]):
@@ -114,17 +120,26 @@ class Scheduler:
             if not in_flight:  # what is said by then counts
                 self._preempt(crowded[0])
             return None
-        chunk = self._next_chunk()
+        self._reading = chunk = self._next_chunk()
+        for request in decoding:
+            request.in_flight += 1
         return StepPlan(decoding, chunk) if decoding or chunk else None
 
+    def _keep_what_was_read(self) -> None:
+        chunk, self._reading = self._reading, None
+        if chunk and chunk.mark and chunk.request in self.running:
+            self._room.keep(chunk.request, chunk.mark)
+
     def _admit(self, now: float) -> None:
-        """Let in who fits."""
+        """Let in who fits, and would read next: one after the other, so that each finds what those before it have read."""
         while self.waiting and self._free:
             request = self.waiting[0]
+            if any(_rank(other) < _rank(request) for other in self.running if not other.decoding):
+                break
             request.slot = self._free[-1]
             try:
-                # who was preempted comes back when nobody needs to grow any more, or it would be preempted again and again
-                calm = not request.stats.preemptions or all(self._room.grow(r, whole=True) for r in self.running)
+                # who was preempted comes back when all can grow to their ends, or it would be preempted again and again
+                calm = not request.stats.preemptions or self._room.fits([*self.running, request])
                 entered = calm and self._room.enter(request)
             except Exception as error:  # its own affair: the others go on
                 self.end(request, "error", str(error))
@@ -138,7 +153,7 @@ class Scheduler:
             self.running.append(request)
             self.waiting.pop(0)
             self._free.pop()
-            request.decoding = request.length == 0
+            request.decoding = request.read == request.length
             if not request.stats.steps:
                 request.stats.queued_s = now - request.arrived
 
@@ -149,6 +164,8 @@ class Scheduler:
             return
         last = max(self.running, key=_rank)
         last.stats.preemptions += 1
+        if last.decoding:
+            self._room.keep(last, apart=True)
         self._requeue(last)
 
     def _next_chunk(self) -> PromptChunk | None:
@@ -157,9 +174,12 @@ class Scheduler:
         if not unread:
             return None
         request = min(unread, key=_rank)
-        start, request.read = request.read, min(request.read + self._chunk, request.length)
-        request.decoding = request.read == request.length
-        return PromptChunk(request, start, request.read)
+        start = request.read
+        ahead = [mark for mark in request.marks if mark.tokens > start]
+        request.read = stop = min(start + self._chunk, ahead[0].tokens)
+        request.decoding = stop == request.length
+        left = next(mark.tokens for mark in ahead if not mark.lean) - stop
+        return PromptChunk(request, start, stop, left, ahead[0] if ahead[0].tokens == stop else None)
 
     def commit(
         self, plan: StepPlan, table: Sequence[Sequence[int]],
@@ -170,6 +190,8 @@ class Scheduler:
         failed: by row and tokens in front, where a structure failed. Who has ended since the step was launched gets
         nothing.
         """
+        for request in plan.decoding:
+            request.in_flight -= 1
         for row, (request, (count, nodes, depth, *tokens)) in enumerate(zip(plan.decoding, table, strict=True)):
             if request.finish_reason:
                 continue
@@ -182,6 +204,8 @@ class Scheduler:
             self._record(request, taken, nodes, depth, times, len(table))
             self._emit(request)
         for request in [r for r in self.running if r.finish_reason]:
+            if request.finish_reason in ("stop", "length"):
+                self._room.keep(request)
             self._drop(request)
 
     def _record(self, request: Request, taken: int, nodes: int, depth: int, times: StepTimes, sharers: int) -> None:
@@ -202,7 +226,11 @@ class Scheduler:
             return False
         request.end(reason, error)
         self._emit(request)
-        self._drop(request)
+        try:
+            if reason in ("abort", "timeout") and request.decoding:
+                self._room.keep(request)
+        finally:
+            self._drop(request)
         return True
 
     def restart(self, error: str | None) -> bool:
@@ -211,6 +239,7 @@ class Scheduler:
 
         error: what failed, None for an interruption from outside. Who fails so in two steps in a row ends with it.
         """
+        self._reading = None
         half_way_in = [r for r in self.waiting if r.slot >= 0 or r.finish_reason]  # or out
         ran = list(dict.fromkeys((*self.running, *half_way_in)))
         for request in ran:

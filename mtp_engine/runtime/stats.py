@@ -22,6 +22,7 @@ class GenerationStats:
 
     seed: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, which were not read again: the prefix cache had them
     steps: int = 0
     tokens: int = 0
     nodes: int = 0  # tree nodes sent through the main model, roots included
@@ -85,10 +86,11 @@ class GenerationStats:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """The stable `stats` object of `--json`; README documents each key."""
+        """The stable `stats` object of `--json`; cli/README.md documents each key."""
         return {
             "seed": self.seed,
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
             "steps": self.steps,
             "tokens": self.tokens,
             "mean_accepted_length": self.mean_accepted_length,

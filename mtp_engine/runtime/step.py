@@ -11,7 +11,7 @@ from torch import Tensor
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.cache import HybridKV
 from mtp_engine.protocols import Drafter, Launched, TargetModel, Verifier
-from mtp_engine.runtime.request import Members, PromptChunk, Request
+from mtp_engine.runtime.request import Members, PromptChunk
 from mtp_engine.runtime.slots import SlotState
 from mtp_engine.sampling.batch import Batch, SamplingBatch, to_device
 from mtp_engine.sampling.logprobs import emitted_logprobs
@@ -22,10 +22,7 @@ from mtp_engine.tree import DraftTree, VerifyResult
 @final
 @dataclass
 class ModelStep:
-    """What a step is made of, and the memory that requests run in (a scheduler.Room).
-
-    ahead: tokens for which a request gets room beyond its last one, for steps that run past its end.
-    """
+    """What a step is made of."""
 
     model: TargetModel
     cache: HybridKV
@@ -35,31 +32,6 @@ class ModelStep:
     state: SlotState
     attention: AttentionFactory
     device: torch.device
-    ahead: int = 0
-
-    @property
-    def capacity(self) -> int:
-        """Tokens of prompt and answer that fit for one request, if nobody else runs."""
-        return min(self.cache.room, self.drafter.room) - self.ahead
-
-    def enter(self, request: Request) -> bool:
-        slot = request.slot
-        if not self.grow(request, whole=True) and (request.stats.preemptions or not self.grow(request)):
-            self.cache.release(slot)  # the drafter, asked last, has taken nothing
-            return False
-        self.processors.start(slot, request.prompt, request.params, self.model.vocab_size, request.output)
-        self.state.set(slot, request.length, request.last)
-        return True
-
-    def grow(self, request: Request, *, whole: bool = False) -> bool:
-        answer = request.limit if whole else min(len(request.output) + self.drafter.max_nodes, request.limit)
-        tokens = len(request.prompt) + answer + self.ahead
-        return self.cache.reserve(request.slot, tokens) and self.drafter.reserve(request.slot, tokens)
-
-    def leave(self, slot: int) -> None:
-        self.processors.release(slot)
-        self.cache.release(slot)
-        self.drafter.release(slot)
 
     def read(self, chunk: PromptChunk) -> None:
         """Read a chunk of a prompt: a chain whose path is known. The drafter sees it as a step that kept all of it."""

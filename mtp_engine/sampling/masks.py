@@ -16,6 +16,10 @@ class Constraint(Protocol):
     def advance(self, tokens: Sequence[int]) -> None:
         """`tokens` now belong to the answer."""
 
+    @property
+    def complete(self) -> bool:
+        """Whether the answer so far is all that it must be, and may end here."""
+
 
 @final
 class Guide:

@@ -14,6 +14,8 @@ from torch import Tensor
 from mtp_engine.config import Structure
 from mtp_engine.errors import EngineError
 
+_LONGEST_REASON = 300  # characters
+
 
 @final
 class Grammars:
@@ -37,15 +39,24 @@ class Grammars:
         except ImportError:
             raise EngineError("structured output needs llguidance: pip install 'mtp-engine[grammar]'") from None
         if self._tokenizer is None:
-            path = str(self._folder / "tokenizer.json")
-            self._tokenizer = llguidance.LLTokenizer(path, n_vocab=self._vocab, eos_token=list(self._eos))
+            path = self._folder / "tokenizer.json"
+            try:
+                self._tokenizer = llguidance.LLTokenizer(str(path), n_vocab=self._vocab, eos_token=list(self._eos))
+            except ValueError as error:
+                raise EngineError(f"{path}: llguidance cannot use it: {' '.join(str(error).split())}") from error
         try:
             matcher = llguidance.LLMatcher(self._tokenizer, _source(llguidance.LLMatcher, structure), log_level=0)
         except ValueError as error:
-            raise EngineError(f"the structure is not valid: {error}") from error
+            raise EngineError(_invalid(str(error))) from error
         if matcher.is_error():
-            raise EngineError(f"the structure is not valid: {matcher.get_error().splitlines()[0]}")
+            raise EngineError(_invalid(matcher.get_error()))
         return matcher
+
+
+def _invalid(reason: str) -> str:
+    """llguidance gives several lines: some say where, the last one why."""
+    text = " ".join(reason.split())
+    return f"the structure is not valid: {text if len(text) <= _LONGEST_REASON else f'... {text[-_LONGEST_REASON:]}'}"
 
 
 def _source(matcher: Any, structure: Structure) -> str:
@@ -55,8 +66,10 @@ def _source(matcher: Any, structure: Structure) -> str:
         return str(matcher.grammar_from_lark(structure.grammar))
     try:
         schema = json.loads(structure.json)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EngineError(f"the JSON schema is not JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise EngineError('the JSON schema is not an object, as in {"type": "integer"}')
     # white space that a small model may go on writing for ever is left out, as json.dumps writes it is what is allowed
     layout = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
     return str(matcher.grammar_from_json_schema(schema, defaults=layout))
@@ -86,6 +99,11 @@ class GrammarState:
     def _read(self) -> Tensor:
         bits = bytearray(self._matcher.compute_bitmask())
         return torch.frombuffer(bits, dtype=torch.int32)[: len(self._free)]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer so far matches as it is, or has ended."""
+        return self._over or bool(self._matcher.is_accepting())
 
     def advance(self, tokens: Sequence[int]) -> None:
         """`tokens` were emitted. Raises EngineError if the grammar forbids one: the masks were not obeyed."""

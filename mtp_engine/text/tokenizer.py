@@ -43,6 +43,9 @@ class Tokenizer:
         names = {
             key: _token_text(self._settings.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")
         }
+        for key, text in names.items():
+            if not isinstance(text, str | None):
+                raise self._damaged(key, text)
         self._names = {key: text for key, text in names.items() if text is not None}
         self._bos = self._find_bos()
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
@@ -140,10 +143,16 @@ class Tokenizer:
     def _template_text(self) -> str | None:
         path = self._folder / "chat_template.jinja"
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            try:
+                return path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise EngineError(f"{path}: byte {error.start} is not UTF-8 text; download the file again") from error
         stored = self._settings.get("chat_template")
         if isinstance(stored, list):  # older folders name several; "default" is the one for conversations
-            stored = next((entry["template"] for entry in stored if entry.get("name") == "default"), None)
+            found = [each for each in stored if isinstance(each, dict) and each.get("name") == "default"]
+            stored = found[0].get("template") if found else None
+        if not isinstance(stored, str | None):
+            raise self._damaged("chat_template", stored)
         return stored
 
     @cached_property
@@ -155,6 +164,11 @@ class Tokenizer:
         except TemplateError as error:
             problem = _first_line(error)
             raise EngineError(f"{self._folder}: the chat template is not valid Jinja ({problem}); repair it") from error
+
+    def _damaged(self, key: str, value: Any) -> EngineError:
+        return EngineError(
+            f"{self._folder / 'tokenizer_config.json'}: {key} is {value!r}, not a text; download the file again"
+        )
 
     def _find_bos(self) -> list[int]:
         """[BOS] or []: tokenizer_config.json decides, or else what tokenizer.json puts before an empty text."""
@@ -171,6 +185,10 @@ class Tokenizer:
         if stored is None:
             stored = _read_json(self._folder / "config.json").get("eos_token_id")
         ids = [] if stored is None else list(stored) if isinstance(stored, list) else [stored]
+        if not all(type(index) is int for index in ids):
+            raise EngineError(
+                f"{self._folder}: eos_token_id is {stored!r}, not a token's number; download its JSON files again"
+            )
         own = self._backend.token_to_id(self._names.get("eos_token", ""))
         return tuple(dict.fromkeys(ids if own is None else [*ids, own]))
 
@@ -291,7 +309,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise EngineError(f"{path}: not a JSON object ({_first_line(error)}); download the file again") from error
 
 

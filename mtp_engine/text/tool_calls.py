@@ -61,23 +61,60 @@ def parse_answer(text: str, tools: Sequence[Mapping[str, Any]] = (), *, thinking
 def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The JSON schema of one call {"name": ..., "arguments": {...}} of any of the tools: as a Structure, tool-call mode.
 
-    tools: as for `parse_answer`. Raises ValueError where there is none.
+    tools: as for `parse_answer`. As in OpenAI's strict mode an object takes no other arguments than those its schema
+    lists, unless the schema has an `additionalProperties` of its own. Raises ValueError for what is no list of tools.
     """
+    if not isinstance(tools, Sequence) or isinstance(tools, str):
+        raise ValueError(f"it is {_JSON_NAMES.get(type(tools), 'something else')}, not a list of tools")
     if not tools:
-        raise ValueError("no tools were given")
+        raise ValueError("the list is empty: it needs at least one tool")
     calls = []
-    for tool in tools:
-        function = tool.get("function", tool)
-        arguments = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
+    for number, tool in enumerate(tools, 1):
+        name, parameters = _function(tool, number)
+        arguments = {"type": "object", "properties": {}, **_closed(parameters)}
+        if not _COMPOSED & arguments.keys():
+            arguments.setdefault("additionalProperties", False)
         calls.append(
             {
                 "type": "object",
-                "properties": {"name": {"const": function["name"]}, "arguments": arguments},
+                "properties": {"name": {"const": name}, "arguments": arguments},
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
         )
     return calls[0] if len(calls) == 1 else {"anyOf": calls}
+
+
+def _function(tool: Any, number: int) -> tuple[str, Mapping[str, Any]]:
+    """Name and parameters of one tool. Raises ValueError, which says what is wrong with tool `number`."""
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else tool
+    if not isinstance(function, Mapping):
+        raise ValueError(f"tool {number} is {_JSON_NAMES.get(type(function), 'something else')}, not an object")
+    name, parameters = function.get("name"), function.get("parameters") or {}
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"tool {number} has no name")
+    if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
+        raise ValueError(f"the parameters of tool {number}, {name}, are not the schema of an object")
+    return name, parameters
+
+
+def _closed(schema: Any) -> Any:
+    """The schema with every object closed that lists its properties. Parts of a composition are left as they are: each
+    of them sees the properties of the others."""
+    if not isinstance(schema, Mapping):
+        return schema
+    closed = dict(schema)
+    for key in ("properties", "$defs", "definitions"):
+        if isinstance(closed.get(key), Mapping):
+            closed[key] = {name: _closed(each) for name, each in closed[key].items()}
+    for key in ("anyOf", "oneOf", "prefixItems"):
+        if isinstance(closed.get(key), list):
+            closed[key] = [_closed(each) for each in closed[key]]
+    if "items" in closed:
+        closed["items"] = _closed(closed["items"])
+    if "properties" in closed and not _COMPOSED & closed.keys():
+        closed.setdefault("additionalProperties", False)
+    return closed
 
 
 def _schema(tool: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -160,5 +197,10 @@ def _refuse(constant: str) -> None:
 _READERS: dict[str, Callable[[str], Any]] = {
     "string": str, "integer": _integer, "number": _number, "boolean": _boolean, "null": _null,
     "object": _container(dict), "array": _container(list),
+}  # fmt: skip
+_COMPOSED = {"$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties", "unevaluatedProperties"}
+_JSON_NAMES = {
+    dict: "an object", str: "a text", int: "a number", float: "a number", bool: "true or false", type(None): "null",
+    list: "a list",
 }  # fmt: skip
 _NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}

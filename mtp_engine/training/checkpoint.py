@@ -65,6 +65,14 @@ class RunState:
         )
 
 
+def saved_place(path: Path) -> int | None:
+    """The step of a checkpoint; None if there is none."""
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as kept:
+        return int(kept.get_tensor(_PLACE)[0])
+
+
 def append_log(path: Path, entry: dict[str, Any]) -> None:
     """One line of a log."""
     path.parent.mkdir(parents=True, exist_ok=True)

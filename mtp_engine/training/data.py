@@ -29,7 +29,7 @@ stood earlier in the same answer."""
 
 LOOP_GRAM = 16
 _KEYED = 64  # answer tokens that say whether two rows are the same
-_INFO = "corpus.json"
+INFO = "corpus.json"
 _REMAKE = "delete it and run the command that made it again: only this shard is remade"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _PIECE = 1 << 18  # characters of a text that are tokenised at a time
@@ -77,7 +77,7 @@ def begin_corpus(folder: Path, info: Mapping[str, Any]) -> None:
     except OSError as error:
         raise EngineError(f"{folder}: cannot be made ({error.strerror}); name another folder") from error
     wanted = json.loads(json.dumps(dict(info)))
-    if (folder / _INFO).is_file():
+    if (folder / INFO).is_file():
         there = _read_info(folder)
         if other := [key for key in wanted if there.get(key) != wanted[key]]:
             raise EngineError(
@@ -115,7 +115,7 @@ class Corpus:
         tokenizer_sha: the model's. Raises EngineError for a folder without shards, a damaged one, rows of another length
         than corpus.json says, and a tokenizer that is not the model's.
         """
-        if not (paths := list(_shards(folder))) or not (folder / _INFO).is_file():
+        if not (paths := list(_shards(folder))) or not (folder / INFO).is_file():
             raise EngineError(f"{folder}: no corpus is there; write one first, or name its folder")
         info = _read_info(folder)
         if tokenizer_sha is not None and info.get("tokenizer") != tokenizer_sha:
@@ -128,7 +128,7 @@ class Corpus:
             tokens, kinds = read_shard(path)
             if tokens.shape[1] != info.get("row_length"):
                 raise EngineError(
-                    f"{path}: rows of {tokens.shape[1]} tokens, {_INFO} says {info.get('row_length')}; delete the shard"
+                    f"{path}: rows of {tokens.shape[1]} tokens, {INFO} says {info.get('row_length')}; delete the shard"
                 )
             if ((tokens < 0) | (tokens >= info.get("vocab_size", 0))).any():
                 raise EngineError(f"{path}: damaged (tokens outside the vocabulary); {_REMAKE}")
@@ -230,7 +230,7 @@ def _shards(folder: Path) -> Iterator[Path]:
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
-    path = folder / _INFO
+    path = folder / INFO
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -240,7 +240,7 @@ def _read_info(folder: Path) -> dict[str, Any]:
 
 
 def _write_info(folder: Path, info: Mapping[str, Any]) -> None:
-    _write(folder / _INFO, (json.dumps(info, indent=1) + "\n").encode())
+    _write(folder / INFO, (json.dumps(info, indent=1) + "\n").encode())
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mtp_engine.assemble import kv_tokens, make_loop
+from mtp_engine.assemble import make_loop
 from mtp_engine.config import SamplingParams, TreeShape
 from mtp_engine.drafters import MTPDrafter
 from mtp_engine.engine import Engine, Prompt
@@ -22,8 +22,7 @@ def accepted_length(
     assert config.tree is not None
     slots, backend = config.max_batch, engine.backend
     drafter = MTPDrafter(
-        module, config.tree, slots=slots + 1, page_size=config.page_size, attention=backend.attention,
-        tokens=kv_tokens(engine.model_config, config, slots + 1), ops=backend.ops(config.ranking),
+        module, config.tree, slots=slots + 1, attention=backend.attention, ops=backend.ops(config.ranking),
     )  # fmt: skip
     loop = make_loop(engine.model, drafter, config, backend, slots=slots, tokenizer=engine.tokenizer)
     running = Engine(engine.model, loop, engine.tokenizer, config, backend)

@@ -1,13 +1,15 @@
 """What MTP layers are trained for: at every depth, the frozen main model's next-token distribution."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import cast, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_engine.errors import EngineError
 from mtp_engine.kernels import distill_reference
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.layers import Head
@@ -36,6 +38,11 @@ class Objective:
     reach: float = 0.0
     given: float = 0.1
     looped: float = 0.1
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not math.isfinite(value := getattr(self, field.name)):
+                raise EngineError(f"the objective's {field.name} is {value}; it must be a finite number")
 
     def token_weights(self, kinds: Tensor) -> Tensor:
         """kinds: [B, L] uint8 of training.data -> [B, L] fp32."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mtp_engine.errors import EngineError
 from mtp_engine.training.muon import Muon
 from mtp_engine.training.processes import mean_over_processes
 from mtp_engine.training.trainable import Parameter, TrainableWeights
@@ -26,6 +27,12 @@ class Rates:
     warmup: int = 100  # steps
     decay: float = 0.0  # of the weights, decoupled
     last: float = 0.0  # share of the rate that the cosine ends in
+
+    def __post_init__(self) -> None:
+        for name in ("muon", "adam"):
+            rate = getattr(self, name)
+            if not 0 < rate < math.inf:
+                raise EngineError(f"the learning rate of {name} is {rate}; it must be above 0 and finite")
 
     def share(self, step: int, steps: int) -> float:
         """Of the full rate, at `step` (from 0) of `steps`."""

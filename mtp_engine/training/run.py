@@ -1,12 +1,13 @@
 """From a model's name to a folder of trained MTP layers: data, training, evaluation, and what is written down."""
 
+import json
 import os
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 import torch.distributed as dist
@@ -16,24 +17,26 @@ from mtp_engine.config import EngineConfig, MTPConfig
 from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
-from mtp_engine.models.checkpoint import Checkpoint
+from mtp_engine.models.checkpoint import Checkpoint, read_json
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.loader import read_config, read_mtp_config
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Progress
 from mtp_engine.training import data
 from mtp_engine.training.attention import sequence_hidden
-from mtp_engine.training.checkpoint import append_log
+from mtp_engine.training.checkpoint import append_log, saved_place
 from mtp_engine.training.data import Corpus
 from mtp_engine.training.dialogues import DialogueSettings, write_dialogues
 from mtp_engine.training.evaluate import accepted_length, held_out
+from mtp_engine.training.files import atomically
 from mtp_engine.training.heads import FirstValues, plan_heads, save_heads
 from mtp_engine.training.plan import RunPlan, device_name, plan_run
 from mtp_engine.training.processes import join_processes, own_device
 from mtp_engine.training.prompts import read_prompts
 from mtp_engine.training.report import write_card, write_report
-from mtp_engine.training.trainer import LOG, Report, Trainer, TrainSettings
+from mtp_engine.training.trainer import KEPT, LOG, STATE, Report, Trainer, TrainSettings
 
+_FINISHED = "finished.json"  # what was trained
 _EVALUATED = 24  # held-out prompts that are decoded at a time
 
 
@@ -109,7 +112,8 @@ class Training:
             return accepted_length(self.engine, module, prompts, tree=f"chain:{self.config.depth}", max_tokens=64)
 
         if not (self.resumed or self.process.rank):
-            (self.job.out / LOG).unlink(missing_ok=True)  # of a run before
+            for name in (LOG, _FINISHED):
+                (self.job.out / name).unlink(missing_ok=True)  # of a run before
         try:
             with closing(self.trainer.run(measure if prompts else None)) as reports:
                 for report in reports:
@@ -121,6 +125,8 @@ class Training:
         except torch.OutOfMemoryError as error:
             text = str(error).splitlines()[0]
             raise EngineError(f"the GPU's memory is full: lower --batch-tokens and run again ({text})") from error
+        if not self.process.rank:
+            atomically(self.job.out / _FINISHED, lambda path: path.write_text(json.dumps(_described(self.job))))
         self.trainer.forget()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -153,10 +159,9 @@ class Training:
 
     def _begin_texts(self) -> None:
         job = self.job
-        texts = [sha256(path.read_bytes()).hexdigest() for path in job.texts]
         data.begin_corpus(job.corpus, {
             "model": self.folder.name, "tokenizer": data.tokenizer_sha(self.folder), "row_length": job.dialogues.length,
-            "vocab_size": self.engine.model.vocab_size, "texts": texts,
+            "vocab_size": self.engine.model.vocab_size, "texts": _hashes(job.texts),
         })  # fmt: skip
 
     def _write_corpus(self, progress: Progress) -> None:
@@ -197,6 +202,47 @@ def _check_init(folder: Path, wanted: MTPConfig) -> None:
             f"{folder} holds {found.depth} {'chained' if found.chained else 'unchained'} layers: give --layers and "
             "--chained to match, or leave --init out"
         )
+
+
+def finished_steps(job: Job) -> int | None:
+    """Steps of the finished run that `job.out` holds; None where the job has still something to do.
+
+    Raises EngineError for a folder with something else in it, and for a finished run of another job.
+    """
+    out = job.out
+    traces = (LOG, KEPT, _FINISHED, Path("data") / data.INFO)
+    if out.is_dir() and any(out.iterdir()) and not any((out / trace).exists() for trace in traces):
+        raise EngineError(f"{out} is not empty, and not the folder of a training run: choose a new one for --out")
+    if not (out / _FINISHED).is_file():
+        return None
+    finished, wanted = read_json(out / _FINISHED), _described(job)
+    if other := sorted(key for key in wanted if finished.get(key) != wanted[key]):
+        raise EngineError(
+            f"{out} holds a finished run with another {', '.join(other)}: choose another --out, or delete it"
+        )
+    return job.settings.steps
+
+
+def _described(job: Job) -> dict[str, Any]:
+    """What makes two jobs the same, in JSON's types."""
+    settings = asdict(job.settings)
+    for name in ("log_every", "evaluate_every", "checkpoint_s"):
+        del settings[name]
+    names = ("layers", "chained", "window", "width", "features", "fp8")
+    described = {
+        "model": job.model, **settings, **{name: getattr(job, name) for name in names}, "text": _hashes(job.texts),
+        "init": str(job.init),
+    }  # fmt: skip
+    return dict(json.loads(json.dumps(described)))
+
+
+def _hashes(files: Sequence[Path]) -> list[str]:
+    return [sha256(path.read_bytes()).hexdigest() for path in files]
+
+
+def saved_step(out: Path) -> int | None:
+    """Where a run in `out` would go on; None if nothing of it is saved."""
+    return saved_place(out / KEPT / STATE)
 
 
 def plan(job: Job) -> RunPlan:

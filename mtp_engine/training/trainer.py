@@ -24,7 +24,7 @@ from mtp_engine.training.optimiser import Optimiser, Rates, average_gradients
 from mtp_engine.training.processes import Process
 from mtp_engine.training.trainable import TrainableWeights
 
-_KEPT, LOG = "checkpoint", "log.jsonl"
+KEPT, STATE, LOG = "checkpoint", "state.safetensors", "log.jsonl"
 
 
 @final
@@ -73,7 +73,7 @@ class Trainer:
         self.weights = TrainableWeights(first, main.embedding.dtype, main.embedding.device)
         self.module: MTPModule = build_heads(config, main, self.weights)
         self._optimiser = Optimiser(self.weights, settings.rates)
-        self._state = RunState(out / _KEPT / "state.safetensors", self.weights, self._optimiser)
+        self._state = RunState(out / KEPT / STATE, self.weights, self._optimiser)
         rows, length = corpus.tokens.shape
         self._rows = max(1, settings.tokens // length // process.world)  # of this process in a step
         self._per_epoch = rows // (self._rows * process.world)
@@ -160,4 +160,4 @@ class Trainer:
     def forget(self) -> None:
         """Delete the checkpoint: the run is done."""
         if not self._process.rank:  # others may be done before it is
-            shutil.rmtree(self.out / _KEPT, ignore_errors=True)
+            shutil.rmtree(self.out / KEPT, ignore_errors=True)

@@ -1,5 +1,5 @@
 """`python -m mtp_engine.training.nano`."""
 
-from mtp_engine.training.nano.command import main
+from mtp_engine.training.nano.command import run_command
 
-main()
+run_command()

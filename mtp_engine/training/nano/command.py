@@ -172,8 +172,13 @@ def main(
     (work / STATE).unlink(missing_ok=True)
 
 
-if __name__ == "__main__":
+def run_command() -> None:
+    """`main`, with errors as one line and the exit codes of `mtp-engine`."""
     try:
         main(standalone_mode=False)
+    except click.Abort:
+        click.echo("interrupted: the same command goes on from the last checkpoint", err=True)
+        raise SystemExit(130) from None
     except (EngineError, click.ClickException) as error:
-        raise SystemExit(f"Error: {error}") from None
+        click.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None
