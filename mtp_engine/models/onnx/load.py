@@ -48,10 +48,10 @@ def load_mtp(
     config = loader.read_mtp_config(folder)
     assert main.features == config.features, "the main model was loaded for other MTP layers"
     own = read_json(folder / "config.json").get("mtp")
-    names = MTPNames() if own else loader._family(folder)[0].MTP_NAMES
+    names = MTPNames() if own else loader.family_of(folder)[0].MTP_NAMES
     block = own.get("fp8_block") if own else loader.read_config(folder).fp8_block
     layers = _weights(folder, block)
-    ids = loader._draft_ids(layers.checkpoint, main, draft_vocab)  # type: ignore[arg-type]
+    ids = loader.draft_ids_of(layers.checkpoint, main, draft_vocab)  # type: ignore[arg-type]
     reader = store.Checkpoints(_weights(main_folder, main.config.fp8_block), layers)
     builder = Builder(reader, main.config, precision)
     key = {"main": _identity(main_folder), "mtp": _identity(folder), "precision": precision, "vocab": len(ids)}
