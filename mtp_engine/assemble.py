@@ -1,8 +1,11 @@
 """Putting an engine's parts together: caches, drafter, decode loop. The only place, with backend.py, that names them."""
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from typing import cast
 
 import torch
 
@@ -12,6 +15,8 @@ from mtp_engine.backend import Backend
 from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import MAX_TREE_NODES, EngineConfig, ModelConfig, Structure
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
+from mtp_engine.errors import EngineError
+from mtp_engine.hub.cache import cache_root
 from mtp_engine.hub.hub import ModelFiles
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
@@ -102,9 +107,41 @@ def decode_loop(
     return DecodeLoop(work, runs, scheduler, intake, memory)
 
 
+def load_graphs(
+    files: ModelFiles, config: EngineConfig, tokenizer: Tokenizer, progress: Progress
+) -> tuple[Decoder, MTPModule | None]:
+    """The main model and, for a drafter that needs them, its MTP layers as int8 graphs, with the interfaces of Decoder and
+    MTPModule. They are written once and kept in the cache, which takes a minute. Raises EngineError where there are none."""
+    try:
+        from mtp_engine.models.onnx import load, session
+        from mtp_engine.models.onnx.blocks import Precision
+    except ImportError as error:
+        raise EngineError(f"int8 needs {error.name}: pip install onnxruntime onnx, or use --dtype fp32") from error
+    if not session.steady():
+        raise EngineError(
+            "onnxruntime's vector code depends on where a number stands on this processor: use --dtype fp32"
+        )
+    torch.set_num_threads(1)  # what is left to torch is small, and its threads would wait for the graphs'
+    threads, precision = config.threads or os.cpu_count() or 1, Precision(weights=session.weight_bits())
+    root, mtp = cache_root() / "graphs", files.mtp_folder if config.drafter == "mtp" else None
+    features, texts = loader.read_mtp_config(mtp).features if mtp else (), list[list[int]]()
+    with suppress(EngineError):  # no chat template: weights are rounded one by one
+        texts = [tokenizer.chat(each, add_generation_prompt=False) for each in load.calibration()]
+    progress("preparing int8 graphs", 0, None)
+    main = load.load_main(files.folder, root, threads=threads, precision=precision, features=features, texts=texts)
+    module = None
+    if mtp:
+        module = load.load_mtp(
+            files.folder, mtp, main, root, threads=threads, precision=precision, draft_vocab=config.draft_vocab
+        )
+    return cast(Decoder, main), cast(MTPModule | None, module)
+
+
 def make_drafter(
-    files: ModelFiles, model: Decoder, config: EngineConfig, backend: Backend, progress: Progress
-) -> Drafter:
+    files: ModelFiles, model: Decoder, config: EngineConfig, backend: Backend, progress: Progress,
+    graph: MTPModule | None = None,
+) -> Drafter:  # fmt: skip
+    """graph: MTP layers that are loaded already (load_graphs)."""
     if config.drafter == "root" or config.tree is None:
         return RootDrafter()
     slots = config.max_batch + 1  # the last is scratch
@@ -112,7 +149,7 @@ def make_drafter(
         length, device = len(config.tree.widths), model.embedding.device
         return NgramDrafter(length, slots=slots, max_context=config.max_context, device=device)
     assert files.mtp_folder is not None, "checked in _settle"
-    module = loader.load_mtp(
+    module = graph or loader.load_mtp(
         files.mtp_folder, model, config.draft_vocab, progress,
         dequantize=config.dequantize, window_keys=config.window_keys, rounded=config.draft_int8,
     )  # fmt: skip

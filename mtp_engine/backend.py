@@ -28,6 +28,7 @@ from mtp_engine.verifiers import (
     TypicalVerifier,
 )
 
+_GRAPH_CHUNK = 128  # rows of a prompt: larger chunks are no faster
 _RULES: dict[str, Callable[[], Verifier]] = {
     "match": MatchVerifier, "rejection": RejectionVerifier, "block": BlockVerifier, "rrs": RRSVerifier,
     "traversal": TraversalVerifier, "typical": TypicalVerifier,
@@ -99,6 +100,10 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
     """Raises EngineError where the kernels that config asks for cannot run here."""
     if device.type != "cuda" and config.attention == "flashinfer":
         raise EngineError("FlashInfer needs an NVIDIA GPU, and this runs on the CPU: leave --attention out")
+    if config.dtype == "int8":
+        from mtp_engine.attention.graph import GraphAttention
+
+        return Backend(attention=GraphAttention, chunk_rows=_GRAPH_CHUNK)
     if device.type != "cuda" or config.attention == "torch":
         return Backend()
     try:

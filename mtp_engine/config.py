@@ -305,6 +305,9 @@ class EngineConfig:
     distribution. candidates: how MTP layers pick them: by their probabilities and the noise of the main model's own choice,
     drawn from their probabilities by fresh noise (rules that use q), or the most probable ones; auto suits the rule.
 
+    dtype int8, on a CPU: weights of 8 bits, and a step as one graph of onnxruntime whose sums do not round, so that a row is
+    the same bits in every batch, tree and chunk; Llama's family and MiMo-7B's.
+
     On a GPU: dtype auto is bf16 (fp32 on a CPU). attention exact is our kernel, whose rows are the same bits in every
     batch and tree, so that bf16 text does not depend on drafting; flashinfer is FlashInfer's; torch needs neither Triton
     nor FlashInfer, and runs without CUDA graphs. steps_in_flight is how many steps are queued before the host looks at
@@ -319,7 +322,7 @@ class EngineConfig:
     candidates: Literal["auto", "noise", "drawn", "best"] = "auto"
     allow_lossy: bool = False
     device: str = "auto"
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     attention: Literal["exact", "flashinfer", "torch"] = "exact"
     steps_in_flight: int = 2
     threads: int = 0

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast, final
 
 import torch
 
-from mtp_engine.assemble import make_drafter, make_loop
+from mtp_engine.assemble import load_graphs, make_drafter, make_loop
 from mtp_engine.backend import Backend, check_tree, describe_device, find_device, gpu_errors, make_backend
 from mtp_engine.cache.prefix_file import StoredPrefix
 from mtp_engine.config import DEFAULT_MODEL, SAMPLE_STEPS, EngineConfig, ModelConfig, SamplingParams, TreeShape
@@ -103,12 +103,16 @@ class Engine:
         if files.mtp_folder is None and config.drafter == "mtp" and loader.has_mtp(files.folder):
             files = replace(files, mtp_folder=files.folder)
         config = _settle(config, files)
-        model = loader.load_main(
-            files.folder, _DTYPES[config.dtype], device, progress,
-            dequantize=config.dequantize, window_keys=config.window_keys,
-        )  # fmt: skip
+        graph = None
+        if config.dtype == "int8":
+            model, graph = load_graphs(files, config, tokenizer, progress)
+        else:
+            model = loader.load_main(
+                files.folder, _DTYPES[config.dtype], device, progress,
+                dequantize=config.dequantize, window_keys=config.window_keys,
+            )  # fmt: skip
         backend = make_backend(config, device, progress)
-        drafter = make_drafter(files, model, config, backend, progress)
+        drafter = make_drafter(files, model, config, backend, progress, graph)
         model = backend.fuse(model)
         loop = make_loop(model, drafter, config, backend, slots=config.max_batch, tokenizer=tokenizer)
         return cls(model, loop, tokenizer, config, backend, files)
@@ -344,6 +348,8 @@ def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:
     device = torch.device(config.device).type
     if config.dtype == "auto":
         config = replace(config, dtype="bf16" if device == "cuda" else "fp32")
+    if config.dtype == "int8" and device == "cuda":
+        raise EngineError("int8 is for CPUs: use --dtype bf16 on a GPU, or --device cpu")
     if config.drafter == "root":
         return config
     defaults = _DEFAULT_TREES[device][config.drafter]

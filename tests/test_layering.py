@@ -23,6 +23,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "protocols": ("cache sampling.batch tree", "torch"),
     "attention": ("cache kernels protocols tree", "torch"),
     "models": ("kernels config errors protocols", "torch numpy safetensors gguf tokenizers"),
+    "models.onnx": ("kernels config errors models protocols", "torch numpy onnx onnxruntime"),
     "drafters": ("tree protocols config sampling attention cache kernels models.mtp models.layers", "torch"),
     "verifiers": ("tree protocols config sampling kernels", "torch"),
     "runtime": ("attention.rows cache config errors kernels protocols sampling tree", "torch"),
@@ -30,7 +31,9 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "text": ("errors", "tokenizers jinja2"),
     "hub": ("config errors models protocols", "torch platformdirs filelock huggingface_hub"),
     "backend": ("attention config drafters errors models protocols runtime sampling verifiers", "torch triton"),
-    "assemble": ("attention backend cache config drafters hub models protocols runtime sampling text", "torch"),
+    "assemble": (
+        "attention backend cache config drafters errors hub models models.onnx protocols runtime sampling text", "torch",
+    ),
     "engine": ("assemble backend cache config drafters errors hub models protocols runtime sampling text", "torch"),
     "async_engine": ("config engine errors protocols runtime", ""),
     "conformance": ("config engine errors hub protocols sampling mtp_engine", "torch transformers pytest"),

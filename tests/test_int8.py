@@ -1,0 +1,75 @@
+"""int8 on a CPU through the engine: drafting, batches, chunks, kept beginnings and preemption change no token."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
+from mtp_engine.config import Structure
+from mtp_engine.errors import EngineError
+from mtp_engine.hub import hub
+
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) +",
+    "One two three four, one two three four, one two",
+)
+PARAMS = (
+    SamplingParams(max_tokens=40, ignore_eos=True),
+    SamplingParams(max_tokens=40, temperature=0.8, seed=1, top_p=0.95, ignore_eos=True),
+    SamplingParams(max_tokens=30, temperature=0.8, seed=2, frequency_penalty=0.5, logprobs=2, ignore_eos=True),
+    SamplingParams(max_tokens=30, seed=3, structure=Structure(regex="[a-z ]{12,60}")),
+)
+
+
+def load(**options: Any) -> Engine:
+    return Engine.load(config=EngineConfig(**{"dtype": "int8", "threads": 1, "max_context": 1024, **options}))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[list[int]]:
+    with load(drafter="root", max_batch=1, prefix_cache=False) as engine:
+        return [engine.generate([prompt], each)[0].token_ids for each in PARAMS for prompt in PROMPTS]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tree": TreeShape.parse("chain:3"), "max_batch": 6},
+        {"tree": TreeShape.parse("tree:7"), "max_batch": 1},
+        {"tree": TreeShape.parse("4x2x2"), "max_batch": 8, "threads": 2, "prefill_chunk": 5},
+        {"drafter": "ngram", "max_batch": 3},
+        {"tree": TreeShape.parse("tree:7"), "max_batch": 4, "kv_tokens": 192, "max_context": 100, "page_size": 16},
+    ],
+    ids=["chain", "one", "tree", "ngram", "starved"],
+)
+def test_text_is_that_of_plain_decoding(plain: list[list[int]], options: dict[str, Any]) -> None:
+    """Every token, as a miss and as a hit; in fp32 only a near tie may differ, here nothing may."""
+    with load(**options) as engine:
+        prompts, params = [*PROMPTS] * len(PARAMS), [each for each in PARAMS for _ in PROMPTS]
+        for _ in range(2):
+            answers = engine.generate(prompts, params)
+            assert [answer.token_ids for answer in answers] == plain
+        assert sum(answer.stats.cached_tokens for answer in answers) or "kv_tokens" in options
+        assert sum(answer.stats.preemptions for answer in answers) or "kv_tokens" not in options
+
+
+def test_models_without_a_graph_and_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EngineError, match="mixtures of experts have no int8 graph yet; use --dtype fp32"):
+        Engine.load(hub.NANO, EngineConfig(dtype="int8"))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for name in [name for name in sys.modules if name.startswith("mtp_engine.models.onnx")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(EngineError, match=r"int8 needs onnxruntime: pip install onnxruntime onnx, or use --dtype fp32"):
+        Engine.load(hub.NANO, EngineConfig(dtype="int8"))
