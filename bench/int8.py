@@ -23,7 +23,7 @@ from mtp_engine import Engine, EngineConfig
 from mtp_engine.attention.graph import GraphAttention
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.attention.torch import TorchAttention
-from mtp_engine.cache import HybridKV
+from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import DEFAULT_MODEL
 from mtp_engine.hub import hub
 from mtp_engine.models.onnx import load
@@ -46,8 +46,8 @@ def read(model: TargetModel, engine: Engine, kind: AttentionFactory, tokens: Ten
 
 def new_cache(engine: Engine) -> HybridKV:
     layers = [layer.attention for layer in engine.model.config.layers]
-    cache = HybridKV(layers, slots=1, tokens=1024, page_size=16, max_nodes=64, dtype=torch.float32, device=CPU)
-    cache.reserve(0, 1024)
+    cache = HybridKV(layers, Pages(slots=1, tokens=1024, page_size=16, device=CPU), max_nodes=64, dtype=torch.float32)
+    cache.pages.reserve(0, 1024)
     return cache
 
 

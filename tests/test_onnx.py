@@ -15,7 +15,7 @@ from mtp_engine.assemble import decode_loop
 from mtp_engine.attention.graph import GraphAttention
 from mtp_engine.attention.rows import StepRows
 from mtp_engine.attention.torch import TorchAttention
-from mtp_engine.cache import HybridKV
+from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import SamplingParams, TreeShape
 from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.models import loader
@@ -50,10 +50,10 @@ def model(folder: Path, request: pytest.FixtureRequest) -> GraphDecoder:
 def new_cache(model: GraphDecoder, slots: int = 1) -> HybridKV:
     layers = [layer.attention for layer in model.config.layers]
     cache = HybridKV(
-        layers, slots=slots, tokens=slots * 256, page_size=16, max_nodes=64, dtype=torch.float32, device=CPU
+        layers, Pages(slots=slots, tokens=slots * 256, page_size=16, device=CPU), max_nodes=64, dtype=torch.float32
     )
     for slot in range(slots):
-        cache.reserve(slot, 192)
+        cache.pages.reserve(slot, 192)
     return cache
 
 
@@ -147,10 +147,10 @@ def test_any_batch_has_the_bits_of_requests_alone(model: GraphDecoder, lengths: 
 def test_pages_that_lie_apart_have_the_same_bits(model: GraphDecoder, plain: Tensor) -> None:
     """Few rows in a long stretch of storage are gathered instead of masked."""
     layers = [layer.attention for layer in model.config.layers]
-    cache = HybridKV(layers, slots=3, tokens=4000, page_size=16, max_nodes=64, dtype=torch.float32, device=CPU)
-    assert cache.reserve(0, 16)
-    assert cache.reserve(1, 3000)
-    assert cache.reserve(0, LENGTH + 16)
+    cache = HybridKV(layers, Pages(slots=3, tokens=4000, page_size=16, device=CPU), max_nodes=64, dtype=torch.float32)
+    assert cache.pages.reserve(0, 16)
+    assert cache.pages.reserve(1, 3000)
+    assert cache.pages.reserve(0, LENGTH + 16)
     assert torch.equal(read(model, cache, TOKENS, [40, 1, 20]), plain[:61])
 
 
@@ -291,7 +291,7 @@ def decode(
 ) -> list[list[int]]:
     layers = [layer.attention for layer in model.config.layers]
     cache = HybridKV(
-        layers, slots=3, tokens=900, page_size=16, max_nodes=drafter.max_nodes, dtype=torch.float32, device=CPU
+        layers, Pages(slots=3, tokens=900, page_size=16, device=CPU), max_nodes=drafter.max_nodes, dtype=torch.float32
     )
     loop = decode_loop(
         model, cache, drafter, MatchVerifier(), slots=2, max_context=400, eos_token_ids=(), prefill_chunk=chunk, device=CPU,
@@ -316,8 +316,6 @@ def test_drafting_does_not_change_the_text(tmp_path: Path, shape: str, changes: 
         module,
         TreeShape.parse(shape),
         slots=3,
-        tokens=900,
-        page_size=16,
         attention=GraphAttention,  # type: ignore[arg-type]
     )
     prompts = [TOKENS[:21].tolist(), TOKENS[30:77].tolist()]
@@ -337,8 +335,11 @@ def test_levels_are_those_of_the_fp32_layers(tmp_path: Path) -> None:
     outputs = []
     for module, attention, h in ((expected, TorchAttention, hidden), (found, GraphAttention, turned(hidden))):
         cache = HybridKV(
-            [module.config.layer.attention] * 3, slots=1, tokens=64, page_size=16, max_nodes=8, dtype=torch.float32, device=CPU
-        )  # fmt: skip
+            [module.config.layer.attention] * 3,
+            Pages(slots=1, tokens=64, page_size=16, device=CPU),
+            max_nodes=8,
+            dtype=torch.float32,
+        )
         embedded = module.embedding[TOKENS[:20]][None]
         outputs.append(module.logits(1, module.forward(1, embedded, h, rows.positions, attention(cache, rows))))
     assert (outputs[0] - outputs[1]).norm() < 0.1 * outputs[0].norm()
@@ -362,8 +363,6 @@ def test_mimo_7b(tmp_path: Path) -> None:
         module,
         TreeShape.parse("tree:7"),
         slots=3,
-        tokens=900,
-        page_size=16,
         attention=GraphAttention,  # type: ignore[arg-type]
     )
     prompts = [TOKENS[:21].tolist(), TOKENS[30:77].tolist()]

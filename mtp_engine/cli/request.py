@@ -80,7 +80,11 @@ ENGINE = settings(
     click.option("--allow-lossy", is_flag=True, help="Let a lossy --verifier run."),
     setting(EngineConfig, "draft_vocab", "Most frequent tokens that MTP layers may propose; 0 is all.", kind=_COUNT),
     setting(EngineConfig, "device", "cpu, cuda, cuda:1, ...; auto takes the GPU if there is one."),
-    setting(EngineConfig, "dtype", "Number format of weights and cache; auto is bf16 on a GPU, fp32 on a CPU."),
+    setting(
+        EngineConfig,
+        "dtype",
+        "Number format of weights and cache; auto is bf16 on a GPU, fp32 on a CPU; int8 is for CPUs.",
+    ),
     setting(EngineConfig, "attention", "On a GPU: the same bits in every tree and batch, FlashInfer, or plain torch."),
     setting(EngineConfig, "steps_in_flight", "Steps queued on a GPU before the first one's tokens are looked at."),
     setting(EngineConfig, "threads", "CPU threads; 0 is one per core.", kind=_COUNT),
