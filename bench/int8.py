@@ -1,6 +1,6 @@
 """The CPU's int8 graphs of the default model: quality against fp32, whether rows keep their bits, and milliseconds by rows.
 
-    python bench/int8.py --prompts ../shared/prompts/spec-bench.jsonl --tokens 4000 --threads 2
+    python bench/int8.py --tokens 4000 --threads 2
     python bench/int8.py --no-calibrated --set gate_up=15 --no-quality
 
 Quality: negative log-likelihood of the prompts' own tokens in the chat template, and how often the likeliest token is the same.

@@ -61,7 +61,7 @@ WRONG_ENGINE: list[tuple[str, Any, str]] = [
     ("drafter", None, "one of mtp, ngram, root"),
     ("verifier", "exact", "one of match, rejection, block, rrs, traversal, typical"),
     ("candidates", "top", "one of auto, noise, drawn, best"),
-    ("dtype", "fp16", "one of auto, fp32, bf16"),
+    ("dtype", "fp16", "one of auto, fp32, bf16, int8"),
     ("attention", "flash", "one of exact, flashinfer, torch"),
 ]
 
