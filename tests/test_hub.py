@@ -370,7 +370,7 @@ def test_mtp_layers_from_elsewhere(local: Path, tmp_path: Path) -> None:
     assert hub.locate(str(local), mtp=str(heads)).mtp_folder == heads
 
 
-@pytest.mark.parametrize("name", ["smollm3", "./nowhere", "nowhere/model.gguf", "a/b/c", "", "../x"])
+@pytest.mark.parametrize("name", ["smollm3", "./nowhere", "nowhere/model.gguf", "a/b/c", "", "../nowhere"])
 def test_unknown_names_list_the_known_ones(cache: Path, name: str) -> None:
     with fails(hub.DEFAULT_MODEL, "no such model"):
         hub.locate(name)
