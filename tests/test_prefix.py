@@ -278,7 +278,7 @@ Seen = dict[tuple[Any, ...], tuple[list[int], int]]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     drafter=st.sampled_from(["root", "chain:3", "3x2", "tree:6", "ngram"]),
     tokens=st.sampled_from([200, 330, 2000]),
