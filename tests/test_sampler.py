@@ -331,7 +331,7 @@ class Sampled:
         """The text, ROOT included, of each seed; hundreds at once. The MTP layers start to draft at the second token."""
         cache = HybridKV(
             self.layers(),
-            Pages(slots=len(seeds), tokens=64, page_size=8, device=CPU),
+            Pages(slots=len(seeds), tokens=8 * len(seeds) + 64, page_size=8, device=CPU),
             max_nodes=drafter.max_nodes,
             dtype=torch.float32,
         )
