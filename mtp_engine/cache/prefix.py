@@ -4,12 +4,13 @@ An entry holds all that a slot needs to go on behind its first n tokens, exactly
 entries share, and a copy of everything that a slot overwrites (the last page, the rings of windowed layers, the
 drafter's state). Replaying only the last window would not do: stacked windows reach further back.
 
-Entries are found by a hash for each full page, chained so that it stands for all tokens up to there, and then token by
-token. They are dropped least recently used first, when they take more than the budget or when slots need their pages.
+Entries are found by a hash for each full page, chained so that it stands for all tokens up to there, and then by the
+tokens of the last page. When they take more than the budget, or slots need their pages, those go first that were only kept
+in case somebody needs them and that nobody has found yet, then the least recently used.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -64,7 +65,9 @@ class PrefixCache:
     def __init__(self, pages: Pages, *, budget: int, page_bytes: int) -> None:
         """budget: bytes. page_bytes: of one page in all paged layers. The cache gives up entries when `pages` run short."""
         self._pages, self._budget, self._page_bytes = pages, budget, page_bytes
-        self._entries: OrderedDict[Entry, None] = OrderedDict()  # least recently used first
+        self._entries: OrderedDict[Entry, list[bytes]] = (
+            OrderedDict()
+        )  # least recently used first, each with its hashes
         self._spare: OrderedDict[Entry, None] = OrderedDict()  # those of them that go first
         self._through: dict[bytes, OrderedDict[Entry, None]] = {}  # by a page's hash: who has that page
         self._ending: dict[bytes, dict[int, dict[tuple[bytes, bool], Entry]]] = {}  # by the last full page's, see _end
@@ -87,7 +90,7 @@ class PrefixCache:
 
     def find(self, tokens: Tokens, most: int, *, drafts: bool) -> Hit:
         """Look for the beginning of `tokens`, of `most` tokens at most. drafts: only with the drafter's state."""
-        chain = [b"", *_chain(tokens, self._pages.page_size)]
+        chain = _chain(tokens, self._pages.page_size)
         best = self._longest(tokens, most, chain, (True,) if drafts else (True, False))
         common = len(best.tokens) if best else 0
         shared = next((page for page in range(len(chain) - 1, 0, -1) if chain[page] in self._through), 0)
@@ -96,8 +99,7 @@ class PrefixCache:
             latest = islice(reversed(self._through[chain[shared]]), _LOOKED_AT)
             common = max(common, *(start + _common(entry.tokens[start:], tokens[start:]) for entry in latest))
         if best is not None:
-            self._entries.move_to_end(best)
-            self._spare.pop(best, None)
+            self._use(best)
         return Hit(best, common)
 
     def _longest(self, tokens: Tokens, most: int, chain: Sequence[bytes], drafts: Sequence[bool]) -> Entry | None:
@@ -114,7 +116,16 @@ class PrefixCache:
 
     def has(self, tokens: Tokens, *, drafts: bool) -> bool:
         """Whether there is an entry of exactly these tokens; it counts as found."""
-        return len(tokens) > 0 and self.find(tokens, len(tokens), drafts=drafts).length == len(tokens)
+        length, tail = self._end(tokens)
+        ends = self._ending.get(_chain(tokens, self._pages.page_size)[-1], {}).get(length, {})
+        found = ends.get((tail, True)) or (None if drafts else ends.get((tail, False)))
+        if found:
+            self._use(found)
+        return found is not None
+
+    def _use(self, entry: Entry) -> None:
+        self._entries.move_to_end(entry)
+        self._spare.pop(entry, None)
 
     def add(self, entry: Entry, *, spare: bool = False) -> None:
         """Keep an entry that is not there yet, and drop others until the budget holds. spare: it goes before others that
@@ -122,33 +133,31 @@ class PrefixCache:
         self._pages.hold(entry.pages)
         self._held.update(entry.pages)
         self._copied += entry.copied
-        self._entries[entry] = None
+        self._entries[entry] = chain = _chain(entry.tokens, self._pages.page_size)
         if spare:
             self._spare[entry] = None
-        names = [b"", *_chain(entry.tokens, self._pages.page_size)]
-        for name in names[1:]:
+        for name in chain[1:]:
             self._through.setdefault(name, OrderedDict())[entry] = None
-        length, key = self._end(entry)
-        self._ending.setdefault(names[-1], {}).setdefault(length, {})[key] = entry
+        length, tail = self._end(entry.tokens)
+        self._ending.setdefault(chain[-1], {}).setdefault(length, {})[tail, entry.drafts] = entry
         while self.size > self._budget and self._entries:
             self.drop(next(iter(self._spare or self._entries)))
 
     def drop(self, entry: Entry) -> None:
         """Forget an entry; pages that slots or other entries use stay."""
-        del self._entries[entry]
+        chain = self._entries.pop(entry)
         self._spare.pop(entry, None)
-        names = [b"", *_chain(entry.tokens, self._pages.page_size)]
-        for name in names[1:]:
+        for name in chain[1:]:
             del self._through[name][entry]
             if not self._through[name]:
                 del self._through[name]
-        length, key = self._end(entry)
-        by_length = self._ending[names[-1]]
-        del by_length[length][key]
+        length, tail = self._end(entry.tokens)
+        by_length = self._ending[chain[-1]]
+        del by_length[length][tail, entry.drafts]
         if not by_length[length]:
             del by_length[length]
         if not by_length:
-            del self._ending[names[-1]]
+            del self._ending[chain[-1]]
         self._copied -= entry.copied
         for page in entry.pages:
             self._held[page] -= 1
@@ -169,10 +178,10 @@ class PrefixCache:
                 break
             self.drop(entry)
 
-    def _end(self, entry: Entry) -> tuple[int, tuple[bytes, bool]]:
-        """What tells entries apart that end in the same page: how many tokens they have there, and which."""
-        length = len(entry.tokens) % self._pages.page_size
-        return length, (entry.tokens[len(entry.tokens) - length :].tobytes(), entry.drafts)
+    def _end(self, tokens: Tokens) -> tuple[int, bytes]:
+        """What tells texts apart that end behind the same full page: how many tokens they have there, and which."""
+        length = len(tokens) % self._pages.page_size
+        return length, tokens[len(tokens) - length :].tobytes()
 
     def check(self) -> None:
         """Assert what must hold between two calls."""
@@ -198,12 +207,12 @@ def _common(first: Tokens, second: Tokens) -> int:
     return int(differ.argmax()) if differ.any() else shorter
 
 
-def _chain(tokens: Tokens, page_size: int) -> Iterator[bytes]:
-    """A hash for each full page, of it and all before it. 128 bits: nobody finds two texts with the same ones."""
-    last = b""
+def _chain(tokens: Tokens, page_size: int) -> list[bytes]:
+    """Nothing, and a hash for each full page, of it and all before it. 128 bits: nobody finds two texts with the same."""
+    chain = [b""]
     for start in range(0, len(tokens) - page_size + 1, page_size):
-        last = blake2b(last + tokens[start : start + page_size].tobytes(), digest_size=16).digest()
-        yield last
+        chain.append(blake2b(chain[-1] + tokens[start : start + page_size].tobytes(), digest_size=16).digest())
+    return chain
 
 
 def as_tokens(tokens: Sequence[int]) -> Tokens:
