@@ -166,16 +166,17 @@ class MTPDrafter:
         All but the newest row go through the layers; that one is drafted from, so it is left for `draft`, or for the
         next chunk. Rows too far from the prompt's end for any draft to see are left out.
         """
-        count, slots = tokens.shape[1], batch.slots
-        latest = min(count, self._recent.shape[1])
-        kept = torch.arange(batch.bound - latest, batch.bound, device=slots.device) % self._recent.shape[1]
-        self._recent[slots, kept] = self.module.main_hidden(hidden[0, -latest:])
+        count, slots, ring = tokens.shape[1], batch.slots, self._recent.shape[1]
         start = batch.bound - count  # position of the token in front of `tokens`
         first = max(1, batch.bound + left + 1 - self.history)  # position of the first row that is needed
-        if batch.bound < first:
+        needed = min(count, max(0, batch.bound - first + 1))
+        latest = min(count, ring)
+        hidden = self.module.main_hidden(hidden[:, -max(latest, needed) :])
+        kept = torch.arange(batch.bound - latest, batch.bound, device=slots.device) % ring
+        self._recent[slots, kept] = hidden[:, -latest:]
+        if not needed:
             return
-        skipped = max(0, first - start - 1)
-        tokens, hidden = tokens[:, skipped:], self.module.main_hidden(hidden[:, skipped:])
+        tokens, hidden = tokens[:, -needed:], hidden[:, -needed:]
         if start >= first:  # the row that the chunk before this one left
             tokens = torch.cat([self._tokens[slots, :1], tokens], 1)
             hidden = torch.cat([self._hidden[slots, :1], hidden], 1)
