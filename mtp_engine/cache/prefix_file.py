@@ -1,10 +1,8 @@
 """Entries of the prefix cache as files: a long system prompt that is read once survives a restart."""
 
-import os
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import final
 
 import torch
@@ -30,7 +28,7 @@ class StoredPrefix:
     lean: bool
 
     def write(self, path: Path) -> None:
-        """Put it into a file, which is whole or not there. Raises EngineError where it cannot be written."""
+        """Put it into a file."""
         tensors = {f"row.{index:04}": row.contiguous() for index, row in enumerate(self.rows)}
         tensors["tokens"] = torch.from_numpy(self.tokens.copy())
         about = {
@@ -39,16 +37,7 @@ class StoredPrefix:
             "lean": str(int(self.lean)),
             "sha256": _digest(list(tensors.values())),
         }
-        fresh: Path | None = None
-        try:
-            with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-                fresh = Path(file.name)
-            save_file(tensors, fresh, about)
-            os.replace(fresh, path)
-        except (OSError, SafetensorError) as error:
-            if fresh:
-                fresh.unlink(missing_ok=True)
-            raise EngineError(f"{path} cannot be written: {error}") from error
+        save_file(tensors, path, about)
 
     @classmethod
     def read(cls, path: Path, maker: str) -> "StoredPrefix":

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mtp_engine.errors import EngineError
-from mtp_engine.training.files import atomically
+from mtp_engine.hub.files import atomically
 from mtp_engine.training.optimiser import Optimiser
 from mtp_engine.training.trainable import TrainableWeights
 

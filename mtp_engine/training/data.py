@@ -20,8 +20,8 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from mtp_engine.errors import EngineError
+from mtp_engine.hub.files import write_whole
 from mtp_engine.text.tokenizer import Tokenizer
-from mtp_engine.training.files import write_whole
 
 PADDING, GIVEN, ANSWER, LOOP = range(4)
 """Kinds of tokens: none; prompt, template or user turn; written by the model; that, and the 16-gram that ends there

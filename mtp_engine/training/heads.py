@@ -13,13 +13,13 @@ from torch import Tensor
 
 from mtp_engine.config import AttentionConfig, LayerConfig, ModelConfig, MTPConfig
 from mtp_engine.errors import EngineError
+from mtp_engine.hub.files import atomically
 from mtp_engine.kernels.fp8 import FP8, dequantise_blocks, plain_rows, quantise_blocks
 from mtp_engine.models import build
 from mtp_engine.models.checkpoint import Checkpoint, read_json
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.layers import RotaryEmbedding
 from mtp_engine.models.mtp import MTPModule
-from mtp_engine.training.files import atomically
 from mtp_engine.training.trainable import TrainableWeights, named_noise
 
 WEIGHTS = "mtp.safetensors"

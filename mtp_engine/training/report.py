@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtp_engine.training.files import atomically
+from mtp_engine.hub.files import atomically
 from mtp_engine.training.trainer import LOG
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 260, 44

@@ -17,6 +17,7 @@ from mtp_engine.config import EngineConfig, MTPConfig
 from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
+from mtp_engine.hub.files import atomically
 from mtp_engine.models.checkpoint import Checkpoint, read_json
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.loader import read_config, read_mtp_config
@@ -28,7 +29,6 @@ from mtp_engine.training.checkpoint import append_log, saved_place
 from mtp_engine.training.data import Corpus
 from mtp_engine.training.dialogues import DialogueSettings, write_dialogues
 from mtp_engine.training.evaluate import accepted_length, held_out
-from mtp_engine.training.files import atomically
 from mtp_engine.training.heads import FirstValues, plan_heads, save_heads
 from mtp_engine.training.plan import RunPlan, device_name, plan_run
 from mtp_engine.training.processes import join_processes, own_device

@@ -22,12 +22,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from mtp_engine.config import DEFAULT_MODEL, EngineConfig
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
+from mtp_engine.hub.files import atomically
 from mtp_engine.models.checkpoint import read_json
 from mtp_engine.models.export import write_json, write_model, write_tokenizer
 from mtp_engine.models.mimo_v2_flash import MTP_NAMES
 from mtp_engine.text.tokenizer import Tokenizer
 from mtp_engine.training.checkpoint import append_log
-from mtp_engine.training.files import atomically
 from mtp_engine.training.nano.model import NanoModel, nano_fields
 from mtp_engine.training.nano.report import evaluate, write_card
 from mtp_engine.training.nano.run import LOG, STATE, Entry, NanoRun, NanoSettings

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from mtp_engine.errors import EngineError
-from mtp_engine.training.files import atomically
+from mtp_engine.hub.files import atomically
 
 _LISTS = {
     "animal": "cat dog rabbit mouse fox bear owl duck frog horse cow pig sheep goat hen lion tiger elephant monkey giraffe "

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from mtp_engine.config import EngineConfig, SamplingParams, TreeShape
 from mtp_engine.engine import Engine
 from mtp_engine.hub import hub
+from mtp_engine.hub.files import atomically
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.text.tokenizer import Tokenizer
 from mtp_engine.training.attention import sequence_hidden
 from mtp_engine.training.evaluate import outside_loops
-from mtp_engine.training.files import atomically
 from mtp_engine.training.nano.text import Dialogue
 
 _BATCH = 16  # dialogues that go through a model together

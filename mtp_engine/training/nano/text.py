@@ -15,10 +15,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from mtp_engine.errors import EngineError
+from mtp_engine.hub.files import atomically
 from mtp_engine.models.export import MARKS, SPECIAL, add_marks, write_tokenizer
 from mtp_engine.text.tokenizer import Tokenizer
 from mtp_engine.training import data
-from mtp_engine.training.files import atomically
 from mtp_engine.training.nano.prompts import is_held_out
 from mtp_engine.training.prompts import Template
 
