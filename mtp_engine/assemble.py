@@ -11,9 +11,9 @@ import torch
 
 from mtp_engine.attention.rows import AttentionFactory
 from mtp_engine.attention.torch import TorchAttention
-from mtp_engine.backend import Backend
+from mtp_engine.backend import Backend, check_tree
 from mtp_engine.cache import HybridKV, Pages
-from mtp_engine.config import MAX_TREE_NODES, EngineConfig, ModelConfig, Structure
+from mtp_engine.config import MAX_TREE_NODES, EngineConfig, ModelConfig, Structure, TreeShape
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.hub.cache import cache_root
@@ -34,6 +34,15 @@ from mtp_engine.sampling.stops import NewDecoder
 from mtp_engine.sampling.structure import Grammars
 from mtp_engine.text.tokenizer import Tokenizer
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_RULE_TREES = {
+    rule: TreeShape.parse(tree)
+    for rule, tree in (("rejection", "chain:3"), ("block", "chain:3"), ("rrs", "4x2x2"), ("traversal", "4x2x2"))
+}
+_DEFAULT_TREES = {  # what measured fastest, see bench/LOG.md
+    "cpu": {"mtp": TreeShape.parse("tree:7"), "ngram": TreeShape.parse("chain:4")},
+    "cuda": {"mtp": TreeShape.parse("tree:15"), "ngram": TreeShape.parse("chain:4")},
+}
 _KV_BUDGET = 4 << 30  # bytes; the default cache holds a full context per slot up to this, and what is kept besides
 
 
@@ -107,7 +116,46 @@ def decode_loop(
     return DecodeLoop(work, runs, scheduler, intake, memory)
 
 
-def load_graphs(
+def settle(config: EngineConfig, files: ModelFiles) -> EngineConfig:
+    """Fill in what depends on the model, and refuse what does not fit it, before any weight is read."""
+    model = loader.read_config(files.folder, config.window_keys)
+    if config.max_context > model.max_context:
+        raise EngineError(f"max_context is {config.max_context}; {files.name} was made for {model.max_context} tokens")
+    device = torch.device(config.device).type
+    if config.dtype == "auto":
+        config = replace(config, dtype="bf16" if device == "cuda" else "fp32")
+    if config.dtype == "int8" and device == "cuda":
+        raise EngineError("int8 is for CPUs: use --dtype bf16 on a GPU, or --device cpu")
+    if config.drafter == "root":
+        return config
+    defaults = _DEFAULT_TREES[device][config.drafter]
+    shape = config.tree or (_RULE_TREES if config.drafter == "mtp" else {}).get(config.verifier, defaults)
+    if config.drafter == "mtp":
+        if files.mtp_folder is None:
+            raise EngineError(
+                f"{files.name} has no MTP layers: use --drafter ngram or root, or name a folder of them (--mtp)"
+            )
+        mtp = loader.read_mtp_config(files.mtp_folder, config.window_keys)
+        if len(shape.widths) > mtp.depth and not mtp.reused:
+            raise EngineError(f"tree shape {shape} is deeper than the model's {mtp.depth} MTP layers")
+        check_tree(shape, config, device)
+    return replace(config, tree=shape, max_context=config.max_context or model.max_context)
+
+
+def load_models(
+    files: ModelFiles, config: EngineConfig, tokenizer: Tokenizer, device: torch.device, progress: Progress
+) -> tuple[Decoder, MTPModule | None]:
+    """The main model; of int8 graphs its MTP layers, too, since both are made for each other."""
+    if config.dtype == "int8":
+        return _load_graphs(files, config, tokenizer, progress)
+    model = loader.load_main(
+        files.folder, _DTYPES[config.dtype], device, progress,
+        dequantize=config.dequantize, window_keys=config.window_keys,
+    )  # fmt: skip
+    return model, None
+
+
+def _load_graphs(
     files: ModelFiles, config: EngineConfig, tokenizer: Tokenizer, progress: Progress
 ) -> tuple[Decoder, MTPModule | None]:
     """The main model and, for a drafter that needs them, its MTP layers as int8 graphs, with the interfaces of Decoder and
@@ -141,14 +189,14 @@ def make_drafter(
     files: ModelFiles, model: Decoder, config: EngineConfig, backend: Backend, progress: Progress,
     graph: MTPModule | None = None,
 ) -> Drafter:  # fmt: skip
-    """graph: MTP layers that are loaded already (load_graphs)."""
+    """graph: MTP layers that are loaded already (load_models)."""
     if config.drafter == "root" or config.tree is None:
         return RootDrafter()
     slots = config.max_batch + 1  # the last is scratch
     if config.drafter == "ngram":
         length, device = len(config.tree.widths), model.embedding.device
         return NgramDrafter(length, slots=slots, max_context=config.max_context, device=device)
-    assert files.mtp_folder is not None, "checked in _settle"
+    assert files.mtp_folder is not None, "checked in settle"
     module = graph or loader.load_mtp(
         files.mtp_folder, model, config.draft_vocab, progress,
         dequantize=config.dequantize, window_keys=config.window_keys, rounded=config.draft_int8,

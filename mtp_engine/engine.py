@@ -11,13 +11,14 @@ from typing import Any, Literal, cast, final
 
 import torch
 
-from mtp_engine.assemble import load_graphs, make_drafter, make_loop
-from mtp_engine.backend import Backend, check_tree, describe_device, find_device, gpu_errors, make_backend
+from mtp_engine.assemble import load_models, make_drafter, make_loop, settle
+from mtp_engine.backend import Backend, describe_device, find_device, gpu_errors, make_backend
 from mtp_engine.cache.prefix_file import StoredPrefix
-from mtp_engine.config import DEFAULT_MODEL, SAMPLE_STEPS, EngineConfig, ModelConfig, SamplingParams, TreeShape
+from mtp_engine.config import DEFAULT_MODEL, SAMPLE_STEPS, EngineConfig, ModelConfig, SamplingParams
 from mtp_engine.drafters import RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
+from mtp_engine.hub.files import atomically
 from mtp_engine.hub.identity import weights_identity
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
@@ -31,16 +32,6 @@ from mtp_engine.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Raw text, token ids, or chat messages ({"role": ..., "content": ...}) for the model's chat template."""
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_RULE_TREES = {
-    rule: TreeShape.parse(tree)
-    for rule, tree in (("rejection", "chain:3"), ("block", "chain:3"), ("rrs", "4x2x2"), ("traversal", "4x2x2"))
-}
-_DEFAULT_TREES = {  # what measured fastest, see bench/LOG.md
-    "cpu": {"mtp": TreeShape.parse("tree:7"), "ngram": TreeShape.parse("chain:4")},
-    "cuda": {"mtp": TreeShape.parse("tree:15"), "ngram": TreeShape.parse("chain:4")},
-}
 
 
 @final
@@ -102,15 +93,8 @@ class Engine:
         tokenizer = Tokenizer.load(files.folder)
         if files.mtp_folder is None and config.drafter == "mtp" and loader.has_mtp(files.folder):
             files = replace(files, mtp_folder=files.folder)
-        config = _settle(config, files)
-        graph = None
-        if config.dtype == "int8":
-            model, graph = load_graphs(files, config, tokenizer, progress)
-        else:
-            model = loader.load_main(
-                files.folder, _DTYPES[config.dtype], device, progress,
-                dequantize=config.dequantize, window_keys=config.window_keys,
-            )  # fmt: skip
+        config = settle(config, files)
+        model, graph = load_models(files, config, tokenizer, device, progress)
         backend = make_backend(config, device, progress)
         drafter = make_drafter(files, model, config, backend, progress, graph)
         model = backend.fuse(model)
@@ -278,7 +262,7 @@ class Engine:
             with self.lock:
                 stored = self.check_open().memory.stored(ids[:-1], maker)
             if stored and len(stored.tokens) == len(ids) - 1:
-                stored.write(Path(path))
+                atomically(Path(path), stored.write)
                 return len(stored.tokens)
             self.generate([ids], SamplingParams(max_tokens=1))
         raise EngineError("the prompt's beginning was not kept: raise prefix_cache_gb, or give it more than one token")
@@ -338,29 +322,3 @@ class Engine:
 
 def _about(index: int, prompts: int, error: str) -> str:
     return error if prompts == 1 else f"prompt {index}: {error}"
-
-
-def _settle(config: EngineConfig, files: hub.ModelFiles) -> EngineConfig:
-    """Fill in what depends on the model, and refuse what does not fit it, before any weight is read."""
-    model = loader.read_config(files.folder, config.window_keys)
-    if config.max_context > model.max_context:
-        raise EngineError(f"max_context is {config.max_context}; {files.name} was made for {model.max_context} tokens")
-    device = torch.device(config.device).type
-    if config.dtype == "auto":
-        config = replace(config, dtype="bf16" if device == "cuda" else "fp32")
-    if config.dtype == "int8" and device == "cuda":
-        raise EngineError("int8 is for CPUs: use --dtype bf16 on a GPU, or --device cpu")
-    if config.drafter == "root":
-        return config
-    defaults = _DEFAULT_TREES[device][config.drafter]
-    shape = config.tree or (_RULE_TREES if config.drafter == "mtp" else {}).get(config.verifier, defaults)
-    if config.drafter == "mtp":
-        if files.mtp_folder is None:
-            raise EngineError(
-                f"{files.name} has no MTP layers: use --drafter ngram or root, or name a folder of them (--mtp)"
-            )
-        mtp = loader.read_mtp_config(files.mtp_folder, config.window_keys)
-        if len(shape.widths) > mtp.depth and not mtp.reused:
-            raise EngineError(f"tree shape {shape} is deeper than the model's {mtp.depth} MTP layers")
-        check_tree(shape, config, device)
-    return replace(config, tree=shape, max_context=config.max_context or model.max_context)

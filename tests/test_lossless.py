@@ -8,10 +8,9 @@ import torch
 from test_decode_loop import check_memory
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
-from mtp_engine.assemble import make_drafter, make_loop
+from mtp_engine.assemble import make_drafter, make_loop, settle
 from mtp_engine.backend import Backend
 from mtp_engine.config import DEFAULT_MODEL
-from mtp_engine.engine import _settle
 from mtp_engine.hub import hub
 from mtp_engine.runtime.request import Request
 
@@ -39,7 +38,7 @@ class Loaded:
     def answers(self, config: EngineConfig) -> list[Request]:
         """All six requests in one batch, on a loop with the drafter that `config` asks for."""
         files = hub.locate(DEFAULT_MODEL)
-        config = _settle(config, files)
+        config = settle(config, files)
         model, backend = self.engine.model, Backend()
         drafter = make_drafter(files, model, config, backend, hub.silent)
         loop = make_loop(model, drafter, config, backend, slots=config.max_batch, tokenizer=self.engine.tokenizer)
