@@ -1,11 +1,8 @@
 """Putting an engine's parts together: caches, drafter, decode loop. The only place, with backend.py, that names them."""
 
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from typing import cast
 
 import torch
 
@@ -16,11 +13,12 @@ from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import MAX_TREE_NODES, EngineConfig, ModelConfig, Structure, TreeShape
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineError
-from mtp_engine.hub.cache import cache_root
 from mtp_engine.hub.hub import ModelFiles
+from mtp_engine.kernels.linear import rounded_linear
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
+from mtp_engine.models.weights import Makers
 from mtp_engine.protocols import Drafter, Progress, TargetModel, Verifier
 from mtp_engine.runtime.intake import Intake
 from mtp_engine.runtime.loop import DecodeLoop
@@ -34,7 +32,7 @@ from mtp_engine.sampling.stops import NewDecoder
 from mtp_engine.sampling.structure import Grammars
 from mtp_engine.text.tokenizer import Tokenizer
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
 _RULE_TREES = {
     rule: TreeShape.parse(tree)
     for rule, tree in (("rejection", "chain:3"), ("block", "chain:3"), ("rrs", "4x2x2"), ("traversal", "4x2x2"))
@@ -142,54 +140,17 @@ def settle(config: EngineConfig, files: ModelFiles) -> EngineConfig:
     return replace(config, tree=shape, max_context=config.max_context or model.max_context)
 
 
-def load_models(
-    files: ModelFiles, config: EngineConfig, tokenizer: Tokenizer, device: torch.device, progress: Progress
-) -> tuple[Decoder, MTPModule | None]:
-    """The main model; of int8 graphs its MTP layers, too, since both are made for each other."""
-    if config.dtype == "int8":
-        return _load_graphs(files, config, tokenizer, progress)
-    model = loader.load_main(
-        files.folder, _DTYPES[config.dtype], device, progress,
-        dequantize=config.dequantize, window_keys=config.window_keys,
+def load_main(files: ModelFiles, config: EngineConfig, backend: Backend, progress: Progress) -> Decoder:
+    return loader.load_main(
+        files.folder, _DTYPES[config.dtype], torch.device(config.device), progress,
+        dequantize=config.dequantize or config.dtype == "int8", window_keys=config.window_keys, make=backend.make,
     )  # fmt: skip
-    return model, None
-
-
-def _load_graphs(
-    files: ModelFiles, config: EngineConfig, tokenizer: Tokenizer, progress: Progress
-) -> tuple[Decoder, MTPModule | None]:
-    """The main model and, for a drafter that needs them, its MTP layers as int8 graphs, with the interfaces of Decoder and
-    MTPModule. They are written once and kept in the cache, which takes a minute. Raises EngineError where there are none."""
-    try:
-        from mtp_engine.models.onnx import load, session
-        from mtp_engine.models.onnx.blocks import Precision
-    except ImportError as error:
-        raise EngineError(f"int8 needs {error.name}: pip install onnxruntime onnx, or use --dtype fp32") from error
-    if not session.steady():
-        raise EngineError(
-            "onnxruntime's vector code depends on where a number stands on this processor: use --dtype fp32"
-        )
-    torch.set_num_threads(1)  # what is left to torch is small, and its threads would wait for the graphs'
-    threads, precision = config.threads or os.cpu_count() or 1, Precision(weights=session.weight_bits())
-    root, mtp = cache_root() / "graphs", files.mtp_folder if config.drafter == "mtp" else None
-    features, texts = loader.read_mtp_config(mtp).features if mtp else (), list[list[int]]()
-    with suppress(EngineError):  # no chat template: weights are rounded one by one
-        texts = [tokenizer.chat(each, add_generation_prompt=False) for each in load.calibration()]
-    progress("preparing int8 graphs", 0, None)
-    main = load.load_main(files.folder, root, threads=threads, precision=precision, features=features, texts=texts)
-    module = None
-    if mtp:
-        module = load.load_mtp(
-            files.folder, mtp, main, root, threads=threads, precision=precision, draft_vocab=config.draft_vocab
-        )
-    return cast(Decoder, main), cast(MTPModule | None, module)
 
 
 def make_drafter(
-    files: ModelFiles, model: Decoder, config: EngineConfig, backend: Backend, progress: Progress,
-    graph: MTPModule | None = None,
-) -> Drafter:  # fmt: skip
-    """graph: MTP layers that are loaded already (load_models)."""
+    files: ModelFiles, model: Decoder, config: EngineConfig, backend: Backend, progress: Progress
+) -> Drafter:
+    """model: not fused yet."""
     if config.drafter == "root" or config.tree is None:
         return RootDrafter()
     slots = config.max_batch + 1  # the last is scratch
@@ -197,9 +158,11 @@ def make_drafter(
         length, device = len(config.tree.widths), model.embedding.device
         return NgramDrafter(length, slots=slots, max_context=config.max_context, device=device)
     assert files.mtp_folder is not None, "checked in settle"
-    module = graph or loader.load_mtp(
+    rounds = config.draft_int8 and config.dtype == "fp32"
+    module = loader.load_mtp(
         files.mtp_folder, model, config.draft_vocab, progress,
-        dequantize=config.dequantize, window_keys=config.window_keys, rounded=config.draft_int8,
+        dequantize=config.dequantize or config.dtype == "int8", window_keys=config.window_keys,
+        make=Makers(linear=rounded_linear) if rounds else backend.make, shared_head=not rounds,
     )  # fmt: skip
     return mtp_drafter(module, config, backend)
 

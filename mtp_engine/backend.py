@@ -1,5 +1,6 @@
 """What the engine runs on: torch alone, or kernels and CUDA graphs. Chosen once, when a model is loaded."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from mtp_engine.config import EngineConfig, TreeShape
 from mtp_engine.drafters import Ranking, TorchDraftOps
 from mtp_engine.drafters.expand import MOST_CHILDREN, DraftOps
 from mtp_engine.errors import EngineError
+from mtp_engine.hub.cache import cache_root
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
+from mtp_engine.models.weights import Makers
 from mtp_engine.protocols import Progress, Verifier
 from mtp_engine.runtime.step import EagerRunner, RunnerFactory, explain
 from mtp_engine.verifiers import (
@@ -28,7 +31,6 @@ from mtp_engine.verifiers import (
     TypicalVerifier,
 )
 
-_GRAPH_CHUNK = 128  # rows of a prompt: larger chunks are no faster
 _RULES: dict[str, Callable[[], Verifier]] = {
     "match": MatchVerifier, "rejection": RejectionVerifier, "block": BlockVerifier, "rrs": RRSVerifier,
     "traversal": TraversalVerifier, "typical": TypicalVerifier,
@@ -54,7 +56,7 @@ def _same_module(module: MTPModule) -> MTPModule:
 @dataclass(frozen=True)
 class Backend:
     """attention: makes each step's attention. runner: for a loop of so many slots. verifier: by the rule's name. ops: by
-    how candidates are picked. fuse, fuse_mtp: wrap the modules. kernels: caches move rows by kernels.
+    how candidates are picked. make: what weights become. fuse, fuse_mtp: wrap the modules. kernels: caches move rows by kernels.
 
     in_flight: steps that may be queued at a time. ring_page, ring_rows: rings are whole pages and take at least so many
     rows at a time. scratch_tokens: room that the scratch slot needs; 0 = there is none. chunk_rows: rows of a prompt that
@@ -62,6 +64,7 @@ class Backend:
     """
 
     attention: AttentionFactory = TorchAttention
+    make: Makers = Makers()  # noqa: RUF009  frozen
     runner: Callable[[int], RunnerFactory] = lambda slots: EagerRunner
     fuse: Callable[[Decoder], Decoder] = _same_decoder
     fuse_mtp: Callable[[MTPModule], MTPModule] = _same_module
@@ -101,9 +104,7 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
     if device.type != "cuda" and config.attention == "flashinfer":
         raise EngineError("FlashInfer needs an NVIDIA GPU, and this runs on the CPU: leave --attention out")
     if config.dtype == "int8":
-        from mtp_engine.attention.graph import GraphAttention
-
-        return Backend(attention=GraphAttention, chunk_rows=_GRAPH_CHUNK)
+        return _native(config)
     if device.type != "cuda" or config.attention == "torch":
         return Backend()
     try:
@@ -153,6 +154,27 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
         scratch_tokens=SCRATCH_TOKENS,
         chunk_rows=MOST_ROWS,  # more leave the fused layers, and a row would not have the bits of a decode step
         kernels=True,
+    )
+
+
+def _native(config: EngineConfig) -> Backend:
+    """int8 on a CPU. Raises EngineError where the library cannot be made."""
+    from mtp_engine.attention.native import NativeAttention
+    from mtp_engine.kernels.cpu.build import NoCompiler
+    from mtp_engine.kernels.cpu.calls import PackedLinear, PackedStack, Team
+    from mtp_engine.models.native import fuse, fuse_mtp
+
+    try:
+        team = Team(config.threads or os.cpu_count() or 1, cache_root() / "kernels")
+    except NoCompiler as error:
+        raise EngineError(f"int8 needs kernels that are compiled on first use, and {error}; or use --dtype fp32") from None
+    torch.set_num_threads(1)  # what is left to torch is small, and its threads would wait for the team's
+    linear = partial(PackedLinear, team)
+    return Backend(
+        attention=NativeAttention,
+        make=Makers(linear, lambda weight: PackedStack([linear(each) for each in weight])),
+        fuse=partial(fuse, team=team),
+        fuse_mtp=partial(fuse_mtp, team=team),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast, final
 
 import torch
 
-from mtp_engine.assemble import load_models, make_drafter, make_loop, settle
+from mtp_engine.assemble import load_main, make_drafter, make_loop, settle
 from mtp_engine.backend import Backend, describe_device, find_device, gpu_errors, make_backend
 from mtp_engine.cache.prefix_file import StoredPrefix
 from mtp_engine.config import DEFAULT_MODEL, SAMPLE_STEPS, EngineConfig, ModelConfig, SamplingParams
@@ -94,9 +94,9 @@ class Engine:
         if files.mtp_folder is None and config.drafter == "mtp" and loader.has_mtp(files.folder):
             files = replace(files, mtp_folder=files.folder)
         config = settle(config, files)
-        model, graph = load_models(files, config, tokenizer, device, progress)
         backend = make_backend(config, device, progress)
-        drafter = make_drafter(files, model, config, backend, progress, graph)
+        model = load_main(files, config, backend, progress)
+        drafter = make_drafter(files, model, config, backend, progress)
         model = backend.fuse(model)
         loop = make_loop(model, drafter, config, backend, slots=config.max_batch, tokenizer=tokenizer)
         return cls(model, loop, tokenizer, config, backend, files)

@@ -1,6 +1,6 @@
 """Putting models together from named weights. Main models share their names; those of MTP layers differ by family."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, final
 
@@ -46,8 +46,11 @@ class MTPNames:
     final_norm: str = "final_layernorm"
 
 
-def decoder(weights: WeightSource, config: ModelConfig, progress: Progress) -> Decoder:
-    """The main model."""
+def decoder(
+    weights: WeightSource, config: ModelConfig, progress: Progress,
+    make_head: Callable[[Tensor, Tensor | None], LinearMap] = Linear,
+) -> Decoder:  # fmt: skip
+    """The main model. make_head: of [V, H]."""
     hidden, vocab = config.hidden_size, config.vocab_size
     embedding = weights.tensor("model.embed_tokens.weight", vocab, hidden)
     head = embedding if config.tied_head else weights.tensor("lm_head.weight", vocab, hidden)
@@ -56,7 +59,7 @@ def decoder(weights: WeightSource, config: ModelConfig, progress: Progress) -> D
         progress("loading weights", i + 1, len(config.layers))
         blocks.append(block(weights, f"model.layers.{i}", layer, hidden, config.norm_eps, FFN_NORM))
     norm = RMSNorm(weights.tensor("model.norm.weight", hidden), config.norm_eps)
-    unembed = Linear(head)
+    unembed = make_head(head, None)
     rotary = {rope: RotaryEmbedding(rope, weights.device) for rope in {layer.attention.rope for layer in config.layers}}
     return Decoder(config, embedding, blocks, norm, Head(norm, unembed), unembed, head, rotary)
 

@@ -17,7 +17,7 @@ from mtp_engine.models.layers import RotaryEmbedding
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.models.plan import Plan, make_plan
 from mtp_engine.models.tensors import main_tensors, mtp_tensors
-from mtp_engine.models.weights import Weights
+from mtp_engine.models.weights import Makers, Weights
 from mtp_engine.protocols import Progress
 
 _FAMILIES: dict[str, ModuleType] = {
@@ -46,11 +46,13 @@ def load_main(
     *,
     dequantize: bool = False,
     window_keys: int = 0,
+    make: Makers = Makers(),  # noqa: B008  frozen
 ) -> Decoder:
-    """The main model of a Hugging Face folder. dequantize: FP8 weights become `dtype` as they are read."""
+    """The main model of a Hugging Face folder. dequantize: FP8 weights become `dtype` as they are read. make: what then
+    becomes of its matrices."""
     config = read_config(folder, window_keys)
-    weights = Weights(Checkpoint(folder), dtype, device, fp8_block=config.fp8_block, dequantize=dequantize)
-    return build.decoder(weights, config, progress)
+    weights = Weights(Checkpoint(folder), dtype, device, fp8_block=config.fp8_block, dequantize=dequantize, make=make)
+    return build.decoder(weights, config, progress, make.linear)
 
 
 def has_mtp(folder: Path) -> bool:
@@ -103,12 +105,13 @@ def load_mtp(
     *,
     dequantize: bool = False,
     window_keys: int = 0,
-    rounded: bool = False,
+    make: Makers = Makers(),  # noqa: B008  frozen
+    shared_head: bool = True,
 ) -> MTPModule:
     """The folder's MTP layers, sharing the main model's embedding and head.
 
     draft_vocab: how many of the most frequent tokens they may propose (`draft_token_ids` lists them); 0 means all.
-    rounded: their matrices may become int8 where that is faster.
+    make: what becomes of their matrices. shared_head: the main model's head may serve them, where it covers their tokens.
     """
     config = read_mtp_config(folder, window_keys)
     own = read_json(folder / "config.json").get("mtp")
@@ -120,11 +123,11 @@ def load_mtp(
         main.embedding.device,
         fp8_block=own.get("fp8_block") if own else read_config(folder).fp8_block,
         dequantize=dequantize or bool(own),  # ours are small: FP8 only saves them space on disk
-        rounded=rounded,
+        make=make,
     )
     draft_ids = draft_ids_of(checkpoint, main, draft_vocab)
-    shared = len(draft_ids) == main.config.vocab_size and not rounded
-    head = main.unembed if shared else weights.make_linear(main.head_weight[draft_ids])
+    shared = len(draft_ids) == main.config.vocab_size and shared_head
+    head = main.unembed if shared else make.linear(main.head_weight[draft_ids], None)
     count = 1 if config.reused else config.depth
     layers = []
     for k in range(count):

@@ -1,6 +1,7 @@
 """From named tensors to layers: stacked once in the memory where they stay, FP8 kept with its scales or dequantised."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -9,12 +10,22 @@ from torch import Tensor
 from mtp_engine.config import AttentionConfig
 from mtp_engine.kernels.experts import ExpertStack, PlainStack
 from mtp_engine.kernels.fp8 import FP8, BlockLinear, BlockMatrix, dequantise_blocks, fused_rows, fused_sizes, plain_rows
-from mtp_engine.kernels.linear import Linear, rounded_linear
+from mtp_engine.kernels.linear import Linear
 from mtp_engine.models.checkpoint import Checkpoint, empty
 from mtp_engine.models.layers import LinearMap
 
 Parts = Sequence[tuple[str, int]]
 """Matrices that are stacked into one: the name without `.weight`, and the rows of each."""
+
+
+@final
+@dataclass(frozen=True)
+class Makers:
+    """What becomes of matrices that are in the engine's dtype. linear: of [out, in] and perhaps a bias [out]; stack: of
+    [E, out, in]."""
+
+    linear: Callable[[Tensor, Tensor | None], LinearMap] = Linear
+    stack: Callable[[Tensor], ExpertStack] = PlainStack
 
 
 @final
@@ -29,13 +40,12 @@ class Weights:
         *,
         fp8_block: int | None = None,
         dequantize: bool = False,
-        rounded: bool = False,
+        make: Makers = Makers(),  # noqa: B008  frozen
     ) -> None:
-        """fp8_block: rows and columns of a block that share a scale, if config.json announces FP8 weights.
-        rounded: unquantised matrices may become int8 where that is faster; for drafting only."""
+        """fp8_block: rows and columns of a block that share a scale, if config.json announces FP8 weights."""
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self._block, self._dequantize = fp8_block, dequantize
-        self.make_linear = rounded_linear if rounded else Linear
+        self.make = make
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """In the engine's dtype."""
@@ -49,7 +59,7 @@ class Weights:
         """One product for all parts, [columns] -> [sum of their rows]."""
         added = torch.cat([self.tensor(f"{name}.bias", rows) for name, rows in parts]) if bias else None
         if not self._is_fp8([name for name, _ in parts]):
-            return self.make_linear(self._plain([parts], columns)[0], added)
+            return self.make.linear(self._plain([parts], columns)[0], added)
         rows, scale_rows = self._grid(parts)
         return self._fp8_linear(parts, columns, rows, scale_rows, added)
 
@@ -75,10 +85,10 @@ class Weights:
     def experts(self, names: Sequence[Parts], columns: int) -> ExpertStack:
         """names: per expert the parts of its matrix -> a stack [E, sum of rows, columns]."""
         if not self._is_fp8([name for parts in names for name, _ in parts]):
-            return PlainStack(self._plain(names, columns))
+            return self.make.stack(self._plain(names, columns))
         rows, scale_rows = self._grid(names[0])
         if self._dequantize:
-            return PlainStack(self._dequantised(names, columns, rows, scale_rows))
+            return self.make.stack(self._dequantised(names, columns, rows, scale_rows))
         return self._blocks(names, columns, rows, scale_rows)
 
     def _is_fp8(self, names: Sequence[str]) -> bool:
@@ -105,7 +115,7 @@ class Weights:
         self, parts: Parts, columns: int, rows: Tensor, scale_rows: Sequence[int], bias: Tensor | None
     ) -> LinearMap:
         if self._dequantize:
-            return Linear(self._dequantised([parts], columns, rows, scale_rows)[0], bias)
+            return self.make.linear(self._dequantised([parts], columns, rows, scale_rows)[0], bias)
         stack = self._blocks([parts], columns, rows, scale_rows)
         return BlockLinear(BlockMatrix(stack.data[0], stack.scale[0], stack.rows, stack.block), bias)
 

@@ -1,0 +1,76 @@
+"""Compiling step.c for this processor, once, with whatever C compiler there is."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import resources, util
+from pathlib import Path
+
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC", "-pthread")
+_SECONDS = 300  # for a compiler that starts cold
+
+
+class NoCompiler(Exception):
+    """Why the library cannot be made here, in words."""
+
+
+def compiled(folder: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
+    """The library of step.c, kept in `folder`. Raises NoCompiler where it cannot be made."""
+    if not sys.platform.startswith(("linux", "darwin")):
+        raise NoCompiler(f"step.c needs POSIX threads, and this is {sys.platform}")
+    source = (resources.files(__package__) / "step.c").read_text(encoding="utf-8")
+    key = hashlib.sha256("\n".join([source, *flags, _processor()]).encode()).hexdigest()[:16]
+    path = folder / f"step-{key}.so"
+    if not path.exists():
+        _compile(source, path, flags)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        path.unlink(missing_ok=True)  # a damaged one; the next start makes it anew
+        raise NoCompiler(str(error)) from error
+
+
+def _compile(source: str, path: Path, flags: tuple[str, ...]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    said = "there is no C compiler: pip install ziglang, or install gcc or clang"
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
+        code, made = Path(folder) / "step.c", Path(folder) / "step.so"
+        code.write_text(source, encoding="utf-8")
+        for compiler in _compilers():
+            command = [*compiler, *flags, str(code), "-o", str(made), "-lm"]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                said = f"{compiler[0]} does not run: {error}"
+                continue
+            if done.returncode == 0:
+                os.replace(made, path)
+                return
+            said = f"{' '.join(compiler)} failed: {(done.stderr.strip().splitlines() or ['no word why'])[0]}"
+    raise NoCompiler(said)
+
+
+def _compilers() -> Iterator[list[str]]:
+    if chosen := os.environ.get("CC"):
+        yield chosen.split()
+    for name in ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            yield [found]
+    if util.find_spec("ziglang"):
+        yield [sys.executable, "-m", "ziglang", "cc"]
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    named = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return platform.machine() + "".join(sorted(named))
