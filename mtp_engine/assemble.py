@@ -1,5 +1,6 @@
 """Putting an engine's parts together: caches, drafter, decode loop. The only place, with backend.py, that names them."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -8,9 +9,9 @@ import torch
 
 from mtp_engine.attention.rows import AttentionFactory
 from mtp_engine.attention.torch import TorchAttention
-from mtp_engine.backend import Backend, check_tree
+from mtp_engine.backend import Backend, cannot_compile, check_tree
 from mtp_engine.cache import HybridKV, Pages
-from mtp_engine.config import MAX_TREE_NODES, EngineConfig, ModelConfig, Structure, TreeShape
+from mtp_engine.config import MAX_TREE_NODES, DType, EngineConfig, ModelConfig, MTPConfig, Structure, TreeShape
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.hub.hub import ModelFiles
@@ -18,6 +19,7 @@ from mtp_engine.kernels.linear import rounded_linear
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
+from mtp_engine.models.native import why_not
 from mtp_engine.models.weights import Makers
 from mtp_engine.protocols import Drafter, Progress, TargetModel, Verifier
 from mtp_engine.runtime.intake import Intake
@@ -32,6 +34,7 @@ from mtp_engine.sampling.stops import NewDecoder
 from mtp_engine.sampling.structure import Grammars
 from mtp_engine.text.tokenizer import Tokenizer
 
+_LOG = logging.getLogger("mtp_engine")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
 _RULE_TREES = {
     rule: TreeShape.parse(tree)
@@ -120,10 +123,10 @@ def settle(config: EngineConfig, files: ModelFiles) -> EngineConfig:
     if config.max_context > model.max_context:
         raise EngineError(f"max_context is {config.max_context}; {files.name} was made for {model.max_context} tokens")
     device = torch.device(config.device).type
-    if config.dtype == "auto":
-        config = replace(config, dtype="bf16" if device == "cuda" else "fp32")
-    if config.dtype == "int8" and device == "cuda":
-        raise EngineError("int8 is for CPUs: use --dtype bf16 on a GPU, or --device cpu")
+    mtp: MTPConfig | None = None
+    if config.drafter == "mtp" and files.mtp_folder is not None:
+        mtp = loader.read_mtp_config(files.mtp_folder, config.window_keys)
+    config = replace(config, dtype=_dtype(config, device, model, mtp))
     if config.drafter == "root":
         return config
     defaults = _DEFAULT_TREES[device][config.drafter]
@@ -133,11 +136,29 @@ def settle(config: EngineConfig, files: ModelFiles) -> EngineConfig:
             raise EngineError(
                 f"{files.name} has no MTP layers: use --drafter ngram or root, or name a folder of them (--mtp)"
             )
-        mtp = loader.read_mtp_config(files.mtp_folder, config.window_keys)
+        assert mtp is not None
         if len(shape.widths) > mtp.depth and not mtp.reused:
             raise EngineError(f"tree shape {shape} is deeper than the model's {mtp.depth} MTP layers")
         check_tree(shape, config, device)
     return replace(config, tree=shape, max_context=config.max_context or model.max_context)
+
+
+def _dtype(config: EngineConfig, device: str, model: ModelConfig, mtp: MTPConfig | None) -> DType:
+    """The number format that `auto` means here. Raises EngineError for int8 where there is none."""
+    if device == "cuda":
+        if config.dtype == "int8":
+            raise EngineError("int8 is for CPUs: use --dtype bf16 on a GPU, or --device cpu")
+        return "bf16" if config.dtype == "auto" else config.dtype
+    if config.dtype not in ("auto", "int8"):
+        return config.dtype
+    layers = [*model.layers, *([mtp.layer] if mtp else [])]
+    why = why_not(model.hidden_size, layers) or cannot_compile()
+    if not why:
+        return "int8"
+    if config.dtype == "int8":
+        raise EngineError(f"{why}; or use --dtype fp32")
+    _LOG.warning("fp32 is used, which is several times slower: %s", why)
+    return "fp32"
 
 
 def load_main(files: ModelFiles, config: EngineConfig, backend: Backend, progress: Progress) -> Decoder:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import final
 
 import torch
@@ -25,6 +26,7 @@ from mtp_engine.verifiers import (
     BlockVerifier,
     DeviceMatchVerifier,
     MatchVerifier,
+    NativeMatchVerifier,
     RejectionVerifier,
     RRSVerifier,
     TraversalVerifier,
@@ -160,14 +162,15 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
 def _native(config: EngineConfig) -> Backend:
     """int8 on a CPU. Raises EngineError where the library cannot be made."""
     from mtp_engine.attention.native import NativeAttention
+    from mtp_engine.drafters.native import NativeDraftOps
     from mtp_engine.kernels.cpu.build import NoCompiler
     from mtp_engine.kernels.cpu.calls import PackedLinear, PackedStack, Team
     from mtp_engine.models.native import fuse, fuse_mtp
 
     try:
-        team = Team(config.threads or os.cpu_count() or 1, cache_root() / "kernels")
+        team = Team(config.threads or os.cpu_count() or 1, _kernels())
     except NoCompiler as error:
-        raise EngineError(f"int8 needs kernels that are compiled on first use, and {error}; or use --dtype fp32") from None
+        raise EngineError(f"{error}; or use --dtype fp32") from None
     torch.set_num_threads(1)  # what is left to torch is small, and its threads would wait for the team's
     linear = partial(PackedLinear, team)
     return Backend(
@@ -175,7 +178,24 @@ def _native(config: EngineConfig) -> Backend:
         make=Makers(linear, lambda weight: PackedStack([linear(each) for each in weight])),
         fuse=partial(fuse, team=team),
         fuse_mtp=partial(fuse_mtp, team=team),
+        verifier=lambda rule: NativeMatchVerifier(team) if rule == "match" else _rule(rule),
+        ops=lambda ranking: NativeDraftOps(team) if ranking == "noise" else TorchDraftOps(ranking),
     )
+
+
+def _kernels() -> Path:
+    return cache_root() / "kernels"
+
+
+def cannot_compile() -> str:
+    """Why the CPU's library cannot be made; empty if it can, and then it is made."""
+    from mtp_engine.kernels.cpu.build import NoCompiler, compiled
+
+    try:
+        compiled(_kernels())
+    except NoCompiler as error:
+        return f"int8 needs a library that is compiled on first use, but {error}"
+    return ""
 
 
 def check_tree(shape: TreeShape, config: EngineConfig, device: str) -> None:

@@ -8,6 +8,8 @@ from typing import Literal, final
 from mtp_engine.checks import check_types
 from mtp_engine.errors import EngineError
 
+DType = Literal["auto", "fp32", "bf16", "int8"]
+
 DEFAULT_MODEL = "smollm2-135m-mtp3"
 SAMPLE_STEPS = 32  # plain steps that a quick comparison times
 MOST_ANSWERS = 1024  # to one prompt
@@ -305,10 +307,11 @@ class EngineConfig:
     distribution. candidates: how MTP layers pick them: by their probabilities and the noise of the main model's own choice,
     drawn from their probabilities by fresh noise (rules that use q), or the most probable ones; auto suits the rule.
 
-    dtype int8, on a CPU: weights of 8 bits, and a step as one graph of onnxruntime whose sums do not round, so that a row is
-    the same bits in every batch, tree and chunk; Llama's family and MiMo-7B's.
+    dtype auto is bf16 on a GPU. On a CPU it is int8: weights of 8 bits, activations of up to 16, and a step as one call of a
+    library that a C compiler makes on first use; a row is the same bits in every batch, tree and chunk. Where there is no
+    compiler, or the model's sizes do not suit, it is fp32.
 
-    On a GPU: dtype auto is bf16 (fp32 on a CPU). attention exact is our kernel, whose rows are the same bits in every
+    On a GPU: attention exact is our kernel, whose rows are the same bits in every
     batch and tree, so that bf16 text does not depend on drafting; flashinfer is FlashInfer's; torch needs neither Triton
     nor FlashInfer, and runs without CUDA graphs. steps_in_flight is how many steps are queued before the host looks at
     the first one's tokens: with 1 the GPU waits for the host after every step.
@@ -322,7 +325,7 @@ class EngineConfig:
     candidates: Literal["auto", "noise", "drawn", "best"] = "auto"
     allow_lossy: bool = False
     device: str = "auto"
-    dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    dtype: DType = "auto"
     attention: Literal["exact", "flashinfer", "torch"] = "exact"
     steps_in_flight: int = 2
     threads: int = 0

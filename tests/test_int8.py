@@ -1,6 +1,5 @@
 """int8 on a CPU through the engine: drafting, batches, chunks, kept beginnings and preemption change no token."""
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.config import Structure
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
+from mtp_engine.kernels.cpu import build
 
 PROMPTS = (
     "The capital of France is",
@@ -65,11 +65,23 @@ def test_text_is_that_of_plain_decoding(plain: list[list[int]], options: dict[st
         assert sum(answer.stats.preemptions for answer in answers) or "kv_tokens" not in options
 
 
-def test_models_without_a_graph_and_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(EngineError, match="mixtures of experts have no int8 graph yet; use --dtype fp32"):
-        Engine.load(hub.NANO, EngineConfig(dtype="int8"))
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    for name in [name for name in sys.modules if name.startswith("mtp_engine.models.onnx")]:
-        monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(EngineError, match=r"int8 needs onnxruntime: pip install onnxruntime onnx, or use --dtype fp32"):
+def test_experts_windows_and_sinks_draft_the_same_text() -> None:
+    options: list[dict[str, Any]] = [{"drafter": "root"}, {"tree": "tree:15"}, {"tree": "chain:3", "prefill_chunk": 3}]
+    found = []
+    for each in options:
+        with Engine.load(hub.NANO, EngineConfig(dtype="int8", threads=2, **each)) as engine:
+            found.append([answer.token_ids for answer in engine.generate([*PROMPTS] * 4, [p for p in PARAMS for _ in PROMPTS])])
+    assert found[0] == found[1] == found[2]
+
+
+def test_without_a_compiler_a_cpu_runs_in_fp32(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(*_: object) -> None:
+        raise build.NoCompiler("there is no C compiler: pip install ziglang")
+
+    monkeypatch.setattr(build, "compiled", refuse)
+    with Engine.load(hub.NANO, EngineConfig(device="cpu")) as engine:
+        assert engine.config.dtype == "fp32"
+    assert "fp32 is used, which is several times slower" in caplog.text
+    assert "pip install ziglang" in caplog.text
+    with pytest.raises(EngineError, match=r"there is no C compiler: pip install ziglang; or use --dtype fp32"):
         Engine.load(hub.NANO, EngineConfig(dtype="int8"))

@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from mtp_engine.kernels.cpu.calls import CVerify, Team
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.sampling.sampler import choose, truncate
 from mtp_engine.tree import DraftTree, VerifyResult
@@ -38,6 +39,29 @@ class DeviceMatchVerifier:
         return VerifyResult(
             *verify(logits, batch.lengths, sampling.seed, sampling.temperature, self._arrivals, tree, ahead=1)
         )
+
+
+@final
+class NativeMatchVerifier:
+    """MatchVerifier in one call of the CPU's library; the noise is never stored."""
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+
+    def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
+        sampling, shape = batch.sampling, (len(logits), tree.max_depth + 1)
+        path, emitted = torch.empty(2, *shape, dtype=torch.int64).unbind(0)
+        counts = torch.empty_like(tree.size)
+        given = [
+            table.contiguous()
+            for table in (
+                truncate(logits, sampling), batch.lengths, sampling.seed, sampling.temperature, tree.tokens, tree.parents,
+                tree.depths, tree.size,
+            )
+        ]  # fmt: skip
+        addresses = (table.data_ptr() for table in (*given, path, emitted, counts))
+        self._team.verify(CVerify(*addresses, len(logits), tree.nodes, logits.shape[-1], tree.max_depth))
+        return VerifyResult(path, emitted, counts)
 
 
 def longest_match(tree: DraftTree, choices: Tensor) -> VerifyResult:

@@ -1,4 +1,4 @@
-"""Compiling step.c for this processor, once, with whatever C compiler there is."""
+"""Compiling the library for this processor, once, with whatever C compiler there is."""
 
 import ctypes
 import hashlib
@@ -8,10 +8,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources, util
 from pathlib import Path
 
+_SOURCES = ("cpu.h", "team.c", "products.c", "step.c", "choose.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC", "-pthread")
 _SECONDS = 300  # for a compiler that starts cold
 
@@ -21,14 +22,15 @@ class NoCompiler(Exception):
 
 
 def compiled(folder: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
-    """The library of step.c, kept in `folder`. Raises NoCompiler where it cannot be made."""
+    """The library, kept in `folder`. Raises NoCompiler where it cannot be made."""
     if not sys.platform.startswith(("linux", "darwin")):
-        raise NoCompiler(f"step.c needs POSIX threads, and this is {sys.platform}")
-    source = (resources.files(__package__) / "step.c").read_text(encoding="utf-8")
-    key = hashlib.sha256("\n".join([source, *flags, _processor()]).encode()).hexdigest()[:16]
-    path = folder / f"step-{key}.so"
+        raise NoCompiler(f"the library needs POSIX threads, and this is {sys.platform}")
+    here = resources.files(__package__)
+    sources = {name: (here / name).read_text(encoding="utf-8") for name in _SOURCES}
+    key = hashlib.sha256("\n".join([*sources.values(), *flags, _processor()]).encode()).hexdigest()[:16]
+    path = folder / f"cpu-{key}.so"
     if not path.exists():
-        _compile(source, path, flags)
+        _compile(sources, path, flags)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -36,14 +38,17 @@ def compiled(folder: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
         raise NoCompiler(str(error)) from error
 
 
-def _compile(source: str, path: Path, flags: tuple[str, ...]) -> None:
+def _compile(sources: Mapping[str, str], path: Path, flags: tuple[str, ...]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     said = "there is no C compiler: pip install ziglang, or install gcc or clang"
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
-        code, made = Path(folder) / "step.c", Path(folder) / "step.so"
-        code.write_text(source, encoding="utf-8")
+        made, code = Path(folder) / path.name, []
+        for name, text in sources.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+            if name.endswith(".c"):
+                code.append(str(Path(folder) / name))
         for compiler in _compilers():
-            command = [*compiler, *flags, str(code), "-o", str(made), "-lm"]
+            command = [*compiler, *flags, *code, "-o", str(made), "-lm"]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
             except (OSError, subprocess.TimeoutExpired) as error:

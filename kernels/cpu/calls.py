@@ -14,7 +14,7 @@ from mtp_engine.kernels.cpu.build import FLAGS, NoCompiler, compiled
 
 TILE = 32  # rows of a matrix that lie together
 LANES = 16  # sizes of vectors are multiples of this
-_SPINS = 2000  # rounds, some 20 us, for which a thread waits before it sleeps
+_SPINS = 10000  # rounds, some 0.1 ms, for which a thread waits before it sleeps
 
 
 class CMatrix(Structure):
@@ -80,6 +80,28 @@ class CStep(Structure):
     ]  # fmt: skip
 
 
+class CVerify(Structure):
+    """Tables of a tree, [B, N] and [B], and of a VerifyResult."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in (
+            "logits", "lengths", "seed", "temperature", "tokens", "parents", "depths", "size", "path", "emitted", "counts",
+        )),
+        *((name, c_int32) for name in ("batch", "nodes", "vocab", "depth")),
+    ]  # fmt: skip
+
+
+class CGrow(Structure):
+    """logits: [B, frontier, n]; the tree's tables are [B, cap], its frontier begins at node `first`."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in (
+            "logits", "ids", "lengths", "seed", "temperature", "tokens", "parents", "depths", "scores",
+        )),
+        *((name, c_int32) for name in ("batch", "frontier", "n", "cap", "first", "ahead", "width", "keep")),
+    ]  # fmt: skip
+
+
 @final
 class Team:
     """Threads that run the library's calls together, one call at a time. Raises NoCompiler where there is no library."""
@@ -88,7 +110,7 @@ class Team:
         self._library = compiled(folder, flags)
         self._library.team_new.restype = c_void_p
         self._library.team_new.argtypes = [c_int, c_int]
-        for name in ("team_free", "pack_matrix", "run_linear", "run_step"):
+        for name in ("team_free", "pack_matrix", "run_linear", "run_step", "run_verify", "run_grow"):
             getattr(self._library, name).argtypes = [c_void_p, c_void_p][: 1 if name == "team_free" else 2]
         self._library.team_free.restype = self._library.pack_matrix.restype = None
         self.threads, self._handle = threads, self._library.team_new(threads, _SPINS)
@@ -109,6 +131,14 @@ class Team:
     def step(self, call: CStep) -> None:
         if self._library.run_step(self._handle, byref(call)):
             raise MemoryError("no memory for a step's rows")
+
+    def verify(self, call: CVerify) -> None:
+        if self._library.run_verify(self._handle, byref(call)):
+            raise MemoryError("no memory for a step's choices")
+
+    def grow(self, call: CGrow) -> None:
+        if self._library.run_grow(self._handle, byref(call)):
+            raise MemoryError("no memory for a draft's candidates")
 
 
 @final

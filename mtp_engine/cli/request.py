@@ -83,7 +83,7 @@ ENGINE = settings(
     setting(
         EngineConfig,
         "dtype",
-        "Number format of weights and cache; auto is bf16 on a GPU, fp32 on a CPU; int8 is for CPUs.",
+        "Number format of weights and cache; auto is bf16 on a GPU and int8 on a CPU; int8 is for CPUs.",
     ),
     setting(EngineConfig, "attention", "On a GPU: the same bits in every tree and batch, FlashInfer, or plain torch."),
     setting(EngineConfig, "steps_in_flight", "Steps queued on a GPU before the first one's tokens are looked at."),

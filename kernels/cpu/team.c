@@ -1,0 +1,189 @@
+/* A team of threads that run one job after the other, none of which waits for a thread that does not run. */
+#define _GNU_SOURCE
+#include "cpu.h"
+#include <pthread.h>
+#include <sched.h>
+#include <setjmp.h>
+#include <stdlib.h>
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#define PAUSE() _mm_pause()
+#else
+#define PAUSE() ((void)0)
+#endif
+
+struct Team {
+    int threads, spins;
+    pthread_t *others;
+    Job job;
+    const void *argument;
+    char *memory; /* for a call's intermediate results */
+    size_t bytes;
+    uint32_t first;                     /* phase of the present call */
+    _Alignas(64) atomic_uint calls;     /* so far; the others sleep on it */
+    _Alignas(64) atomic_uint open;      /* number of the call that may be entered, 0: none */
+    _Alignas(64) atomic_int inside;     /* others that are in the call */
+    _Alignas(64) _Atomic uint64_t next; /* phase in the upper half, and its next unit */
+    _Alignas(64) atomic_int done;       /* units of the phase */
+    _Alignas(64) atomic_uint turn;      /* phase, to sleep on */
+    atomic_int sleepers;
+    atomic_int over; /* the team is to end */
+};
+
+struct Me {
+    Team *team;
+    int number; /* 0: the caller */
+    uint32_t phase;
+    unsigned call, seen; /* it is in, and it last woke up for */
+    jmp_buf out;
+};
+
+static void sleep_on(Team *team, atomic_uint *word, unsigned old) {
+    atomic_fetch_add(&team->sleepers, 1);
+#ifdef __linux__
+    if (atomic_load(word) == old) syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, old, NULL, NULL, 0);
+#else
+    if (atomic_load(word) == old) sched_yield();
+#endif
+    atomic_fetch_sub(&team->sleepers, 1);
+}
+
+static void change(Team *team, atomic_uint *word, unsigned value) {
+    atomic_store(word, value);
+#ifdef __linux__
+    if (atomic_load(&team->sleepers)) syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+#endif
+}
+
+int claim(Me *me, int count) {
+    Team *team = me->team;
+    uint64_t next = atomic_load(&team->next);
+    while ((uint32_t)(next >> 32) == me->phase && (int)(uint32_t)next < count)
+        if (atomic_compare_exchange_weak(&team->next, &next, next + 1)) return (int)(uint32_t)next;
+    return -1;
+}
+
+void finish(Me *me, int count) {
+    Team *team = me->team;
+    if (atomic_fetch_add(&team->done, 1) + 1 < count) return;
+    atomic_store(&team->done, 0);
+    atomic_store(&team->next, (uint64_t)(me->phase + 1) << 32);
+    change(team, &team->turn, me->phase + 1);
+}
+
+static int enter(Me *me) {
+    Team *team = me->team;
+    atomic_fetch_add(&team->inside, 1);
+    unsigned open = atomic_load(&team->open);
+    if (open && (!me->call || open == me->call)) {
+        me->call = open;
+        return 1;
+    }
+    atomic_fetch_sub(&team->inside, 1);
+    return 0;
+}
+
+/* Asleep, one of the others is not in the call: it may end meanwhile. */
+void together(Me *me) {
+    Team *team = me->team;
+    for (int i = 0; (uint32_t)(atomic_load(&team->next) >> 32) == me->phase; i++) {
+        PAUSE();
+        if (i < team->spins) continue;
+        if (me->number) atomic_fetch_sub(&team->inside, 1);
+        sleep_on(team, &team->turn, me->phase);
+        if (me->number && !enter(me)) longjmp(me->out, 1);
+        i = 0;
+    }
+    me->phase++;
+}
+
+static void *member(void *given) {
+    Me me = *(Me *)given;
+    Team *team = me.team;
+    free(given);
+    for (;;) {
+        for (int i = 0; atomic_load(&team->calls) == me.seen; i++) {
+            PAUSE();
+            if (i >= team->spins) sleep_on(team, &team->calls, me.seen);
+        }
+        if (atomic_load(&team->over)) return NULL;
+        me.seen = atomic_load(&team->calls);
+        me.call = 0;
+        if (!enter(&me)) continue;
+        me.phase = team->first;
+        if (!setjmp(me.out)) {
+            team->job(&me, team->argument);
+            atomic_fetch_sub(&team->inside, 1);
+        }
+    }
+}
+
+int me_number(const Me *me) { return me->number; }
+char *memory_of(const Me *me) { return me->team->memory; }
+
+void run(Team *team, Job job, const void *argument) {
+    Me me = {.team = team, .phase = atomic_load(&team->next) >> 32}; /* `turn` may lag behind */
+    unsigned call = atomic_load(&team->calls) + 1;
+    if (!call) call = 1;
+    team->job = job;
+    team->argument = argument;
+    team->first = me.phase;
+    atomic_store(&team->open, call);
+    if (team->threads > 1) change(team, &team->calls, call);
+    job(&me, argument);
+    atomic_store(&team->open, 0);
+    for (int i = 0; atomic_load(&team->inside); i++)
+        if (i < team->spins)
+            PAUSE();
+        else
+            sched_yield();
+}
+
+void team_free(Team *team) {
+    atomic_store(&team->over, 1);
+    change(team, &team->calls, atomic_load(&team->calls) + 1);
+    for (int i = 0; i + 1 < team->threads; i++) pthread_join(team->others[i], NULL);
+    free(team->others);
+    free(team->memory);
+    free(team);
+}
+
+/* NULL where there is no memory, or no thread more. */
+Team *team_new(int threads, int spins) {
+    Team *team = aligned_alloc(64, (sizeof(Team) + 63) / 64 * 64);
+    if (!team) return NULL;
+    memset(team, 0, sizeof(Team));
+    team->spins = spins;
+    team->threads = 1;
+    team->others = calloc(threads, sizeof(pthread_t));
+    for (int i = 1; team->others && i < threads; i++) {
+        Me *given = calloc(1, sizeof(Me));
+        if (given) given->team = team, given->number = i;
+        if (!given || pthread_create(&team->others[i - 1], NULL, member, given)) {
+            free(given);
+            break;
+        }
+        team->threads++;
+    }
+    if (team->threads < threads || !team->others) {
+        team_free(team);
+        return NULL;
+    }
+    return team;
+}
+
+int team_threads(const Team *team) { return team->threads; }
+
+char *take(Team *team, size_t bytes) {
+    if (team->bytes < bytes) {
+        bytes = (bytes + bytes / 2 + 63) / 64 * 64; /* contexts grow by a token a step */
+        free(team->memory);
+        team->memory = aligned_alloc(64, bytes);
+        team->bytes = team->memory ? bytes : 0;
+    }
+    return team->memory;
+}
