@@ -73,6 +73,9 @@ class DraftOps(Protocol):
 
     def grow(self, tree: Growth, batch: Batch, level: Level) -> Growth: ...
 
+    def narrow(self, tree: Growth, keep: int) -> Growth:
+        """Only the `keep` best nodes of the newest level. Not where candidates are drawn."""
+
     def finish(self, tree: Growth, batch: Batch, level: Level, best: int, ready: Tensor) -> DraftTree:
         """Grow the last level and give the tree to verify, `best` nodes of it if that is not 0.
 
@@ -111,6 +114,8 @@ def level_sizes(shape: TreeShape, depth: int, beam: int) -> list[tuple[int, int]
     A level of tree:N keeps `beam` nodes. Where all levels together would then have fewer than N, the first one keeps as
     many as a node may have children and the others share the rest; only a tree of one level can still fall short.
     """
+    if shape.auto:
+        return [(4, 4)] + [(3, 6)] * (depth - 1)  # of these few are kept
     if shape.best:
         width = min(shape.best, beam)
         if shape.best <= depth * beam:
@@ -149,6 +154,19 @@ def grow(tree: Growth, scores: Tensor, ids: Tensor, width: int, keep: int) -> Gr
         frontier=keep,
         level=tree.level + 1,
     )
+
+
+def narrow(tree: Growth, keep: int) -> Growth:
+    """Only the `keep` best nodes of the newest level, in their order."""
+    if keep >= tree.frontier:
+        return tree
+    before = tree.tokens.shape[1] - tree.frontier
+    kept = before + tree.scores[:, before:].topk(keep, dim=-1).indices.sort(-1).values
+    tables = (
+        torch.cat([table[:, :before], table.gather(1, kept)], 1)
+        for table in (tree.tokens, tree.parents, tree.depths, tree.scores)
+    )
+    return Growth(*tables, keep, tree.level)
 
 
 def prune(tree: Growth, nodes: int) -> Growth:

@@ -6,7 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mtp_engine.drafters.expand import Growth, Level, LevelRows, finish
+from mtp_engine.drafters.expand import Growth, Level, LevelRows, finish, narrow
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.kernels.cpu.calls import CGrow, Team
 from mtp_engine.sampling.batch import Batch
@@ -50,6 +50,16 @@ class NativeDraftOps:
             )
         )  # fmt: skip
         return self._shown(count + keep, keep, tree.level + 1)
+
+    def narrow(self, tree: Growth, keep: int) -> Growth:
+        narrowed = narrow(tree, keep)
+        whole = self._nodes
+        if narrowed is tree or whole is None or tree.tokens.data_ptr() != whole.tokens.data_ptr():
+            return narrowed
+        count = narrowed.tokens.shape[1]
+        for name in ("tokens", "parents", "depths", "scores"):
+            getattr(whole, name)[:, :count] = getattr(narrowed, name)
+        return self._shown(count, keep, tree.level)
 
     def finish(self, tree: Growth, batch: Batch, level: Level, best: int, ready: Tensor) -> DraftTree:
         if batch.guide is not None:

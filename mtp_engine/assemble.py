@@ -4,6 +4,8 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from hashlib import sha256
+from importlib.metadata import version
 
 import torch
 
@@ -11,20 +13,34 @@ from mtp_engine.attention.rows import AttentionFactory
 from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.backend import Backend, cannot_compile, check_tree
 from mtp_engine.cache import HybridKV, Pages
-from mtp_engine.config import MAX_TREE_NODES, DType, EngineConfig, ModelConfig, MTPConfig, Structure, TreeShape
+from mtp_engine.config import (
+    AUTO_NODES,
+    MAX_TREE_NODES,
+    DType,
+    EngineConfig,
+    ModelConfig,
+    MTPConfig,
+    SamplingParams,
+    Structure,
+    TreeShape,
+)
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineError
+from mtp_engine.hub.cache import cache_root
 from mtp_engine.hub.hub import ModelFiles
+from mtp_engine.hub.identity import weights_identity
+from mtp_engine.kernels.cpu.build import processor
 from mtp_engine.kernels.linear import rounded_linear
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.models.native import why_not
 from mtp_engine.models.weights import Makers
-from mtp_engine.protocols import Drafter, Progress, TargetModel, Verifier
+from mtp_engine.protocols import Drafter, Progress, TargetModel, TreePlanner, Verifier
 from mtp_engine.runtime.intake import Intake
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.memory import Memory
+from mtp_engine.runtime.planner import Costs, Planner
 from mtp_engine.runtime.scheduler import Scheduler
 from mtp_engine.runtime.slots import SlotState
 from mtp_engine.runtime.step import EagerRunner, ModelStep, RunnerFactory
@@ -41,7 +57,7 @@ _RULE_TREES = {
     for rule, tree in (("rejection", "chain:3"), ("block", "chain:3"), ("rrs", "4x2x2"), ("traversal", "4x2x2"))
 }
 _DEFAULT_TREES = {  # what measured fastest, see bench/LOG.md
-    "cpu": {"mtp": TreeShape.parse("tree:7"), "ngram": TreeShape.parse("chain:4")},
+    "cpu": {"mtp": TreeShape.parse("auto"), "ngram": TreeShape.parse("chain:4")},
     "cuda": {"mtp": TreeShape.parse("tree:15"), "ngram": TreeShape.parse("chain:4")},
 }
 _KV_BUDGET = 4 << 30  # bytes; the default cache holds a full context per slot up to this, and what is kept besides
@@ -89,6 +105,7 @@ def make_loop(
         device=embedding.device, attention=backend.attention, runner=backend.runner(slots), kernels=backend.kernels,
         text=tokenizer.stream if tokenizer else None, spell=tokenizer.spellings if tokenizer else None,
         grammars=Grammars(tokenizer.folder, model.config.vocab_size, eos).start if tokenizer else None,
+        planner=drafter.planner if isinstance(drafter, MTPDrafter) else None,
     )  # fmt: skip
 
 
@@ -99,13 +116,14 @@ def decode_loop(
     attention: AttentionFactory = TorchAttention, runner: RunnerFactory = EagerRunner, kernels: bool = False,
     text: NewDecoder | None = None, spell: Callable[[str], Iterable[Sequence[int]]] | None = None,
     grammars: Callable[[Structure], Constraint] | None = None, clock: Callable[[], float] = time.monotonic,
+    planner: TreePlanner | None = None,
 ) -> DecodeLoop:  # fmt: skip
-    """A loop of given parts. text, spell, grammars: see Intake. clock: seconds, for timeouts. prefix_bytes, share_pages:
+    """A loop of given parts. planner: the drafter's, if it has one. text, spell, grammars: see Intake. clock: seconds, for timeouts. prefix_bytes, share_pages:
     see Memory."""
     drafter.attach(cache.pages, cache.behind)
     processors = Processors(slots=slots + 1, eos_token_ids=eos_token_ids, device=device)
     state = SlotState(slots + 1, device, kernels=kernels)  # the last slot is scratch, with which runners pad batches
-    work = ModelStep(model, cache, drafter, verifier, processors, state, attention, device)
+    work = ModelStep(model, cache, drafter, verifier, processors, state, attention, device, planner)
     runs = runner(work)
     rows = max(drafter.max_nodes, drafter.scratch_rows if drafter.cache and drafter.cache.paged else 0)
     memory = Memory(
@@ -139,6 +157,9 @@ def settle(config: EngineConfig, files: ModelFiles) -> EngineConfig:
         assert mtp is not None
         if len(shape.widths) > mtp.depth and not mtp.reused:
             raise EngineError(f"tree shape {shape} is deeper than the model's {mtp.depth} MTP layers")
+        plans = device == "cpu" and config.verifier == "match" and config.candidates == "auto"
+        if shape.auto and not plans:
+            shape = TreeShape.parse("tree:15" if device == "cuda" else "tree:7")
         check_tree(shape, config, device)
     return replace(config, tree=shape, max_context=config.max_context or model.max_context)
 
@@ -185,14 +206,63 @@ def make_drafter(
         dequantize=config.dequantize or config.dtype == "int8", window_keys=config.window_keys,
         make=Makers(linear=rounded_linear) if rounds else backend.make, shared_head=not rounds,
     )  # fmt: skip
-    return mtp_drafter(module, config, backend)
+    module = backend.fuse_mtp(module)
+    if not config.tree.auto:
+        return mtp_drafter(module, config, backend)
+    key = (version("mtp-engine"), torch.__version__, processor(), weights_identity(files), config.dtype, config.threads)
+    path = cache_root() / "plans" / f"{sha256(repr(key).encode()).hexdigest()[:16]}.json"
+    costs = Costs.read(path)
+    if costs is None:
+        progress("timing drafts", 0, None)
+        costs = measured_costs(backend.fuse(replace(model, features=module.config.features)), module, config, backend)
+        costs.write(path)
+    return mtp_drafter(module, config, backend, Planner(costs))
 
 
-def mtp_drafter(module: MTPModule, config: EngineConfig, backend: Backend) -> MTPDrafter:
-    """The drafter of a main model's MTP layers, for config.tree."""
+def mtp_drafter(
+    module: MTPModule, config: EngineConfig, backend: Backend, planner: Planner | None = None
+) -> MTPDrafter:
+    """The drafter of a main model's MTP layers, fused, for config.tree."""
     assert config.tree is not None
     slots = config.max_batch + 1  # the last is scratch
     return MTPDrafter(
-        backend.fuse_mtp(module), config.tree, slots=slots, attention=backend.attention, ops=backend.ops(config.ranking),
-        ring_page=backend.ring_page, ring_rows=backend.ring_rows,
+        module, config.tree, slots=slots, attention=backend.attention, ops=backend.ops(config.ranking),
+        ring_page=backend.ring_page, ring_rows=backend.ring_rows, planner=planner,
     )  # fmt: skip
+
+
+def measured_costs(model: Decoder, module: MTPModule, config: EngineConfig, backend: Backend) -> Costs:
+    """What drafting and verifying cost here, by a loop of its own that decodes nonsense; in two seconds, or somewhat more
+    where a step takes long. model, module: fused."""
+    depth, tokens, seconds = module.config.depth, 256, 2.0
+    planner = Planner(Costs([0.0] * (depth + 1), {}))
+    drafter = mtp_drafter(module, replace(config, max_batch=1), backend, planner)
+    pages = Pages(slots=2, tokens=2 * tokens, page_size=16, device=model.embedding.device)
+    cache = HybridKV(
+        [layer.attention for layer in model.config.layers], pages, max_nodes=drafter.max_nodes, behind=drafter.depth + 1,
+        dtype=model.embedding.dtype,
+    )  # fmt: skip
+    loop = decode_loop(
+        model, cache, drafter, backend.verifier("match"), slots=1, max_context=tokens, eos_token_ids=(), prefill_chunk=64,
+        device=model.embedding.device, attention=backend.attention, planner=planner,
+    )  # fmt: skip
+    request = loop.add([number % model.vocab_size for number in range(7, 71)], SamplingParams(max_tokens=tokens // 2))
+    begin, rows = time.perf_counter(), {1: 0, 2: 1, 4: min(3, depth), 8: depth, AUTO_NODES + 1: depth}
+    trials = [(levels, nodes - 1) for nodes, levels in rows.items()] + [(levels, levels) for levels in range(2, depth)]
+    for levels, nodes in trials:
+        planner.forced, found = (levels, nodes), list[tuple[float, float, int]]()
+        while len(found) < 4 and (len(found) < 2 or time.perf_counter() - begin < seconds):
+            before, count = replace(request.stats), request.stats.steps
+            while request.stats.steps == count:
+                loop.step()
+            now = request.stats
+            found.append((now.verify_s - before.verify_s, now.draft_s - before.draft_s, now.nodes - before.nodes))
+        verify_s, draft_s, verified = min(found[1:])  # the first was cold
+        planner.costs.verify.setdefault(verified, verify_s)
+        planner.costs.draft[levels] = draft_s
+        if time.perf_counter() - begin > seconds and levels == depth:
+            break
+    draft = planner.costs.draft  # levels that were not tried: on a straight line
+    planner.costs.draft = [draft[0]] + [each or draft[depth] * level / depth for level, each in enumerate(draft[1:], 1)]
+    loop.close()
+    return planner.costs

@@ -14,6 +14,7 @@ DEFAULT_MODEL = "smollm2-135m-mtp3"
 SAMPLE_STEPS = 32  # plain steps that a quick comparison times
 MOST_ANSWERS = 1024  # to one prompt
 MOST_BIAS = 1e6  # of a logit; OpenAI's API goes to 100
+AUTO_NODES = 16  # at most, of a tree that is planned step by step
 MAX_TREE_NODES = 64  # a tree mask is 64 bits per node in the CUDA kernels
 MAX_THREADS = 1024  # with a hundred times as many torch crashes the process
 
@@ -120,14 +121,18 @@ class TreeShape:
 
     widths: every node at depth d gets widths[d] children (chain:K is K widths of one).
     best: instead, the `best` drafted nodes with the highest joint draft probability, chosen anew in every step.
+    auto: every step's tree is as deep and has as many of these nodes as pays at that moment, perhaps none.
     """
 
     widths: tuple[int, ...] = ()
     best: int = 0
+    auto: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "TreeShape":
-        """Read `chain:K`, `4x2x2` or `tree:N`. Raises EngineError for anything else or above 64 nodes."""
+        """Read `auto`, `chain:K`, `4x2x2` or `tree:N`. Raises EngineError for anything else or above 64 nodes."""
+        if text == "auto":
+            return cls(best=AUTO_NODES, auto=True)
         if match := re.fullmatch(r"chain:(\d+)", text):
             shape = cls(widths=(1,) * int(match[1]))
         elif match := re.fullmatch(r"tree:(\d+)", text):
@@ -135,7 +140,7 @@ class TreeShape:
         elif re.fullmatch(r"\d+(x\d+)*", text):
             shape = cls(widths=tuple(int(width) for width in text.split("x")))
         else:
-            raise EngineError(f"tree shape {text!r} is not one of chain:K, WxWxW (for example 4x2x2) or tree:N")
+            raise EngineError(f"tree shape {text!r} is not one of auto, chain:K, WxWxW (for example 4x2x2) or tree:N")
         if shape.best == 0 and (not shape.widths or 0 in shape.widths):
             raise EngineError(f"tree shape {text!r} drafts nothing: use at least one node, or --drafter root")
         if shape.max_nodes > MAX_TREE_NODES:
@@ -156,6 +161,8 @@ class TreeShape:
         return total
 
     def __str__(self) -> str:
+        if self.auto:
+            return "auto"
         if self.best:
             return f"tree:{self.best}"
         return f"chain:{len(self.widths)}" if set(self.widths) == {1} else "x".join(map(str, self.widths))
@@ -368,6 +375,8 @@ class EngineConfig:
             raise EngineError(f"the {self.verifier} rule checks chains: use chain:K, not {self.tree}")
         if self.verifier == "match" and self.candidates == "drawn":
             raise EngineError("the match rule has no use for drawn candidates: use noise or best")
+        if self.tree and self.tree.auto and (self.verifier != "match" or self.candidates != "auto"):
+            raise EngineError("trees that plan themselves are for the match rule: use --tree tree:N or chain:K")
         if self.candidates == "drawn" and self.tree and self.tree.best:
             raise EngineError(
                 f"candidates cannot be drawn for {self.tree}, whose shape depends on them: use chain:K or WxW"

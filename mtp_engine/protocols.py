@@ -88,6 +88,31 @@ class Drafter(Protocol):
         """
 
 
+class TreePlanner(Protocol):
+    """Cuts a step's trees to what pays (runtime.planner.Planner)."""
+
+    def drafts(self, slots: Sequence[int]) -> bool:
+        """Whether to draft in this step, for the requests in `slots`."""
+
+    def grown(self, promises: Sequence[Sequence[float]]) -> int:
+        """A level was grown, with these joint draft probabilities, by request. Returns how many nodes of it to keep."""
+
+    def deeper(self) -> bool:
+        """Whether to grow another level."""
+
+    def nodes(self) -> int:
+        """How many drafted nodes to verify, the best ones of each request."""
+
+    def learn(self, slots: Sequence[int], accepted: Sequence[int]) -> None:
+        """How many drafts of each request's tree were accepted."""
+
+    def timed(self, nodes: int, batch: int, draft_s: float, verify_s: float) -> None:
+        """A step with trees of so many nodes, roots included, took so long."""
+
+    def release(self, slot: int) -> None:
+        """Another request may take it."""
+
+
 class Launched(Protocol):
     """A step that was started and may still run."""
 

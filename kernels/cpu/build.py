@@ -27,7 +27,7 @@ def compiled(folder: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
         raise NoCompiler(f"the library needs POSIX threads, and this is {sys.platform}")
     here = resources.files(__package__)
     sources = {name: (here / name).read_text(encoding="utf-8") for name in _SOURCES}
-    key = hashlib.sha256("\n".join([*sources.values(), *flags, _processor()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join([*sources.values(), *flags, processor()]).encode()).hexdigest()[:16]
     path = folder / f"cpu-{key}.so"
     if not path.exists():
         _compile(sources, path, flags)
@@ -71,8 +71,8 @@ def _compilers() -> Iterator[list[str]]:
         yield [sys.executable, "-m", "ziglang", "cc"]
 
 
-def _processor() -> str:
-    """What -march=native depends on."""
+def processor() -> str:
+    """What -march=native depends on, and how fast things are."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.cache import HybridKV
-from mtp_engine.protocols import Drafter, Launched, TargetModel, Verifier
+from mtp_engine.protocols import Drafter, Launched, TargetModel, TreePlanner, Verifier
 from mtp_engine.runtime.request import Members, PromptChunk
 from mtp_engine.runtime.slots import SlotState
 from mtp_engine.sampling.batch import Batch, SamplingBatch, to_device
@@ -32,6 +32,7 @@ class ModelStep:
     state: SlotState
     attention: AttentionFactory
     device: torch.device
+    planner: TreePlanner | None = None  # is told how long steps take
 
     def read(self, chunk: PromptChunk) -> None:
         """Read a chunk of a prompt: a chain whose path is known. The drafter sees it as a step that kept all of it."""
@@ -143,7 +144,10 @@ class EagerRunner:
         batch, tree = self._step.draft(members, bound)
         drafted = time.perf_counter()
         rows = self._step.verify(members, batch, tree).tolist()
-        return Done(rows, drafted - begin, time.perf_counter() - drafted)
+        done = Done(rows, drafted - begin, time.perf_counter() - drafted)
+        if self._step.planner and members.speculates:
+            self._step.planner.timed(tree.nodes, len(rows), done.draft_s, done.verify_s)
+        return done
 
     def read(self, chunk: PromptChunk) -> Launched:
         self._step.read(chunk)

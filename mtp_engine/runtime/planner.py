@@ -1,0 +1,218 @@
+"""Which tree pays now: how deep to draft, how many nodes to verify, or not to draft at all. Knows nothing of tensors.
+
+What a node is worth is the chance that it is accepted: the drafter's own probability of its path, corrected by how often
+such nodes were accepted. What it costs is measured: seconds of drafting by levels and of verifying by rows, at first
+once on this machine and from then on in every step. The tree with the most tokens per second is the one to take; a tree of
+one node, which is plain decoding, is among them. The text cannot change: the rule keeps what plain decoding would say.
+"""
+
+import bisect
+import json
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import final
+
+_MEMORY = 0.98  # how much of the evidence for a correction is left after a step
+_OWN = 0.9  # and for what a request gains
+_PRIOR = 4.0  # steps' worth of belief that the drafter's probabilities are right
+_FIRST_REST, _LONGEST_REST = 12, 96  # plain steps after which a request that does not pay is drafted for once more
+_DRIFT = 0.15  # weight of the newest measurement of a cost
+_LEAST = 6  # steps that a request is drafted for before that is doubted
+
+
+@final
+@dataclass
+class Costs:
+    """Seconds by measurement. draft: by levels of the tree, 0 to the deepest. verify: by rows, some of them measured."""
+
+    draft: list[float]
+    verify: dict[int, float]
+    drift: float = 1.0  # of verification, against what was measured first: contexts grow, machines get busy
+
+    @classmethod
+    def read(cls, path: Path) -> "Costs | None":
+        """What was measured on an earlier day; None where there is no such file, or it is damaged."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            found = cls([float(each) for each in raw["draft"]], {int(n): float(each) for n, each in raw["verify"].items()})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None
+        return found if found.draft and len(found.verify) > 1 else None
+
+    def write(self, path: Path) -> None:
+        """Where that fails it is measured again next time."""
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"draft": self.draft, "verify": self.verify}), encoding="utf-8")
+
+    def verifying(self, rows: int) -> float:
+        """Between and beyond measured numbers of rows on straight lines."""
+        known = sorted(self.verify)
+        if len(known) == 1:
+            return self.verify[known[0]] * self.drift
+        at = min(max(bisect.bisect_left(known, rows), 1), len(known) - 1)
+        low, high = known[at - 1], known[at]
+        slope = (self.verify[high] - self.verify[low]) / (high - low)
+        return max(self.verify[low] + slope * (rows - low), 1e-9) * self.drift
+
+    def note(self, levels: int, rows: int, draft_s: float, verify_s: float) -> None:
+        """A step took so long. One that took several times as long was disturbed by something else, and counts a little."""
+        self.draft[levels] += _DRIFT * (min(draft_s, 3 * self.draft[levels]) - self.draft[levels])
+        known = self.verifying(rows) / self.drift
+        ratio = min(verify_s / known, 3 * self.drift)
+        self.drift += _DRIFT * (ratio - self.drift)
+        if rows in self.verify:
+            self.verify[rows] *= 1 + _DRIFT / 3 * (ratio / self.drift - 1)
+
+
+@final
+@dataclass
+class _Own:
+    """What is known of one request: tokens that steps with drafts gave it lately, and the seconds they cost it."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+    drafted: int = 0  # steps
+    rest: int = 0  # plain steps to come before it is drafted for again
+    last_rest: int = 0
+
+
+@final
+@dataclass
+class _Depth:
+    """Nodes of one depth: what the drafter promised and what was accepted; and of steps that went there, how many did."""
+
+    promised: float = _PRIOR
+    accepted: float = _PRIOR
+    tried: float = _PRIOR
+    reached: float = _PRIOR / 2
+
+
+@final
+@dataclass(frozen=True)
+class _Node:
+    """promise: the drafter's joint probability. worth: what is made of it."""
+
+    worth: float
+    promise: float
+    depth: int
+
+
+@final
+@dataclass
+class Planner:
+    """Decides for all requests of a step together; one for a loop."""
+
+    costs: Costs
+    forced: tuple[int, int] | None = None  # levels and nodes, while costs are measured
+    choices: Counter[tuple[int, int]] = field(default_factory=Counter)  # steps by levels and nodes of a request's tree
+    _depths: list[_Depth] = field(default_factory=list)
+    _own: dict[int, _Own] = field(default_factory=dict)  # by slot
+    _grown: list[list[_Node]] = field(default_factory=list)  # the drafted nodes of each request's tree, best first
+    _levels: int = 0  # of that tree
+
+    def __post_init__(self) -> None:
+        self._depths = [_Depth() for _ in self.costs.draft[1:]]
+
+    def drafts(self, slots: Sequence[int]) -> bool:
+        """Whether to draft in this step, for the requests in `slots`."""
+        self._grown, self._levels = [[] for _ in slots], 0
+        if self.forced:
+            return self.forced[0] > 0
+        own = [self._of(slot) for slot in slots]
+        if any(each.rest == 0 for each in own):
+            return True
+        for each in own:
+            each.rest -= 1
+        return False
+
+    def grown(self, promises: Sequence[Sequence[float]]) -> int:
+        """A level was grown; promises: joint probabilities of its nodes by request. Returns how many nodes of it to keep, the
+        best ones of each request: those that may be worth a row."""
+        self._levels += 1
+        batch, at = len(promises), self._depths[self._levels - 1]
+        rows = [[_Node(min(1.0, p * at.accepted / at.promised), p, self._levels) for p in row] for row in promises]
+        if self.forced:
+            keep = self.forced[1]
+        else:
+            row_s = (self.costs.verifying(batch * 4) - self.costs.verifying(batch * 3)) / batch
+            floor = row_s * self._rate(self._levels, batch, 0.0, 1) / batch
+            keep = max(sum(node.worth > floor for node in row) for row in rows)
+        keep = min(max(keep, 1), len(rows[0]))
+        self._grown = [
+            sorted([*nodes, *sorted(row, key=_worth, reverse=True)[:keep]], key=_worth, reverse=True)
+            for nodes, row in zip(self._grown, rows, strict=True)
+        ]
+        return keep
+
+    def deeper(self) -> bool:
+        """Whether to grow another level."""
+        if self.forced:
+            return self._levels < self.forced[0]
+        after, nodes = self._depths[self._levels], self.nodes()
+        newest = [max(node.worth for node in row if node.depth == self._levels) for row in self._grown]
+        hoped = sum(newest) * after.reached / after.tried
+        return self._rate(self._levels + 1, len(newest), self._gain(nodes) + hoped, nodes + 1) > self._rate(
+            self._levels, len(newest), self._gain(nodes), nodes
+        )
+
+    def nodes(self) -> int:
+        """How many drafted nodes to verify, the best ones of each request."""
+        most = min(map(len, self._grown))
+        if self.forced:
+            return min(self.forced[1], most)
+        batch = len(self._grown)
+        return max(range(1, most + 1), key=lambda count: self._rate(self._levels, batch, self._gain(count), count))
+
+    def learn(self, slots: Sequence[int], accepted: Sequence[int]) -> None:
+        """How many drafts of each request's tree were accepted."""
+        if not self._levels:
+            return
+        count = self.nodes()
+        for slot, nodes, reached in zip(slots, self._grown, accepted, strict=True):
+            for depth in range(min(reached + 1, self._levels)):
+                at, promised = self._depths[depth], sum(node.promise for node in nodes[:count] if node.depth == depth + 1)
+                if promised:
+                    at.promised = _MEMORY * at.promised + promised
+                    at.accepted = _MEMORY * at.accepted + (reached > depth)
+                    at.tried, at.reached = _MEMORY * at.tried + 1, _MEMORY * at.reached + (reached > depth)
+            own = self._of(slot)
+            own.tokens, own.drafted = _OWN * own.tokens + reached + 1, own.drafted + 1
+            own.seconds = _OWN * own.seconds + self._seconds(self._levels, 1, count)
+            if own.drafted < _LEAST:
+                continue
+            if own.tokens / own.seconds > 1 / self._seconds(0, 1, 0):
+                own.last_rest = 0
+            elif own.last_rest == 0 or own.drafted % 2 == 0:  # after a rest two steps in a row are tried
+                own.last_rest = own.rest = min(_LONGEST_REST, max(_FIRST_REST, 2 * own.last_rest))
+
+    def timed(self, nodes: int, batch: int, draft_s: float, verify_s: float) -> None:
+        """A step with trees of so many nodes, roots included, took so long."""
+        self.choices[self._levels, nodes] += 1
+        if not self.forced:
+            self.costs.note(self._levels, nodes * batch, draft_s, verify_s)
+
+    def release(self, slot: int) -> None:
+        """Another request may take it."""
+        self._own.pop(slot, None)
+
+    def _of(self, slot: int) -> _Own:
+        return self._own.setdefault(slot, _Own())
+
+    def _gain(self, count: int) -> float:
+        return sum(node.worth for row in self._grown for node in row[:count])
+
+    def _rate(self, levels: int, batch: int, gain: float, nodes: int) -> float:
+        """Tokens per second of a step. gain: accepted drafts that are hoped for. nodes: drafted ones of each request."""
+        return (batch + gain) / self._seconds(levels, batch, nodes)
+
+    def _seconds(self, levels: int, batch: int, nodes: int) -> float:
+        """Of a step with trees so deep, and so many drafted nodes each."""
+        return self.costs.draft[levels] + self.costs.verifying(batch * (nodes + 1))
+
+
+def _worth(node: _Node) -> float:
+    return node.worth
