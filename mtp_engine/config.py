@@ -9,7 +9,6 @@ from mtp_engine.checks import check_types
 from mtp_engine.errors import EngineError
 
 DEFAULT_MODEL = "smollm2-135m-mtp3"
-SAMPLE_STEPS = 32  # plain steps that a quick comparison times
 MOST_ANSWERS = 1024  # to one prompt
 MOST_BIAS = 1e6  # of a logit; OpenAI's API goes to 100
 MAX_TREE_NODES = 64  # a tree mask is 64 bits per node in the CUDA kernels
