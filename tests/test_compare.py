@@ -20,7 +20,9 @@ from mtp_engine.runtime.compare import (
 )
 from mtp_engine.runtime.stats import Comparison, GenerationStats, Timed
 
-NANO = EngineConfig(device="cpu", dtype="fp32", threads=1, max_context=256, max_batch=2, tree=TreeShape.parse("chain:3"))
+NANO = EngineConfig(
+    device="cpu", dtype="fp32", threads=1, max_context=256, max_batch=2, tree=TreeShape.parse("chain:3")
+)
 
 
 @dataclass

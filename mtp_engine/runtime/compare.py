@@ -84,7 +84,10 @@ def take_turns(
                     turns.append(turn)
                     worked += first.seconds
                 else:
-                    warm, begin = max(first.tokens, 1), clock()  # the first reading of a long prompt is not in the limit
+                    warm, begin = (
+                        max(first.tokens, 1),
+                        clock(),
+                    )  # the first reading of a long prompt is not in the limit
                 if not whole and turns and (worked >= QUICK_SECONDS or clock() - begin >= MOST_SECONDS):
                     return Comparison(tuple(turns)), said or list(plain.running.output)
             if plain.failed or drafted.failed:
