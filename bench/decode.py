@@ -72,8 +72,10 @@ class Tally:
         return [each.tokens / each.decode_s for each in self.runs]
 
 
-def in_turns(contenders: dict[str, Decode], prompt: list[int], new: int, repeats: int) -> dict[str, list[Run]]:
-    """The runs of each, forth and back; more than `repeats` for a short answer."""
+def in_turns(
+    contenders: dict[str, Decode], prompt: list[int], new: int, repeats: int, short: int = _SHORT
+) -> dict[str, list[Run]]:
+    """The runs of each, forth and back; more than `repeats` where an answer has fewer than `short` tokens."""
     found: dict[str, list[Run]] = defaultdict(list)
     names = list(contenders)
     turn = 0
@@ -83,7 +85,7 @@ def in_turns(contenders: dict[str, Decode], prompt: list[int], new: int, repeats
             found[name].append(contenders[name](prompt, new))
         if turn == 0:
             shortest = min(each[0].tokens for each in found.values())
-            repeats *= min(4, -(-_SHORT // max(shortest, 1)))
+            repeats *= min(4, max(1, -(-short // max(shortest, 1))))
         turn += 1
     return found
 
@@ -103,7 +105,7 @@ def read_all(contenders: dict[str, Decode], text: list[int], sizes: Sequence[int
     found = {}
     for size in sizes:
         prompt = (text * -(-size // len(text)))[:size]
-        runs = in_turns(contenders, prompt, 2, repeats)
+        runs = in_turns(contenders, prompt, 2, repeats, short=0)
         found[str(size)] = {name: round(size / min(each.prompt_s for each in tried), 1) for name, tried in runs.items()}
     return found
 
