@@ -1,4 +1,4 @@
-"""Decoding speed on one prompt at a time: plain decoding, drafting, llama.cpp and transformers, all in one process.
+"""Decoding speed on one prompt at a time: plain decoding, drafting, llama.cpp and transformers, in turns.
 
     python bench/decode.py --dtype int8 --prompts bench/prompts/bench_core.jsonl --limit 12 --tree chain:3 --tree auto
     python bench/decode.py --device cuda --dtype bf16 --max-tokens 128 --tree tree:15 --tree tree:31 --no-peer
