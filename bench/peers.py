@@ -3,7 +3,7 @@
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import util
 from multiprocessing.connection import Connection
@@ -111,9 +111,10 @@ def _serve_llama_cpp(pipe: Connection, gguf: str, longest: int, threads: int) ->
     params.n_ctx, params.n_parallel, params.verbosity = longest, 1, -1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(params)
-    while True:
-        tokens, new = pipe.recv()
-        asked = {"prompt": tokens, "n_predict": new, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
-        found = server.handle_completions(asked)["timings"]
-        count = found["predicted_n"]  # the first of which comes with the prompt
-        pipe.send(Run(count, found["prompt_ms"] / 1e3, found["predicted_per_token_ms"] / 1e3 * count))
+    with suppress(EOFError):
+        while True:
+            tokens, new = pipe.recv()
+            asked = {"prompt": tokens, "n_predict": new, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
+            found = server.handle_completions(asked)["timings"]
+            count = found["predicted_n"]  # the first of which comes with the prompt
+            pipe.send(Run(count, found["prompt_ms"] / 1e3, found["predicted_per_token_ms"] / 1e3 * count))
