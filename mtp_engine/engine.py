@@ -1,6 +1,6 @@
 """The engine: loads a model, takes prompts from any number of threads, gives answers."""
 
-import os
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,9 +28,11 @@ from mtp_engine.runtime.compare import Contender, take_turns
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request, StepOutput
 from mtp_engine.runtime.scheduler import Scheduler
+from mtp_engine.runtime.threads import pool_size
 from mtp_engine.runtime.turns import Turns
 from mtp_engine.text.tokenizer import Tokenizer
 
+_LOG = logging.getLogger("mtp_engine")
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Raw text, token ids, or chat messages ({"role": ..., "content": ...}) for the model's chat template."""
 
@@ -80,7 +82,12 @@ class Engine:
         config = config or EngineConfig()
         device = find_device(config.device)
         config = replace(config, device=str(device))
-        torch.set_num_threads(config.threads or os.cpu_count() or 1)
+        threads = pool_size(config.threads)
+        if config.threads > threads:
+            note = f"running with {threads} threads, not {config.threads}: this process has no more cores"
+            progress(note, 0, None)
+            _LOG.warning(note)
+        torch.set_num_threads(threads)
         files = hub.locate(name, mtp=mtp, progress=progress)
         try:
             return cls._load(files, config, device, progress)

@@ -1,11 +1,9 @@
 """How many threads a pool gets."""
 
-import logging
 import os
 from math import ceil
 from pathlib import Path
 
-_LOG = logging.getLogger("mtp_engine")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -16,13 +14,11 @@ def usable_cores(cgroup: Path = _CGROUP) -> int:
     return max(1, min(cores, ceil(quota))) if quota else max(1, cores)
 
 
-def pool_size(asked: int, cores: int | None = None) -> int:
-    """Threads for a pool. asked: by the user, 0 for the default. More threads than cores wait for each other in turns, which
-    is many times as slow, so that they are never started."""
-    cores = cores or usable_cores()
-    if asked > cores:
-        _LOG.warning("threads is %d, and %d cores are here for this process: it runs with %d", asked, cores, cores)
-    return min(asked, cores) if asked else cores
+def pool_size(asked: int) -> int:
+    """Threads for a pool. asked: by the user, 0 for one per core. More than there are cores wait for each other, which is
+    many times as slow, so that they are never started."""
+    cores = usable_cores()
+    return min(asked or cores, cores)
 
 
 def _quota(cgroup: Path) -> float:
