@@ -41,8 +41,9 @@ def run(command: click.Command) -> NoReturn:
     sys.exit(0)
 
 
-def read_prompts(path: Path, limit: int = 0) -> list[dict[str, Any]]:
-    """Lines with `turns` (the first is used) and `category`. With a limit, spread evenly over the file.
+def read_prompts(path: Path, limit: int = 0, category: str = "") -> list[dict[str, Any]]:
+    """Lines with `turns` (the first is used) and `category`, which must begin with the given one. With a limit, spread
+    evenly over them.
 
     Raises EngineError for a file of another kind.
     """
@@ -53,6 +54,9 @@ def read_prompts(path: Path, limit: int = 0) -> list[dict[str, Any]]:
         raise EngineError(f"{path}: not lines of JSON with `turns` and `category` ({error})") from error
     if not usable:
         raise EngineError(f"{path}: not lines of JSON with `turns` and `category`; choose another file for --prompts")
+    rows = [row for row in rows if row["category"].startswith(category)]
+    if not rows:
+        raise EngineError(f"{path}: no prompt is of the category {category!r}")
     if limit and limit < len(rows):
         rows = [rows[index * len(rows) // limit] for index in range(limit)]
     return rows

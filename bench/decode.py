@@ -1,187 +1,235 @@
-"""Decoding speed on one prompt at a time: transformers, our plain decoding, and drafting, all in one process.
+"""Decoding speed on one prompt at a time: plain decoding, drafting, llama.cpp and transformers, in turns.
 
-    python bench/decode.py --prompts bench/prompts/bench_core.jsonl --limit 12 --tree chain:3 --tree tree:5
-    python bench/decode.py --device cuda --dtype bf16 --max-tokens 128 --tree tree:15 --tree tree:31
+    python bench/decode.py --dtype int8 --prompts bench/prompts/bench_core.jsonl --limit 12 --tree chain:3 --tree auto
+    python bench/decode.py --device cuda --dtype bf16 --max-tokens 128 --tree tree:15 --tree tree:31 --no-peer
 
-Every prompt is decoded by each contender in turn, so that a noisy machine hurts all of them alike. Rates are emitted
-tokens over decoding time, prefill left out on every side; the speed-up is the ratio of total times per token.
+Every prompt is decoded by each contender in turn, forth and then back, so that a noisy machine hurts all of them alike;
+of its --repeats the fastest counts, and short answers are repeated more often. Rates are emitted tokens over decoding time,
+prefill left out on every side. A speed-up is the ratio of total times per token; those of single prompts are in the JSON
+line as their lowest, their median and how many are below 0.98. The peers are greedy, and run where T = 0.
 """
 
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
+from typing import Any, final
 
 import click
 import torch
 from common import COUNT, SOME, conditions, encode, read_prompts, require_commit, run
+from peers import Decode, Run, llama_cpp_decoder, transformers_decoder
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.config import DEFAULT_MODEL
-from mtp_engine.hub import hub
-from mtp_engine.runtime.request import Request
+from mtp_engine.hub.cache import cache_root
+from mtp_engine.hub.wheel import SMOLLM2
+from mtp_engine.runtime.threads import usable_cores
 
-Decode = Callable[[list[int], int], tuple[list[int], float]]
-"""(tokens, new) -> (ids, decoding seconds)."""
+PEERS = ("llama.cpp", "transformers")
+_FLOOR = 0.98  # of plain decoding, below which no prompt is to be
+_PAUSE = 0.02  # in which the threads of the last contender go to sleep
+_SHORT = 32  # answers of fewer tokens are repeated more often
 
 
-def transformers_decoder(model: str, dtype: str, device: str, longest: int) -> Decode:
-    """transformers' generate, greedy. On a CPU with its dynamic cache. On a GPU with a static cache of `longest` tokens,
-    with which it compiles decoding by itself (torch.compile, reduce-overhead); the cache is kept from prompt to prompt,
-    as a new one would have the CUDA graphs recorded anew. The streamer costs it one copy of a token per step."""
-    from transformers import LlamaForCausalLM, StaticCache
-    from transformers.generation.streamers import BaseStreamer
+def our_decoder(engine: Engine, temperature: float) -> Decode:
+    """The decoding seconds are by the wall: the loop's own clock stops between steps, in which a GPU goes on."""
 
-    folder = hub.locate(model).folder
-    reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
-    reference = reference.to(device).eval()
-    cache = StaticCache(config=reference.config, max_cache_len=longest) if device != "cpu" else None
-
-    class Clock(BaseStreamer):
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def put(self, value: torch.Tensor) -> None:
-            self.times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
-    def decode(tokens: list[int], new: int) -> tuple[list[int], float]:
-        clock, options = Clock(), {}
-        if cache is not None:
-            cache.reset()
-            options = {"past_key_values": cache}
-        prompt = torch.tensor([tokens], device=device)
-        ids = reference.generate(prompt, max_new_tokens=new, do_sample=False, streamer=clock, **options)
-        # times[0] is the prompt's echo, times[1] comes after the prefill and holds the first token
-        out = ids[0, len(tokens) :].tolist()
-        return out, (clock.times[-1] - clock.times[1]) * len(out) / max(len(out) - 1, 1)
+    def decode(prompt: list[int], new: int) -> Run:
+        request = engine.loop.add(prompt, SamplingParams(max_tokens=new, temperature=temperature, seed=0))
+        while not request.decoding:  # its prompt is being read
+            engine.loop.step()
+        if engine.loop.work.device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        while request.finish_reason is None:
+            engine.loop.step()
+        spent, stats = time.perf_counter() - begin, request.stats
+        return Run(stats.tokens, stats.ttft_s, spent, tuple(request.output), stats.steps)
 
     return decode
 
 
-def our_decoder(engine: Engine, prompt: list[int], params: SamplingParams) -> tuple[Request, float]:
-    """The finished request and its decoding seconds by the wall: the loop's own clock stops between steps, in which a GPU
-    goes on."""
-    request = engine.loop.add(prompt, params)
-    while not request.decoding:  # its prompt is being read
-        engine.loop.step()
-    if engine.loop.work.device.type == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    while request.finish_reason is None:
-        engine.loop.step()
-    return request, time.perf_counter() - begin
+@final
+@dataclass
+class Tally:
+    """What one contender did on each prompt: the fastest of its runs."""
+
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        return sum(each.tokens for each in self.runs) / sum(each.decode_s for each in self.runs)
+
+    @property
+    def rates(self) -> list[float]:
+        return [each.tokens / each.decode_s for each in self.runs]
+
+
+def in_turns(
+    contenders: dict[str, Decode], prompt: list[int], new: int, repeats: int, short: int = _SHORT
+) -> dict[str, list[Run]]:
+    """The runs of each, forth and back; more than `repeats` where an answer has fewer than `short` tokens."""
+    found: dict[str, list[Run]] = defaultdict(list)
+    names = list(contenders)
+    turn = 0
+    while turn < repeats:
+        for name in names if turn % 2 == 0 else names[::-1]:
+            time.sleep(_PAUSE)
+            found[name].append(contenders[name](prompt, new))
+        if turn == 0:
+            shortest = min(each[0].tokens for each in found.values())
+            repeats *= min(4, max(1, -(-short // max(shortest, 1))))
+        turn += 1
+    return found
+
+
+def decode_all(
+    contenders: dict[str, Decode], cases: Sequence[tuple[str, list[int]]], new: int, repeats: int
+) -> dict[str, Tally]:
+    tallies: dict[str, Tally] = defaultdict(Tally)
+    for _, prompt in track(cases, console=Console(stderr=True)):
+        for name, runs in in_turns(contenders, prompt, new, repeats).items():
+            tallies[name].runs.append(min(runs, key=lambda each: each.decode_s / max(each.tokens, 1)))
+    return dict(tallies)
+
+
+def read_all(contenders: dict[str, Decode], text: list[int], sizes: Sequence[int], repeats: int) -> dict[str, Any]:
+    """Tokens per second of prompts of so many tokens, up to the first token of the answer: by size, then by contender."""
+    found = {}
+    for size in sizes:
+        prompt = (text * -(-size // len(text)))[:size]
+        runs = in_turns(contenders, prompt, 2, repeats, short=0)
+        found[str(size)] = {name: round(size / min(each.prompt_s for each in tried), 1) for name, tried in runs.items()}
+    return found
 
 
 @click.command()
 @click.option(
     "--prompts",
+    "files",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    default=Path(__file__).parent / "prompts/bench_core.jsonl",
+    multiple=True,
+    default=[Path(__file__).parent / "prompts/bench_core.jsonl"],
+    help="May be given several times; --limit and --category hold for each.",
 )
+@click.option("--category", default="", help="Only prompts whose category begins so.")
 @click.option("--limit", default=12, type=COUNT, show_default=True)
 @click.option("--longest", default=400, type=SOME, show_default=True)
+@click.option("--prompt-tokens", "sizes", multiple=True, type=SOME, help="Measure reading prompts of so many tokens.")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True)
-@click.option("--tree", "trees", multiple=True, default=["chain:3"], show_default=True)
+@click.option("--tree", "trees", multiple=True, default=["chain:3"], show_default=True, help="Shapes, and auto.")
 @click.option("--max-tokens", default=96, type=SOME, show_default=True)
-@click.option("--temperature", default=0.0, show_default=True)
+@click.option("--temperature", "temperatures", multiple=True, type=float, default=[0.0], show_default=True)
+@click.option("--repeats", default=2, type=SOME, show_default=True)
 @click.option("--draft-vocab", default=EngineConfig().draft_vocab, type=COUNT, show_default=True)
 @click.option("--draft-int8/--no-draft-int8", default=True, show_default=True)
-@click.option("--peer/--no-peer", default=True, help="Run transformers too.")
+@click.option("--peer", "peers", type=click.Choice(PEERS), multiple=True, default=PEERS, show_default=True)
+@click.option("--no-peer", is_flag=True, help="Run no peers.")
+@click.option("--gguf", type=click.Path(path_type=Path), help="For llama.cpp.  [default: the default model's own file]")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="fp32", show_default=True)
 @click.option("--attention", default="exact", show_default=True)
 @click.option("--in-flight", default=2, type=SOME, show_default=True, help="Steps queued ahead on a GPU.")
 @click.option("--threads", default=0, type=COUNT, help="CPU threads; 0 is one per core.")
 @click.option("--mtp", default=None)
-def main(
-    prompts: Path,
-    limit: int,
-    longest: int,
-    model: str,
-    trees: tuple[str, ...],
-    max_tokens: int,
-    temperature: float,
-    draft_vocab: int,
-    draft_int8: bool,
-    peer: bool,
-    device: str,
-    dtype: str,
-    attention: str,
-    in_flight: int,
-    threads: int,
-    mtp: str | None,
-) -> None:
+def main(**o: Any) -> None:
     commit = require_commit()
-    shared = {"device": device, "dtype": dtype, "attention": attention, "steps_in_flight": in_flight}
-    shared["threads"] = threads
+    shared = {name: o[name] for name in ("device", "dtype", "attention", "threads")}
+    shared["steps_in_flight"] = o["in_flight"]
+    drafting = {name: o[name] for name in ("draft_vocab", "draft_int8")}
+    most = max([o["longest"], *o["sizes"]]) + o["max_tokens"]
 
-    def load(**options: object) -> Engine:
-        return Engine.load(model, EngineConfig(max_batch=1, max_context=2048, **shared, **options), mtp=mtp)
+    def load(**options: Any) -> Engine:
+        config = EngineConfig(max_batch=1, max_context=most, prefix_cache=False, **shared, **options)
+        return Engine.load(o["model"], config, mtp=o["mtp"])
 
     engines = {"plain": load(drafter="root")}
-    drafting = {"draft_vocab": draft_vocab, "draft_int8": draft_int8}
-    engines |= {tree: load(tree=TreeShape.parse(tree), **drafting) for tree in trees}
-    reference = transformers_decoder(model, dtype, device, longest + max_tokens) if peer else None
-    cases = encode(engines["plain"], read_prompts(prompts, limit), longest)
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
-    seconds, tokens, steps, same = (defaultdict(float) for _ in range(4))
-    shortest, longest_prompt = (f((prompt for _, prompt in cases), key=len) for f in (min, max))
-    for engine in engines.values():
-        for prompt in (shortest, longest_prompt):
-            our_decoder(engine, prompt, params)  # compiles, and captures the CUDA graphs of every length
-    for _ in range(3 if reference else 0):
-        reference(longest_prompt, 8)
-    for _, prompt in track(cases, console=Console(stderr=True)):
-        if reference:
-            out, spent = reference(prompt, max_tokens)
-            seconds["transformers"] += spent
-            tokens["transformers"] += len(out)
-            theirs = out
-        plain: list[int] = []
-        for name, engine in engines.items():
-            request, spent = our_decoder(engine, prompt, params)
-            plain = request.output if name == "plain" else plain
-            seconds[name] += spent
-            tokens[name] += request.stats.tokens
-            steps[name] += request.stats.steps
-            same[name] += request.output == plain
-        if reference:
-            same["transformers"] += theirs == plain
-    settings = {"max_tokens": max_tokens, "temperature": temperature, **shared, **drafting}
-    record = {"bench": "decode", "prompts": prompts.name, "model": model, **settings, **conditions(commit, device)}
-    report(seconds, tokens, steps, same, len(cases), record)
+    for tree in o["trees"]:
+        engines[tree] = load(tree=None if tree == "auto" else TreeShape.parse(tree), **drafting)
+    peers = {} if o["no_peer"] else load_peers(o, most)
+    rows = [row for file in o["files"] for row in read_prompts(file, o["limit"], o["category"])]
+    cases = encode(engines["plain"], rows, o["longest"])
+    record = {
+        "bench": "decode", "prompts": [file.name for file in o["files"]], "category": o["category"], "model": o["model"],
+        "max_tokens": o["max_tokens"], "repeats": o["repeats"], **shared, **drafting,
+        **conditions(commit, o["device"]), "threads": o["threads"] or usable_cores(), "cases": len(cases),
+    }  # fmt: skip
+    text = [token for _, prompt in cases for token in prompt]
+    for number, temperature in enumerate(o["temperatures"]):
+        ours = {name: our_decoder(engine, temperature) for name, engine in engines.items()}
+        contenders = ours | (peers if temperature == 0 else {})
+        warm_up(contenders, cases)
+        reading = read_all(contenders, text, o["sizes"], o["repeats"]) if number == 0 else {}
+        tallies = decode_all(contenders, cases, o["max_tokens"], o["repeats"])
+        report(tallies, [category for category, _ in cases], record | {"temperature": temperature}, reading)
 
 
-def report(seconds, tokens, steps, same, cases, record) -> None:  # type: ignore[no-untyped-def]
-    rates = {name: tokens[name] / seconds[name] for name in seconds}
-    table = Table("decoder", "tokens/s", "x plain", "accepted length", "same as plain")
-    for name, rate in rates.items():
-        length = f"{tokens[name] / steps[name]:.2f}" if steps.get(name) else ""
+def load_peers(o: dict[str, Any], longest: int) -> dict[str, Decode]:
+    threads, peers = o["threads"] or usable_cores(), {}
+    if "llama.cpp" in o["peers"] and (o["gguf"] or o["model"] == DEFAULT_MODEL):
+        gguf = o["gguf"] or cache_root() / "gguf" / Path(SMOLLM2.member).name
+        peers["llama.cpp"] = llama_cpp_decoder(gguf, longest, threads)
+    if "transformers" in o["peers"] and o["model"] == DEFAULT_MODEL:
+        peers["transformers"] = transformers_decoder(o["model"], o["dtype"], o["device"], longest, threads)
+    return peers
+
+
+def warm_up(contenders: dict[str, Decode], cases: Sequence[tuple[str, list[int]]]) -> None:
+    """Compiles, and captures the CUDA graphs of every length."""
+    prompts = [prompt for _, prompt in cases]
+    for decode in contenders.values():
+        for prompt in (min(prompts, key=len), max(prompts, key=len)):
+            decode(prompt, 16)
+
+
+def report(
+    tallies: dict[str, Tally], categories: Sequence[str], record: dict[str, Any], reading: dict[str, Any]
+) -> None:
+    plain = tallies["plain"]
+    table = Table("decoder", "tokens/s", "x plain", "lowest", "accepted length", "same as plain")
+    ratios = {name: [a / b for a, b in zip(tally.rates, plain.rates, strict=True)] for name, tally in tallies.items()}
+    lengths, same = {}, {}
+    for name, tally in tallies.items():
+        if steps := sum(each.steps for each in tally.runs):
+            lengths[name] = round(sum(each.tokens for each in tally.runs) / steps, 3)
+        if all(each.ids for each in tally.runs):
+            same[name] = sum(a.ids == b.ids for a, b in zip(tally.runs, plain.runs, strict=True))
         table.add_row(
-            name,
-            f"{rate:.1f}",
-            f"{rate / rates['plain']:.2f}",
-            length,
-            f"{same[name]:.0f}/{cases}" if name in same else "",
-        )
-    Console().print(table)
+            name, f"{tally.rate:.1f}", f"{tally.rate / plain.rate:.2f}", f"{min(ratios[name]):.2f}",
+            f"{lengths[name]:.2f}" if name in lengths else "",
+            f"{same[name]}/{len(categories)}" if name in same else "",
+        )  # fmt: skip
+    Console(stderr=True).print(table)
     record |= {
-        "cases": cases,
-        "tokens_per_s": {name: round(rate, 2) for name, rate in rates.items()},
-        "speedup_over_plain": {name: round(rate / rates["plain"], 3) for name, rate in rates.items()},
-        "accepted_length": {name: round(tokens[name] / steps[name], 3) for name in steps},
-        "identical": {name: int(count) for name, count in same.items()},
+        "tokens_per_s": {name: round(tally.rate, 2) for name, tally in tallies.items()},
+        "speedup_over_plain": {name: round(tally.rate / plain.rate, 3) for name, tally in tallies.items()},
+        "per_prompt": {name: _spread(each, categories) for name, each in ratios.items() if name != "plain"},
+        "accepted_length": lengths,
+        "identical": same,
     }
-    if "transformers" in rates:
-        record["speedup_over_transformers"] = {n: round(rate / rates["transformers"], 3) for n, rate in rates.items()}
+    for peer in PEERS:
+        if peer in tallies:
+            record[f"speedup_over_{peer}"] = {n: round(t.rate / tallies[peer].rate, 3) for n, t in tallies.items()}
+    if reading:
+        record["prompt_tokens_per_s"] = reading
     click.echo(json.dumps(record))
+
+
+def _spread(ratios: list[float], categories: Sequence[str]) -> dict[str, Any]:
+    lowest = min(range(len(ratios)), key=ratios.__getitem__)
+    return {
+        "lowest": round(ratios[lowest], 3),
+        "lowest_in": categories[lowest],
+        "median": round(median(ratios), 3),
+        f"below_{_FLOOR}": sum(ratio < _FLOOR for ratio in ratios),
+    }
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from mtp_engine.errors import EngineError
 DType = Literal["auto", "fp32", "bf16", "int8"]
 
 DEFAULT_MODEL = "smollm2-135m-mtp3"
-SAMPLE_STEPS = 32  # plain steps that a quick comparison times
 MOST_ANSWERS = 1024  # to one prompt
 MOST_BIAS = 1e6  # of a logit; OpenAI's API goes to 100
 AUTO_NODES = 16  # at most, of a tree that is planned step by step
@@ -301,7 +300,8 @@ class EngineConfig:
     layers run in int8 on a CPU, which is faster and costs a little acceptance. max_context 0 means the model's own limit.
     max_batch is how many requests run at a time, and max_waiting how many more may wait for room; one beyond them is
     refused as busy. prefill_chunk is how many tokens of a prompt are read at a time (on a GPU with our kernels at most 64).
-    device: cpu, cuda, cuda:1, ...; auto is the GPU if there is one. threads: of the CPU; 0 is one per core.
+    device: cpu, cuda, cuda:1, ...; auto is the GPU if there is one. threads: of the CPU; 0 is one per core
+    that this process may use, and more than that are never started.
 
     kv_tokens is the size of the paged KV cache in tokens; 0 means max_batch full contexts, and prefix_cache_gb more.
     prefix_cache: keep the beginnings of texts, so that prompts that begin alike are not read again; prefix_cache_gb is how

@@ -1,6 +1,6 @@
 """The engine: loads a model, takes prompts from any number of threads, gives answers."""
 
-import os
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ import torch
 from mtp_engine.assemble import load_main, make_drafter, make_loop, settle
 from mtp_engine.backend import Backend, describe_device, find_device, gpu_errors, make_backend
 from mtp_engine.cache.prefix_file import StoredPrefix
-from mtp_engine.config import DEFAULT_MODEL, SAMPLE_STEPS, EngineConfig, ModelConfig, SamplingParams
+from mtp_engine.config import DEFAULT_MODEL, EngineConfig, ModelConfig, SamplingParams
 from mtp_engine.drafters import RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
@@ -24,12 +24,15 @@ from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.protocols import Progress
 from mtp_engine.runtime.answer import Chunk, Generation
+from mtp_engine.runtime.compare import Contender, take_turns
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request, StepOutput
 from mtp_engine.runtime.scheduler import Scheduler
+from mtp_engine.runtime.threads import pool_size
 from mtp_engine.runtime.turns import Turns
 from mtp_engine.text.tokenizer import Tokenizer
 
+_LOG = logging.getLogger("mtp_engine")
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Raw text, token ids, or chat messages ({"role": ..., "content": ...}) for the model's chat template."""
 
@@ -79,7 +82,12 @@ class Engine:
         config = config or EngineConfig()
         device = find_device(config.device)
         config = replace(config, device=str(device))
-        torch.set_num_threads(config.threads or os.cpu_count() or 1)
+        threads = pool_size(config.threads)
+        if config.threads > threads:
+            note = f"running with {threads} threads, not {config.threads}: this process has no more cores"
+            progress(note, 0, None)
+            _LOG.warning(note)
+        torch.set_num_threads(threads)
         files = hub.locate(name, mtp=mtp, progress=progress)
         try:
             return cls._load(files, config, device, progress)
@@ -301,23 +309,42 @@ class Engine:
         loop = make_loop(self.model, RootDrafter(), config, self.backend, slots=slots, tokenizer=tokenizer)
         return Engine(self.model, loop, tokenizer, config, self.backend)
 
-    def plain(self, prompt: Prompt, params: SamplingParams, *, max_steps: int | None = None) -> Request:
-        """Decode without drafting on a loop of its own, for comparison: at most `max_steps` tokens, timed alike."""
+    def plain(self, prompt: Prompt, params: SamplingParams) -> Request:
+        """Decode without drafting on a loop of its own, for comparison."""
         loop = self.undrafted(max_batch=1).loop
         request = loop.add(self.encode(prompt), replace(params, n=1))
-        while request.finish_reason is None and (max_steps is None or len(request.output) < max_steps):
+        while request.finish_reason is None:
             loop.step()
         return request
 
     def compare(self, prompt: Prompt, params: SamplingParams, answer: Generation, *, full: bool) -> None:
-        """Measure plain decoding of the same prompt in this process and note it in the answer's statistics.
+        """Measure plain decoding of the same prompt beside drafted decoding, and note it in the answer's statistics.
 
-        full decodes everything and checks that the tokens are identical; otherwise SAMPLE_STEPS tokens are timed.
+        full decodes all of it and checks that the tokens are identical; otherwise some seconds must do.
         """
-        same_seed = replace(params, seed=answer.stats.seed)
-        plain = self.plain(prompt, same_seed, max_steps=None if full else SAMPLE_STEPS)
-        answer.stats.plain_tokens_per_s = plain.stats.tokens_per_s
-        answer.stats.identical_to_plain = plain.output == answer.token_ids if full else None
+        ids, again = self.encode(prompt), replace(params, n=1, seed=answer.stats.seed, timeout=None)
+        with self.undrafted(max_batch=1) as plain:
+            sides = [engine._contender(ids, again) for engine in (plain, self)]
+            comparison, said = take_turns(*sides, whole=full)
+        answer.stats.comparison = comparison if comparison.turns else None
+        answer.stats.identical_to_plain = said == answer.token_ids if full else None
+
+    def _contender(self, ids: Sequence[int], params: SamplingParams) -> Contender:
+        """This engine's loop, which other threads may use too."""
+
+        def start() -> Request:
+            with self.lock:
+                return self.check_open().add(ids, params)
+
+        def step() -> None:
+            with self.lock:
+                self.check_open().step()
+
+        def settle() -> None:
+            with self.lock:
+                self.check_open().runner.settle()
+
+        return Contender(start, step, settle, lambda request: self.drop({request: None}))
 
 
 def _about(index: int, prompts: int, error: str) -> str:

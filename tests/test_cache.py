@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import resource
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -298,3 +300,18 @@ def test_commit_moves_the_kept_rows_and_no_others(seed: int) -> None:
         [idle] = {0, 1, 2} - set(slots)
         start = 45 - kv.size if isinstance(kv, WindowKV) else 0
         assert tags(cache, group, idle, range(start, 45)) == [100.0 * idle + p for p in range(start, 45)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's account of memory")
+def test_memory_is_taken_as_it_is_written() -> None:
+    """A row in each of 64 layers of 8 MB costs 64 small pages, not as many of 2 MB."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    pages = Pages(slots=1, tokens=8192, page_size=64, device=torch.device("cpu"))
+    before = resident()
+    cache = PagedKV(pages, layers=64, kv_heads=2, qk_dim=64, v_dim=64, dtype=torch.float32)
+    assert not cache.k[:, 5].any()
+    cache.k[:, 0] = cache.v[:, 0] = 1.0
+    assert resident() - before < 8 << 20

@@ -22,14 +22,14 @@ from mtp_engine.cli.progress import Waits
 from mtp_engine.config import EngineConfig, SamplingParams, Structure
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
-from mtp_engine.runtime.stats import GenerationStats
+from mtp_engine.runtime.stats import Comparison, GenerationStats, Timed
 from mtp_engine.text.tokenizer import StreamDecoder
 
 TEXT = "Grüße, 世界 🙂!\nEnd."  # one token per byte below: characters of one to four tokens
 STATS_KEYS = {
     "seed", "prompt_tokens", "cached_tokens", "steps", "tokens", "mean_accepted_length", "accepted_per_depth",
     "proposed_per_depth", "nodes_per_step", "preemptions", "queued_s", "prefill_s", "draft_s", "verify_s", "total_s",
-    "tokens_per_s", "ttft_s", "plain_tokens_per_s",
+    "tokens_per_s", "ttft_s", "plain_tokens_per_s", "drafted_tokens_per_s", "plain_range",
     "speedup", "identical_to_plain",
 }  # fmt: skip
 
@@ -86,7 +86,7 @@ class FakeEngine:
         if self.compare_failure:
             raise self.compare_failure
         self.compared.append(full)
-        answer.stats.plain_tokens_per_s = answer.stats.tokens_per_s / 2
+        answer.stats.comparison = Comparison(((Timed(20, 2.0), Timed(20, 1.0)),))
         answer.stats.identical_to_plain = self.identical if full else None
 
 
@@ -154,7 +154,7 @@ def test_table_shows_every_number_in_80_columns(engine: FakeEngine) -> None:
     assert times == ["500 ms (25%)", "1.00 s (50%)", "500 ms (25%)"]
     assert rows["tokens per second"].startswith(f"{tokens / 2:.1f} ")
     assert rows["plain decoding"].endswith("(whole answer: identical tokens)")
-    assert rows["measured speed-up"] == "2.00x"
+    assert rows["measured speed-up"] == "2.00x (drafted 20.0, both warm and in turns)"
     assert rows["seed"] == "7"
     assert "bonus" in err
 

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -534,6 +535,14 @@ def test_verify_and_remove(cache: Path, source: WheelSource, shelf: Shelf, monke
     overwrite(kept, 5000, b"?", secretly=True)
     damaged = [each.damaged for each in hub.verify(hub.DEFAULT_MODEL)]
     assert damaged == [(), ("Tiny.gguf",), ("model.safetensors",)]
+    for file in ("kernels/step.so", "graphs/0123/main.onnx", "models/other/config.json"):
+        (cache / file).parent.mkdir(parents=True)
+        (cache / file).write_bytes(b"?" * 100)
+    assert hub.remove(hub.DEFAULT_MODEL) > source.gguf_bytes
+    assert not (cache / "graphs").exists(), "of an earlier version"
+    assert (cache / "kernels" / "step.so").exists(), "another model's, too"
+    shutil.rmtree(cache / "models" / "other")
+    prepare(source, cache, shelf)
     assert hub.remove(hub.DEFAULT_MODEL) > source.gguf_bytes
     assert left(cache) == []
     assert hub.remove(hub.DEFAULT_MODEL) == 0

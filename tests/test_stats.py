@@ -2,7 +2,7 @@
 
 import pytest
 
-from mtp_engine.runtime.stats import GenerationStats
+from mtp_engine.runtime.stats import Comparison, GenerationStats, Timed
 
 
 @pytest.fixture
@@ -28,9 +28,12 @@ def test_by_hand(four_steps: GenerationStats) -> None:
     assert four_steps.speedup is None
 
 
-def test_speedup_is_over_plain_decoding(four_steps: GenerationStats) -> None:
-    four_steps.plain_tokens_per_s = 4 / 3
+def test_speedup_is_over_plain_decoding_in_turns(four_steps: GenerationStats) -> None:
+    """Not over what the answer itself took, which may have been cold."""
+    four_steps.comparison = Comparison(((Timed(8, 2.0), Timed(9, 1.0)), (Timed(4, 1.0), Timed(3, 0.5))))
     assert four_steps.speedup == pytest.approx(2.0)
+    found = four_steps.to_json()
+    assert (found["plain_tokens_per_s"], found["drafted_tokens_per_s"], found["plain_range"]) == (4.0, 8.0, [4.0, 4.0])
 
 
 def test_deeper_trees_may_come_later() -> None:

@@ -1,8 +1,9 @@
 """The cache of layers with full attention: fixed-size pages, which an allocator hands to slots."""
 
+import mmap
+import sys
 from typing import final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,15 +14,16 @@ from mtp_engine.kernels.reference import move_rows, write_rows
 def _zeros(layers: int, rows: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[layers, rows, heads, dim] of zeros: a key that a mask hides must still be finite, since 0 * NaN is NaN.
 
-    On a CPU it comes from numpy, whose zeros are the system's untouched pages: they cost memory only once written.
+    On a CPU it is untouched pages of the system, which cost memory only once written. Small ones: numpy asks for pages of
+    2 MB, of which the first tokens of a request would touch one per layer.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or sys.platform == "win32":
         return torch.zeros(layers, rows, heads, dim, dtype=dtype, device=device)
-    return (
-        torch.from_numpy(np.zeros(layers * rows * heads * dim * dtype.itemsize, np.uint8))
-        .view(dtype)
-        .view(layers, rows, heads, dim)
-    )
+    try:
+        pages = mmap.mmap(-1, layers * rows * heads * dim * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(str(error)) from error
+    return torch.frombuffer(pages, dtype=dtype).view(layers, rows, heads, dim)
 
 
 @final

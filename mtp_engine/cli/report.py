@@ -15,6 +15,7 @@ _LEGEND = [
     "unconditional: share of all steps that accepted a draft at that depth; conditional: of those steps that accepted "
     "the depth before.",
 ]
+_SPREAD = 0.1  # of the rate of plain decoding, above which it is shown
 _SHOWN = "legend-shown"  # in the cache, once it was
 
 
@@ -67,7 +68,7 @@ def statistics(stats: GenerationStats, finish_reason: str, rule: str) -> Table:
 def verdict(stats: GenerationStats, rule: str) -> str:
     """What comparing with plain decoding has shown. rule: the verifier, of which only match promises the same tokens."""
     if stats.identical_to_plain is None:
-        return "its first steps timed"
+        return f"{stats.comparison.plain.tokens if stats.comparison else 0} tokens timed"
     if stats.identical_to_plain:
         return "whole answer: identical tokens"
     if rule == "match":
@@ -96,11 +97,14 @@ def _shares(stats: GenerationStats) -> list[tuple[str, str]]:
 
 
 def _comparison(stats: GenerationStats, rule: str) -> list[tuple[str, str]]:
-    if stats.plain_tokens_per_s is None or stats.speedup is None:
+    found = stats.comparison
+    if found is None or found.speedup is None:
         return []
+    low, high = found.plain_range
+    spread = f", from {low:.1f} to {high:.1f}" if high - low > _SPREAD * found.plain.rate else ""
     return [
-        ("plain decoding", f"{stats.plain_tokens_per_s:.1f} tokens/s ({verdict(stats, rule)})"),
-        ("measured speed-up", f"{stats.speedup:.2f}x"),
+        ("plain decoding", f"{found.plain.rate:.1f} tokens/s{spread} ({verdict(stats, rule)})"),
+        ("measured speed-up", f"{found.speedup:.2f}x (drafted {found.drafted.rate:.1f}, both warm and in turns)"),
     ]
 
 

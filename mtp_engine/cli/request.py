@@ -12,7 +12,7 @@ import click
 from mtp_engine.cli.options import build, setting, settings
 from mtp_engine.cli.output import JsonTarget, console
 from mtp_engine.cli.record import Record
-from mtp_engine.config import DEFAULT_MODEL, SAMPLE_STEPS, EngineConfig, SamplingParams, Structure, TreeShape
+from mtp_engine.config import DEFAULT_MODEL, EngineConfig, SamplingParams, Structure, TreeShape
 from mtp_engine.errors import EngineError
 from mtp_engine.text.tool_calls import call_schema
 
@@ -116,7 +116,7 @@ OUTPUT = settings(
         "--compare",
         type=click.Choice(["full", "sample", "off"]),
         default=None,
-        help=f"Measure plain decoding afterwards: all of it, checking that tokens are identical, or {SAMPLE_STEPS} steps.  "
+        help="Decode again, plainly and drafted in turns: all of it, checking that tokens are identical, or for some seconds.  "
         "[default: sample, but off where --quiet is given without --json]",
     ),
 )

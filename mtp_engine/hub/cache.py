@@ -1,7 +1,8 @@
 """The model cache on disk: what is in it is whole, or it is made again.
 
 It holds `gguf/` (files out of wheels, kept so that a model can be converted again offline), `models/` (finished folders,
-each with a manifest), `tmp/` (work in progress, cleared by the next run) and `locks/`.
+each with a manifest), `kernels/` (what was compiled for this processor, for all models; made again where it is missing),
+`tmp/` (work in progress, cleared by the next run) and `locks/`. Earlier versions kept `graphs/`, too.
 
 A manifest says of each file its size, when it was written, the hash of its first mebibyte and the hash of all of it.
 Every start compares the first three, which takes milliseconds; the whole hash is read where the time of writing differs,
@@ -27,6 +28,7 @@ from mtp_engine.hub.wheel import FULL, Progress, sha256_of
 FORMAT = 2  # of the converted folders; raise it with every change of what models/gguf.py or this module writes
 MANIFEST = "manifest.json"
 _HEAD = 1 << 20
+_OLD = ("graphs",)  # folders of earlier versions, of no use to this one
 
 
 def cache_root() -> Path:
@@ -42,9 +44,14 @@ def target_of(root: Path, name: str, sha256: str) -> Path:
 
 
 def remove(root: Path, name: str, sha256: str) -> int:
-    """Delete the converted folders of every format, and leftovers. Returns the bytes that this frees."""
+    """Delete the converted folders of every format, and leftovers; with the last model, what was compiled. Returns the bytes
+    that this frees."""
     stem = _stem(name, sha256)
-    found = [*(root / "models").glob(f"{stem}-v*"), *(root / "tmp").glob(f"{stem}-v*")]
+    models = set((root / "models").glob("*"))
+    own = set((root / "models").glob(f"{stem}-v*"))
+    found = [*own, *(root / "tmp").glob(f"{stem}-v*"), *(root / each for each in _OLD if (root / each).is_dir())]
+    if own and models == own and (root / "kernels").is_dir():
+        found.append(root / "kernels")
     freed = sum(file.stat().st_size for folder in found for file in folder.rglob("*") if file.is_file())
     for folder in found:
         shutil.rmtree(folder)

@@ -1,10 +1,56 @@
 """What a request drafted, accepted and emitted, and how long each phase took."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, final
+
+
+@final
+@dataclass(frozen=True)
+class Timed:
+    """Tokens, and the seconds of a loop's own clock that they took."""
+
+    tokens: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+@final
+@dataclass(frozen=True)
+class Comparison:
+    """Plain and drafted decoding of the same answer in turns (runtime/compare.py): per turn, a piece of each."""
+
+    turns: tuple[tuple[Timed, Timed], ...]
+
+    @property
+    def plain(self) -> Timed:
+        return _sum(plain for plain, _ in self.turns)
+
+    @property
+    def drafted(self) -> Timed:
+        return _sum(drafted for _, drafted in self.turns)
+
+    @property
+    def speedup(self) -> float | None:
+        """None where nothing was measured."""
+        return self.drafted.rate / self.plain.rate if self.plain.rate and self.drafted.rate else None
+
+    @property
+    def plain_range(self) -> tuple[float, float]:
+        """The lowest and the highest rate of a piece of plain decoding, the ends of answers left out: they are short."""
+        most = max((plain.tokens for plain, _ in self.turns), default=0)
+        rates = [plain.rate for plain, _ in self.turns if 2 * plain.tokens >= most > 0]
+        return min(rates, default=0.0), max(rates, default=0.0)
+
+
+def _sum(pieces: Iterable[Timed]) -> Timed:
+    each = list(pieces)
+    return Timed(sum(piece.tokens for piece in each), sum(piece.seconds for piece in each))
 
 
 @final
@@ -35,7 +81,7 @@ class GenerationStats:
     verify_s: float = 0.0
     total_s: float = 0.0
     ttft_s: float = 0.0  # time to first token
-    plain_tokens_per_s: float | None = None  # plain decoding measured in the same process
+    comparison: Comparison | None = None  # with plain decoding, in the same process
     identical_to_plain: bool | None = None  # None where plain decoding did not run to the end
 
     def record_step(self, emitted: int, nodes: int, max_depth: int) -> None:
@@ -58,21 +104,22 @@ class GenerationStats:
 
     @property
     def other_s(self) -> float:
-        return max(0.0, self._decode_s - self.draft_s - self.verify_s)
+        return max(0.0, self.decode_s - self.draft_s - self.verify_s)
 
     @property
-    def _decode_s(self) -> float:
-        return self.total_s - self.queued_s - self.prefill_s
+    def decode_s(self) -> float:
+        """Waiting and prefill left out."""
+        return self.total_s - self.queued_s - self.prefill_s if self.steps else 0.0
 
     @property
     def tokens_per_s(self) -> float:
-        """Emitted tokens over the decoding time (waiting and prefill left out)."""
-        return self.tokens / self._decode_s if self._decode_s > 0 else 0.0
+        """Emitted tokens over the decoding time."""
+        return self.tokens / self.decode_s if self.decode_s > 0 else 0.0
 
     @property
     def speedup(self) -> float | None:
-        """Measured: this run's decoding rate over plain decoding's, same process, same prompt."""
-        return self.tokens_per_s / self.plain_tokens_per_s if self.plain_tokens_per_s else None
+        """Measured: drafted over plain decoding's rate, both warm and in turns."""
+        return self.comparison.speedup if self.comparison else None
 
     def unconditional_acceptance(self) -> list[float]:
         """Share of all steps that accepted a draft at depth 1, 2, ...; these sum to mean accepted length - 1."""
@@ -105,7 +152,9 @@ class GenerationStats:
             "total_s": self.total_s,
             "tokens_per_s": self.tokens_per_s,
             "ttft_s": self.ttft_s,
-            "plain_tokens_per_s": self.plain_tokens_per_s,
+            "plain_tokens_per_s": self.comparison.plain.rate if self.comparison else None,
+            "drafted_tokens_per_s": self.comparison.drafted.rate if self.comparison else None,
+            "plain_range": list(self.comparison.plain_range) if self.comparison else None,
             "speedup": self.speedup,
             "identical_to_plain": self.identical_to_plain,
         }
