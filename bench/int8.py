@@ -72,7 +72,9 @@ def times(engine: Engine, model: TargetModel, seconds: float) -> dict[int, dict[
         while time.perf_counter() < end:
             rows = StepRows.prompt(0, start, count, CPU)
             begin = time.perf_counter()
-            model.logits(model.forward(tokens[None, start : start + count], rows.positions, NativeAttention(cache, rows)))
+            model.logits(
+                model.forward(tokens[None, start : start + count], rows.positions, NativeAttention(cache, rows))
+            )
             each.append((time.perf_counter() - begin) * 1e3)
         found[count] = {"best_ms": min(each), "median_ms": sorted(each)[len(each) // 2]}
     return found
@@ -90,7 +92,8 @@ def times(engine: Engine, model: TargetModel, seconds: float) -> dict[int, dict[
 def main(prompts: Path, tokens: int, threads: int, seconds: float) -> None:
     commit = require_commit()
     engine, small = (
-        Engine.load(config=EngineConfig(drafter="root", device="cpu", threads=threads, dtype=dtype)) for dtype in ("fp32", "int8")
+        Engine.load(config=EngineConfig(drafter="root", device="cpu", threads=threads, dtype=dtype))
+        for dtype in ("fp32", "int8")
     )
     model = small.model
     with torch.inference_mode():
@@ -102,7 +105,12 @@ def main(prompts: Path, tokens: int, threads: int, seconds: float) -> None:
         equal = all(
             torch.equal(one, read(model, engine, NativeAttention, torch.tensor(chosen[0]), n)) for n in (2, 7, 64, 400)
         )
-        result = {"bench": "int8", "prompts": prompts.name, "bits_equal": equal, "ms_by_rows": times(engine, model, seconds)}
+        result = {
+            "bench": "int8",
+            "prompts": prompts.name,
+            "bits_equal": equal,
+            "ms_by_rows": times(engine, model, seconds),
+        }
         torch.set_num_threads(threads)
         result["quality"] = quality(engine, model, chosen)
     print(json.dumps({**result, **conditions(commit), "threads": threads}))

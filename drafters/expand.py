@@ -162,11 +162,11 @@ def narrow(tree: Growth, keep: int) -> Growth:
         return tree
     before = tree.tokens.shape[1] - tree.frontier
     kept = before + tree.scores[:, before:].topk(keep, dim=-1).indices.sort(-1).values
-    tables = (
+    tokens, parents, depths, scores = (
         torch.cat([table[:, :before], table.gather(1, kept)], 1)
         for table in (tree.tokens, tree.parents, tree.depths, tree.scores)
     )
-    return Growth(*tables, keep, tree.level)
+    return Growth(tokens, parents, depths, scores, keep, tree.level)
 
 
 def prune(tree: Growth, nodes: int) -> Growth:

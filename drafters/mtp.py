@@ -33,7 +33,6 @@ from mtp_engine.protocols import TreePlanner
 from mtp_engine.sampling.batch import Batch, to_device
 from mtp_engine.tree import DraftTree, VerifyResult
 
-
 _PLAIN_STEPS = 12  # that may pass before the layers take in what they emitted, where a planner leaves drafting out
 
 
@@ -177,7 +176,7 @@ class MTPDrafter:
             return DraftTree.root(batch.tokens)
         rows, ids = self._new_rows(batch, max(most, 1)), self.module.draft_ids
         tree, level, grows = self.ops.start(batch, self._levels, ids, len(self.module.embedding)), None, True
-        full = most + self.depth + 1 > self._pending
+        full, carry = most + self.depth + 1 > self._pending, self._carry[:, batch.slots]
         for number, (width, keep) in enumerate(self._levels):
             level = self._run(number, rows, tree if grows else Growth.start(batch.tokens), level)
             if grows:
@@ -189,6 +188,8 @@ class MTPDrafter:
                 break
         if number + 1 == self.depth or self.module.config.reused:
             self._counts[batch.slots] = 0
+        else:
+            self._carry[:, batch.slots] = carry  # the levels begin again where they began now
         return finish(tree, planner.nodes(), rows.counts > 0)
 
     def _catch_up(self, batch: Batch) -> None:

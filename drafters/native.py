@@ -89,4 +89,9 @@ class NativeDraftOps:
         whole = self._nodes
         assert whole is not None
         tables = (table[:, :count] for table in (whole.tokens, whole.parents, whole.depths, whole.scores))
-        return replace(whole, **dict(zip(("tokens", "parents", "depths", "scores"), tables, strict=True)), frontier=frontier, level=level)
+        return replace(
+            whole,
+            **dict(zip(("tokens", "parents", "depths", "scores"), tables, strict=True)),
+            frontier=frontier,
+            level=level,
+        )

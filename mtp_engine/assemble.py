@@ -118,8 +118,8 @@ def decode_loop(
     grammars: Callable[[Structure], Constraint] | None = None, clock: Callable[[], float] = time.monotonic,
     planner: TreePlanner | None = None,
 ) -> DecodeLoop:  # fmt: skip
-    """A loop of given parts. planner: the drafter's, if it has one. text, spell, grammars: see Intake. clock: seconds, for timeouts. prefix_bytes, share_pages:
-    see Memory."""
+    """A loop of given parts. text, spell, grammars: see Intake. clock: seconds, for timeouts. prefix_bytes, share_pages: see
+    Memory. planner: the drafter's, if it has one."""
     drafter.attach(cache.pages, cache.behind)
     processors = Processors(slots=slots + 1, eos_token_ids=eos_token_ids, device=device)
     state = SlotState(slots + 1, device, kernels=kernels)  # the last slot is scratch, with which runners pad batches

@@ -28,7 +28,7 @@ from mtp_engine.text.tokenizer import StreamDecoder
 TEXT = "Grüße, 世界 🙂!\nEnd."  # one token per byte below: characters of one to four tokens
 STATS_KEYS = {
     "seed", "prompt_tokens", "cached_tokens", "steps", "tokens", "mean_accepted_length", "accepted_per_depth",
-    "proposed_per_depth", "nodes_per_step", "preemptions", "queued_s", "prefill_s", "draft_s", "verify_s", "total_s",
+    "proposed_per_depth", "nodes_per_step", "trees", "preemptions", "queued_s", "prefill_s", "draft_s", "verify_s", "total_s",
     "tokens_per_s", "ttft_s", "plain_tokens_per_s", "drafted_tokens_per_s", "plain_range",
     "speedup", "identical_to_plain",
 }  # fmt: skip

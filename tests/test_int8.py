@@ -70,11 +70,15 @@ def test_experts_windows_and_sinks_draft_the_same_text() -> None:
     found = []
     for each in options:
         with Engine.load(hub.NANO, EngineConfig(dtype="int8", threads=2, **each)) as engine:
-            found.append([answer.token_ids for answer in engine.generate([*PROMPTS] * 4, [p for p in PARAMS for _ in PROMPTS])])
+            found.append(
+                [answer.token_ids for answer in engine.generate([*PROMPTS] * 4, [p for p in PARAMS for _ in PROMPTS])]
+            )
     assert found[0] == found[1] == found[2]
 
 
-def test_without_a_compiler_a_cpu_runs_in_fp32(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_compiler_a_cpu_runs_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def refuse(*_: object) -> None:
         raise build.NoCompiler("there is no C compiler: pip install ziglang")
 

@@ -38,7 +38,16 @@ LENGTH = 96
 TOKENS = torch.randint(0, 61, (LENGTH,), generator=torch.Generator().manual_seed(3))
 FEW = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 LLAMA = {"hidden_size": 48, "head_dim": 16, "num_attention_heads": 6, "intermediate_size": 64}
-HEADS = {"heads": 4, "kv_heads": 2, "qk_dim": 32, "v_dim": 16, "rope_dim": 8, "rope_theta": 1e4, "window": 7, "sink": True}
+HEADS = {
+    "heads": 4,
+    "kv_heads": 2,
+    "qk_dim": 32,
+    "v_dim": 16,
+    "rope_dim": 8,
+    "rope_theta": 1e4,
+    "window": 7,
+    "sink": True,
+}
 GENERIC = tuple(flag for flag in build.FLAGS if not flag.startswith("-march"))
 PROCESSORS = {
     "native": build.FLAGS, "no VNNI": (*build.FLAGS, "-mno-avx512vnni"), "no AVX-512": (*GENERIC, "-march=x86-64-v3"),
@@ -209,7 +218,9 @@ def test_products_are_integer_arithmetic(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs, 16 * columns, generator=generator)
-    x = torch.randn(rows, 16 * columns, generator=generator) * 10.0 ** torch.randint(-3, 4, (rows, 1), generator=generator)
+    x = torch.randn(rows, 16 * columns, generator=generator) * 10.0 ** torch.randint(
+        -3, 4, (rows, 1), generator=generator
+    )
     if extreme:  # the largest sums that there are
         weight, x = weight.sign(), x.abs()[:, :1].expand(x.shape).contiguous()
         weight[0] = 1.0
@@ -251,9 +262,7 @@ def decode(
 
 @pytest.mark.parametrize("shape", ["chain:3", "3x2x1", "tree:7"])
 @pytest.mark.parametrize("changes", [{}, {"chained": False, "concat": "hidden_first", "own_norm": False}], ids=str)
-def test_drafting_does_not_change_the_text(
-    tmp_path: Path, other: Team, shape: str, changes: dict[str, Any]
-) -> None:
+def test_drafting_does_not_change_the_text(tmp_path: Path, other: Team, shape: str, changes: dict[str, Any]) -> None:
     model, module = load_both(tmp_path, other, changes)
     prompts = [TOKENS[:21].tolist(), TOKENS[30:77].tolist()]
     wanted = decode(model, RootDrafter(), prompts, 64, other)
@@ -290,7 +299,12 @@ def test_levels_are_those_of_the_fp32_layers(tmp_path: Path, team: Team) -> None
 
 
 @FEW
-@given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([61, 5000, 49152]), st.sampled_from(["4x8", "chain", "tree"]))
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 4),
+    st.sampled_from([61, 5000, 49152]),
+    st.sampled_from(["4x8", "chain", "tree"]),
+)
 def test_growing_and_choosing_are_those_of_torch(team: Team, seed: int, batch: int, vocab: int, kind: str) -> None:
     """Up to what the last bit of a logarithm does: none of these draws is near a tie."""
     generator = torch.Generator().manual_seed(seed)

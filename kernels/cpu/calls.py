@@ -1,6 +1,5 @@
 """The library of step.c from Python: its structures, a team of threads, and matrices that are packed for it."""
 
-import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass

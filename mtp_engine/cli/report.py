@@ -16,6 +16,7 @@ _LEGEND = [
     "the depth before.",
 ]
 _SPREAD = 0.1  # of the rate of plain decoding, above which it is shown
+_TREES = 4  # kinds of trees that are named
 _SHOWN = "legend-shown"  # in the cache, once it was
 
 
@@ -55,6 +56,7 @@ def statistics(stats: GenerationStats, finish_reason: str, rule: str) -> Table:
         ("steps", f"{stats.steps}"),
         ("mean accepted length", f"{stats.mean_accepted_length:.2f}"),
         ("nodes per step", f"{stats.nodes_per_step:.1f}"),
+        *_trees(stats),
         *_acceptance(stats),
         ("prefill", f"{_seconds(stats.prefill_s)}, first token after {_seconds(stats.ttft_s)}"),
         *_shares(stats),
@@ -63,6 +65,18 @@ def statistics(stats: GenerationStats, finish_reason: str, rule: str) -> Table:
         ("seed", f"{stats.seed}"),
     ]
     return pairs(rows)
+
+
+def _trees(stats: GenerationStats) -> list[tuple[str, str]]:
+    """Which trees were used, where they were not all alike."""
+    if len(stats.trees) < 2:
+        return []
+    named = [
+        f"{'plain' if not depth else f'{depth} deep, {nodes} nodes'}: {steps}"
+        for (depth, nodes), steps in stats.trees.most_common(_TREES)
+    ]
+    others = stats.steps - sum(steps for _, steps in stats.trees.most_common(_TREES))
+    return [("steps by tree", "; ".join([*named, *([f"others: {others}"] if others else [])]))]
 
 
 def verdict(stats: GenerationStats, rule: str) -> str:

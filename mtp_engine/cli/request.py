@@ -72,7 +72,7 @@ ENGINE = settings(
     setting(
         EngineConfig,
         "tree",
-        "What is drafted per step: chain:K, widths per depth such as 4x2x2, or tree:N nodes.",
+        "What is drafted per step: chain:K, widths per depth such as 4x2x2, tree:N nodes, or auto: what pays, step by step.",
         kind=str,
         unset="suits the drafter",
     ),

@@ -40,7 +40,7 @@ class Weights:
         *,
         fp8_block: int | None = None,
         dequantize: bool = False,
-        make: Makers = Makers(),  # noqa: B008  frozen
+        make: Makers = Makers(),
     ) -> None:
         """fp8_block: rows and columns of a block that share a scale, if config.json announces FP8 weights."""
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device

@@ -37,7 +37,9 @@ class Costs:
         """What was measured on an earlier day; None where there is no such file, or it is damaged."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            found = cls([float(each) for each in raw["draft"]], {int(n): float(each) for n, each in raw["verify"].items()})
+            found = cls(
+                [float(each) for each in raw["draft"]], {int(n): float(each) for n, each in raw["verify"].items()}
+            )
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
         return found if found.draft and len(found.verify) > 1 else None
@@ -174,7 +176,10 @@ class Planner:
         count = self.nodes()
         for slot, nodes, reached in zip(slots, self._grown, accepted, strict=True):
             for depth in range(min(reached + 1, self._levels)):
-                at, promised = self._depths[depth], sum(node.promise for node in nodes[:count] if node.depth == depth + 1)
+                at, promised = (
+                    self._depths[depth],
+                    sum(node.promise for node in nodes[:count] if node.depth == depth + 1),
+                )
                 if promised:
                     at.promised = _MEMORY * at.promised + promised
                     at.accepted = _MEMORY * at.accepted + (reached > depth)

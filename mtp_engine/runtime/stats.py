@@ -1,6 +1,7 @@
 """What a request drafted, accepted and emitted, and how long each phase took."""
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,6 +73,9 @@ class GenerationStats:
     steps: int = 0
     tokens: int = 0
     nodes: int = 0  # tree nodes sent through the main model, roots included
+    trees: Counter[tuple[int, int]] = field(
+        default_factory=Counter
+    )  # steps by their tree's depth and nodes; (0, 1) is plain
     proposed_per_depth: list[int] = field(default_factory=list)  # steps whose tree reached depth d = 1, 2, ...
     accepted_per_depth: list[int] = field(default_factory=list)  # steps that accepted a draft at depth d = 1, 2, ...
     preemptions: int = 0  # times that it had to wait again, because memory was full
@@ -89,6 +93,7 @@ class GenerationStats:
         self.steps += 1
         self.tokens += emitted
         self.nodes += nodes
+        self.trees[max_depth, nodes] += 1
         for counts, reached in ((self.proposed_per_depth, max_depth), (self.accepted_per_depth, emitted - 1)):
             counts.extend([0] * (max_depth - len(counts)))
             for depth in range(reached):
@@ -144,6 +149,7 @@ class GenerationStats:
             "accepted_per_depth": list(self.accepted_per_depth),
             "proposed_per_depth": list(self.proposed_per_depth),
             "nodes_per_step": self.nodes_per_step,
+            "trees": {f"{depth}/{nodes}": steps for (depth, nodes), steps in self.trees.most_common()},
             "preemptions": self.preemptions,
             "queued_s": self.queued_s,
             "prefill_s": self.prefill_s,
