@@ -51,6 +51,7 @@ from mtp_engine.sampling.structure import Grammars
 from mtp_engine.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger("mtp_engine")
+_TRIALS = 12  # steps with each tree that are timed at most; the best one counts
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
 _RULE_TREES = {
     rule: TreeShape.parse(tree)
@@ -234,7 +235,7 @@ def mtp_drafter(
 def measured_costs(model: Decoder, module: MTPModule, config: EngineConfig, backend: Backend) -> Costs:
     """What drafting and verifying cost here, by a loop of its own that decodes nonsense; in two seconds, or somewhat more
     where a step takes long. model, module: fused."""
-    depth, tokens, seconds = module.config.depth, 256, 2.0
+    depth, tokens, seconds = module.config.depth, 512, 2.0
     planner = Planner(Costs([0.0] * (depth + 1), {}))
     drafter = mtp_drafter(module, replace(config, max_batch=1), backend, planner)
     pages = Pages(slots=2, tokens=2 * tokens, page_size=16, device=model.embedding.device)
@@ -246,20 +247,22 @@ def measured_costs(model: Decoder, module: MTPModule, config: EngineConfig, back
         model, cache, drafter, backend.verifier("match"), slots=1, max_context=tokens, eos_token_ids=(), prefill_chunk=64,
         device=model.embedding.device, attention=backend.attention, planner=planner,
     )  # fmt: skip
-    request = loop.add([number % model.vocab_size for number in range(7, 71)], SamplingParams(max_tokens=tokens // 2))
+    request = loop.add(
+        [number % model.vocab_size for number in range(7, 71)], SamplingParams(max_tokens=tokens - 100, ignore_eos=True)
+    )
     begin, rows = time.perf_counter(), {1: 0, 2: 1, 4: min(3, depth), 8: depth, AUTO_NODES + 1: depth}
     trials = [(levels, nodes - 1) for nodes, levels in rows.items()] + [(levels, levels) for levels in range(2, depth)]
     for levels, nodes in trials:
         planner.forced, found = (levels, nodes), list[tuple[float, float, int]]()
-        while len(found) < 4 and (len(found) < 2 or time.perf_counter() - begin < seconds):
+        end = time.perf_counter() + seconds / 2 / len(rows)
+        while len(found) < 3 or (len(found) < _TRIALS and time.perf_counter() < end):
             before, count = replace(request.stats), request.stats.steps
             while request.stats.steps == count:
                 loop.step()
             now = request.stats
             found.append((now.verify_s - before.verify_s, now.draft_s - before.draft_s, now.nodes - before.nodes))
-        verify_s, draft_s, verified = min(found[1:])  # the first was cold
-        planner.costs.verify.setdefault(verified, verify_s)
-        planner.costs.draft[levels] = draft_s
+        planner.costs.verify.setdefault(found[-1][2], min(verify_s for verify_s, _, _ in found))
+        planner.costs.draft[levels] = min(draft_s for _, draft_s, _ in found)
         if time.perf_counter() - begin > seconds and levels == depth:
             break
     draft = planner.costs.draft  # levels that were not tried: on a straight line

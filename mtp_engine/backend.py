@@ -1,6 +1,5 @@
 """What the engine runs on: torch alone, or kernels and CUDA graphs. Chosen once, when a model is loaded."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from mtp_engine.models.mtp import MTPModule
 from mtp_engine.models.weights import Makers
 from mtp_engine.protocols import Progress, Verifier
 from mtp_engine.runtime.step import EagerRunner, RunnerFactory, explain
+from mtp_engine.runtime.threads import pool_size
 from mtp_engine.verifiers import (
     BlockVerifier,
     DeviceMatchVerifier,
@@ -97,7 +97,7 @@ def describe_device(config: EngineConfig) -> str:
     """For people. config: settled, with a device that exists and its dtype."""
     device = torch.device(config.device)
     if device.type != "cuda":
-        return f"{config.device}, {torch.get_num_threads()} threads, {config.dtype}"
+        return f"{config.device}, {pool_size(config.threads)} threads, {config.dtype}"
     return f"{config.device} ({torch.cuda.get_device_name(device)}), {config.dtype}, attention {config.attention}"
 
 
@@ -168,7 +168,7 @@ def _native(config: EngineConfig) -> Backend:
     from mtp_engine.models.native import fuse, fuse_mtp
 
     try:
-        team = Team(config.threads or os.cpu_count() or 1, _kernels())
+        team = Team(pool_size(config.threads), _kernels())
     except NoCompiler as error:
         raise EngineError(f"{error}; or use --dtype fp32") from None
     torch.set_num_threads(1)  # what is left to torch is small, and its threads would wait for the team's

@@ -34,15 +34,15 @@ typedef void (*Job)(Me *, const void *);
  * nobody waits for a thread that the system does not run. */
 void run(Team *team, Job job, const void *argument);
 
-/* A unit of the present phase, which has `count` > 0; -1: there are no more. */
+/* A unit of the present phase, which has `count` > 0: of this thread's own share as long as there are some, in order, since
+ * neighbours lie together in memory and the processor reads ahead; then what others have left. -1: there are no more. */
 int claim(Me *me, int count);
-void finish(Me *me, int count);
 
 /* The end of a phase: go on when all its units are done. */
 void together(Me *me);
 
 /* for every unit of a phase that this thread gets */
-#define EACH(unit, count) for (int unit; (unit = claim(me, (count))) >= 0; finish(me, (count)))
+#define EACH(unit, count) for (int unit; (unit = claim(me, (count))) >= 0;)
 
 int me_number(const Me *me);
 char *memory_of(const Me *me); /* what the caller has taken */

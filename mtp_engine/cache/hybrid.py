@@ -79,6 +79,10 @@ class HybridKV:
         target = lengths[:, None] + steps
         # past the kept nodes a row moves onto itself
         source = torch.where(steps < result.counts[:, None], lengths[:, None] + result.path, target)
+        moved = (source != target).any(0)
+        if not moved.any():
+            return  # a chain
+        source, target = source[:, moved], target[:, moved]
         for group in self.groups:
             group.move(group.rows(slots, source).flatten(), group.rows(slots, target).flatten())
 

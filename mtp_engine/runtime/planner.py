@@ -18,9 +18,10 @@ from typing import final
 _MEMORY = 0.98  # how much of the evidence for a correction is left after a step
 _OWN = 0.9  # and for what a request gains
 _PRIOR = 4.0  # steps' worth of belief that the drafter's probabilities are right
-_FIRST_REST, _LONGEST_REST = 12, 96  # plain steps after which a request that does not pay is drafted for once more
+_BELIEF = 3.0  # steps' worth of belief that a new request is like those before it
+_TRIALS = 0.015  # of the time of a request that drafting does not pay for, to try it again
+_SHORTEST_REST, _LONGEST_REST = 8, 500  # plain steps between two trials
 _DRIFT = 0.15  # weight of the newest measurement of a cost
-_LEAST = 6  # steps that a request is drafted for before that is doubted
 
 
 @final
@@ -73,13 +74,13 @@ class Costs:
 @final
 @dataclass
 class _Own:
-    """What is known of one request: tokens that steps with drafts gave it lately, and the seconds they cost it."""
+    """What is known of one request: what steps with drafts gave it lately, and what they cost. rest: plain steps to come before
+    it is drafted for again."""
 
-    tokens: float = 0.0
-    seconds: float = 0.0
-    drafted: int = 0  # steps
-    rest: int = 0  # plain steps to come before it is drafted for again
-    last_rest: int = 0
+    steps: float
+    tokens: float
+    seconds: float
+    rest: int = 0
 
 
 @final
@@ -185,14 +186,9 @@ class Planner:
                     at.accepted = _MEMORY * at.accepted + (reached > depth)
                     at.tried, at.reached = _MEMORY * at.tried + 1, _MEMORY * at.reached + (reached > depth)
             own = self._of(slot)
-            own.tokens, own.drafted = _OWN * own.tokens + reached + 1, own.drafted + 1
+            own.steps, own.tokens = _OWN * own.steps + 1, _OWN * own.tokens + reached + 1
             own.seconds = _OWN * own.seconds + self._seconds(self._levels, 1, count)
-            if own.drafted < _LEAST:
-                continue
-            if own.tokens / own.seconds > 1 / self._seconds(0, 1, 0):
-                own.last_rest = 0
-            elif own.last_rest == 0 or own.drafted % 2 == 0:  # after a rest two steps in a row are tried
-                own.last_rest = own.rest = min(_LONGEST_REST, max(_FIRST_REST, 2 * own.last_rest))
+            own.rest = self._rest(own)
 
     def timed(self, nodes: int, batch: int, draft_s: float, verify_s: float) -> None:
         """A step with trees of so many nodes, roots included, took so long."""
@@ -205,7 +201,23 @@ class Planner:
         self._own.pop(slot, None)
 
     def _of(self, slot: int) -> _Own:
-        return self._own.setdefault(slot, _Own())
+        """New ones are taken to be as those before them were."""
+        if slot not in self._own:
+            tokens, chance, likely = 1.0, 1.0, list[tuple[float, float]]()
+            for levels, at in enumerate(self._depths, 1):
+                chance *= at.reached / at.tried
+                tokens += chance
+                likely.append((tokens, self._seconds(levels, 1, levels)))
+            tokens, seconds = max(likely, key=lambda each: each[0] / each[1])
+            self._own[slot] = own = _Own(_BELIEF, _BELIEF * tokens, _BELIEF * seconds)
+            own.rest = self._rest(own)
+        return self._own[slot]
+
+    def _rest(self, own: _Own) -> int:
+        """0 where drafting pays; else as many plain steps as make what a trial loses a small part of the time."""
+        plain_s = self._seconds(0, 1, 0)
+        lost = (own.seconds - own.tokens * plain_s) / own.steps
+        return 0 if lost <= 0 else min(_LONGEST_REST, max(_SHORTEST_REST, int(lost / (_TRIALS * plain_s))))
 
     def _gain(self, count: int) -> float:
         return sum(node.worth for row in self._grown for node in row[:count])
