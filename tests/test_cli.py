@@ -838,7 +838,7 @@ def test_a_record_holds_all_that_was_asked(recorded: Path) -> None:
     assert (record["config"]["tree"], record["config"]["verifier"], record["config"]["dtype"]) == (
         "2x2",
         "match",
-        "fp32",
+        "int8",
     )
     assert len(record["drafted"]) == len(record["token_ids"]) == 12
     assert record["version"] == "0.2.0"

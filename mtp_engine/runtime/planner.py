@@ -74,13 +74,12 @@ class Costs:
 @final
 @dataclass
 class _Own:
-    """What is known of one request: what steps with drafts gave it lately, and what they cost. rest: plain steps to come before
-    it is drafted for again."""
+    """What is known of one request. lost: seconds that steps with drafts lately took longer than plain decoding would have
+    taken for their tokens. rest: plain steps to come before it is drafted for again."""
 
     steps: float
-    tokens: float
-    seconds: float
-    rest: int = 0
+    lost: float
+    rest: int
 
 
 @final
@@ -174,7 +173,8 @@ class Planner:
         """How many drafts of each request's tree were accepted."""
         if not self._levels:
             return
-        count = self.nodes()
+        count, batch = self.nodes(), len(slots)
+        plain_s = self._seconds(0, batch, 0)
         for slot, nodes, reached in zip(slots, self._grown, accepted, strict=True):
             for depth in range(min(reached + 1, self._levels)):
                 at, promised = (
@@ -186,9 +186,9 @@ class Planner:
                     at.accepted = _MEMORY * at.accepted + (reached > depth)
                     at.tried, at.reached = _MEMORY * at.tried + 1, _MEMORY * at.reached + (reached > depth)
             own = self._of(slot)
-            own.steps, own.tokens = _OWN * own.steps + 1, _OWN * own.tokens + reached + 1
-            own.seconds = _OWN * own.seconds + self._seconds(self._levels, 1, count)
-            own.rest = self._rest(own)
+            lost = (self._seconds(self._levels, batch, count) - (reached + 1) * plain_s) / batch
+            own.steps, own.lost = _OWN * own.steps + 1, _OWN * own.lost + lost
+            own.rest = self._rest(own.lost / own.steps, plain_s / batch)
 
     def timed(self, nodes: int, batch: int, draft_s: float, verify_s: float) -> None:
         """A step with trees of so many nodes, roots included, took so long."""
@@ -203,20 +203,16 @@ class Planner:
     def _of(self, slot: int) -> _Own:
         """New ones are taken to be as those before them were."""
         if slot not in self._own:
-            tokens, chance, likely = 1.0, 1.0, list[tuple[float, float]]()
+            plain_s, tokens, chance, losses = self._seconds(0, 1, 0), 1.0, 1.0, list[float]()
             for levels, at in enumerate(self._depths, 1):
                 chance *= at.reached / at.tried
                 tokens += chance
-                likely.append((tokens, self._seconds(levels, 1, levels)))
-            tokens, seconds = max(likely, key=lambda each: each[0] / each[1])
-            self._own[slot] = own = _Own(_BELIEF, _BELIEF * tokens, _BELIEF * seconds)
-            own.rest = self._rest(own)
+                losses.append(self._seconds(levels, 1, levels) - tokens * plain_s)
+            self._own[slot] = _Own(_BELIEF, _BELIEF * min(losses), self._rest(min(losses), plain_s))
         return self._own[slot]
 
-    def _rest(self, own: _Own) -> int:
+    def _rest(self, lost: float, plain_s: float) -> int:
         """0 where drafting pays; else as many plain steps as make what a trial loses a small part of the time."""
-        plain_s = self._seconds(0, 1, 0)
-        lost = (own.seconds - own.tokens * plain_s) / own.steps
         return 0 if lost <= 0 else min(_LONGEST_REST, max(_SHORTEST_REST, int(lost / (_TRIALS * plain_s))))
 
     def _gain(self, count: int) -> float:
