@@ -98,8 +98,6 @@ class Session:
 
     def _time(self, case: dict[str, Any], forced: int) -> dict[str, Any]:
         tree, batch, context = case["tree"], case["batch"], case["context"]
-        if self._too_wide(tree, batch):
-            return {"failed": "a MoE of more rows is not in CUDA graphs"}
         bench = build(self.model, tree, batch, context, self.config)
         if forced and tree:
             bench.loop.work.verifier = Forced(bench.loop.work.verifier, forced)
@@ -112,14 +110,6 @@ class Session:
         if tree:
             ratios["draft_x"] = t.draft / draft
         return times | {name: round(value, 3) for name, value in ratios.items()} | {"accepted": round(t.accepted, 3)}
-
-    def _too_wide(self, tree: str | None, batch: int) -> bool:
-        """Whether rows are so many that the torch MoE takes over, which looks at the host to see which experts are hit."""
-        if self.config.device == "cpu" or not any(layer.moe for layer in self.model.config.layers):
-            return False
-        from mtp_engine.models.fused import MOST_ROWS
-
-        return batch * (TreeShape.parse(tree).max_nodes if tree else 1) > MOST_ROWS
 
     def profiled(self, tree: str | None, context: int) -> dict[str, float]:
         """Microseconds a step of the 30 longest kernels; prints them."""

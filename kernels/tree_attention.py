@@ -8,7 +8,7 @@ step cannot change a bit of its result. The grouping, a function of p alone:
 - The *near* keys, in the row's own tile and the one before (in a windowed layer: all of the window), are one run of the
   online softmax, tile by tile in ascending order.
 - The *far* keys, all below those, fall into splits at fixed positions (`Plan.splits`), each a run of its own.
-- The runs are merged, the near one first, then the splits in ascending order, 16 at a time.
+- The runs are merged one by one: the splits in ascending order, then the near one.
 
 With at most 64 rows and tiles of at least 64 keys, every far key of every row lies below L: it is the same key for all
 rows. So a far split is read once per key head, for nodes and grouped heads folded into one block of rows, while a near
@@ -83,7 +83,7 @@ class Scratch:
         return cls(acc, torch.empty(rows * runs * 2, dtype=torch.float32, device=device))
 
 
-def _blocks(dim: int) -> tuple[int, int]:
+def head_blocks(dim: int) -> tuple[int, int]:
     """Powers of two, at least 16, that cover a head's dimension: 192 = 128 + 64, 24 -> 16 + 16, 8 -> 16 + 0."""
     whole = max(16, 1 << dim.bit_length() - 1)
     return whole, max(16, triton.next_power_of_2(dim - whole)) if dim > whole else 0
@@ -121,7 +121,8 @@ def tree_attention(
     assert not splits or acc.numel() >= batch * nodes * heads * (1 + splits) * v_dim, "the scratch is too small"
     shared = {"GROUP": group, "KV_HEADS": kv_heads, "DV": v_dim, "DV_PAD": max(16, triton.next_power_of_2(v_dim))}
     shared |= {"TILE": plan.tile, "SPLITS": plan.splits, "SINK": sink is not None, "PDL": pdl(), "launch_pdl": pdl()}
-    whole, rest = _blocks(dim)
+    shared |= {"enable_fp_fusion": False}
+    whole, rest = head_blocks(dim)
     runs_kernel[splits * triton.cdiv(nodes * group, plan.rows) * kv_heads + nodes * kv_heads, batch](
         q, k_cache, v_cache, pages, lengths, positions, paths, first, out if sink is None else sink, out, acc, stats,
         *q.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2], positions.stride(0), pages.stride(0), wrap,

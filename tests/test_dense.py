@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
 # of the norm; x * norm and the result are rounded to bf16, which the interpreter does towards zero
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2 if DEVICE == "cuda" else 2e-2}
-TILES = [None, Tile(16, 16, 1, 2), Tile(32, 16, 8, 3)]
+TILES = [None, Tile(16, 16, 1, 2), Tile(32, 16, 4, 3)]
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -66,6 +66,7 @@ MANY = [
     (Tile(16, 16, 4, 3), 96, [Tile(64, 16, 4, 3, 64), Tile(32, 16, 4, 4, 64, 4)]),
     (Tile(32, 16, 2, 3), 40, [Tile(32, 16, 2, 3, 32), Tile(64, 16, 2, 3, 128, 8)]),
     (Tile(16, 128, 4, 3), 640, [Tile(64, 128, 4, 3, 64, 4)]),
+    (Tile(16, 16, 4, 3), 96, [Tile(8, 16, 4, 3, 64, 4, True)]),
 ]
 
 
