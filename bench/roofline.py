@@ -187,7 +187,7 @@ def measure_model(session: Session, options: dict[str, Any], contexts: tuple[int
     result["accepted_length_forced"] = whole
     if any(layer.moe and layer.attention.window for layer in model.config.layers):
         layers = session.attempt({"layers": model.name}, lambda: {
-            "rows": measure_layers(model, session.config, (1, 4, 16), contexts[0], session.read)})  # fmt: skip
+            "rows": measure_layers(model, session.config, (1, 4, 16, 64, 256), contexts[0], session.read)})  # fmt: skip
         result["layers"] = layers
         if "rows" in layers:
             CONSOLE.print(layers_table(layers["rows"]))

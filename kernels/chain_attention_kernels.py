@@ -6,19 +6,14 @@ import triton.language as tl
 from mtp_engine.kernels.tree_attention_kernels import (
     _SMALL,
     _absorb,
+    _far_step,
     _finish,
+    _fresh,
     _merge,
+    _page,
     _queries,
     _split_start,
-    _storage,
 )
-
-
-@triton.jit
-def _fresh(ROWS: tl.constexpr, D: tl.constexpr):
-    """The state that has seen no key: maximum, sum, accumulator."""
-    empty = tl.full([ROWS], float("-inf"), tl.float32)
-    return empty, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D], tl.float32)
 
 
 @triton.jit(do_not_specialize=["page_stride", "wrap", "nodes", "per"], do_not_specialize_on_alignment=_SMALL)
@@ -66,12 +61,12 @@ def chain_kernel(
                 split += 1
             start = begin // TILE * TILE
         edge = _split_start(split + 1, SPLITS)
-        for base in tl.range(start, end, TILE, num_stages=1 + 2 * DEPTH):
-            pos = base + t
-            exists = pos >= begin if FIRST else t < TILE
-            run = _absorb(
-                run, queries, k_cache, v_cache, _storage(pages, pos, base, exists, wrap, PAGE, 0, TILE), exists,
-                exists[None, :] if FIRST else None, scale, k_row, v_row, DK, DV, D0, D1, DV_PAD,
+        page = _page(pages, start, end, PAGE)
+        for base in tl.range(start, end, TILE, num_stages=1 + DEPTH):
+            exists = base + t >= begin if FIRST else t < TILE
+            run, page = _far_step(
+                run, queries, pages, page, k_cache, v_cache, base, end, exists, exists[None, :] if FIRST else None, scale,
+                k_row, v_row, DK, DV, D0, D1, DV_PAD, PAGE, TILE,
             )  # fmt: skip
             if (base + TILE >= edge) | (base + TILE >= end):
                 state = _merge(state, run)
@@ -86,9 +81,10 @@ def chain_kernel(
         pos = base + t
         exists = (pos >= lowest) & (pos < high)
         seen = (pos >= oldest[:, None]) & (pos <= own[:, None])
+        number = tl.load(pages + (pos // PAGE % wrap if WINDOW else pos // PAGE), mask=exists, other=0)
         run = _absorb(
-            run, queries, k_cache, v_cache, _storage(pages, pos, base, exists, wrap, PAGE, WINDOW, TILE), exists, seen,
-            scale, k_row, v_row, DK, DV, D0, D1, DV_PAD,
+            run, queries, k_cache, v_cache, number.to(tl.int64) * PAGE + pos % PAGE, exists, seen, scale, k_row, v_row,
+            DK, DV, D0, D1, DV_PAD,
         )  # fmt: skip
     m, total, acc = _merge(state, run)
     y = _finish(m, total, acc, tl.load(sink + head, mask=valid, other=0.0).to(tl.float32) if SINK else total, SINK)

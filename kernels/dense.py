@@ -7,6 +7,7 @@ Under programmatic dependent launch a kernel asks for the first part of its weig
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, final
 
 import torch
@@ -22,6 +23,7 @@ Weight = Tensor | BlockMatrix
 """[out, in], last dimension contiguous: bf16 or fp32, or FP8 with scales."""
 
 SHARED = 220_000  # bytes of shared memory that the stages of a CTA may take (an H100 has 232,448)
+_SMS = 132  # multiprocessors of an H100; on another GPU the choice of tiles is a little worse
 _APART = 256  # from so many tokens on, placing queries, keys and values is a kernel of its own
 PREFETCH = 8 << 20  # bytes of a weight that are asked for before the input is there: 2.7 us at 3 TB/s
 
@@ -79,10 +81,9 @@ def many(tile: Tile, rows: int, k: int, m: int) -> Tile:
         return wide(64, 64, 4, 4) if m <= 128 else wide(64, 128, 8, 4)
     if m <= 32:
         return sliced(32, 32) if k >= 2048 else wide(64, 32, 4, 4)
-    if m > 512 or (m > 256 and rows > 8192):
-        return boxes(128, 256, 8, 3)
     if m > 256:
-        return boxes(128, 128, 8, 4)
+        large, small = (-(-tiles // _SMS) for tiles in (-(-rows // 128) * -(-m // 256), -(-rows // 128) * -(-m // 128)))
+        return boxes(128, 256, 8, 3) if large <= 0.58 * small else boxes(128, 128, 8, 4)  # a small one takes 0.58 as long
     if rows <= 4096:  # few rows: smaller tiles
         return sliced(32, 64) if m <= 64 else wide(64, 64, 4, 8) if m <= 128 else wide(64, 128, 8, 6)
     if m <= 64:
@@ -104,19 +105,23 @@ def _exact(x: Tensor, weight: Weight) -> bool:
 
 
 def _tile(x: Tensor, weight: Weight) -> Tile:
-    data = _matrix(weight)
-    tile = tile_for(data.shape[0], data.shape[1], data.element_size(), _exact(x, weight))
-    if isinstance(weight, BlockMatrix):
-        return replace(tile, depth=min(tile.depth, weight.block))
-    return many(tile, data.shape[0], data.shape[1], len(x)) if x.dtype == data.dtype == torch.bfloat16 else tile
+    data, block = _matrix(weight), weight.block if isinstance(weight, BlockMatrix) else 0
+    several = x.dtype == data.dtype == torch.bfloat16
+    return _choose(*data.shape, data.element_size(), _exact(x, weight), block, len(x) if several else 1)
+
+
+@lru_cache(maxsize=1 << 12)  # a prompt's launches are not to wait for this
+def _choose(rows: int, k: int, itemsize: int, exact: bool, block: int, m: int) -> Tile:
+    tile = tile_for(rows, k, itemsize, exact)
+    return many(replace(tile, depth=min(tile.depth, block)) if block else tile, rows, k, m)
 
 
 def _normed(x: Tensor, norm: Tensor, eps: float, tile: Tile) -> tuple[Tensor, Tensor]:
-    """x * norm, rounded, and 1 / rms(x): [M, K] and [M] fp32. About 3 us for 4096 columns, while weights are fetched."""
+    """x * norm, rounded, and 1 / rms(x): [M, K] and [M] fp32. Some microseconds, while weights are fetched."""
     (m, k), y = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rms = torch.empty(m, dtype=torch.float32, device=x.device)
-    norm_kernel[(triton.cdiv(m, 8),)](
-        x, x.stride(0), norm, eps, y, rms, m, K=k, BM=8, DEPTH=tile.depth, WARPS=tile.warps, PDL=pdl(),
+    norm_kernel[(triton.cdiv(m, 8), 1 + triton.cdiv(k, 1024))](
+        x, x.stride(0), norm, eps, y, rms, m, K=k, BM=8, DEPTH=tile.depth, WARPS=tile.warps, COLUMNS=1024, PDL=pdl(),
         launch_pdl=pdl(), num_warps=tile.warps, num_stages=6,
     )  # fmt: skip
     return y, rms

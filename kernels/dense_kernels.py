@@ -211,26 +211,30 @@ def _product(
 @triton.jit(do_not_specialize=["M"])
 def norm_kernel(
     x, x_stride, norm, eps, y, rms, M,
-    K: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x * norm, rounded, and 1 / rms(x) in fp32, as `_sliced_product` has them."""
+    """x * norm, rounded, and 1 / rms(x) in fp32, as `_sliced_product` has them. Of the programs of BM tokens the first finds
+    1 / rms, and the others take COLUMNS columns each."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # to ask for weights meanwhile
         tl.extra.cuda.gdc_wait()
     kind: tl.constexpr = y.dtype.element_ty
-    k = (tl.arange(0, WARPS) * DEPTH)[:, None, None] + tl.arange(0, DEPTH)[None, None, :]
-    token = (tl.program_id(0) * BM + tl.arange(0, BM))[None, :, None]
-    row = token.to(tl.int64)
-    squares = tl.zeros([WARPS, 16, BM], tl.float32)
-    ones = tl.full([WARPS, 16, DEPTH], 1.0, tl.float32).to(kind)
-    for start in tl.range(0, K, WARPS * DEPTH, num_stages=6):
-        keep = (token < M) & (k < K - start)
-        wide = tl.load(x + row * x_stride + start + k, mask=keep, other=0.0).to(tl.float32)
-        factor = tl.load(norm + start + k, mask=k < K - start, other=0.0).to(tl.float32)
-        squares = _add_squares(ones, wide, squares)
-        tl.store(y + row * K + start + k, (wide * factor).to(kind), mask=keep)
     token = tl.program_id(0) * BM + tl.arange(0, BM)
-    tl.store(rms + token, _inverse_rms(squares, eps, K, WARPS, BM), mask=token < M)
+    if tl.program_id(1) > 0:
+        column = (tl.program_id(1) - 1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        keep = (token < M)[:, None] & (column < K)
+        values = tl.load(x + token.to(tl.int64)[:, None] * x_stride + column, mask=keep, other=0.0).to(tl.float32)
+        factor = tl.load(norm + column, mask=column < K, other=0.0).to(tl.float32)
+        tl.store(y + token.to(tl.int64)[:, None] * K + column, (values * factor).to(kind), mask=keep)
+    else:
+        k = (tl.arange(0, WARPS) * DEPTH)[:, None, None] + tl.arange(0, DEPTH)[None, None, :]
+        x_at = x + token.to(tl.int64)[None, :, None] * x_stride + k
+        squares = tl.zeros([WARPS, 16, BM], tl.float32)
+        ones = tl.full([WARPS, 16, DEPTH], 1.0, tl.float32).to(kind)
+        for start in range(0, K, WARPS * DEPTH):
+            values = tl.load(x_at + start, mask=(token < M)[None, :, None] & (k < K - start), other=0.0)
+            squares = _add_squares(ones, values.to(tl.float32), squares)
+        tl.store(rms + token, _inverse_rms(squares, eps, K, WARPS, BM), mask=token < M)
 
 
 @triton.jit(do_not_specialize=["M", "ahead"])

@@ -49,10 +49,11 @@ class Plan:
     merge_warps: int = 1
 
     @classmethod
-    def default(cls, dtype: torch.dtype, rows: int, kv_heads: int, dim: int) -> "Plan":
-        """rows: (node, head) rows that share far keys, or one node's if there are none. They may not decide arithmetic.
-        dim: of queries."""
-        depth = 2 if dim <= 64 else 1  # measured: wide heads gain more from two programs per multiprocessor
+    def default(cls, dtype: torch.dtype, rows: int, kv_heads: int, dim: int, bound: int = 0) -> "Plan":
+        """rows: (node, head) rows that share far keys, or one node's if there are none. They may not decide arithmetic, nor
+        may `bound`, see tree_attention. dim: of queries."""
+        # measured: wide heads gain more from two programs per multiprocessor, unless each has many tiles to read
+        depth = 2 if dim <= 64 or bound > 4096 else 1
         # few heads make few programs: shorter splits keep more of the GPU busy
         splits = (128, 32, 1024, 28, 4096) if kv_heads >= 8 else (128, 32, 512, 56, 4096)
         if dtype == torch.float32:  # without tensor cores; only exact, not fast
@@ -108,7 +109,7 @@ def tree_attention(
     batch, nodes, heads, dim = q.shape
     kv_heads, v_dim = v_cache.shape[1:]
     group = heads // kv_heads
-    plan = plan or Plan.default(q.dtype, group if window else nodes * group, kv_heads, dim)
+    plan = plan or Plan.default(q.dtype, group if window else nodes * group, kv_heads, dim, 0 if window else bound)
     assert nodes <= MAX_NODES <= plan.tile, "more rows, or smaller tiles, and far keys would differ between rows"
     assert group <= plan.rows, "a node's heads must fit into one block"
     assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (q, k_cache, v_cache, pages, positions)), "last dimension"

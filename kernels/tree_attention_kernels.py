@@ -38,6 +38,13 @@ def _finish(m, total, acc, sink, SINK: tl.constexpr):
 
 
 @triton.jit
+def _fresh(ROWS: tl.constexpr, D: tl.constexpr):
+    """The state that has seen no key: maximum (log2), sum, accumulator."""
+    empty = tl.full([ROWS], float("-inf"), tl.float32)
+    return empty, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D], tl.float32)
+
+
+@triton.jit
 def _absorb(
     state, queries, k, v, rows, exists, seen, scale, k_row, v_row,
     DK: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV_PAD: tl.constexpr,
@@ -94,14 +101,26 @@ def _merge(state, run):
 
 
 @triton.jit
-def _storage(pages, slot, base, exists, wrap, PAGE: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr):
-    """Storage rows [TILE] int64 of cache slots `slot`, which follow one another from `base` on, a multiple of TILE."""
-    if PAGE % TILE == 0:  # one page
-        page = tl.load(pages + (base // PAGE % wrap if WINDOW else base // PAGE))
-        return page.to(tl.int64) * PAGE + (slot - base // PAGE * PAGE)
+def _page(pages, position, stop, PAGE: tl.constexpr):
+    """The number of the page of a cache slot, or of the last slot below stop, where one comes before the other."""
+    return tl.load(pages + tl.maximum(tl.minimum(position, stop - 1), 0) // PAGE)
+
+
+@triton.jit
+def _far_step(
+    run, queries, pages, page, k, v, base, stop, exists, seen, scale, k_row, v_row,
+    DK: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """`_absorb` of the tile of far keys at `base`. page: of its first key; returns that of the next tile's, too, which is
+    asked for a tile ahead, as keys cannot be asked for without it."""
+    pos = base + tl.arange(0, TILE)
+    if PAGE % TILE == 0:
+        rows = page.to(tl.int64) * PAGE + (pos - base // PAGE * PAGE)
+        page = _page(pages, base + TILE, stop, PAGE)
     else:
-        page = tl.load(pages + (slot // PAGE % wrap if WINDOW else slot // PAGE), mask=exists, other=0)
-        return page.to(tl.int64) * PAGE + slot % PAGE
+        rows = tl.load(pages + pos // PAGE, mask=exists, other=0).to(tl.int64) * PAGE + pos % PAGE
+    return _absorb(run, queries, k, v, rows, exists, seen, scale, k_row, v_row, DK, DV, D0, D1, DV_PAD), page
 
 
 @triton.jit
@@ -154,18 +173,17 @@ def _ancestors(path, length, nodes, near, TILE: tl.constexpr):
 
 @triton.jit
 def _add_up(
-    queries, pages, k, v, span, end, length, own, node, ancestors, wrap, scale, k_row, v_row,
+    queries, pages, k, v, span, length, own, node, ancestors, wrap, scale, k_row, v_row,
     DK: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """The run over positions `span`: low, stop and root as from `_near`. Returns what `_soften` calls the state.
+    """A near run, over positions `span`: low, stop and root as from `_near`. Returns what `_soften` calls the state.
 
-    pages: pointer to the request's row of the table; end: [ROWS], where each row's keys end; own, node: of a near run.
+    pages: pointer to the request's row of the table; own: the node's position.
     """
     low, stop, root = span
     here, there = ancestors
-    m, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DV_PAD], tl.float32)
+    m, total, acc = _fresh(ROWS, DV_PAD)
     # a page's number, then its keys: two loads deep
     for base in tl.range(low // TILE * TILE, stop, TILE, num_stages=1 + 2 * DEPTH):
         pos = base + tl.arange(0, TILE)
@@ -175,7 +193,7 @@ def _add_up(
         page = tl.load(pages + (slot // PAGE % wrap if WINDOW else slot // PAGE), mask=exists, other=0)
         m, total, acc = _absorb(
             (m, total, acc), queries, k, v, page.to(tl.int64) * PAGE + slot % PAGE, exists,
-            exists & (pos < end[:, None]), scale, k_row, v_row, DK, DV, D0, D1, DV_PAD,
+            exists[None, :], scale, k_row, v_row, DK, DV, D0, D1, DV_PAD,
         )  # fmt: skip
     return m, total, acc
 
@@ -228,12 +246,27 @@ def runs_kernel(
         low, stop, root = _near(own, above, length, begin, WINDOW, TILE)
     if low // TILE * TILE >= stop:
         return
-    end = tl.where(far, _far_end(position, length, TILE), stop)
     ancestors = _ancestors(path, length, nodes, not far, TILE)  # read here, out of the way of the loop's loads
-    m, total, acc = _add_up(
-        queries, pages + b * page_stride, k_cache + kv_head * k_head, v_cache + kv_head * v_head, (low, stop, root), end,
-        length, own, node, ancestors, wrap, scale, k_row, v_row, DK, DV, D0, D1, DV_PAD, PAGE, WINDOW, TILE, ROWS, DEPTH,
-    )  # fmt: skip
+    pages += b * page_stride
+    k_cache += kv_head * k_head
+    v_cache += kv_head * v_head
+    if WINDOW == 0 and far:
+        end = _far_end(position, length, TILE)
+        page = _page(pages, low // TILE * TILE, stop, PAGE)
+        run = _fresh(ROWS, DV_PAD)
+        for base in tl.range(low // TILE * TILE, stop, TILE, num_stages=1 + DEPTH):
+            pos = base + tl.arange(0, TILE)
+            exists = (pos >= low) & (pos < stop)
+            run, page = _far_step(
+                run, queries, pages, page, k_cache, v_cache, base, stop, exists, exists & (pos < end[:, None]), scale,
+                k_row, v_row, DK, DV, D0, D1, DV_PAD, PAGE, TILE,
+            )  # fmt: skip
+    else:
+        run = _add_up(
+            queries, pages, k_cache, v_cache, (low, stop, root), length, own, node, ancestors, wrap, scale, k_row, v_row,
+            DK, DV, D0, D1, DV_PAD, PAGE, WINDOW, TILE, ROWS, DEPTH,
+        )  # fmt: skip
+    m, total, acc = run
     if WHOLE:
         y = _finish(m, total, acc, tl.load(sink + head, mask=valid, other=0.0).to(tl.float32) if SINK else total, SINK)
         out += b.to(tl.int64) * nodes * (KV_HEADS * GROUP * DV)
