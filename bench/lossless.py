@@ -58,7 +58,11 @@ def differences(
     "--kv-tokens", default=0, type=COUNT, help="Room for so many tokens, so that requests are preempted; 0 is enough."
 )
 @click.option(
-    "--other-batch", default=3, type=SOME, show_default=True, help="Requests at a time of another plain run, in reversed order."
+    "--other-batch",
+    default=3,
+    type=SOME,
+    show_default=True,
+    help="Requests at a time of another plain run, in reversed order.",
 )
 def main(path: Path, limit: int, max_tokens: int, model: str, mtp: str | None, device: str, dtype: str, attention: str,
          batch: int, kv_tokens: int, other_batch: int) -> None:  # fmt: skip

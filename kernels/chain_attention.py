@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtp_engine.kernels.ancestry import MAX_NODES
 from mtp_engine.kernels.chain_attention_kernels import chain_kernel
-from mtp_engine.kernels.launch import pdl
+from mtp_engine.kernels.launch import overlap
 from mtp_engine.kernels.tree_attention import Plan, head_blocks
 from mtp_engine.kernels.tree_attention_kernels import LOG2E
 
@@ -62,7 +62,7 @@ def chain_attention(
         *q.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2], pages.stride(0), wrap, nodes, per,
         scale * LOG2E.value, GROUP=group, KV_HEADS=kv_heads, DK=dim, DV=v_dim, D0=whole, D1=rest,
         DV_PAD=max(16, triton.next_power_of_2(v_dim)), PAGE=page_size, WINDOW=window, TILE=plan.tile, SPLITS=plan.splits,
-        ROWS=plan.rows, TAKEN=taken, DEPTH=plan.depth, FIRST=first is not None, SINK=sink is not None, PDL=pdl(),
-        launch_pdl=pdl(), num_warps=plan.warps, enable_fp_fusion=False,
+        ROWS=plan.rows, TAKEN=taken, DEPTH=plan.depth, FIRST=first is not None, SINK=sink is not None, PDL=overlap(batch * nodes),
+        launch_pdl=overlap(batch * nodes), num_warps=plan.warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mtp_engine.kernels.dense_kernels import gated_kernel, linear_kernel, norm_kernel, place_kernel, qkv_kernel
 from mtp_engine.kernels.fp8 import BlockMatrix
-from mtp_engine.kernels.launch import pdl
+from mtp_engine.kernels.launch import overlap
 
 Weight = Tensor | BlockMatrix
 """[out, in], last dimension contiguous: bf16 or fp32, or FP8 with scales."""
@@ -83,7 +83,9 @@ def many(tile: Tile, rows: int, k: int, m: int) -> Tile:
         return sliced(32, 32) if k >= 2048 else wide(64, 32, 4, 4)
     if m > 256:
         large, small = (-(-tiles // _SMS) for tiles in (-(-rows // 128) * -(-m // 256), -(-rows // 128) * -(-m // 128)))
-        return boxes(128, 256, 8, 3) if large <= 0.58 * small else boxes(128, 128, 8, 4)  # a small one takes 0.58 as long
+        return (
+            boxes(128, 256, 8, 3) if large <= 0.58 * small else boxes(128, 128, 8, 4)
+        )  # a small one takes 0.58 as long
     if rows <= 4096:  # few rows: smaller tiles
         return sliced(32, 64) if m <= 64 else wide(64, 64, 4, 8) if m <= 128 else wide(64, 128, 8, 6)
     if m <= 64:
@@ -121,8 +123,8 @@ def _normed(x: Tensor, norm: Tensor, eps: float, tile: Tile) -> tuple[Tensor, Te
     (m, k), y = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rms = torch.empty(m, dtype=torch.float32, device=x.device)
     norm_kernel[(triton.cdiv(m, 8), 1 + triton.cdiv(k, 1024))](
-        x, x.stride(0), norm, eps, y, rms, m, K=k, BM=8, DEPTH=tile.depth, WARPS=tile.warps, COLUMNS=1024, PDL=pdl(),
-        launch_pdl=pdl(), num_warps=tile.warps, num_stages=6,
+        x, x.stride(0), norm, eps, y, rms, m, K=k, BM=8, DEPTH=tile.depth, WARPS=tile.warps, COLUMNS=1024, PDL=overlap(m),
+        launch_pdl=overlap(m), num_warps=tile.warps, num_stages=6,
     )  # fmt: skip
     return y, rms
 
@@ -167,7 +169,7 @@ def _launch(
         first, x.stride(0) if m > 1 else k, norm, eps, second, data.stride(0), scale, table,
         0 if scale is None else scale.stride(0), m, ahead if aligned else 0, **own,
         K=k, ROWS=tile.rows, BM=tokens, DEPTH=tile.depth, WARPS=tile.warps, BLOCK=block, WIDE=tile.wide, BOXES=tile.boxes,
-        PIECES=pieces, PDL=(2 if small else 1) * pdl(), launch_pdl=pdl(), num_warps=warps, num_stages=stages, maxnreg=registers,
+        PIECES=pieces, PDL=(2 if small else 1) * overlap(m), launch_pdl=overlap(m), num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
 
 
@@ -251,7 +253,7 @@ def qkv(
         y = linear(x, weight, norm=norm, eps=eps, bias=bias, tile=tile)
         pairs = triton.next_power_of_2(max(qk_dim, v_dim) // 2)
         place_kernel[(triton.cdiv(len(x), 16), heads + 2 * kv_heads)](
-            y, **shared, M=len(x), WIDTH=y.shape[1], P=pairs, BM=16, PDL=pdl(), launch_pdl=pdl()
+            y, **shared, M=len(x), WIDTH=y.shape[1], P=pairs, BM=16
         )  # fmt: skip
         return q
     pairs = tile.rows // 2

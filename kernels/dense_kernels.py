@@ -403,13 +403,10 @@ def qkv_kernel(
 def place_kernel(
     y, cos, sin, value_scale, q, k_cache, k_row, k_head, v_cache, v_row, v_head, slots, M,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, QK_DIM: tl.constexpr, V_DIM: tl.constexpr, ROTARY: tl.constexpr,
-    WIDTH: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """The end of `qkv_kernel` for products y [M, WIDTH] that are a tensor of their own. P: 2^n, half a head or more."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    values, head, part, dim, rotary, base = _unit(tl.program_id(1), P, HEADS, KV_HEADS, QK_DIM, V_DIM, ROTARY)
+    values, head, _, dim, rotary, base = _unit(tl.program_id(1), P, HEADS, KV_HEADS, QK_DIM, V_DIM, ROTARY)
     token = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[None, :]
     p = tl.arange(0, P)[:, None]
     i, j = _dimension(p, 0, dim, rotary), _dimension(p, 1, dim, rotary)

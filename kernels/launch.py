@@ -6,6 +6,12 @@ from functools import cache
 import torch
 
 
+def overlap(rows: int) -> bool:
+    """Whether a launch of so many rows of activations uses programmatic dependent launch. With more of them a kernel's own
+    work is long, and kernels that wait for it early only take its room (measured, see bench/LOG.md)."""
+    return rows <= 32 and pdl()
+
+
 @cache
 def pdl() -> bool:
     """Whether kernels use programmatic dependent launch: a kernel starts, and fetches its weights, before the one it

@@ -244,7 +244,7 @@ def test_chain_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         return y
 
     with monkeypatch.context() as off:
-        off.setattr("mtp_engine.kernels.dense.pdl", lambda: False)
+        off.setattr("mtp_engine.kernels.dense.overlap", lambda rows: False)
         expected = chain(x)
     assert pdl()
     chain(x)
