@@ -57,6 +57,7 @@ def differences(
 @click.option(
     "--kv-tokens", default=0, type=COUNT, help="Room for so many tokens, so that requests are preempted; 0 is enough."
 )
+@click.option("--max-context", default=4096, type=SOME, show_default=True)
 @click.option(
     "--other-batch",
     default=3,
@@ -65,9 +66,9 @@ def differences(
     help="Requests at a time of another plain run, in reversed order.",
 )
 def main(path: Path, limit: int, max_tokens: int, model: str, mtp: str | None, device: str, dtype: str, attention: str,
-         batch: int, kv_tokens: int, other_batch: int) -> None:  # fmt: skip
+         batch: int, kv_tokens: int, max_context: int, other_batch: int) -> None:  # fmt: skip
     commit = require_commit()
-    shared = {"device": device, "dtype": dtype, "attention": attention, "max_context": 4096}
+    shared = {"device": device, "dtype": dtype, "attention": attention, "max_context": max_context}
     starved = {"kv_tokens": kv_tokens} if kv_tokens else {}
 
     def load(slots: int, **options: object) -> Engine:
@@ -77,7 +78,9 @@ def main(path: Path, limit: int, max_tokens: int, model: str, mtp: str | None, d
     engines = {name: load(batch, **starved, **(o or {"tree": TreeShape.parse(name)})) for name, o in CONTENDERS.items()}
     sizes = sorted({other_batch, batch} - {1})
     engines = {f"plain, {n} at a time": load(n, **starved, drafter="root") for n in sizes} | engines
-    prompts = [tokens for _, tokens in encode(plain, read_prompts(path, limit), 3000)]
+    prompts = [
+        tokens for _, tokens in encode(plain, read_prompts(path, limit), min(3000, max_context - max_tokens - 64))
+    ]
     scores = rescored(plain)
     table = Table("temperature", "drafter", "identical", "accepted length", "differences: case, position, margin")
     results = {}

@@ -175,7 +175,7 @@ def layers_table(rows: list[dict[str, Any]]) -> Table:
 def measure_model(session: Session, options: dict[str, Any], contexts: tuple[int, ...], tree: str) -> dict[str, Any]:
     """The whole loop first, then layers, profiles, and all kinds of steps: what matters most comes before time is out."""
     model, result = session.model, {"draft_vocab": len(session.model.module.draft_ids), "tree": tree}
-    pairs = product([b for b in options["batches"] if b in (1, 16)], [None, tree])
+    pairs = product(options["batches"], [None, tree])
     whole = [
         session.timed(
             {"tree": t, "batch": b, "context": contexts[0]} | ({"accepted_length": "forced"} if t else {}),

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mtp_engine.kernels.dense_kernels import gated_kernel, linear_kernel, norm_kernel, place_kernel, qkv_kernel
 from mtp_engine.kernels.fp8 import BlockMatrix
-from mtp_engine.kernels.launch import overlap
+from mtp_engine.kernels.launch import hopper, overlap
 
 Weight = Tensor | BlockMatrix
 """[out, in], last dimension contiguous: bf16 or fp32, or FP8 with scales."""
@@ -71,6 +71,8 @@ def many(tile: Tile, rows: int, k: int, m: int) -> Tile:
         return replace(tile, rows=weights, tokens=tokens, wide=warps, stages=stages, registers=registers)
 
     def boxes(weights: int, tokens: int, warps: int, stages: int, registers: int = 0) -> Tile:
+        if not hopper() or k % 8:
+            return wide(128, 128, 8, 4)
         return replace(wide(weights, tokens, warps, stages, registers), boxes=True)
 
     if rows * k * 2 <= PREFETCH:  # bound by latency: as many CTAs as there can be
@@ -148,7 +150,7 @@ def _launch(
     warps, registers = tile.wide or tile.warps, None
     assert tile.warps in (1, 2, 4), tile
     if tile.wide:
-        assert scale is None, "blocks of scales are for slices"
+        assert scale is None, "FP8's products take the columns of K in another order, which wgmma has not"
         assert x.dtype == data.dtype, (x.dtype, data.dtype)
         step = min(tile.depth, 64)
         stages = min(tile.stages, SHARED // (step * (tile.rows + tokens) * itemsize))
@@ -169,7 +171,8 @@ def _launch(
         first, x.stride(0) if m > 1 else k, norm, eps, second, data.stride(0), scale, table,
         0 if scale is None else scale.stride(0), m, ahead if aligned else 0, **own,
         K=k, ROWS=tile.rows, BM=tokens, DEPTH=tile.depth, WARPS=tile.warps, BLOCK=block, WIDE=tile.wide, BOXES=tile.boxes,
-        PIECES=pieces, PDL=(2 if small else 1) * overlap(m), launch_pdl=overlap(m), num_warps=warps, num_stages=stages, maxnreg=registers,
+        PIECES=pieces, PDL=(2 if small else 1) * overlap(m),
+        launch_pdl=overlap(m), num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
 
 

@@ -8,7 +8,8 @@ the RMS norm goes through the tensor core too (a product with ones), so it has t
 
 For many tokens (WIDE) all warps share one slice of K after another, and add the slices up as above. Tiles can then be as
 large as arithmetic wants, and are wgmma's where they have 64 rows of W or more: on Hopper it adds 16 products at a time
-as mma.m16n8k16 does, and tests on the device hold it to that. The norm is a kernel of its own there, `norm_kernel`.
+as mma.m16n8k16 does, and tests on the device hold it to that. The norm is a kernel of its own there, `norm_kernel`. The
+largest tiles (BOXES) come through Hopper's copy engine. FP8 weights have no such tiles.
 """
 
 import triton
@@ -40,7 +41,7 @@ def _begin(weight, w_stride, row, ahead, ROWS: tl.constexpr, PIECES: tl.constexp
     if PDL:
         if PDL == 1:
             tl.extra.cuda.gdc_launch_dependents()
-        if PIECES:
+        if PIECES:  # noqa: SIM102  what Triton compiles
             if ahead > 0:
                 address = (weight + row * w_stride).to(tl.int64)[:, None] + tl.arange(0, PIECES)[None, :] * ahead
                 size = tl.zeros([ROWS, PIECES], tl.int32) + ahead

@@ -18,4 +18,10 @@ def pdl() -> bool:
     depends on has ended. Hopper and later; never in Triton's interpreter. MTP_ENGINE_PDL=0 turns it off."""
     if os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("MTP_ENGINE_PDL") == "0":
         return False
+    return hopper()
+
+
+@cache
+def hopper() -> bool:
+    """Whether there is a copy engine that fetches tiles (a GPU of Hopper or later)."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)

@@ -1,9 +1,9 @@
 """The FFN of a mixture-of-experts layer for few tokens on a GPU. Twin: `experts.route` and `experts.mix_experts`.
 
 Decoding reads every chosen expert's weights once and is bound by that. Five kernels: norm + router logits; choice +
-grouping by expert (three with more than eight tokens); gate and up; down; weighted sum + residual. Weights stay FP8 in memory and are widened in registers;
-activations are bf16, sums fp32. No host synchronisation and no float atomics: every sum runs in an order that depends on
-the column alone, so that a row's bits do not depend on its neighbours or their number.
+grouping by expert (three with more than eight tokens); gate and up; down; weighted sum + residual. Weights stay FP8 in
+memory and are widened in registers; activations are bf16, sums fp32. No host synchronisation and no float atomics: every
+sum runs in an order that depends on the column alone, so that a row's bits do not depend on its neighbours or their number.
 """
 
 from dataclasses import dataclass
