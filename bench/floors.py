@@ -81,3 +81,17 @@ def on_paper(config: ModelConfig, rows: int, context: int, bandwidth: float, tim
         "floor_ms": round(floor * 1e3, 3), "all_reduce_ms": round(reduces * 1e3, 3),
         "estimate_ms": round((floor * times_floor + reduces) * 1e3, 3),
     }  # fmt: skip
+
+
+def flops(config: ModelConfig, tokens: int) -> float:
+    """Operations to read a prompt of so many tokens: two a weight and token (of a MoE, of the experts that a token goes
+    through), the head for one token, and scores and values over the keys that each token sees."""
+    total = 2.0 * config.vocab_size * config.hidden_size
+    for layer in config.layers:
+        a, width = layer.attention, config.hidden_size
+        weights = width * (a.heads * (a.qk_dim + a.v_dim) + a.kv_heads * (a.qk_dim + a.v_dim))
+        weights += 3 * width * layer.intermediate * (layer.moe.per_token if layer.moe else 1)
+        window = min(a.window or tokens, tokens)
+        keys = window * (window + 1) / 2 + (tokens - window) * window
+        total += 2.0 * tokens * weights + 2.0 * keys * a.heads * (a.qk_dim + a.v_dim)
+    return total

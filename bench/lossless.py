@@ -4,8 +4,8 @@
     python bench/lossless.py --limit 40 --device cuda --dtype bf16 --batch 8
 
 For every difference the report gives the prompt, the position, and by how much the main model preferred its choice
-(noise included) over the other one: in float arithmetic only a near tie can differ. Plain decoding is also compared with
-itself in batches of other sizes and members.
+(noise included) over the other one: in float arithmetic only a near tie can differ. What all is compared with is plain
+decoding of one request at a time; plain decoding in batches, too.
 """
 
 import json
@@ -53,26 +53,34 @@ def differences(
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="fp32", show_default=True)
 @click.option("--attention", default="exact", show_default=True)
-@click.option("--batch", default=1, type=SOME, show_default=True, help="Requests at a time.")
+@click.option("--batch", default=1, type=SOME, show_default=True, help="Requests at a time; plain decoding has one.")
 @click.option(
     "--kv-tokens", default=0, type=COUNT, help="Room for so many tokens, so that requests are preempted; 0 is enough."
 )
+@click.option("--max-context", default=4096, type=SOME, show_default=True)
 @click.option(
-    "--other-batch", default=3, type=SOME, show_default=True, help="Of the second plain run, in reversed order."
+    "--other-batch",
+    default=3,
+    type=SOME,
+    show_default=True,
+    help="Requests at a time of another plain run, in reversed order.",
 )
 def main(path: Path, limit: int, max_tokens: int, model: str, mtp: str | None, device: str, dtype: str, attention: str,
-         batch: int, kv_tokens: int, other_batch: int) -> None:  # fmt: skip
+         batch: int, kv_tokens: int, max_context: int, other_batch: int) -> None:  # fmt: skip
     commit = require_commit()
-    shared = {"device": device, "dtype": dtype, "attention": attention, "max_context": 4096}
+    shared = {"device": device, "dtype": dtype, "attention": attention, "max_context": max_context}
     starved = {"kv_tokens": kv_tokens} if kv_tokens else {}
 
     def load(slots: int, **options: object) -> Engine:
         return Engine.load(model, EngineConfig(max_batch=slots, **shared, **options), mtp=mtp)
 
-    plain = load(batch, drafter="root")
+    plain = load(1, drafter="root")
     engines = {name: load(batch, **starved, **(o or {"tree": TreeShape.parse(name)})) for name, o in CONTENDERS.items()}
-    engines = {f"plain, {other_batch} at a time": load(other_batch, **starved, drafter="root"), **engines}
-    prompts = [tokens for _, tokens in encode(plain, read_prompts(path, limit), 3000)]
+    sizes = sorted({other_batch, batch} - {1})
+    engines = {f"plain, {n} at a time": load(n, **starved, drafter="root") for n in sizes} | engines
+    prompts = [
+        tokens for _, tokens in encode(plain, read_prompts(path, limit), min(3000, max_context - max_tokens - 64))
+    ]
     scores = rescored(plain)
     table = Table("temperature", "drafter", "identical", "accepted length", "differences: case, position, margin")
     results = {}

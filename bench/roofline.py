@@ -98,8 +98,6 @@ class Session:
 
     def _time(self, case: dict[str, Any], forced: int) -> dict[str, Any]:
         tree, batch, context = case["tree"], case["batch"], case["context"]
-        if self._too_wide(tree, batch):
-            return {"failed": "a MoE of more rows is not in CUDA graphs"}
         bench = build(self.model, tree, batch, context, self.config)
         if forced and tree:
             bench.loop.work.verifier = Forced(bench.loop.work.verifier, forced)
@@ -112,14 +110,6 @@ class Session:
         if tree:
             ratios["draft_x"] = t.draft / draft
         return times | {name: round(value, 3) for name, value in ratios.items()} | {"accepted": round(t.accepted, 3)}
-
-    def _too_wide(self, tree: str | None, batch: int) -> bool:
-        """Whether rows are so many that the torch MoE takes over, which looks at the host to see which experts are hit."""
-        if self.config.device == "cpu" or not any(layer.moe for layer in self.model.config.layers):
-            return False
-        from mtp_engine.models.fused import MOST_ROWS
-
-        return batch * (TreeShape.parse(tree).max_nodes if tree else 1) > MOST_ROWS
 
     def profiled(self, tree: str | None, context: int) -> dict[str, float]:
         """Microseconds a step of the 30 longest kernels; prints them."""
@@ -185,7 +175,7 @@ def layers_table(rows: list[dict[str, Any]]) -> Table:
 def measure_model(session: Session, options: dict[str, Any], contexts: tuple[int, ...], tree: str) -> dict[str, Any]:
     """The whole loop first, then layers, profiles, and all kinds of steps: what matters most comes before time is out."""
     model, result = session.model, {"draft_vocab": len(session.model.module.draft_ids), "tree": tree}
-    pairs = product([b for b in options["batches"] if b in (1, 16)], [None, tree])
+    pairs = product(options["batches"], [None, tree])
     whole = [
         session.timed(
             {"tree": t, "batch": b, "context": contexts[0]} | ({"accepted_length": "forced"} if t else {}),
@@ -197,7 +187,7 @@ def measure_model(session: Session, options: dict[str, Any], contexts: tuple[int
     result["accepted_length_forced"] = whole
     if any(layer.moe and layer.attention.window for layer in model.config.layers):
         layers = session.attempt({"layers": model.name}, lambda: {
-            "rows": measure_layers(model, session.config, (1, 4, 16), contexts[0], session.read)})  # fmt: skip
+            "rows": measure_layers(model, session.config, (1, 4, 16, 64, 256), contexts[0], session.read)})  # fmt: skip
         result["layers"] = layers
         if "rows" in layers:
             CONSOLE.print(layers_table(layers["rows"]))

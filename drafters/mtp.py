@@ -16,7 +16,7 @@ the row before the first new one is carried over from the last step, and a tree 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -157,7 +157,8 @@ class MTPDrafter:
             grown = Level(self.module.logits(number, level.frontier), ids, number + 1, width, keep)
             if number < last:
                 tree = self.ops.grow(tree, batch, grown)
-        return self.ops.finish(tree, batch, grown, self.shape.best, counts)
+        finished = self.ops.finish(tree, batch, grown, self.shape.best, counts)
+        return replace(finished, straight=set(self.shape.widths) == {1})
 
     def _new_rows(self, batch: Batch, most: int) -> _NewRows:
         """All rows that are to come; `most`: no slot has more of them."""

@@ -1,4 +1,4 @@
-"""The dense layers of a decoding step: few rows, so their time is the time to read the weights once.
+"""The dense layers of steps and prompts. Of few rows, whose time is the time to read the weights once, up to thousands.
 
 Every CTA also reads its tokens, from L2: per weight byte, 1 / rows + 1 / tokens of a tile, times the tokens there are. L2
 gives not quite twice what memory gives, so from 32 tokens on tiles must grow (`many`), at the price of fewer CTAs.
@@ -7,20 +7,24 @@ Under programmatic dependent launch a kernel asks for the first part of its weig
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, final
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mtp_engine.kernels.dense_kernels import gated_kernel, linear_kernel, norm_kernel, qkv_kernel
+from mtp_engine.kernels.dense_kernels import gated_kernel, linear_kernel, norm_kernel, place_kernel, qkv_kernel
 from mtp_engine.kernels.fp8 import BlockMatrix
-from mtp_engine.kernels.launch import pdl
+from mtp_engine.kernels.launch import hopper, overlap
 
 Weight = Tensor | BlockMatrix
 """[out, in], last dimension contiguous: bf16 or fp32, or FP8 with scales."""
 
 SHARED = 220_000  # bytes of shared memory that the stages of a CTA may take (an H100 has 232,448)
+_SMS = 132  # multiprocessors of an H100; on another GPU the choice of tiles is a little worse
+_APART = 256  # from so many tokens on, placing queries, keys and values is a kernel of its own
 PREFETCH = 8 << 20  # bytes of a weight that are asked for before the input is there: 2.7 us at 3 TB/s
 
 
@@ -35,6 +39,8 @@ class Tile:
     stages: int
     tokens: int = 0  # of x; 0: 16 or 32, see `_launch`
     wide: int = 0  # so many warps take one slice of K after another; 0: every warp its own
+    registers: int = 0  # a thread may have; 0: as many as it wants
+    boxes: bool = False  # of a wide one: the copy engine fetches x and W
 
 
 def tile_for(rows: int, k: int, itemsize: int, exact: bool) -> Tile:
@@ -61,22 +67,36 @@ def many(tile: Tile, rows: int, k: int, m: int) -> Tile:
     def sliced(weights: int, tokens: int) -> Tile:
         return replace(tile, rows=weights, tokens=tokens, stages=3)
 
-    def wide(weights: int, tokens: int, warps: int, stages: int) -> Tile:
-        return replace(tile, rows=weights, tokens=tokens, wide=warps, stages=stages)
+    def wide(weights: int, tokens: int, warps: int, stages: int, registers: int = 0) -> Tile:
+        return replace(tile, rows=weights, tokens=tokens, wide=warps, stages=stages, registers=registers)
+
+    def boxes(weights: int, tokens: int, warps: int, stages: int, registers: int = 0) -> Tile:
+        if not hopper() or k % 8:
+            return wide(128, 128, 8, 4)
+        return replace(wide(weights, tokens, warps, stages, registers), boxes=True)
 
     if rows * k * 2 <= PREFETCH:  # bound by latency: as many CTAs as there can be
         if m <= 32:
             return tile
-        if m <= 64 or rows < 2048:
+        if m <= 64 or (rows < 2048 and m <= 256):
             return sliced(32, 32)
         return wide(64, 64, 4, 4) if m <= 128 else wide(64, 128, 8, 4)
     if m <= 32:
         return sliced(32, 32) if k >= 2048 else wide(64, 32, 4, 4)
+    if m > 256:
+        large, small = (-(-tiles // _SMS) for tiles in (-(-rows // 128) * -(-m // 256), -(-rows // 128) * -(-m // 128)))
+        return (
+            boxes(128, 256, 8, 3) if large <= 0.58 * small else boxes(128, 128, 8, 4)
+        )  # a small one takes 0.58 as long
     if rows <= 4096:  # few rows: smaller tiles
         return sliced(32, 64) if m <= 64 else wide(64, 64, 4, 8) if m <= 128 else wide(64, 128, 8, 6)
-    return (
-        wide(64, 64, 4, 4) if m <= 64 else wide(64, 128, 8, 6 if k >= 2048 else 4) if m <= 128 else wide(128, 128, 8, 4)
-    )
+    if m <= 64:
+        return wide(64, 64, 4, 4)
+    if rows > 65536:
+        return boxes(128, 128, 8, 6) if m <= 128 else boxes(128, 256, 8, 3)
+    if m <= 128:
+        return boxes(128, 64, 4, 3, 168) if rows > 8192 else wide(64, 128, 8, 6 if k >= 2048 else 4)
+    return wide(128, 128, 8, 4)
 
 
 def _matrix(weight: Weight) -> Tensor:
@@ -89,20 +109,24 @@ def _exact(x: Tensor, weight: Weight) -> bool:
 
 
 def _tile(x: Tensor, weight: Weight) -> Tile:
-    data = _matrix(weight)
-    tile = tile_for(data.shape[0], data.shape[1], data.element_size(), _exact(x, weight))
-    if isinstance(weight, BlockMatrix):
-        return replace(tile, depth=min(tile.depth, weight.block))
-    return many(tile, data.shape[0], data.shape[1], len(x)) if x.dtype == data.dtype == torch.bfloat16 else tile
+    data, block = _matrix(weight), weight.block if isinstance(weight, BlockMatrix) else 0
+    several = x.dtype == data.dtype == torch.bfloat16
+    return _choose(*data.shape, data.element_size(), _exact(x, weight), block, len(x) if several else 1)
+
+
+@lru_cache(maxsize=1 << 12)  # a prompt's launches are not to wait for this
+def _choose(rows: int, k: int, itemsize: int, exact: bool, block: int, m: int) -> Tile:
+    tile = tile_for(rows, k, itemsize, exact)
+    return many(replace(tile, depth=min(tile.depth, block)) if block else tile, rows, k, m)
 
 
 def _normed(x: Tensor, norm: Tensor, eps: float, tile: Tile) -> tuple[Tensor, Tensor]:
-    """x * norm, rounded, and 1 / rms(x): [M, K] and [M] fp32. About 3 us for 4096 columns, while weights are fetched."""
+    """x * norm, rounded, and 1 / rms(x): [M, K] and [M] fp32. Some microseconds, while weights are fetched."""
     (m, k), y = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rms = torch.empty(m, dtype=torch.float32, device=x.device)
-    norm_kernel[(triton.cdiv(m, 8),)](
-        x, x.stride(0), norm, eps, y, rms, m, K=k, BM=8, DEPTH=tile.depth, WARPS=tile.warps, PDL=pdl(),
-        launch_pdl=pdl(), num_warps=tile.warps, num_stages=6,
+    norm_kernel[(triton.cdiv(m, 8), 1 + triton.cdiv(k, 1024))](
+        x, x.stride(0), norm, eps, y, rms, m, K=k, BM=8, DEPTH=tile.depth, WARPS=tile.warps, COLUMNS=1024, PDL=overlap(m),
+        launch_pdl=overlap(m), num_warps=tile.warps, num_stages=6,
     )  # fmt: skip
     return y, rms
 
@@ -116,7 +140,7 @@ def _launch(
         scale, table, block = weight.scale, weight.rows, weight.block
         assert scale.stride(1) == 1
         assert block % tile.depth == 0, (block, tile)
-    (m, k), itemsize = x.shape, data.element_size()
+    (m, k), itemsize, inputs = x.shape, data.element_size(), None
     assert data.shape[1] == k, (x.shape, data.shape)
     assert data.stride(1) == x.stride(1) == 1, (x.stride(), data.stride())
     # what is read in less than 3 us is bound by latency: more CTAs then beat larger ones, and starting the next kernel
@@ -124,26 +148,31 @@ def _launch(
     small = data.numel() * itemsize <= PREFETCH
     tokens = tile.tokens or (16 if m <= 16 or small or _exact(x, weight) else 32)
     warps, registers = tile.wide or tile.warps, None
+    assert tile.warps in (1, 2, 4), tile
     if tile.wide:
-        assert scale is None, "blocks of scales are for slices"
-        assert tile.warps in (1, 2, 4), tile
+        assert scale is None, "FP8's products take the columns of K in another order, which wgmma has not"
         assert x.dtype == data.dtype, (x.dtype, data.dtype)
-        stages = min(tile.stages, SHARED // (size := min(tile.depth, 64) * (tile.rows + tokens) * itemsize))
-        if warps == 8 and tile.rows * tokens <= 8192 and stages * size <= SHARED // 2:
-            registers = 128  # two CTAs on a multiprocessor; with more than 32 sums per thread it would be too few
+        step = min(tile.depth, 64)
+        stages = min(tile.stages, SHARED // (step * (tile.rows + tokens) * itemsize))
+        registers = tile.registers or None
         if norm is not None:
             x, norm = _normed(x, norm, eps, tile)
+        if tile.boxes:
+            box = tile.rows // 2 if kernel is gated_kernel else tile.rows  # gate's rows and up's are apart
+            inputs = TensorDescriptor.from_tensor(x, [tokens, step]), TensorDescriptor.from_tensor(data, [box, step])
     else:
         stage = tile.depth * tile.warps * (tile.rows * itemsize + (tokens + 1) * x.element_size())  # bytes
         stages = min(tile.stages, 1 + SHARED // stage)
-    pieces = min(max(32 * warps // tile.rows, 1), 8)
-    ahead = min(k * itemsize, PREFETCH // data.shape[0]) // 128 * 128 // pieces
+    pieces = 0 if inputs else min(max(32 * warps // tile.rows, 1), 8)
+    ahead = min(k * itemsize, PREFETCH // data.shape[0]) // 128 * 128 // max(pieces, 1)
     aligned = data.data_ptr() % 16 == 0 and data.stride(0) * itemsize % 16 == 0
+    first, second = inputs or (x, data)
     kernel[(triton.cdiv(m, tokens), units)](
-        x, x.stride(0) if m > 1 else k, norm, eps, data, data.stride(0), scale, table,
+        first, x.stride(0) if m > 1 else k, norm, eps, second, data.stride(0), scale, table,
         0 if scale is None else scale.stride(0), m, ahead if aligned else 0, **own,
-        K=k, ROWS=tile.rows, BM=tokens, DEPTH=tile.depth, WARPS=tile.warps, BLOCK=block, WIDE=tile.wide, PIECES=pieces,
-        PDL=(2 if small else 1) * pdl(), launch_pdl=pdl(), num_warps=warps, num_stages=stages, maxnreg=registers,
+        K=k, ROWS=tile.rows, BM=tokens, DEPTH=tile.depth, WARPS=tile.warps, BLOCK=block, WIDE=tile.wide, BOXES=tile.boxes,
+        PIECES=pieces, PDL=(2 if small else 1) * overlap(m),
+        launch_pdl=overlap(m), num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
 
 
@@ -207,21 +236,30 @@ def qkv(
     """The projections of attention: rotated queries are returned, rotated keys and scaled values go into the cache.
 
     x: [M, K]; weight: [heads * qk + kv * qk + kv * v, K]; cos, sin: [M, rotary] fp32 of `RotaryEmbedding`
-    (signed sine, halves paired); k_cache: [R, kv, qk], v_cache: [R, kv, v] in x's type; rows: [M] int64, the rows of
+    (signed sine, halves paired: a pair's second sine is the first's opposite);
+    k_cache: [R, kv, qk], v_cache: [R, kv, v] in x's type; rows: [M] int64, the rows of
     the caches. Returns [M, heads, qk]. Rounds after the product and again after the rotation or the scale.
     """
     assert qk_dim % 2 == v_dim % 2 == 0, (qk_dim, v_dim)
+    assert cos.shape[1] % 2 == 0, "a pair's two dimensions turn by the same angle"
     assert k_cache.dtype == v_cache.dtype == x.dtype, (k_cache.dtype, v_cache.dtype, x.dtype)
     assert k_cache.stride(2) == v_cache.stride(2) == 1
     cos, sin = cos.contiguous(), sin.contiguous()
-    tile = tile or _tile(x, weight)
+    tile, q = tile or _tile(x, weight), x.new_empty(len(x), heads, qk_dim)
+    shared = {
+        "cos": cos, "sin": sin, "value_scale": value_scale, "q": q, "slots": rows,
+        "k_cache": k_cache, "k_row": k_cache.stride(0), "k_head": k_cache.stride(1),
+        "v_cache": v_cache, "v_row": v_cache.stride(0), "v_head": v_cache.stride(1),
+        "HEADS": heads, "KV_HEADS": kv_heads, "QK_DIM": qk_dim, "V_DIM": v_dim, "ROTARY": cos.shape[1],
+    }  # fmt: skip
+    if len(x) > _APART or tile.boxes:
+        y = linear(x, weight, norm=norm, eps=eps, bias=bias, tile=tile)
+        pairs = triton.next_power_of_2(max(qk_dim, v_dim) // 2)
+        place_kernel[(triton.cdiv(len(x), 16), heads + 2 * kv_heads)](
+            y, **shared, M=len(x), WIDTH=y.shape[1], P=pairs, BM=16
+        )  # fmt: skip
+        return q
     pairs = tile.rows // 2
     units = (heads + kv_heads) * triton.cdiv(qk_dim // 2, pairs) + kv_heads * triton.cdiv(v_dim // 2, pairs)
-    q = x.new_empty(len(x), heads, qk_dim)
-    _launch(
-        qkv_kernel, units, x, norm, eps, weight, tile, bias=bias, cos=cos, sin=sin, value_scale=value_scale, q=q,
-        k_cache=k_cache, k_row=k_cache.stride(0), k_head=k_cache.stride(1),
-        v_cache=v_cache, v_row=v_cache.stride(0), v_head=v_cache.stride(1), slots=rows,
-        HEADS=heads, KV_HEADS=kv_heads, QK_DIM=qk_dim, V_DIM=v_dim, ROTARY=cos.shape[1],
-    )  # fmt: skip
+    _launch(qkv_kernel, units, x, norm, eps, weight, tile, bias=bias, **shared)
     return q

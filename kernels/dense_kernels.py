@@ -8,7 +8,8 @@ the RMS norm goes through the tensor core too (a product with ones), so it has t
 
 For many tokens (WIDE) all warps share one slice of K after another, and add the slices up as above. Tiles can then be as
 large as arithmetic wants, and are wgmma's where they have 64 rows of W or more: on Hopper it adds 16 products at a time
-as mma.m16n8k16 does, and tests on the device hold it to that. The norm is a kernel of its own there, `norm_kernel`.
+as mma.m16n8k16 does, and tests on the device hold it to that. The norm is a kernel of its own there, `norm_kernel`. The
+largest tiles (BOXES) come through Hopper's copy engine. FP8 weights have no such tiles.
 """
 
 import triton
@@ -17,12 +18,16 @@ import triton.language as tl
 
 @triton.jit
 def _halves(acc, WARPS: tl.constexpr, P: tl.constexpr, BM: tl.constexpr):
-    """Adds the warps' shares, in a fixed order, and parts the rows: [WARPS, 2P, BM] -> two of [P, BM]."""
+    """Adds the warps' shares, the first one first, and parts the rows: [WARPS, 2P, BM] -> two of [P, BM]."""
     acc = tl.permute(tl.reshape(acc, [WARPS, 2, P, BM]), 2, 3, 1, 0)
-    for level in tl.static_range(3):
-        if WARPS >> level > 1:
-            a, b = tl.split(tl.reshape(acc, [P, BM, 2, WARPS >> (level + 1), 2]))
-            acc = a + b
+    if WARPS == 4:
+        even, odd = tl.split(tl.reshape(acc, [P, BM, 2, 2, 2]))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        acc = ((first + second) + third) + fourth
+    elif WARPS == 2:
+        first, second = tl.split(acc)
+        acc = first + second
     return tl.split(tl.reshape(acc, [P, BM, 2]))
 
 
@@ -31,16 +36,17 @@ def _begin(weight, w_stride, row, ahead, ROWS: tl.constexpr, PIECES: tl.constexp
     """Asks for the first bytes of the weight rows and waits for the previous kernel. Lets the next one start before that
     (PDL = 1) or after it (2).
 
-    row: [ROWS] int64; ahead: bytes per piece, a multiple of 16, or 0; PIECES: of a row.
+    row: [ROWS] int64; ahead: bytes per piece, a multiple of 16, or 0; PIECES: of a row, 0: ask for nothing.
     """
     if PDL:
         if PDL == 1:
             tl.extra.cuda.gdc_launch_dependents()
-        if ahead > 0:
-            address = (weight + row * w_stride).to(tl.int64)[:, None] + tl.arange(0, PIECES)[None, :] * ahead
-            size = tl.zeros([ROWS, PIECES], tl.int32) + ahead
-            asm: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;"
-            tl.inline_asm_elementwise(asm, "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1)
+        if PIECES:  # noqa: SIM102  what Triton compiles
+            if ahead > 0:
+                address = (weight + row * w_stride).to(tl.int64)[:, None] + tl.arange(0, PIECES)[None, :] * ahead
+                size = tl.zeros([ROWS, PIECES], tl.int32) + ahead
+                asm: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;"
+                tl.inline_asm_elementwise(asm, "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1)
         tl.extra.cuda.gdc_wait()
         if PDL == 2:
             tl.extra.cuda.gdc_launch_dependents()
@@ -137,7 +143,6 @@ def _wide_product(
     x_at = x + token.to(tl.int64)[:, None] * x_stride + k
     there = (token < M)[:, None]
     total = tl.zeros([ROWS, BM], tl.float32)
-    even = tl.zeros([ROWS, BM], tl.float32)
     for s in range(SLICES):
         acc = tl.zeros([ROWS, BM], tl.float32)
         # counted from s, as LLVM unrolls all of a loop that it can count
@@ -150,15 +155,42 @@ def _wide_product(
                 w = tl.load(w_at + start, mask=k < K - start, other=0.0)
                 values = tl.load(x_at + start, mask=there & (k < K - start), other=0.0)
             acc = tl.dot(w, tl.trans(values), acc, input_precision="ieee")
-        if s % 2 == 0:
-            even = acc
-        else:  # (0 + 1) + (2 + 3), the order of `_halves` for up to four slices
-            total += even + acc
+        total += acc
     a, b = tl.split(tl.permute(tl.reshape(total, [2, ROWS // 2, BM]), 1, 2, 0))
+    return _scaled(a, b, rms, token, M)
+
+
+@triton.jit
+def _scaled(a, b, rms, token, M):
     if rms is not None:
         factor = tl.load(rms + token, mask=token < M, other=0.0)[None, :]
         a, b = a * factor, b * factor
     return a, b
+
+
+@triton.jit
+def _box_product(
+    x, rms, weight, row_a, row_b, first, M,
+    K: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, BOTH: tl.constexpr,
+):  # fmt: skip
+    """As `_wide_product`, with x and weight as tensor descriptors of [BM, STEP] and [P, STEP]: the copy engine fetches them.
+
+    The rows are row_a.., P of them, and BOTH: row_b.., too; else the second result means nothing.
+    """
+    STEP: tl.constexpr = min(DEPTH, 64)
+    PARTS: tl.constexpr = DEPTH // STEP
+    total_a, total_b = tl.zeros([P, BM], tl.float32), tl.zeros([P, BM], tl.float32)
+    for s in range(SLICES):
+        a, b = tl.zeros([P, BM], tl.float32), tl.zeros([P, BM], tl.float32)
+        for i in range(s * PARTS, (s + tl.cdiv(K - s * DEPTH, SLICES * DEPTH)) * PARTS):
+            start = ((i // PARTS - s) * SLICES + s) * DEPTH + i % PARTS * STEP
+            values = tl.trans(x.load([first, start]))
+            a = tl.dot(weight.load([row_a, start]), values, a)
+            if BOTH:
+                b = tl.dot(weight.load([row_b, start]), values, b)
+        total_a += a
+        total_b += b
+    return _scaled(total_a, total_b, rms, first + tl.arange(0, BM), M)
 
 
 @triton.jit
@@ -180,26 +212,30 @@ def _product(
 @triton.jit(do_not_specialize=["M"])
 def norm_kernel(
     x, x_stride, norm, eps, y, rms, M,
-    K: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x * norm, rounded, and 1 / rms(x) in fp32, as `_sliced_product` has them."""
+    """x * norm, rounded, and 1 / rms(x) in fp32, as `_sliced_product` has them. Of the programs of BM tokens the first finds
+    1 / rms, and the others take COLUMNS columns each."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()  # to ask for weights meanwhile
         tl.extra.cuda.gdc_wait()
     kind: tl.constexpr = y.dtype.element_ty
-    k = (tl.arange(0, WARPS) * DEPTH)[:, None, None] + tl.arange(0, DEPTH)[None, None, :]
-    token = (tl.program_id(0) * BM + tl.arange(0, BM))[None, :, None]
-    row = token.to(tl.int64)
-    squares = tl.zeros([WARPS, 16, BM], tl.float32)
-    ones = tl.full([WARPS, 16, DEPTH], 1.0, tl.float32).to(kind)
-    for start in range(0, K, WARPS * DEPTH):
-        keep = (token < M) & (k < K - start)
-        wide = tl.load(x + row * x_stride + start + k, mask=keep, other=0.0).to(tl.float32)
-        factor = tl.load(norm + start + k, mask=k < K - start, other=0.0).to(tl.float32)
-        squares = _add_squares(ones, wide, squares)
-        tl.store(y + row * K + start + k, (wide * factor).to(kind), mask=keep)
     token = tl.program_id(0) * BM + tl.arange(0, BM)
-    tl.store(rms + token, _inverse_rms(squares, eps, K, WARPS, BM), mask=token < M)
+    if tl.program_id(1) > 0:
+        column = (tl.program_id(1) - 1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        keep = (token < M)[:, None] & (column < K)
+        values = tl.load(x + token.to(tl.int64)[:, None] * x_stride + column, mask=keep, other=0.0).to(tl.float32)
+        factor = tl.load(norm + column, mask=column < K, other=0.0).to(tl.float32)
+        tl.store(y + token.to(tl.int64)[:, None] * K + column, (values * factor).to(kind), mask=keep)
+    else:
+        k = (tl.arange(0, WARPS) * DEPTH)[:, None, None] + tl.arange(0, DEPTH)[None, None, :]
+        x_at = x + token.to(tl.int64)[None, :, None] * x_stride + k
+        squares = tl.zeros([WARPS, 16, BM], tl.float32)
+        ones = tl.full([WARPS, 16, DEPTH], 1.0, tl.float32).to(kind)
+        for start in range(0, K, WARPS * DEPTH):
+            values = tl.load(x_at + start, mask=(token < M)[None, :, None] & (k < K - start), other=0.0)
+            squares = _add_squares(ones, values.to(tl.float32), squares)
+        tl.store(rms + token, _inverse_rms(squares, eps, K, WARPS, BM), mask=token < M)
 
 
 @triton.jit(do_not_specialize=["M", "ahead"])
@@ -207,35 +243,45 @@ def linear_kernel(
     x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, M, ahead,
     bias, residual, residual_stride, out, N: tl.constexpr,
     K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, BOXES: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(1) * ROWS
     row = tl.minimum(start + tl.arange(0, ROWS), N - 1).to(tl.int64)
     _begin(weight, w_stride, row, ahead, ROWS, PIECES, PDL)
     first = tl.program_id(0) * BM
     token = (first + tl.arange(0, BM)).to(tl.int64)[None, :]
-    n = start + tl.arange(0, ROWS // 2)[:, None]
-    n2 = n + ROWS // 2
-    keep, keep2 = (token < M) & (n < N), (token < M) & (n2 < N)
-    if residual is not None and not WIDE:  # else registers are dearer than time
-        base_a = tl.load(residual + token * residual_stride + n, mask=keep, other=0.0).to(tl.float32)
-        base_b = tl.load(residual + token * residual_stride + n2, mask=keep2, other=0.0).to(tl.float32)
-    if bias is not None:
-        bias_a = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-        bias_b = tl.load(bias + n2, mask=n2 < N, other=0.0).to(tl.float32)
-    a, b = _product(
-        x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
-        K, ROWS, BM, DEPTH, WARPS, BLOCK, WIDE,
-    )  # fmt: skip
-    if bias is not None:
-        a, b = a + bias_a, b + bias_b
-    if residual is not None and WIDE:
-        base_a = tl.load(residual + token * residual_stride + n, mask=keep, other=0.0).to(tl.float32)
-        base_b = tl.load(residual + token * residual_stride + n2, mask=keep2, other=0.0).to(tl.float32)
-    if residual is not None:
-        a, b = a + base_a, b + base_b
-    tl.store(out + token * N + n, a.to(out.dtype.element_ty), mask=keep)
-    tl.store(out + token * N + n2, b.to(out.dtype.element_ty), mask=keep2)
+    if BOXES:
+        y, _ = _box_product(x, norm, weight, start, start, first, M, K, ROWS, BM, DEPTH, WARPS, False)
+        n = start + tl.arange(0, ROWS)[:, None]
+        keep = (token < M) & (n < N)
+        if bias is not None:
+            y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+        if residual is not None:
+            y += tl.load(residual + token * residual_stride + n, mask=keep, other=0.0).to(tl.float32)
+        tl.store(out + token * N + n, y.to(out.dtype.element_ty), mask=keep)
+    else:
+        n = start + tl.arange(0, ROWS // 2)[:, None]
+        n2 = n + ROWS // 2
+        keep, keep2 = (token < M) & (n < N), (token < M) & (n2 < N)
+        if residual is not None and not WIDE:  # else registers are dearer than time
+            base_a = tl.load(residual + token * residual_stride + n, mask=keep, other=0.0).to(tl.float32)
+            base_b = tl.load(residual + token * residual_stride + n2, mask=keep2, other=0.0).to(tl.float32)
+        if bias is not None:
+            bias_a = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+            bias_b = tl.load(bias + n2, mask=n2 < N, other=0.0).to(tl.float32)
+        a, b = _product(
+            x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
+            K, ROWS, BM, DEPTH, WARPS, BLOCK, WIDE,
+        )  # fmt: skip
+        if bias is not None:
+            a, b = a + bias_a, b + bias_b
+        if residual is not None and WIDE:
+            base_a = tl.load(residual + token * residual_stride + n, mask=keep, other=0.0).to(tl.float32)
+            base_b = tl.load(residual + token * residual_stride + n2, mask=keep2, other=0.0).to(tl.float32)
+        if residual is not None:
+            a, b = a + base_a, b + base_b
+        tl.store(out + token * N + n, a.to(out.dtype.element_ty), mask=keep)
+        tl.store(out + token * N + n2, b.to(out.dtype.element_ty), mask=keep2)
 
 
 @triton.jit(do_not_specialize=["M", "ahead"])
@@ -243,7 +289,7 @@ def gated_kernel(
     x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, M, ahead,
     out, N: tl.constexpr,
     K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, BOXES: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """N: columns of `out`, half the rows of the weight."""
     P: tl.constexpr = ROWS // 2
@@ -251,10 +297,14 @@ def gated_kernel(
     row = (tl.minimum(tl.program_id(1) * P + r % P, N - 1) + r // P * N).to(tl.int64)
     _begin(weight, w_stride, row, ahead, ROWS, PIECES, PDL)
     first = tl.program_id(0) * BM
-    gate, up = _product(
-        x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
-        K, ROWS, BM, DEPTH, WARPS, BLOCK, WIDE,
-    )  # fmt: skip
+    if BOXES:
+        n = tl.program_id(1) * P
+        gate, up = _box_product(x, norm, weight, n, N + n, first, M, K, P, BM, DEPTH, WARPS, True)
+    else:
+        gate, up = _product(
+            x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
+            K, ROWS, BM, DEPTH, WARPS, BLOCK, WIDE,
+        )  # fmt: skip
     token = (first + tl.arange(0, BM)).to(tl.int64)[None, :]
     n = tl.program_id(1) * P + tl.arange(0, P)[:, None]
     tl.store(out + token * N + n, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=(token < M) & (n < N))
@@ -267,10 +317,47 @@ def _dimension(p, half, dim, rotary):
 
 
 @triton.jit
-def _angles(cos, sin, line, i, j, turns):
-    cos_i, sin_i = tl.load(cos + line + i, mask=turns, other=1.0), tl.load(sin + line + i, mask=turns, other=0.0)
-    cos_j, sin_j = tl.load(cos + line + j, mask=turns, other=1.0), tl.load(sin + line + j, mask=turns, other=0.0)
-    return cos_i, sin_i, cos_j, sin_j
+def _unit(
+    unit, P: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, QK_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+):  # fmt: skip
+    """Program `unit`'s head (counted within its kind where it is one of values), part of it, dimension, how many of these
+    rotate, and the head's first row of the weight."""
+    PARTS: tl.constexpr = (QK_DIM // 2 + P - 1) // P  # programs per head
+    V_PARTS: tl.constexpr = (V_DIM // 2 + P - 1) // P
+    rest = unit - (HEADS + KV_HEADS) * PARTS
+    values = rest >= 0
+    head = tl.where(values, rest // V_PARTS, unit // PARTS)
+    part = tl.where(values, rest % V_PARTS, unit % PARTS)
+    base = tl.where(values, (HEADS + KV_HEADS) * QK_DIM + head * V_DIM, head * QK_DIM)
+    return values, head, part, tl.where(values, V_DIM, QK_DIM), tl.where(values, 0, ROTARY), base
+
+
+@triton.jit
+def _angles(cos, sin, line, i, turns):
+    """Cosine, and sine as dimension i takes it: its partner's is the same with the other sign."""
+    return tl.load(cos + line + i, mask=turns, other=1.0), tl.load(sin + line + i, mask=turns, other=0.0)
+
+
+@triton.jit
+def _place(
+    a, b, angles, i, j, keep, token, slot, values, head, value_scale, q, k_cache, k_row, k_head, v_cache, v_row, v_head,
+    HEADS: tl.constexpr, QK_DIM: tl.constexpr,
+):  # fmt: skip
+    """Rotates pairs of a head's products, dimensions i and j, and stores them where they belong."""
+    kind: tl.constexpr = q.dtype.element_ty
+    a, b = a.to(kind).to(tl.float32), b.to(kind).to(tl.float32)  # as where the product is a tensor of its own
+    cos, sin = angles
+    a, b = tl.fma(a, cos, b * sin), tl.fma(b, cos, a * -sin)
+    if values:
+        line = v_cache + slot * v_row + head * v_head
+        a, b = a * value_scale, b * value_scale
+    elif head < HEADS:
+        line = q + token * (HEADS * QK_DIM) + head * QK_DIM
+    else:
+        line = k_cache + slot * k_row + (head - HEADS) * k_head
+    tl.store(line + i, a.to(kind), mask=keep)
+    tl.store(line + j, b.to(kind), mask=keep)
 
 
 @triton.jit(do_not_specialize=["M", "ahead"])
@@ -279,21 +366,11 @@ def qkv_kernel(
     bias, cos, sin, value_scale, q, k_cache, k_row, k_head, v_cache, v_row, v_head, slots,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, QK_DIM: tl.constexpr, V_DIM: tl.constexpr, ROTARY: tl.constexpr,
     K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, BOXES: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A CTA's rows are pairs of dimensions of one head, as `_dimension` pairs them. k_row .. v_head: strides of the caches."""
     P: tl.constexpr = ROWS // 2
-    PARTS: tl.constexpr = (QK_DIM // 2 + P - 1) // P  # CTAs per head
-    V_PARTS: tl.constexpr = (V_DIM // 2 + P - 1) // P
-    kind: tl.constexpr = x.dtype.element_ty
-    unit = tl.program_id(1)
-    values = unit >= (HEADS + KV_HEADS) * PARTS
-    rest = unit - (HEADS + KV_HEADS) * PARTS
-    head = tl.where(values, rest // V_PARTS, unit // PARTS)
-    part = tl.where(values, rest % V_PARTS, unit % PARTS)
-    dim = tl.where(values, V_DIM, QK_DIM)
-    rotary = tl.where(values, 0, ROTARY)
-    base = tl.where(values, (HEADS + KV_HEADS) * QK_DIM + head * V_DIM, head * QK_DIM)
+    values, head, part, dim, rotary, base = _unit(tl.program_id(1), P, HEADS, KV_HEADS, QK_DIM, V_DIM, ROTARY)
     r = tl.arange(0, ROWS)
     row = (base + _dimension(tl.minimum(part * P + r % P, dim // 2 - 1), r // P, dim, rotary)).to(tl.int64)
     _begin(weight, w_stride, row, ahead, ROWS, PIECES, PDL)
@@ -304,7 +381,7 @@ def qkv_kernel(
     keep = (token < M) & (p < dim // 2)
     turns = keep & (p < rotary // 2)
     if not WIDE:
-        cos_i, sin_i, cos_j, sin_j = _angles(cos, sin, token * ROTARY, i, j, turns)
+        angles = _angles(cos, sin, token * ROTARY, i, turns)
     slot = tl.load(slots + token, mask=token < M, other=0)
     if bias is not None:
         bias_a = tl.load(bias + base + i, mask=p < dim // 2, other=0.0).to(tl.float32)
@@ -315,16 +392,31 @@ def qkv_kernel(
     )  # fmt: skip
     if bias is not None:
         a, b = a + bias_a, b + bias_b
-    a, b = a.to(kind).to(tl.float32), b.to(kind).to(tl.float32)  # as where the product is a tensor of its own
     if WIDE:
-        cos_i, sin_i, cos_j, sin_j = _angles(cos, sin, token * ROTARY, i, j, turns)
-    a, b = a * cos_i + b * sin_i, b * cos_j + a * sin_j
-    if unit < HEADS * PARTS:
-        line = q + token * (HEADS * QK_DIM) + head * QK_DIM
-    elif unit < (HEADS + KV_HEADS) * PARTS:
-        line = k_cache + slot * k_row + (head - HEADS) * k_head
-    else:
-        line = v_cache + slot * v_row + head * v_head
-        a, b = a * value_scale, b * value_scale
-    tl.store(line + i, a.to(kind), mask=keep)
-    tl.store(line + j, b.to(kind), mask=keep)
+        angles = _angles(cos, sin, token * ROTARY, i, turns)
+    _place(
+        a, b, angles, i, j, keep, token, slot, values, head, value_scale, q, k_cache, k_row, k_head, v_cache, v_row,
+        v_head, HEADS, QK_DIM,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def place_kernel(
+    y, cos, sin, value_scale, q, k_cache, k_row, k_head, v_cache, v_row, v_head, slots, M,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, QK_DIM: tl.constexpr, V_DIM: tl.constexpr, ROTARY: tl.constexpr,
+    WIDTH: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """The end of `qkv_kernel` for products y [M, WIDTH] that are a tensor of their own. P: 2^n, half a head or more."""
+    values, head, _, dim, rotary, base = _unit(tl.program_id(1), P, HEADS, KV_HEADS, QK_DIM, V_DIM, ROTARY)
+    token = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[None, :]
+    p = tl.arange(0, P)[:, None]
+    i, j = _dimension(p, 0, dim, rotary), _dimension(p, 1, dim, rotary)
+    keep = (token < M) & (p < dim // 2)
+    angles = _angles(cos, sin, token * ROTARY, i, keep & (p < rotary // 2))
+    slot = tl.load(slots + token, mask=token < M, other=0)
+    a = tl.load(y + token * WIDTH + base + i, mask=keep, other=0.0).to(tl.float32)
+    b = tl.load(y + token * WIDTH + base + j, mask=keep, other=0.0).to(tl.float32)
+    _place(
+        a, b, angles, i, j, keep, token, slot, values, head, value_scale, q, k_cache, k_row, k_head, v_cache, v_row,
+        v_head, HEADS, QK_DIM,
+    )  # fmt: skip

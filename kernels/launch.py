@@ -6,10 +6,22 @@ from functools import cache
 import torch
 
 
+def overlap(rows: int) -> bool:
+    """Whether a launch of so many rows of activations uses programmatic dependent launch. With more of them a kernel's own
+    work is long, and kernels that wait for it early only take its room (measured, see bench/LOG.md)."""
+    return rows <= 32 and pdl()
+
+
 @cache
 def pdl() -> bool:
     """Whether kernels use programmatic dependent launch: a kernel starts, and fetches its weights, before the one it
     depends on has ended. Hopper and later; never in Triton's interpreter. MTP_ENGINE_PDL=0 turns it off."""
     if os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("MTP_ENGINE_PDL") == "0":
         return False
+    return hopper()
+
+
+@cache
+def hopper() -> bool:
+    """Whether there is a copy engine that fetches tiles (a GPU of Hopper or later)."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)

@@ -1,9 +1,9 @@
 """The FFN of a mixture-of-experts layer for few tokens on a GPU. Twin: `experts.route` and `experts.mix_experts`.
 
 Decoding reads every chosen expert's weights once and is bound by that. Five kernels: norm + router logits; choice +
-grouping by expert; gate and up; down; weighted sum + residual. Weights stay FP8 in memory and are widened in registers;
-activations are bf16, sums fp32. No host synchronisation and no float atomics: every sum runs in an order that depends on
-the column alone, so that a row's bits do not depend on its neighbours or their number.
+grouping by expert (three with more than eight tokens); gate and up; down; weighted sum + residual. Weights stay FP8 in
+memory and are widened in registers; activations are bf16, sums fp32. No host synchronisation and no float atomics: every
+sum runs in an order that depends on the column alone, so that a row's bits do not depend on its neighbours or their number.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,16 @@ from torch import Tensor
 from mtp_engine.kernels.experts import PlainStack
 from mtp_engine.kernels.fp8 import BlockMatrix
 from mtp_engine.kernels.launch import pdl
-from mtp_engine.kernels.moe_kernels import choose_kernel, down_kernel, gate_up_kernel, router_kernel, sum_kernel
+from mtp_engine.kernels.moe_kernels import (
+    choose_kernel,
+    choose_many_kernel,
+    down_kernel,
+    gate_up_kernel,
+    group_kernel,
+    order_kernel,
+    router_kernel,
+    sum_kernel,
+)
 
 Stack = BlockMatrix | PlainStack
 """[E, R, C]. In a BlockMatrix C must be a multiple of the block, and rows n * block.. must share a row of scales."""
@@ -26,6 +35,7 @@ Stack = BlockMatrix | PlainStack
 _ROUTER_ROWS, _ROUTER_COLUMNS, _ROUTER_TOKENS = 64, 128, 8
 _CHOICE_TOKENS = 8  # one per warp
 _SUM_COLUMNS = 1024
+_GROUP_PAIRS = 1024  # that are looked at at a time; of no effect on sums
 
 
 @final
@@ -73,9 +83,17 @@ def route(
     weights = torch.empty(tokens, per_token, dtype=torch.float32, device=x.device)
     experts, pairs = (torch.empty(s, dtype=torch.int32, device=x.device) for s in (weights.shape, (count, tokens)))
     slots = torch.empty(count, dtype=torch.int64, device=x.device)
-    choose_kernel[(1,)](partial, bias, weights, experts, slots, pairs, scale, tokens, pieces, count,
-                  triton.next_power_of_2(count), per_token, normalise, _CHOICE_TOKENS, pdl(),
-                  num_warps=_CHOICE_TOKENS, launch_pdl=pdl())  # fmt: skip
+    padded = triton.next_power_of_2(count)
+    if tokens <= _CHOICE_TOKENS:
+        choose_kernel[(1,)](partial, bias, weights, experts, slots, pairs, scale, tokens, pieces, count, padded, per_token,
+                      normalise, _CHOICE_TOKENS, pdl(), num_warps=_CHOICE_TOKENS, launch_pdl=pdl())  # fmt: skip
+        return y, Routing(weights, experts, slots, pairs)
+    choose_many_kernel[(triton.cdiv(tokens, _CHOICE_TOKENS),)](
+        partial, bias, weights, experts, scale, tokens, pieces, count, padded, per_token, normalise, _CHOICE_TOKENS,
+        num_warps=_CHOICE_TOKENS)  # fmt: skip
+    counts = torch.empty(count, dtype=torch.int32, device=x.device)
+    group_kernel[(count,)](experts, pairs, counts, tokens, per_token, _GROUP_PAIRS)
+    order_kernel[(1,)](counts, slots, count, padded)
     return y, Routing(weights, experts, slots, pairs)
 
 

@@ -41,44 +41,85 @@ def router_kernel(x, norm, router, y, partial, eps, M, H: tl.constexpr, E: tl.co
     tl.store(partial + (piece * M + m) * E + e[:, None], logits, (e < E)[:, None] & (m < M))
 
 
-@triton.jit(do_not_specialize=["M"])
-def choose_kernel(partial, bias, weights, experts, slots, pairs, scale, M, PIECES: tl.constexpr, E: tl.constexpr,
-            E_PAD: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program: the K experts of every token, and the pairs of every expert, as `Routing` has them."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+@triton.jit
+def _choose(partial, offset, weights, experts, scale, m, M, PIECES: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr,
+            K: tl.constexpr, NORMALISE: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """The K experts of tokens m [TOKENS] and what they weigh. offset: [E_PAD]. Returns which are taken, [TOKENS, E_PAD] int32,
+    and their pairs."""
     e = tl.arange(0, E_PAD)
-    offset = tl.load(bias + e, e < E, other=0.0)
-    count = tl.zeros([E_PAD], tl.int32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    first = 0
-    while first < M:  # not `range`: Triton's interpreter cannot take its bounds from arguments under numpy 2.4
-        m = first + tl.arange(0, TOKENS)
-        live = (m < M)[:, None] & (e < E)
-        logits = tl.zeros([TOKENS, E_PAD], tl.float32)
-        for piece in tl.static_range(PIECES):
-            logits += tl.load(partial + (piece * M + m[:, None]) * E + e, live, other=0.0)
-        score = tl.sigmoid(logits)
-        rank = tl.where(e < E, score + offset, -float("inf"))
-        taken = tl.zeros([TOKENS, E_PAD], tl.int32)
-        for _ in tl.static_range(K):
-            best = e == tl.argmax(rank, 1)[:, None]  # of equals the lowest
-            taken = tl.where(best, 1, taken)
-            rank = tl.where(best, -float("inf"), rank)
-        total = tl.sum(tl.where(taken == 1, score, 0.0), 1) + 1e-20
-        share = score / total[:, None] if NORMALISE else score
-        pair = m[:, None] * K + tl.cumsum(taken, 1) - taken
-        taken = tl.where(live, taken, 0)
-        tl.store(weights + pair, share * scale, taken == 1)
-        tl.store(experts + pair, tl.broadcast_to(e[None, :], [TOKENS, E_PAD]), taken == 1)
-        tl.store(pairs + e * M + count + tl.cumsum(taken, 0) - taken, pair, taken == 1)
-        count += tl.sum(taken, 0)
-        first += TOKENS
+    live = (m < M)[:, None] & (e < E)
+    logits = tl.zeros([TOKENS, E_PAD], tl.float32)
+    for piece in tl.static_range(PIECES):
+        logits += tl.load(partial + (piece * M + m[:, None]) * E + e, live, other=0.0)
+    score = tl.sigmoid(logits)
+    rank = tl.where(e < E, score + offset, -float("inf"))
+    taken = tl.zeros([TOKENS, E_PAD], tl.int32)
+    for _ in tl.static_range(K):
+        best = e == tl.argmax(rank, 1)[:, None]  # of equals the lowest
+        taken = tl.where(best, 1, taken)
+        rank = tl.where(best, -float("inf"), rank)
+    total = tl.sum(tl.where(taken == 1, score, 0.0), 1) + 1e-20
+    share = score / total[:, None] if NORMALISE else score
+    pair = m[:, None] * K + tl.cumsum(taken, 1) - taken
+    taken = tl.where(live, taken, 0)
+    tl.store(weights + pair, share * scale, taken == 1)
+    tl.store(experts + pair, tl.broadcast_to(e[None, :], [TOKENS, E_PAD]), taken == 1)
+    return taken, pair
+
+
+@triton.jit
+def _order(count, slots, E: tl.constexpr, E_PAD: tl.constexpr):
+    """The slots of `Routing` from the number of every expert's pairs, [E_PAD] int32."""
+    e = tl.arange(0, E_PAD)
     hit = (count > 0).to(tl.int32)
     before = tl.cumsum(hit, 0) - hit
     slot = tl.where(hit == 1, before, tl.sum(hit, 0) + e - before)
     tl.store(slots + slot, e + (count.to(tl.int64) << 32), e < E)
+
+
+@triton.jit(do_not_specialize=["M"])
+def choose_kernel(partial, bias, weights, experts, slots, pairs, scale, M, PIECES: tl.constexpr, E: tl.constexpr,
+            E_PAD: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program: the K experts of at most TOKENS tokens, and the pairs of every expert, as `Routing` has them."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    e = tl.arange(0, E_PAD)
+    offset = tl.load(bias + e, e < E, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    m = tl.arange(0, TOKENS)
+    taken, pair = _choose(partial, offset, weights, experts, scale, m, M, PIECES, E, E_PAD, K, NORMALISE, TOKENS)
+    tl.store(pairs + e * M + tl.cumsum(taken, 0) - taken, pair, taken == 1)
+    _order(tl.sum(taken, 0), slots, E, E_PAD)
+
+
+@triton.jit(do_not_specialize=["M"])
+def choose_many_kernel(partial, bias, weights, experts, scale, M, PIECES: tl.constexpr, E: tl.constexpr,
+                       E_PAD: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """The K experts of TOKENS tokens."""
+    e = tl.arange(0, E_PAD)
+    offset = tl.load(bias + e, e < E, other=0.0)
+    m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    _choose(partial, offset, weights, experts, scale, m, M, PIECES, E, E_PAD, K, NORMALISE, TOKENS)
+
+
+@triton.jit(do_not_specialize=["M"])
+def group_kernel(experts, pairs, counts, M, K: tl.constexpr, BLOCK: tl.constexpr):
+    """The pairs of one expert, ascending, and their number."""
+    e, count, start = tl.program_id(0), 0, 0
+    while start < M * K:
+        pair = start + tl.arange(0, BLOCK)
+        mine = (tl.load(experts + pair, pair < M * K, other=-1) == e).to(tl.int32)
+        tl.store(pairs + e * M + count + tl.cumsum(mine, 0) - mine, pair, mine == 1)
+        count += tl.sum(mine, 0)
+        start += BLOCK
+    tl.store(counts + e, count)
+
+
+@triton.jit
+def order_kernel(counts, slots, E: tl.constexpr, E_PAD: tl.constexpr):
+    e = tl.arange(0, E_PAD)
+    _order(tl.load(counts + e, e < E, other=0), slots, E, E_PAD)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ step cannot change a bit of its result. The grouping, a function of p alone:
 - The *near* keys, in the row's own tile and the one before (in a windowed layer: all of the window), are one run of the
   online softmax, tile by tile in ascending order.
 - The *far* keys, all below those, fall into splits at fixed positions (`Plan.splits`), each a run of its own.
-- The runs are merged, the near one first, then the splits in ascending order, 16 at a time.
+- The runs are merged one by one: the splits in ascending order, then the near one.
 
 With at most 64 rows and tiles of at least 64 keys, every far key of every row lies below L: it is the same key for all
 rows. So a far split is read once per key head, for nodes and grouped heads folded into one block of rows, while a near
@@ -49,10 +49,11 @@ class Plan:
     merge_warps: int = 1
 
     @classmethod
-    def default(cls, dtype: torch.dtype, rows: int, kv_heads: int, dim: int) -> "Plan":
-        """rows: (node, head) rows that share far keys, or one node's if there are none. They may not decide arithmetic.
-        dim: of queries."""
-        depth = 2 if dim <= 64 else 1  # measured: wide heads gain more from two programs per multiprocessor
+    def default(cls, dtype: torch.dtype, rows: int, kv_heads: int, dim: int, bound: int = 0) -> "Plan":
+        """rows: (node, head) rows that share far keys, or one node's if there are none. They may not decide arithmetic, nor
+        may `bound`, see tree_attention. dim: of queries."""
+        # measured: wide heads gain more from two programs per multiprocessor, unless each has many tiles to read
+        depth = 2 if dim <= 64 or bound > 4096 else 1
         # few heads make few programs: shorter splits keep more of the GPU busy
         splits = (128, 32, 1024, 28, 4096) if kv_heads >= 8 else (128, 32, 512, 56, 4096)
         if dtype == torch.float32:  # without tensor cores; only exact, not fast
@@ -83,7 +84,7 @@ class Scratch:
         return cls(acc, torch.empty(rows * runs * 2, dtype=torch.float32, device=device))
 
 
-def _blocks(dim: int) -> tuple[int, int]:
+def head_blocks(dim: int) -> tuple[int, int]:
     """Powers of two, at least 16, that cover a head's dimension: 192 = 128 + 64, 24 -> 16 + 16, 8 -> 16 + 0."""
     whole = max(16, 1 << dim.bit_length() - 1)
     return whole, max(16, triton.next_power_of_2(dim - whole)) if dim > whole else 0
@@ -108,7 +109,7 @@ def tree_attention(
     batch, nodes, heads, dim = q.shape
     kv_heads, v_dim = v_cache.shape[1:]
     group = heads // kv_heads
-    plan = plan or Plan.default(q.dtype, group if window else nodes * group, kv_heads, dim)
+    plan = plan or Plan.default(q.dtype, group if window else nodes * group, kv_heads, dim, 0 if window else bound)
     assert nodes <= MAX_NODES <= plan.tile, "more rows, or smaller tiles, and far keys would differ between rows"
     assert group <= plan.rows, "a node's heads must fit into one block"
     assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (q, k_cache, v_cache, pages, positions)), "last dimension"
@@ -121,7 +122,8 @@ def tree_attention(
     assert not splits or acc.numel() >= batch * nodes * heads * (1 + splits) * v_dim, "the scratch is too small"
     shared = {"GROUP": group, "KV_HEADS": kv_heads, "DV": v_dim, "DV_PAD": max(16, triton.next_power_of_2(v_dim))}
     shared |= {"TILE": plan.tile, "SPLITS": plan.splits, "SINK": sink is not None, "PDL": pdl(), "launch_pdl": pdl()}
-    whole, rest = _blocks(dim)
+    shared |= {"enable_fp_fusion": False}
+    whole, rest = head_blocks(dim)
     runs_kernel[splits * triton.cdiv(nodes * group, plan.rows) * kv_heads + nodes * kv_heads, batch](
         q, k_cache, v_cache, pages, lengths, positions, paths, first, out if sink is None else sink, out, acc, stats,
         *q.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2], positions.stride(0), pages.stride(0), wrap,

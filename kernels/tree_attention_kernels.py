@@ -6,7 +6,7 @@ import triton.language as tl
 from mtp_engine.kernels.ancestry import MAX_NODES
 
 _MAX_NODES = tl.constexpr(MAX_NODES)
-_MERGED = tl.constexpr(16)  # runs that the merge takes in at once
+_MERGED = tl.constexpr(8)  # runs that the merge asks for at once
 _SMALL = ["pages", "lengths", "positions", "paths", "first", "sink"]  # one compiled kernel, wherever these begin
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -38,16 +38,22 @@ def _finish(m, total, acc, sink, SINK: tl.constexpr):
 
 
 @triton.jit
+def _fresh(ROWS: tl.constexpr, D: tl.constexpr):
+    """The state that has seen no key: maximum (log2), sum, accumulator."""
+    empty = tl.full([ROWS], float("-inf"), tl.float32)
+    return empty, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D], tl.float32)
+
+
+@triton.jit
 def _absorb(
     state, queries, k, v, rows, exists, seen, scale, k_row, v_row,
     DK: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV_PAD: tl.constexpr,
 ):  # fmt: skip
     """One tile's step of the online softmax. A row that sees none of the keys keeps its state bit for bit.
 
-    state: maximum (log2) and sum [R], accumulator [R, DV_PAD]; rows, exists: storage rows of the keys [T] and whether
-    to read them; seen: [R, T].
+    state: as for `_soften`, with D = DV_PAD; rows, exists: storage rows of the keys [T] and whether to read them; seen:
+    [R, T].
     """
-    m, total, acc = state
     q0, q1 = queries
     d0, dv = tl.arange(0, D0), tl.arange(0, DV_PAD)
     k0 = tl.load(k + (rows * k_row)[:, None] + d0, mask=exists[:, None] & (d0 < DK), other=0.0)
@@ -57,13 +63,64 @@ def _absorb(
         k1 = tl.load(k + (rows * k_row)[:, None] + d1, mask=exists[:, None] & (d1 < DK), other=0.0)
         s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
     values = tl.load(v + (rows * v_row)[:, None] + dv, mask=exists[:, None] & (dv < DV), other=0.0)
-    s = tl.where(seen, s * scale, float("-inf"))
-    top = tl.maximum(m, tl.max(s, 1))
+    return _soften(state, s, values, seen, scale)
+
+
+@triton.jit
+def _soften(state, s, values, seen, scale):
+    """The online softmax over one tile's scores. A row that sees none of the keys keeps its state bit for bit.
+
+    Multiplications that an addition follows are written as one operation where that is meant, and these kernels are
+    compiled without joining others: what the compiler joins in one kernel and not in another would change bits.
+    state: maximum (log2) and sum [R], accumulator [R, D]; s: [R, T]; values: [T, D]; seen: [R, T], or None if all is.
+    """
+    m, total, acc = state
+    if seen is not None:
+        s = tl.where(seen, s, float("-inf"))
+    top = tl.maximum(m, tl.max(s, 1) * scale)
     safe = tl.where(top == float("-inf"), 0.0, top)  # where a row has seen no key yet
-    p = tl.exp2(s - safe[:, None])
+    p = tl.exp2(tl.fma(s, tl.zeros_like(s) + scale, tl.broadcast_to(-safe[:, None], s.shape)))
     shrink = tl.exp2(m - safe)
     acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
-    return top, total * shrink + tl.sum(p, 1), acc
+    return top, tl.fma(total, shrink, tl.sum(p, 1)), acc
+
+
+@triton.jit
+def _merge(state, run):
+    """One more run. state and run: maximum (log2), sum and accumulator of one row ([], [], [D]) or of rows ([R], [R], [R, D])."""
+    m, total, acc = state
+    run_m, run_total, run_acc = run
+    top = tl.maximum(m, run_m)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    shrink, share = tl.exp2(m - safe), tl.exp2(run_m - safe)
+    if len(acc.shape) == 1:
+        kept, taken = tl.broadcast_to(shrink, acc.shape), share
+    else:
+        kept, taken = tl.broadcast_to(shrink[:, None], acc.shape), share[:, None]
+    return top, tl.fma(total, shrink, run_total * share), tl.fma(acc, kept, run_acc * taken)
+
+
+@triton.jit
+def _page(pages, position, stop, PAGE: tl.constexpr):
+    """The number of the page of a cache slot, or of the last slot below stop, where one comes before the other."""
+    return tl.load(pages + tl.maximum(tl.minimum(position, stop - 1), 0) // PAGE)
+
+
+@triton.jit
+def _far_step(
+    run, queries, pages, page, k, v, base, stop, exists, seen, scale, k_row, v_row,
+    DK: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """`_absorb` of the tile of far keys at `base`. page: of its first key; returns that of the next tile's, too, which is
+    asked for a tile ahead, as keys cannot be asked for without it."""
+    pos = base + tl.arange(0, TILE)
+    if PAGE % TILE == 0:
+        rows = page.to(tl.int64) * PAGE + (pos - base // PAGE * PAGE)
+        page = _page(pages, base + TILE, stop, PAGE)
+    else:
+        rows = tl.load(pages + pos // PAGE, mask=exists, other=0).to(tl.int64) * PAGE + pos % PAGE
+    return _absorb(run, queries, k, v, rows, exists, seen, scale, k_row, v_row, DK, DV, D0, D1, DV_PAD), page
 
 
 @triton.jit
@@ -116,18 +173,17 @@ def _ancestors(path, length, nodes, near, TILE: tl.constexpr):
 
 @triton.jit
 def _add_up(
-    queries, pages, k, v, span, end, length, own, node, ancestors, wrap, scale, k_row, v_row,
+    queries, pages, k, v, span, length, own, node, ancestors, wrap, scale, k_row, v_row,
     DK: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """The run over positions `span`: low, stop and root as from `_near`. Returns what `_absorb` calls the state.
+    """A near run, over positions `span`: low, stop and root as from `_near`. Returns what `_soften` calls the state.
 
-    pages: pointer to the request's row of the table; end: [ROWS], where each row's keys end; own, node: of a near run.
+    pages: pointer to the request's row of the table; own: the node's position.
     """
     low, stop, root = span
     here, there = ancestors
-    m, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DV_PAD], tl.float32)
+    m, total, acc = _fresh(ROWS, DV_PAD)
     # a page's number, then its keys: two loads deep
     for base in tl.range(low // TILE * TILE, stop, TILE, num_stages=1 + 2 * DEPTH):
         pos = base + tl.arange(0, TILE)
@@ -137,7 +193,7 @@ def _add_up(
         page = tl.load(pages + (slot // PAGE % wrap if WINDOW else slot // PAGE), mask=exists, other=0)
         m, total, acc = _absorb(
             (m, total, acc), queries, k, v, page.to(tl.int64) * PAGE + slot % PAGE, exists,
-            exists & (pos < end[:, None]), scale, k_row, v_row, DK, DV, D0, D1, DV_PAD,
+            exists[None, :], scale, k_row, v_row, DK, DV, D0, D1, DV_PAD,
         )  # fmt: skip
     return m, total, acc
 
@@ -190,12 +246,27 @@ def runs_kernel(
         low, stop, root = _near(own, above, length, begin, WINDOW, TILE)
     if low // TILE * TILE >= stop:
         return
-    end = tl.where(far, _far_end(position, length, TILE), stop)
     ancestors = _ancestors(path, length, nodes, not far, TILE)  # read here, out of the way of the loop's loads
-    m, total, acc = _add_up(
-        queries, pages + b * page_stride, k_cache + kv_head * k_head, v_cache + kv_head * v_head, (low, stop, root), end,
-        length, own, node, ancestors, wrap, scale, k_row, v_row, DK, DV, D0, D1, DV_PAD, PAGE, WINDOW, TILE, ROWS, DEPTH,
-    )  # fmt: skip
+    pages += b * page_stride
+    k_cache += kv_head * k_head
+    v_cache += kv_head * v_head
+    if WINDOW == 0 and far:
+        end = _far_end(position, length, TILE)
+        page = _page(pages, low // TILE * TILE, stop, PAGE)
+        run = _fresh(ROWS, DV_PAD)
+        for base in tl.range(low // TILE * TILE, stop, TILE, num_stages=1 + DEPTH):
+            pos = base + tl.arange(0, TILE)
+            exists = (pos >= low) & (pos < stop)
+            run, page = _far_step(
+                run, queries, pages, page, k_cache, v_cache, base, stop, exists, exists & (pos < end[:, None]), scale,
+                k_row, v_row, DK, DV, D0, D1, DV_PAD, PAGE, TILE,
+            )  # fmt: skip
+    else:
+        run = _add_up(
+            queries, pages, k_cache, v_cache, (low, stop, root), length, own, node, ancestors, wrap, scale, k_row, v_row,
+            DK, DV, D0, D1, DV_PAD, PAGE, WINDOW, TILE, ROWS, DEPTH,
+        )  # fmt: skip
+    m, total, acc = run
     if WHOLE:
         y = _finish(m, total, acc, tl.load(sink + head, mask=valid, other=0.0).to(tl.float32) if SINK else total, SINK)
         out += b.to(tl.int64) * nodes * (KV_HEADS * GROUP * DV)
@@ -207,13 +278,21 @@ def runs_kernel(
         _store_run((m, total, acc), acc_out, stats_out, run, splits + 1, valid, dv, ROWS, DV)
 
 
+@triton.jit
+def _load_run(acc, stats, run, there, dv, DV: tl.constexpr):
+    """One row's; of a run that is not there, nothing."""
+    m = tl.load(stats + run * 2, mask=there, other=float("-inf"))
+    total = tl.load(stats + run * 2 + 1, mask=there, other=0.0)
+    return m, total, tl.load(acc + run * DV + dv, mask=there & (dv < DV), other=0.0)
+
+
 @triton.jit(do_not_specialize=["position_stride", "nodes", "splits"], do_not_specialize_on_alignment=_SMALL)
 def merge_kernel(
     acc_in, stats_in, lengths, positions, first, sink, out, position_stride, nodes, splits,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr, SINK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The runs of one node's head, added up. Run 0 is the near one, run c + 1 that of split c."""
+    """The runs of one node's head, merged one by one. Run 0 is the near one and comes last, run c + 1 is that of split c."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -224,21 +303,18 @@ def merge_kernel(
     begin = tl.load(first + b).to(tl.int32)
     weight = tl.load(sink + head).to(tl.float32) if SINK else 0.0
     dv = tl.arange(0, DV_PAD)
-    m, total, acc = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32), tl.zeros([DV_PAD], tl.float32)
+    state = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32), tl.zeros([DV_PAD], tl.float32)
     runs = ((b * KV_HEADS + head // GROUP) * nodes * GROUP + node * GROUP + head % GROUP).to(tl.int64) * (splits + 1)
+    stats_in += runs * 2
+    acc_in += runs * DV
     done = 0
-    while (done == 0) | (_split_start(done - 1, SPLITS) < end):
-        run = done + tl.arange(0, _MERGED)
-        begins = tl.maximum(_split_start(run - 1, SPLITS), begin) // TILE * TILE
-        there = (run == 0) | ((begins < tl.minimum(_split_start(run, SPLITS), end)) & (run <= splits))
-        tops = tl.load(stats_in + runs * 2 + run * 2, mask=there, other=float("-inf"))
-        sums = tl.load(stats_in + runs * 2 + run * 2 + 1, mask=there, other=0.0)
-        part = tl.load(acc_in + runs * DV + (run * DV)[:, None] + dv, mask=there[:, None] & (dv < DV), other=0.0)
-        top = tl.maximum(m, tl.max(tops, 0))
-        share, shrink = tl.exp2(tops - top), tl.exp2(m - top)
-        acc = acc * shrink + tl.sum(part * share[:, None], 0)
-        total = total * shrink + tl.sum(sums * share, 0)
-        m = top
+    while _split_start(done, SPLITS) < end:
+        for i in tl.static_range(_MERGED):  # their loads do not wait for one another
+            run = done + i
+            low = tl.maximum(_split_start(run, SPLITS), begin) // TILE * TILE
+            there = (low < tl.minimum(_split_start(run + 1, SPLITS), end)) & (run < splits)
+            state = _merge(state, _load_run(acc_in, stats_in, run + 1, there, dv, DV))
         done += _MERGED
+    m, total, acc = _merge(state, _load_run(acc_in, stats_in, 0, True, dv, DV))
     y = _finish(m, total, acc, weight, SINK)
     tl.store(out + tl.program_id(0).to(tl.int64) * DV + dv, y.to(out.dtype.element_ty), mask=dv < DV)

@@ -101,7 +101,7 @@ def make_loop(
     return decode_loop(
         model, cache, drafter, backend.verifier(config.verifier), slots=slots, eos_token_ids=eos,
         max_context=config.max_context or model.config.max_context, max_waiting=config.max_waiting,
-        prefill_chunk=min(config.prefill_chunk, backend.chunk_rows),
+        prefill_chunk=min(config.prefill_chunk or backend.usual_chunk, backend.chunk_rows),
         prefix_bytes=prefix_bytes(config), share_pages=backend.kernels,
         device=embedding.device, attention=backend.attention, runner=backend.runner(slots), kernels=backend.kernels,
         text=tokenizer.stream if tokenizer else None, spell=tokenizer.spellings if tokenizer else None,

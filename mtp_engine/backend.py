@@ -33,6 +33,7 @@ from mtp_engine.verifiers import (
     TypicalVerifier,
 )
 
+_GPU_CHUNK = 2048  # rows of a prompt, where products and attention are at the machine's speed
 _RULES: dict[str, Callable[[], Verifier]] = {
     "match": MatchVerifier, "rejection": RejectionVerifier, "block": BlockVerifier, "rrs": RRSVerifier,
     "traversal": TraversalVerifier, "typical": TypicalVerifier,
@@ -61,8 +62,8 @@ class Backend:
     how candidates are picked. make: what weights become. fuse, fuse_mtp: wrap the modules. kernels: caches move rows by kernels.
 
     in_flight: steps that may be queued at a time. ring_page, ring_rows: rings are whole pages and take at least so many
-    rows at a time. scratch_tokens: room that the scratch slot needs; 0 = there is none. chunk_rows: rows of a prompt that
-    may be read at once.
+    rows at a time. scratch_tokens: room that the scratch slot needs; 0 = there is none. usual_chunk, chunk_rows: rows of a
+    prompt that are read at once where the user says nothing, and at most.
     """
 
     attention: AttentionFactory = TorchAttention
@@ -76,6 +77,7 @@ class Backend:
     ring_page: int = 1
     ring_rows: int = 1
     scratch_tokens: int = 0
+    usual_chunk: int = 256
     chunk_rows: int = 1 << 30
     kernels: bool = False
 
@@ -154,7 +156,7 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
         ring_page=config.page_size,
         ring_rows=MOST_ROWS,
         scratch_tokens=SCRATCH_TOKENS,
-        chunk_rows=MOST_ROWS,  # more leave the fused layers, and a row would not have the bits of a decode step
+        usual_chunk=_GPU_CHUNK,
         kernels=True,
     )
 

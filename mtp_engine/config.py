@@ -299,7 +299,8 @@ class EngineConfig:
     draft_vocab is the number of most frequent tokens the MTP layers may propose; 0 means all. draft_int8 lets the MTP
     layers run in int8 on a CPU, which is faster and costs a little acceptance. max_context 0 means the model's own limit.
     max_batch is how many requests run at a time, and max_waiting how many more may wait for room; one beyond them is
-    refused as busy. prefill_chunk is how many tokens of a prompt are read at a time (on a GPU with our kernels at most 64).
+    refused as busy. prefill_chunk is how many tokens of a prompt are read at a time; 0 means 2,048 on a GPU with
+    our kernels, else 256.
     device: cpu, cuda, cuda:1, ...; auto is the GPU if there is one. threads: of the CPU; 0 is one per core
     that this process may use, and more than that are never started.
 
@@ -343,15 +344,15 @@ class EngineConfig:
     prefix_cache: bool = True
     prefix_cache_gb: float = 1.0
     page_size: int = 64
-    prefill_chunk: int = 256
+    prefill_chunk: int = 0
     dequantize: bool = False
     window_keys: int = 0
 
     def __post_init__(self) -> None:
         check_types(self)
         for least, names in (
-            (0, ("draft_vocab", "threads", "max_context", "kv_tokens", "window_keys")),
-            (1, ("max_batch", "max_waiting", "page_size", "prefill_chunk", "steps_in_flight")),
+            (0, ("draft_vocab", "threads", "max_context", "kv_tokens", "window_keys", "prefill_chunk")),
+            (1, ("max_batch", "max_waiting", "page_size", "steps_in_flight")),
         ):
             for name in names:
                 if not least <= getattr(self, name) < 1 << 31:

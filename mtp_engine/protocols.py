@@ -19,7 +19,7 @@ class Attention(Protocol):
 
 
 class DeviceAttention(Attention, Protocol):
-    """Attention whose two halves the fused kernels call apart, for at most 64 rows of each request."""
+    """Attention whose two halves the fused kernels call apart, layer by layer: first `destination`, then `attend`."""
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Where the step's keys and values go: storage [R, Hkv, Dk] and [R, Hkv, Dv], and its rows, [B * N] int64."""

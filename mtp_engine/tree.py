@@ -45,6 +45,8 @@ class DraftTree:
     draft: Tensor | None = None  # [B, N, V] fp32, q: the distribution each node's children were drawn from without
     # replacement, in index order; zero where they were not drawn but given; None = zero everywhere
 
+    straight: bool = False  # a chain in every request: each real node's parent is the node before it
+
     def __post_init__(self) -> None:
         assert self.tokens.shape == self.parents.shape == self.depths.shape, "tokens, parents and depths must agree"
         assert self.size.shape == self.tokens.shape[:1], "one size per request"
@@ -67,13 +69,13 @@ class DraftTree:
     def root(cls, tokens: Tensor) -> "DraftTree":
         """The one-node tree of plain decoding. tokens: [B] int64."""
         zeros = torch.zeros_like(tokens)[:, None]
-        return cls(tokens[:, None], zeros - 1, zeros, torch.ones_like(tokens), 0)
+        return cls(tokens[:, None], zeros - 1, zeros, torch.ones_like(tokens), 0, straight=True)
 
     @classmethod
     def chain(cls, tokens: Tensor, size: Tensor) -> "DraftTree":
         """A path per request. tokens: [B, N] int64 with the last committed token first; size: [B] int64."""
         depths = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)  # kernels want it whole
-        return cls(tokens, depths - 1, depths, size, tokens.shape[1] - 1)
+        return cls(tokens, depths - 1, depths, size, tokens.shape[1] - 1, straight=True)
 
 
 @final

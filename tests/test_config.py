@@ -141,7 +141,7 @@ def test_priorities_and_timeouts() -> None:
 
 
 def test_bounds_of_an_engine() -> None:
-    assert (EngineConfig().max_waiting, EngineConfig().prefill_chunk) == (1024, 256)
+    assert (EngineConfig().max_waiting, EngineConfig().prefill_chunk) == (1024, 0)
     assert EngineConfig(threads=1024, max_waiting=1).threads == 1024
     with pytest.raises(EngineError, match="threads is 100000; it must be at most 1024"):
         EngineConfig(threads=100_000)

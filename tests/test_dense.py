@@ -1,9 +1,12 @@
 """The dense kernels of a decoding step against their twins, and that a row's result does not depend on its neighbours."""
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 triton = pytest.importorskip("triton")
@@ -17,7 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
 # of the norm; x * norm and the result are rounded to bf16, which the interpreter does towards zero
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2 if DEVICE == "cuda" else 2e-2}
-TILES = [None, Tile(16, 16, 1, 2), Tile(32, 16, 8, 3)]
+TILES = [None, Tile(16, 16, 1, 2), Tile(32, 16, 4, 3)]
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -66,6 +69,7 @@ MANY = [
     (Tile(16, 16, 4, 3), 96, [Tile(64, 16, 4, 3, 64), Tile(32, 16, 4, 4, 64, 4)]),
     (Tile(32, 16, 2, 3), 40, [Tile(32, 16, 2, 3, 32), Tile(64, 16, 2, 3, 128, 8)]),
     (Tile(16, 128, 4, 3), 640, [Tile(64, 128, 4, 3, 64, 4)]),
+    (Tile(16, 16, 4, 3), 96, [Tile(8, 16, 4, 3, 64, 4, True)]),
 ]
 
 
@@ -191,23 +195,45 @@ REAL = [  # rows, columns, FP8: the default model, MiMo-7B, MiMo-V2-Flash
 ]  # fmt: skip
 
 
+MOST = 2048
+PARTS = [(0, 1), (5, 6), (0, 3), (16, 32), (3, 20), (0, 33), (6, 70), (0, 100), (40, 256), (255, 256), (1, 300), (7, 600),
+         (0, 1000), (1000, 2048), (2047, 2048)]  # fmt: skip
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize(("rows", "k", "fp8"), REAL)
 def test_real_shapes(rows: int, k: int, fp8: bool) -> None:
     """A row's result is right, and the same bits with any number of neighbours and at any place among them."""
-    x, weight = randn(256, k, dtype=torch.bfloat16), matrix(rows, k, torch.bfloat16, fp8, 128)
-    norm, residual = randn(k, dtype=torch.bfloat16, seed=2), randn(256, rows, dtype=torch.bfloat16, seed=3)
+    x, weight = randn(MOST, k, dtype=torch.bfloat16), matrix(rows, k, torch.bfloat16, fp8, 128)
+    norm, residual = randn(k, dtype=torch.bfloat16, seed=2), randn(MOST, rows, dtype=torch.bfloat16, seed=3)
     full, half = linear(x, weight, norm=norm, eps=1e-6, residual=residual), gated(x, weight, norm=norm, eps=1e-6)
     plain = linear(x, weight)
     check(full, linear_twin(x, weight, norm=norm, eps=1e-6, residual=residual), torch.bfloat16)
     check(half, gated_twin(x, weight, norm=norm, eps=1e-6), torch.bfloat16)
     check(plain, linear_twin(x, weight), torch.bfloat16)
-    for first, last in ((0, 1), (5, 6), (0, 3), (16, 32), (3, 20), (0, 33), (6, 70), (0, 100), (40, 256), (255, 256)):
+    for first, last in PARTS:
         part = slice(first, last)
         alone = linear(x[part], weight, norm=norm, eps=1e-6, residual=residual[part])
         assert torch.equal(alone, full[part]), (first, last)
         assert torch.equal(gated(x[part], weight, norm=norm, eps=1e-6), half[part]), (first, last)
         assert torch.equal(linear(x[part], weight), plain[part]), (first, last)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("rows", "k", "fp8"), [(4096, 4096, False), (6144, 4096, False), (4096, 16384, True)])
+@settings(max_examples=40, deadline=None)
+@given(first=st.integers(0, MOST - 1), count=st.integers(1, MOST))
+def test_a_row_in_calls_of_any_size(rows: int, k: int, fp8: bool, first: int, count: int) -> None:
+    x, weight, norm, full = whole_call(rows, k, fp8)
+    part = slice(first, first + count)
+    assert torch.equal(linear(x[part], weight, norm=norm, eps=1e-6), full[part])
+
+
+@functools.cache
+def whole_call(rows: int, k: int, fp8: bool) -> tuple[Tensor, Weight, Tensor, Tensor]:
+    x, weight = randn(MOST, k, dtype=torch.bfloat16), matrix(rows, k, torch.bfloat16, fp8, 128)
+    norm = randn(k, dtype=torch.bfloat16, seed=2)
+    return x, weight, norm, linear(x, weight, norm=norm, eps=1e-6)
 
 
 @pytest.mark.cuda
@@ -218,10 +244,10 @@ def test_real_shapes(rows: int, k: int, fp8: bool) -> None:
 def test_real_attention(shape: tuple[int, ...], k: int, rotary: int, fp8: bool) -> None:
     heads, kv_heads, qk_dim, v_dim = shape
     rows = (heads + kv_heads) * qk_dim + kv_heads * v_dim
-    case = attention_case(256, torch.bfloat16, rotary, matrix(rows, k, torch.bfloat16, fp8, 128), shape)
+    case = attention_case(1000, torch.bfloat16, rotary, matrix(rows, k, torch.bfloat16, fp8, 128), shape)
     compare_qkv(case, torch.bfloat16)
     q, caches = qkv(**case), [case["k_cache"].clone(), case["v_cache"].clone()]
-    for m in (1, 16, 33, 64, 100):
+    for m in (1, 16, 33, 64, 100, 256, 257):
         few = case | {name: case[name][:m] for name in ("x", "cos", "sin", "rows")}
         few["k_cache"], few["v_cache"] = torch.zeros_like(caches[0]), torch.zeros_like(caches[1])
         assert torch.equal(qkv(**few), q[:m])
@@ -243,7 +269,7 @@ def test_chain_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         return y
 
     with monkeypatch.context() as off:
-        off.setattr("mtp_engine.kernels.dense.pdl", lambda: False)
+        off.setattr("mtp_engine.kernels.dense.overlap", lambda rows: False)
         expected = chain(x)
     assert pdl()
     chain(x)

@@ -7,14 +7,15 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mtp_engine.attention.rows import AttentionFactory, StepRows
+from mtp_engine.attention.rows import StepRows
 from mtp_engine.cache import HybridKV, WindowKV
 from mtp_engine.kernels.ancestry import MAX_NODES, ancestry
+from mtp_engine.kernels.chain_attention import chain_attention, suits_chain
 from mtp_engine.kernels.kv import storage_rows
 from mtp_engine.kernels.tree_attention import tree_attention
 from mtp_engine.protocols import Attention
 
-MOST_ROWS = MAX_NODES  # of a request in one call; longer chains are cut
+MOST_ROWS = MAX_NODES  # of a request that rings take at once, and that may form a tree
 
 
 @final
@@ -62,59 +63,89 @@ class DeviceRows:
         group = self.cache.groups[index]
         return group.k[member], group.v[member], self.targets[index].flatten()
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        index, member = self.cache.place[layer]
-        self.cache.groups[index].write(member, self.targets[index], k, v)
+
+@final
+class Stretch:
+    """Room for a long chunk's keys and values of a windowed layer, with those that its first row still sees before them.
+
+    A ring would lose keys that the chunk's first rows see. This is a larger one, for one call of one layer: what is in the
+    ring goes in, the chunk's own rows are written behind it, and when the chunk is read its end goes into the ring.
+    """
+
+    def __init__(self, group: WindowKV, rows: StepRows) -> None:
+        batch, count = rows.positions.shape
+        size, device = group.page_size, rows.lengths.device
+        ring = -(-(group.window + count) // size)  # pages
+        self.pages = torch.arange(batch * ring, dtype=torch.int32, device=device).view(batch, ring)
+        self.rows = batch * ring * size
+        own = torch.arange(batch, device=device)
+        self.targets = storage_rows(self.pages, rows.lengths, count, size, requests=own)
+        before = group.prefix_positions(rows.lengths).clamp(min=0)
+        self._before = group.rows(rows.slots, before), own[:, None] * ring * size + before % (ring * size)
+        kept = min(count, group.size)
+        last = rows.lengths[:, None] + torch.arange(count - kept, count, device=device)
+        self._last = self.targets[:, -kept:], group.rows(rows.slots, last)
+
+    def begin(self, stored: Tensor) -> Tensor:
+        """stored: a layer's keys or values in the rings, [R, Hkv, D] -> the same of the stretch."""
+        room, (source, target) = stored.new_empty(self.rows, *stored.shape[1:]), self._before
+        room[target] = stored[source]
+        return room
+
+    def end(self, room: Tensor, stored: Tensor) -> None:
+        source, target = self._last
+        stored[target] = room[source]
 
 
 @final
 class ExactAttention:
-    """Our own kernel, whose result for a row is the same bits whatever else is in the step (a DeviceAttention)."""
+    """Our own kernels, whose result for a row is the same bits whatever else is in the step (a DeviceAttention)."""
 
     def __init__(self, cache: HybridKV, rows: StepRows) -> None:
-        self._step = DeviceRows(cache, rows)
+        self._step, self._straight = DeviceRows(cache, rows), rows.chain or rows.straight
+        self._long = rows.positions.shape[1] > MOST_ROWS
+        assert self._straight or not self._long, "of other rows than a chain's there may be 64"
+        self._stretches: dict[int, Stretch] = {}  # by cache group
+        self._rooms: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, from `destination` to `attend`
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self._step.destination(layer)
+        index, member = self._step.cache.place[layer]
+        group = self._step.cache.groups[index]
+        if not self._long or not isinstance(group, WindowKV):
+            return self._step.destination(layer)
+        if index not in self._stretches:
+            self._stretches[index] = Stretch(group, self._step.rows)
+        stretch = self._stretches[index]
+        k, v = self._rooms[layer] = stretch.begin(group.k[member]), stretch.begin(group.v[member])
+        return k, v, stretch.targets.flatten()
 
     def attend(self, layer: int, q: Tensor, *, scale: float, sink: Tensor | None) -> Tensor:
         step, rows = self._step, self._step.rows
         index, member = step.cache.place[layer]
         group = step.cache.groups[index]
-        return tree_attention(
-            q, group.k[member], group.v[member], step.pages[index], rows.lengths, rows.positions, step.ancestry[0],
-            step.first, page_size=group.page_size, wrap=step.pages[index].shape[1],
-            window=group.window if isinstance(group, WindowKV) else 0, bound=rows.bound, scale=scale, sink=sink,
-        )  # fmt: skip
+        window = group.window if isinstance(group, WindowKV) else 0
+        k, v, pages = group.k[member], group.v[member], step.pages[index]
+        if layer in self._rooms:
+            k, v, pages = *self._rooms[layer], self._stretches[index].pages
+        given = {"page_size": group.page_size, "wrap": pages.shape[1], "window": window, "scale": scale, "sink": sink}
+        if not self._straight or not suits_chain(*q.shape[:2], k.shape[1]):
+            return tree_attention(
+                q, k, v, pages, rows.lengths, rows.positions, step.ancestry[0], step.first, bound=rows.bound, **given
+            )
+        y = chain_attention(q, k, v, pages, rows.lengths, rows.first, **given)
+        if layer in self._rooms:
+            for room, stored in zip(self._rooms.pop(layer), (group.k[member], group.v[member]), strict=True):
+                self._stretches[index].end(room, stored)
+        return y
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, sink: Tensor | None = None
     ) -> Tensor:
-        self._step.write(layer, k, v)
+        keys, values, rows = self.destination(layer)
+        keys[rows], values[rows] = k.flatten(0, 1), v.flatten(0, 1)
         return self.attend(layer, q, scale=scale, sink=sink)
-
-
-@final
-class ChunkedAttention:
-    """A prompt's chunk, MOST_ROWS rows at a time: a ring would lose keys that earlier rows still see."""
-
-    def __init__(self, factory: AttentionFactory, cache: HybridKV, rows: StepRows) -> None:
-        count = rows.positions.shape[1]
-        self._spans = [(start, min(start + MOST_ROWS, count)) for start in range(0, count, MOST_ROWS)]
-        self._parts = [factory(cache, rows.part(*span)) for span in self._spans]
-
-    def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, sink: Tensor | None = None
-    ) -> Tensor:
-        parts = [
-            part(layer, q[:, a:b], k[:, a:b], v[:, a:b], scale=scale, sink=sink)
-            for part, (a, b) in zip(self._parts, self._spans, strict=True)
-        ]
-        return torch.cat(parts, 1)
 
 
 def exact_attention(cache: HybridKV, rows: StepRows) -> Attention:
     """An AttentionFactory."""
-    if rows.positions.shape[1] > MOST_ROWS:
-        return ChunkedAttention(ExactAttention, cache, rows)
     return ExactAttention(cache, rows)

@@ -133,5 +133,6 @@ class _Step:
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, sink: Tensor | None = None
     ) -> Tensor:
-        self._step.write(layer, k, v)
+        keys, values, rows = self.destination(layer)
+        keys[rows], values[rows] = k.flatten(0, 1), v.flatten(0, 1)
         return self.attend(layer, q, scale=scale, sink=sink)

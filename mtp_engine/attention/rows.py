@@ -36,6 +36,7 @@ class StepRows:
     first: Tensor | None = None  # [B] int64; None = 0
     chain: bool = False  # each row's parent is the row before it
     offsets: Tensor | None = None  # [B, N] int64, positions - lengths, where that is at hand
+    straight: bool = False  # a chain but for padding at the end
 
     @classmethod
     def prompt(cls, slot: int, start: int, count: int, device: torch.device) -> "StepRows":
@@ -43,14 +44,6 @@ class StepRows:
         index = torch.arange(count, device=device)[None]
         slots, lengths = (torch.full((1,), value, device=device) for value in (slot, start))
         return cls(slots, lengths, start + index, index - 1, count - 1, start + count, chain=True)
-
-    def part(self, start: int, stop: int) -> "StepRows":
-        """Rows start..stop-1 of a chain, the ones before them counted as cached."""
-        assert self.chain, "only a chain can be cut"
-        span, length = slice(start, stop), self.lengths + start
-        index = torch.arange(stop - start, device=length.device).expand(len(length), -1)
-        depth = stop - start - 1
-        return StepRows(self.slots, length, self.positions[:, span], index - 1, depth, self.bound, self.first, True)
 
     @cached_property
     def seen(self) -> Tensor:

@@ -1,6 +1,6 @@
-"""Models for decoding on a GPU: the same weights through fused kernels, for as few rows as a step has.
+"""Models on a GPU: the same weights through fused kernels, for a step's few rows and a prompt's thousands.
 
-`fuse` wraps the torch modules, which stay in use for long prompts and as the kernels' twins. A decoder block becomes
+`fuse` wraps the torch modules, which stay as the kernels' twins. A decoder block becomes
 five launches: norm + QKV + rotation + cache write, attention, output + residual, norm + gate and up, down + residual.
 """
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mtp_engine.config import RopeConfig
 from mtp_engine.kernels import dense, moe
-from mtp_engine.kernels.ancestry import MAX_NODES
 from mtp_engine.kernels.experts import ExpertStack, PlainStack
 from mtp_engine.kernels.fp8 import BlockLinear, BlockMatrix
 from mtp_engine.kernels.linear import Linear
@@ -25,7 +24,6 @@ from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Attention, DeviceAttention
 
 _FP32 = torch.float32
-MOST_ROWS = 256  # from here on a product is bound by arithmetic, and cuBLAS is better at that
 
 
 def fuse(decoder: Decoder) -> Decoder:
@@ -67,8 +65,6 @@ class FusedRotary:
     rotary: RotaryEmbedding
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if positions.numel() > MOST_ROWS:
-            return self.rotary(positions)
         return rope_tables(positions, self.rotary.frequencies)
 
 
@@ -80,10 +76,7 @@ class FusedHead:
     head: Head
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        rows = hidden.flatten(0, -2)
-        if len(rows) > MOST_ROWS:
-            return self.head(hidden)
-        norm, weight = self.head.norm, weight_of(self.head.linear)
+        rows, norm, weight = hidden.flatten(0, -2), self.head.norm, weight_of(self.head.linear)
         logits = dense.linear(rows, weight, norm=norm.weight, eps=norm.eps, out_dtype=_FP32)
         return logits.view(*hidden.shape[:-1], -1)
 
@@ -96,8 +89,6 @@ class FusedJoin:
     join: Join
 
     def __call__(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        if embedded.shape[:-1].numel() > MOST_ROWS:
-            return self.join(embedded, hidden)
         weight = weight_of(self.join.projection)
         assert isinstance(weight, Tensor), "eh_proj is never quantised"
         halves = [(embedded, self.join.embedding_norm), (hidden, self.join.hidden_norm)]
@@ -113,7 +104,7 @@ class FusedJoin:
 @final
 @dataclass(frozen=True)
 class FusedBlock:
-    """layers.Block in five launches."""
+    """layers.Block in five launches; norms are launches of their own where there are more than 32 rows."""
 
     block: Block
 
@@ -121,8 +112,6 @@ class FusedBlock:
         self, x: Tensor, tables: Mapping[RopeConfig, tuple[Tensor, Tensor]], attention: Attention, layer: int
     ) -> Tensor:
         batch, nodes, _ = x.shape
-        if batch * nodes > MOST_ROWS or nodes > MAX_NODES:  # more nodes are a prompt
-            return self._many(x, tables, attention, layer)
         inner, norm, device_attention = (
             self.block.attention,
             self.block.attention_norm,
@@ -142,15 +131,6 @@ class FusedBlock:
         y = y.flatten(0, 1).flatten(1)
         flat = dense.linear(y, weight_of(inner.out), residual=flat)
         return ffn(self.block.ffn, self.block.ffn_norm, flat).view(x.shape)
-
-    def _many(
-        self, x: Tensor, tables: Mapping[RopeConfig, tuple[Tensor, Tensor]], attention: Attention, layer: int
-    ) -> Tensor:
-        block = self.block
-        if not isinstance(block.ffn, MoE):
-            return block(x, tables, attention, layer)
-        x = x + block.attention(block.attention_norm(x), tables[block.attention.config.rope], attention, layer)
-        return ffn(block.ffn, block.ffn_norm, x.flatten(0, 1)).view(x.shape)
 
 
 def ffn(layer: object, norm: RMSNorm, x: Tensor) -> Tensor:

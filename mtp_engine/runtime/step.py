@@ -77,8 +77,9 @@ class ModelStep:
     def rows(self, batch: Batch, tree: DraftTree) -> StepRows:
         positions = batch.lengths[:, None] + tree.depths
         return StepRows(
-            batch.slots, batch.lengths, positions, tree.parents, tree.max_depth, batch.bound, offsets=tree.depths
-        )
+            batch.slots, batch.lengths, positions, tree.parents, tree.max_depth, batch.bound, offsets=tree.depths,
+            straight=tree.straight,
+        )  # fmt: skip
 
     def _note_logprobs(self, members: Members, logits: Tensor, result: VerifyResult) -> None:
         """For the requests that want them; those of tokens that are not emitted are dropped there (Request.take)."""

@@ -1,0 +1,68 @@
+"""Attention of chains: prompts, and steps of many requests. The bits of kernels/tree_attention.py, whose docstring says
+which keys are added up in what order.
+
+A row's key at a position is the same for all rows of a chain, so one program serves up to 64 or 128 (node, head) rows: it
+reads the request's keys once, run after run, and merges the runs as it goes. Nothing goes through memory in between.
+There is one program per key head and tile of positions: where these are too few to fill the GPU, tree_attention's many
+programs are faster.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+from torch import Tensor
+
+from mtp_engine.kernels.ancestry import MAX_NODES
+from mtp_engine.kernels.chain_attention_kernels import chain_kernel
+from mtp_engine.kernels.launch import overlap
+from mtp_engine.kernels.tree_attention import Plan, head_blocks
+from mtp_engine.kernels.tree_attention_kernels import LOG2E
+
+_PROGRAMS = 96  # fewer leave too much of the GPU idle
+
+
+def suits_chain(batch: int, nodes: int, kv_heads: int) -> bool:
+    """Whether `chain_attention` is the faster one for chains of so many nodes, or the only one."""
+    return nodes > MAX_NODES or batch * kv_heads >= _PROGRAMS
+
+
+def chain_plan(dtype: torch.dtype, nodes: int, heads: int, kv_heads: int, dim: int) -> Plan:
+    """Tiles and splits are tree_attention's; the rest changes no bit. nodes: rows of a request; dim: of queries."""
+    plan = Plan.default(dtype, 1, kv_heads, dim)
+    if dtype == torch.float32:
+        return plan
+    few = nodes * (heads // kv_heads) <= 64
+    return replace(plan, rows=64, warps=4, depth=2) if few else replace(plan, rows=128, warps=8, depth=2)
+
+
+def chain_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, lengths: Tensor, first: Tensor | None, *, page_size: int,
+    wrap: int, window: int, scale: float, sink: Tensor | None, plan: Plan | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of any number of new rows per request, row i at position lengths[b] + i, above row i + 1; all their keys and
+    values are in the cache already.
+
+    Arguments as for `tree_attention`, but first may be None: 0 everywhere. scale must be positive.
+    Returns [B, N, Hq, Dv] in q's dtype.
+    """
+    batch, nodes, heads, dim = q.shape
+    kv_heads, v_dim = v_cache.shape[1:]
+    group = heads // kv_heads
+    plan = plan or chain_plan(q.dtype, nodes, heads, kv_heads, dim)
+    assert group <= plan.rows, "a node's heads must fit into one block"
+    assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (q, k_cache, v_cache, pages)), "last dimension"
+    out = torch.empty(batch, nodes, heads, v_dim, dtype=q.dtype, device=q.device)
+    taken = min(plan.rows // group, plan.tile)
+    per = triton.cdiv(min(nodes, plan.tile), taken)
+    tiles = 1 + triton.cdiv(nodes - 1, plan.tile)  # of positions: the first row may stand anywhere in its own
+    whole, rest = head_blocks(dim)
+    chain_kernel[(tiles * per * kv_heads, batch)](
+        q, k_cache, v_cache, pages, lengths, lengths if first is None else first, out if sink is None else sink, out,
+        *q.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2], pages.stride(0), wrap, nodes, per,
+        scale * LOG2E.value, GROUP=group, KV_HEADS=kv_heads, DK=dim, DV=v_dim, D0=whole, D1=rest,
+        DV_PAD=max(16, triton.next_power_of_2(v_dim)), PAGE=page_size, WINDOW=window, TILE=plan.tile, SPLITS=plan.splits,
+        ROWS=plan.rows, TAKEN=taken, DEPTH=plan.depth, FIRST=first is not None, SINK=sink is not None, PDL=overlap(batch * nodes),
+        launch_pdl=overlap(batch * nodes), num_warps=plan.warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out

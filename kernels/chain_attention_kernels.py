@@ -1,0 +1,93 @@
+"""The Triton kernel of kernels/chain_attention.py: all runs of a block of rows in one program, merged as they come."""
+
+import triton
+import triton.language as tl
+
+from mtp_engine.kernels.tree_attention_kernels import (
+    _SMALL,
+    _absorb,
+    _far_step,
+    _finish,
+    _fresh,
+    _merge,
+    _page,
+    _queries,
+    _split_start,
+)
+
+
+@triton.jit(do_not_specialize=["page_stride", "wrap", "nodes", "per"], do_not_specialize_on_alignment=_SMALL)
+def chain_kernel(
+    q, k_cache, v_cache, pages, lengths, first, sink, out,
+    q_batch, q_node, q_head, k_row, k_head, v_row, v_head, page_stride, wrap, nodes, per, scale,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, TAKEN: tl.constexpr, DEPTH: tl.constexpr, FIRST: tl.constexpr,
+    SINK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Rows of a chain: node i of request b is at position lengths[b] + i and sees what is there up to itself.
+
+    A program serves at most TAKEN nodes, with all heads of one key head, of one tile of positions: their far keys are the
+    same. per: programs for a tile of positions. FIRST: whether there are positions that have no keys.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    b = tl.program_id(1)
+    kv_head, block = tl.program_id(0) % KV_HEADS, tl.num_programs(0) // KV_HEADS - 1 - tl.program_id(0) // KV_HEADS
+    length = tl.load(lengths + b).to(tl.int32)
+    begin = tl.load(first + b).to(tl.int32) if FIRST else 0
+    tile = length // TILE + block // per
+    low = tl.maximum(tile * TILE, length) + block % per * TAKEN
+    high = tl.minimum(tl.minimum(low + TAKEN, (tile + 1) * TILE), length + nodes)  # positions low..high-1
+    if low >= high:
+        return
+    r, dv, t = tl.arange(0, ROWS), tl.arange(0, DV_PAD), tl.arange(0, TILE)
+    own = low + r // GROUP
+    valid = own < high
+    head = kv_head * GROUP + r % GROUP
+    node = own - length
+    queries = _queries(q + b.to(tl.int64) * q_batch + node.to(tl.int64) * q_node + head * q_head, valid, DK, D0, D1)
+    pages += b * page_stride
+    k_cache += kv_head * k_head
+    v_cache += kv_head * v_head
+
+    state, run = _fresh(ROWS, DV_PAD), _fresh(ROWS, DV_PAD)
+    if not WINDOW:
+        end = (tile - 1) * TILE
+        start, split = 0, 0
+        if FIRST:
+            while _split_start(split + 1, SPLITS) <= begin:
+                split += 1
+            start = begin // TILE * TILE
+        edge = _split_start(split + 1, SPLITS)
+        page = _page(pages, start, end, PAGE)
+        for base in tl.range(start, end, TILE, num_stages=1 + DEPTH):
+            exists = base + t >= begin if FIRST else t < TILE
+            run, page = _far_step(
+                run, queries, pages, page, k_cache, v_cache, base, end, exists, exists[None, :] if FIRST else None, scale,
+                k_row, v_row, DK, DV, D0, D1, DV_PAD, PAGE, TILE,
+            )  # fmt: skip
+            if (base + TILE >= edge) | (base + TILE >= end):
+                state = _merge(state, run)
+                run = _fresh(ROWS, DV_PAD)
+                split += 1
+                edge = _split_start(split + 1, SPLITS)
+
+    oldest = tl.maximum(own - WINDOW + 1 if WINDOW else (tile - 1) * TILE, tl.maximum(begin, 0))
+    oldest = tl.minimum(oldest, own)
+    lowest = tl.min(tl.where(valid, oldest, high - 1), 0)
+    for base in tl.range(lowest // TILE * TILE, high, TILE, num_stages=1 + 2 * DEPTH):
+        pos = base + t
+        exists = (pos >= lowest) & (pos < high)
+        seen = (pos >= oldest[:, None]) & (pos <= own[:, None])
+        number = tl.load(pages + (pos // PAGE % wrap if WINDOW else pos // PAGE), mask=exists, other=0)
+        run = _absorb(
+            run, queries, k_cache, v_cache, number.to(tl.int64) * PAGE + pos % PAGE, exists, seen, scale, k_row, v_row,
+            DK, DV, D0, D1, DV_PAD,
+        )  # fmt: skip
+    m, total, acc = _merge(state, run)
+    y = _finish(m, total, acc, tl.load(sink + head, mask=valid, other=0.0).to(tl.float32) if SINK else total, SINK)
+    out += b.to(tl.int64) * nodes * (KV_HEADS * GROUP * DV)
+    target = (node.to(tl.int64) * (KV_HEADS * GROUP) + head) * DV
+    tl.store(out + target[:, None] + dv, y.to(out.dtype.element_ty), mask=valid[:, None] & (dv < DV))

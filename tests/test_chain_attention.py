@@ -1,0 +1,69 @@
+"""Attention of chains: against the dense twin, and bit for bit against the kernel for trees, row by row and in any chunks."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_tree_attention import REAL, SPLITS, TINY, Heads, error, make
+
+from mtp_engine.kernels.chain_attention import chain_attention, chain_plan
+from mtp_engine.kernels.tree_attention import Plan, tree_attention, tree_attention_twin
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def chain(call: Any, start: int = 0, stop: int | None = None, plan: Plan | None = None) -> torch.Tensor:
+    """Rows start..stop-1 of the call's chains, the ones before them counted as cached."""
+    names = ("k_cache", "v_cache", "pages", "page_size", "wrap", "window", "scale", "sink")
+    given = {name: call[name] for name in names} | {"q": call["q"][:, start:stop], "lengths": call["lengths"] + start}
+    heads, (_, kv_heads, _) = call["q"].shape[2], call["k_cache"].shape
+    plan = plan or chain_plan(call["q"].dtype, given["q"].shape[1], heads, kv_heads, call["q"].shape[3])
+    first = call["first"] if int(call["first"][0]) else None
+    return chain_attention(**given, first=first, plan=replace(plan, splits=call["plan"].splits))
+
+
+def straight(nodes: int, batch: int) -> torch.Tensor:
+    return torch.arange(-1, nodes - 1).expand(batch, -1).contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("lengths", "first"), [([0, 61], 0), ([127, 3], 3), ([400, 190], 150)])
+def test_chains_have_the_bits_of_the_kernel_for_trees(lengths: list[int], first: int, dtype: torch.dtype) -> None:
+    for heads in (TINY, Heads(24, 16, 3, 1), replace(TINY, window=20, sink=True)):
+        call = make(heads, straight(6, 2), lengths, first=first, dtype=dtype)
+        y = chain(call)
+        assert error(y, tree_attention_twin(**call)) <= (1e-6 if dtype == torch.float32 else 1e-2)
+        assert torch.equal(y, tree_attention(**call))
+        assert torch.equal(torch.cat([chain(call, 0, 1), chain(call, 1, 4), chain(call, 4, 6)], 1), y)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("heads", REAL, ids=lambda h: f"{h.qk}-{h.v}-{h.query}-{h.kv}")
+@pytest.mark.parametrize("start", [0, 37, 5000])
+def test_chunks_of_any_size_on_the_gpu(heads: Heads, start: int) -> None:
+    heads = replace(heads, window=0)
+    call = make(heads, straight(64, 1), [start], dtype=torch.bfloat16, seed=start)
+    nodes = 700
+    pages = -(-(start + nodes) // call["page_size"])
+    g = torch.Generator(DEVICE).manual_seed(1)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, device=DEVICE).bfloat16()
+
+    rows = pages * call["page_size"]
+    call |= {
+        "q": randn(1, nodes, heads.query, heads.qk), "k_cache": randn(rows, heads.kv, heads.qk), "wrap": pages,
+        "v_cache": randn(rows, heads.kv, heads.v), "pages": torch.randperm(pages, device=DEVICE).int()[None],
+    }  # fmt: skip
+    call["plan"] = Plan.default(torch.bfloat16, 1, heads.kv, heads.qk)
+    y = chain(call)
+    for size in (1, 3, 64, 100, 256):
+        for at in sorted({0, 26, 27, 28, 64, 300, nodes - size}):
+            assert torch.equal(chain(call, at, at + size), y[:, at : at + size]), (size, at)
+    for at in (0, 27, 300, 699):  # plain decoding, by the other kernel
+        lengths = call["lengths"] + at
+        one = {"paths": torch.zeros(1, 1, 1, dtype=torch.int32, device=DEVICE), "positions": lengths[:, None]}
+        one |= {"q": call["q"][:, at : at + 1], "lengths": lengths, "bound": start + at + 1}
+        assert torch.equal(tree_attention(**call | one)[0, 0], y[0, at])
+    assert call["plan"].splits != SPLITS
