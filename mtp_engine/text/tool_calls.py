@@ -13,7 +13,7 @@ from html import unescape
 from typing import Any, final
 
 THINK, END_THINK = "<think>", "</think>"
-_CALL = re.compile(r"<tool_call>\s*<function=([^>\n]+)>(.*?)</function>\s*</tool_call>", re.DOTALL)
+CALL = re.compile(r"<tool_call>\s*<function=([^>\n]+)>(.*?)</function>\s*</tool_call>", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>(.*?)</parameter>", re.DOTALL)
 
 
@@ -53,9 +53,9 @@ def parse_answer(text: str, tools: Sequence[Mapping[str, Any]] = (), *, thinking
         thoughts, text = (head, rest) if mark else (text, "")
     elif tag and not opened.strip():
         thoughts, text = (inner, rest) if mark else (inner, "")
-    schemas = dict(map(_schema, tools))
-    calls = tuple(_call(match, schemas.get(match[1].strip(), {})) for match in _CALL.finditer(text))
-    return Message(thoughts.strip() if thoughts is not None else None, _CALL.sub("", text).strip(), calls)
+    known = schemas(tools)
+    calls = tuple(read_call(match, known) for match in CALL.finditer(text))
+    return Message(thoughts.strip() if thoughts is not None else None, CALL.sub("", text).strip(), calls)
 
 
 def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -117,13 +117,15 @@ def _closed(schema: Any) -> Any:
     return closed
 
 
-def _schema(tool: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    function = tool.get("function", tool)
-    return str(function.get("name")), (function.get("parameters") or {}).get("properties") or {}
+def schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The schemas of the tools' parameters, by the name of the tool."""
+    functions = [tool.get("function", tool) for tool in tools]
+    return {str(each.get("name")): (each.get("parameters") or {}).get("properties") or {} for each in functions}
 
 
-def _call(match: re.Match[str], schema: Mapping[str, Any]) -> ToolCall:
-    arguments = {}
+def read_call(match: re.Match[str], known: Mapping[str, Mapping[str, Any]]) -> ToolCall:
+    """The call that a match of CALL is, with arguments typed by `schemas`."""
+    arguments, schema = {}, known.get(match[1].strip(), {})
     for parameter in _PARAMETER.finditer(match[2]):
         key = parameter[1].strip()
         value = unescape(parameter[2].removeprefix("\n").removesuffix("\n"))
