@@ -15,6 +15,7 @@ import click
 from mtp_engine import __version__
 from mtp_engine.cli.chat import chat
 from mtp_engine.cli.conformance import conformance
+from mtp_engine.cli.dynamo import dynamo_worker
 from mtp_engine.cli.exits import INTERNAL, USER, EndingSignals, interrupt_code
 from mtp_engine.cli.generate import generate
 from mtp_engine.cli.inspect import inspect
@@ -126,5 +127,5 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (generate, chat, serve, models, inspect, kernels, conformance, train):
+for _command in (generate, chat, serve, dynamo_worker, models, inspect, kernels, conformance, train):
     main.add_command(_command)
