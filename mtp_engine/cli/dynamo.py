@@ -54,7 +54,9 @@ def dynamo_worker(**options: Any) -> None:
     folder = options["requests"] or _beside_files(options["discovery_backend"])
     tree = None if options["tree"] is None else TreeShape.parse(options["tree"])
     with Waits(quiet=False) as waits:
-        engine = answers.load_engine(options["model"], build(EngineConfig, {**options, "tree": tree}), options["mtp"], waits)
+        engine = answers.load_engine(
+            options["model"], build(EngineConfig, {**options, "tree": tree}), options["mtp"], waits
+        )
     note(f"{options['model']} on {engine.device_note}; a Dynamo worker now")
     planes = ("namespace", "component", "endpoint", "discovery_backend", "request_plane", "event_plane")
     ledger = Ledger(Path(folder)) if folder else None

@@ -16,7 +16,12 @@ from mtp_engine.errors import EngineError
 _ROOM = settings(
     setting(EngineConfig, "max_batch", "Requests that run at a time."),
     setting(EngineConfig, "max_waiting", "Requests that may wait beyond those; one more is answered 503."),
-    setting(EngineConfig, "kv_tokens", "Tokens that the KV cache holds; 0 is max-batch full contexts.", kind=click.IntRange(0)),
+    setting(
+        EngineConfig,
+        "kv_tokens",
+        "Tokens that the KV cache holds; 0 is max-batch full contexts.",
+        kind=click.IntRange(0),
+    ),
     setting(EngineConfig, "prefix_cache_gb", "How much of the beginnings of texts is kept (1e9 bytes)."),
 )
 _NET = settings(
@@ -30,10 +35,16 @@ _NET = settings(
     click.option("--served-model-name", "name", metavar="NAME", help="What clients call the model.  [default: MODEL]"),
 )  # fmt: skip
 _BOUNDS = settings(
-    click.option("--default-max-tokens", "default_tokens", default=512, type=click.IntRange(1), help="Where none is asked."),
+    click.option(
+        "--default-max-tokens", "default_tokens", default=512, type=click.IntRange(1), help="Where none is asked."
+    ),
     click.option("--max-body", "body_bytes", default=4_000_000, type=click.IntRange(1), help="Bytes of a request."),
-    click.option("--answer-timeout", "answer_s", default=600.0, type=click.FloatRange(0.01), help="Seconds for an answer."),
-    click.option("--drain", "drain_s", default=30.0, type=click.FloatRange(0.01), help="Seconds to end answers at SIGTERM."),
+    click.option(
+        "--answer-timeout", "answer_s", default=600.0, type=click.FloatRange(0.01), help="Seconds for an answer."
+    ),
+    click.option(
+        "--drain", "drain_s", default=30.0, type=click.FloatRange(0.01), help="Seconds to end answers at SIGTERM."
+    ),
 )
 
 

@@ -34,7 +34,9 @@ async def ask_chat(service: Service, asked: ChatRequest) -> tuple[ChatPrompt, As
     structure = free
     if prompt.schema is not None:
         if asked.structured_outputs is not None:
-            raise ApiError(400, "structured_outputs cannot go with a tool call that is required", param="structured_outputs")
+            raise ApiError(
+                400, "structured_outputs cannot go with a tool call that is required", param="structured_outputs"
+            )
         asked = asked.model_copy(update={"stop": None, "stop_token_ids": None, "min_tokens": None, "ignore_eos": None})
         structure = structure_of(asked, limits, schema=prompt.schema)
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None

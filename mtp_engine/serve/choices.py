@@ -162,7 +162,9 @@ def draft_metrics(stats: GenerationStats) -> dict[str, Any]:
     """vLLM's `metrics.speculative_decoding` of one answer. The histogram counts steps by accepted drafts."""
     accepted, drafted = sum(stats.accepted_per_depth), stats.nodes - stats.steps
     reached = [stats.steps, *stats.accepted_per_depth, 0]
-    histogram = {str(depth): count for depth in range(len(reached) - 1) if (count := reached[depth] - reached[depth + 1])}
+    histogram = {
+        str(depth): count for depth in range(len(reached) - 1) if (count := reached[depth] - reached[depth + 1])
+    }
     return {
         "num_spec_tokens": len(stats.proposed_per_depth),
         "num_spec_steps": stats.steps,

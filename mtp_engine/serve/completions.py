@@ -31,7 +31,11 @@ async def completions(service: Service, request: Request, asked: CompletionReque
         Ask(
             prompt,
             sampling_params(
-                asked, service.limits, max_tokens=service.room(prompt, most), logprobs=asked.logprobs, structure=structure
+                asked,
+                service.limits,
+                max_tokens=service.room(prompt, most),
+                logprobs=asked.logprobs,
+                structure=structure,
             ),
         )
         for prompt in prompts
@@ -40,7 +44,9 @@ async def completions(service: Service, request: Request, asked: CompletionReque
     echoes = [await _echo(service, prompt, asked) for prompt in prompts] if asked.echo else []
     count = len(asks) * samples
     reply = Reply(asked, service.name, "cmpl", sum(map(len, prompts)), count, PlainReader)
-    writer = CompletionWriter(reply, service, [echoes[index // samples] if echoes else Echo() for index in range(count)])
+    writer = CompletionWriter(
+        reply, service, [echoes[index // samples] if echoes else Echo() for index in range(count)]
+    )
     return await respond(service, request, asks, writer)
 
 
@@ -61,7 +67,9 @@ async def _prompts(service: Service, asked: CompletionRequest) -> list[list[int]
     if not several:
         raise ApiError(400, "prompt is an empty list: give at least one", param="prompt")
     if len(several) > service.limits.prompts:
-        raise ApiError(400, f"prompt holds {len(several)} prompts, and {service.limits.prompts} are the most", param="prompt")
+        raise ApiError(
+            400, f"prompt holds {len(several)} prompts, and {service.limits.prompts} are the most", param="prompt"
+        )
     return [await service.encode(each) if isinstance(each, str) else list(each) for each in several]  # type: ignore[arg-type]
 
 
@@ -69,7 +77,9 @@ async def _prompts(service: Service, asked: CompletionRequest) -> list[list[int]
 class Echo:
     """A prompt that is said again in front of its answer: nothing, where that was not asked for."""
 
-    def __init__(self, text: str = "", entries: Sequence[TokenLogprob | None] = (), token_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, text: str = "", entries: Sequence[TokenLogprob | None] = (), token_ids: Sequence[int] = ()
+    ) -> None:
         self.text, self.entries, self.token_ids = text, entries, token_ids
 
 

@@ -56,13 +56,18 @@ class DynamoWorker(LLMEngine):  # type: ignore[misc]
                     said = len(chunk.finished.token_ids) - len(turn.said)
                     usage = {"prompt_tokens": before, "completion_tokens": said, "total_tokens": before + said}
                     news |= {"finish_reason": _REASONS[chunk.finished.finish_reason], "completion_usage": usage}
+                    self._forget(request_id)
                 yield news
+
+    def _forget(self, request_id: str) -> None:
+        """It has ended; not where this worker goes down with it, as then another one goes on."""
         if self._ledger:
             self._ledger.end(request_id)
 
     async def abort(self, context: Any) -> None:
         """The client has left."""
         self._engine.abort(str(context.id()))
+        self._forget(str(context.id()))
 
     async def cleanup(self) -> None:
         await self._engine.aclose()

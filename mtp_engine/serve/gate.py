@@ -41,7 +41,9 @@ class Gate:
         host = headers.get("host", "").rsplit("@")[-1]
         name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
         if self._hosts and name.lower() not in self._hosts:
-            return ApiError(400, "the Host header names another machine: a server without a key answers on this one only")
+            return ApiError(
+                400, "the Host header names another machine: a server without a key answers on this one only"
+            )
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         if self._keys and path not in _OPEN and scope["method"] != "OPTIONS":
             scheme, _, given = headers.get("authorization", "").partition(" ")

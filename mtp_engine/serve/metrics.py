@@ -30,7 +30,9 @@ class Metrics:
             return made if labels else made.labels(name)
 
         def histogram(key: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"mtp_engine:{key}", text, ("model_name",), buckets=buckets, registry=self._registry).labels(name)
+            return Histogram(
+                f"mtp_engine:{key}", text, ("model_name",), buckets=buckets, registry=self._registry
+            ).labels(name)
 
         self._name = name
         self.ended = counter("request_success", "Answers by the reason that they ended for", "finished_reason")
@@ -44,7 +46,9 @@ class Metrics:
         )
         self.preemptions = counter("num_preemptions", "Times that a request had to wait again, because memory was full")
         self.first = histogram("time_to_first_token_seconds", "From a request's arrival to its first token", _SECONDS)
-        self.per_token = histogram("request_time_per_output_token_seconds", "Between two tokens, per request", _PER_TOKEN)
+        self.per_token = histogram(
+            "request_time_per_output_token_seconds", "Between two tokens, per request", _PER_TOKEN
+        )
         self.whole = histogram("e2e_request_latency_seconds", "From a request's arrival to its end", _SECONDS)
 
     def text(self) -> bytes:

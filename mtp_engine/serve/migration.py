@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, final
@@ -33,6 +33,16 @@ class Turn:
 
 
 @final
+@dataclass(frozen=True)
+class Begin:
+    """Tokens of a request's prompt, and its whole answer's limits: Dynamo takes off what was said."""
+
+    prompt: int
+    max_tokens: int
+    min_tokens: int
+
+
+@final
 class Ledger:
     """Where the prompts of running requests ended: a file for each, in a folder that all workers see."""
 
@@ -41,20 +51,21 @@ class Ledger:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise EngineError(f"{folder}: {error.strerror}; --requests needs a folder that all workers can write to") from None
+            raise EngineError(
+                f"{folder}: {error.strerror}; --requests needs a folder that all workers can write to"
+            ) from None
         self._folder = folder
 
-    def begin(self, request_id: str, prompt: int, limit: int) -> tuple[int, int]:
-        """Tokens of the prompt and of the whole answer, as the first worker noted them."""
+    def begin(self, request_id: str, first: Begin) -> Begin:
+        """How the request began, as the first worker noted it; `first` says so if this is that one."""
         path = self._path(request_id)
         try:
-            noted = json.loads(path.read_text(encoding="ascii"))
-            return int(noted["prompt"]), int(noted["limit"])
+            return Begin(**json.loads(path.read_text(encoding="ascii")))
         except FileNotFoundError:
             draft = path.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps({"prompt": prompt, "limit": limit}), encoding="ascii")
+            draft.write_text(json.dumps(asdict(first)), encoding="ascii")
             draft.replace(path)
-            return prompt, limit
+            return first
 
     def end(self, request_id: str) -> None:
         with suppress(OSError):
@@ -74,12 +85,12 @@ def read(request: Mapping[str, Any], request_id: str, context: int, ledger: Ledg
     params = _params(request, request_id, limit)
     if ledger is None or not _looks_back(params):
         return Turn(tokens, [], params)
-    prompt, limit = ledger.begin(request_id, len(tokens), limit)
+    begin = ledger.begin(request_id, Begin(len(tokens), limit, params.min_tokens))
     structure = params.structure
     if structure and structure.json:
-        structure = replace(structure, within=limit)
-    params = replace(params, max_tokens=limit, min_tokens=stops.get("min_tokens") or 0, structure=structure)
-    return Turn(tokens[:prompt], tokens[prompt:], params)
+        structure = replace(structure, within=begin.max_tokens)
+    params = replace(params, max_tokens=begin.max_tokens, min_tokens=begin.min_tokens, structure=structure)
+    return Turn(tokens[: begin.prompt], tokens[begin.prompt :], params)
 
 
 def _looks_back(params: SamplingParams) -> bool:
@@ -112,7 +123,9 @@ def _params(request: Mapping[str, Any], request_id: str, limit: int) -> Sampling
 
 
 def _structure(guided: Mapping[str, Any] | None) -> Structure | None:
-    found = {key: value for key, value in (guided or {}).items() if value and key in ("json", "regex", "choice", "grammar")}
+    found = {
+        key: value for key, value in (guided or {}).items() if value and key in ("json", "regex", "choice", "grammar")
+    }
     if not found:
         return None
     [(kind, value), *more] = found.items()

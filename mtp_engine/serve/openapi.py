@@ -74,7 +74,10 @@ def describe(app: FastAPI) -> dict[str, Any]:
     """The document of the app's routes so far."""
     document = app.openapi()
     refusals = {
-        status: {"description": text, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+        status: {
+            "description": text,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+        }
         for status, text in _REFUSED.items()
     }
     for path, operations in document["paths"].items():

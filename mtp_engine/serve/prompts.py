@@ -42,7 +42,9 @@ async def chat_prompt(service: Service, asked: ChatRequest, *, structured: bool)
     if isinstance(choice, NamedTool):
         tools = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
         if not tools:
-            raise ApiError(400, f"tool_choice names {choice.function.name!r}, which is not in tools", param="tool_choice")
+            raise ApiError(
+                400, f"tool_choice names {choice.function.name!r}, which is not in tools", param="tool_choice"
+            )
     if choice == "required" and not tools:
         raise ApiError(400, "tool_choice is required, and there are no tools", param="tools")
     called = bool(tools) and (

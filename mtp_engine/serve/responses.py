@@ -26,7 +26,9 @@ _SAME = (
 async def responses(service: Service, request: Request, asked: ResponsesRequest) -> Response:
     """Answer an input. Raises ApiError and EngineError."""
     if asked.previous_response_id or asked.background:
-        raise ApiError(400, "nothing is stored here: send the whole conversation as input", param="previous_response_id")
+        raise ApiError(
+            400, "nothing is stored here: send the whole conversation as input", param="previous_response_id"
+        )
     chat = as_chat(asked)
     prompt, ask = await ask_chat(service, chat)
     reply = Reply(chat, service.name, "resp", len(prompt.ids), 1, lambda: reader(prompt))
@@ -43,7 +45,10 @@ def as_chat(asked: ResponsesRequest) -> ChatRequest:
         messages += [_message(item) for item in asked.input if item.get("type") != "reasoning"]
     if asked.text and (form := asked.text.format):
         schema = {"name": form.name or "answer", "schema": form.schema_}
-        given["response_format"] = {"type": form.type, **({"json_schema": schema} if form.type == "json_schema" else {})}
+        given["response_format"] = {
+            "type": form.type,
+            **({"json_schema": schema} if form.type == "json_schema" else {}),
+        }
     if asked.tools:
         given["tools"] = [_tool(each.model_dump(exclude_none=True)) for each in asked.tools]
     if isinstance(asked.tool_choice, FlatNamedTool):
@@ -197,7 +202,9 @@ class ResponsesWriter(Writer):
             "reasoning": asked.reasoning,
             "store": False,
             "temperature": 1.0 if asked.temperature is None else asked.temperature,
-            "text": asked.text.model_dump(by_alias=True, exclude_none=True) if asked.text else {"format": {"type": "text"}},
+            "text": asked.text.model_dump(by_alias=True, exclude_none=True)
+            if asked.text
+            else {"format": {"type": "text"}},
             "tool_choice": _choice(asked),
             "tools": [each.model_dump(exclude_none=True) for each in asked.tools or ()],
             "top_p": 1.0 if asked.top_p is None else asked.top_p,

@@ -36,14 +36,18 @@ def listen(host: str, port: int) -> Iterator[Listening]:
         family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         taken = socket.socket(family)
     except (OSError, UnicodeError) as error:
-        raise EngineError(f"--host {host}: {getattr(error, 'strerror', None) or error}; give an address of this machine") from None
+        raise EngineError(
+            f"--host {host}: {getattr(error, 'strerror', None) or error}; give an address of this machine"
+        ) from None
     with taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             taken.bind(where)
             taken.listen(2048)
         except OSError as error:
-            raise EngineError(f"--port {port} on {host}: {error.strerror}; choose another with --port or --host") from None
+            raise EngineError(
+                f"--port {port} on {host}: {error.strerror}; choose another with --port or --host"
+            ) from None
         name = f"[{host}]" if ":" in host else host
         yield Listening(taken, f"{name}:{taken.getsockname()[1]}")
 

@@ -69,7 +69,9 @@ class Sampling(BaseModel):
     speculate: bool | None = Field(None, description="Ours: false decodes without drafts, to the same text.")
     tree: str | None = Field(None, description="Ours: a smaller tree than the server's, such as chain:2.")
     draft_metrics: bool | None = Field(None, description="Ours: `metrics.speculative_decoding`, with vLLM's names.")
-    return_drafts: bool | None = Field(None, description="Ours: the text of each token and the depth it was drafted at.")
+    return_drafts: bool | None = Field(
+        None, description="Ours: the text of each token and the depth it was drafted at."
+    )
 
 
 class FunctionCall(BaseModel):

@@ -22,7 +22,9 @@ async def score(engine: AsyncEngine, tokens: Sequence[int], most: int) -> list[T
     inner = engine.engine
     intake = inner.check_open().intake
     if not 0 < len(tokens) < intake.max_context or not all(0 <= token < intake.vocab for token in tokens):
-        raise ApiError(400, f"prompt: 1 to {intake.max_context - 1} tokens of the vocabulary can be scored", param="prompt")
+        raise ApiError(
+            400, f"prompt: 1 to {intake.max_context - 1} tokens of the vocabulary can be scored", param="prompt"
+        )
     with inner.lock:
         loop = inner.undrafted(max_batch=1).loop
     loop.memory.pages.reserve(0, len(tokens))

@@ -61,7 +61,9 @@ class Service:
     def check_model(self, asked: str | None) -> None:
         """Raises ApiError if another model is asked for."""
         if asked not in (None, "", self.name):
-            raise ApiError(404, f"the model {asked!r} is not served here; {self.name!r} is", param="model", code="model_not_found")
+            raise ApiError(
+                404, f"the model {asked!r} is not served here; {self.name!r} is", param="model", code="model_not_found"
+            )
 
     @property
     def vocab(self) -> int:
@@ -83,7 +85,9 @@ class Service:
     def _check_length(self, characters: int) -> None:
         most = _CHARACTERS * self.max_context
         if characters > most:
-            message = f"the prompt has {characters} characters and the context holds {self.max_context} tokens: shorten it"
+            message = (
+                f"the prompt has {characters} characters and the context holds {self.max_context} tokens: shorten it"
+            )
             raise ApiError(400, message, code="context_length_exceeded")
 
     def room(self, prompt: Sequence[int], asked: int | None) -> int:
