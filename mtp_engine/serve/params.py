@@ -73,11 +73,11 @@ def _of_format(given: ResponseFormat | None) -> Structure | None:
 def _of_outputs(given: StructuredOutputs | None) -> Structure | None:
     if given is None:
         return None
-    texts = {name: text for name in ("regex", "grammar") if (text := getattr(given, name))}
-    if given.json_schema:
+    texts = {name: text for name in ("regex", "grammar") if (text := getattr(given, name)) is not None}
+    if given.json_schema is not None:
         schema = given.json_schema
         texts["json"] = schema if isinstance(schema, str) else json.dumps(schema)
-    if given.choice:
+    if given.choice is not None:
         options = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in given.choice)
         texts["choice"] = f"start: {options}"
     if given.json_object:
