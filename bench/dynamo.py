@@ -11,6 +11,7 @@ compared with that of the same request undisturbed. Every other round names no s
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -43,6 +44,7 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 1.0, "top_k": 40, "min_p": 0.02},
 ]  # fmt: skip
 PLANES = ["--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq"]
+_PORT = re.compile(rb"shared TCP server on [\d.]+:(\d+)")
 OURS = [sys.executable, "-m", "mtp_engine.cli", "dynamo-worker", "--model", hub.NANO, "--threads", "1"]
 
 
@@ -91,7 +93,7 @@ class Cluster:
             stack.callback(lambda: [self.stop(worker) for worker in self.workers.values()])
             for _ in range(workers):
                 self.start()
-            self.wait(workers)
+            self.wait()
             yield self
 
     @staticmethod
@@ -104,16 +106,17 @@ class Cluster:
         self.started += 1
         self.workers[log] = self.process([*OURS, *PLANES], log)
 
-    def wait(self, workers: int) -> None:
-        """Until so many workers serve, and the frontend knows the model."""
-        for _ in range(600):
-            ready = sum(b"Registered endpoint" in log.read_bytes() for log in self.workers)
+    def wait(self) -> None:
+        """Until the frontend knows the workers that live, and no other."""
+        for _ in range(1200):
+            logs = [_PORT.search(log.read_bytes()) for log in self.workers]
+            alive = {found[1].decode() for found in logs if found}
             try:
-                models = httpx.get(f"{self.url}/v1/models").json()["data"]
+                known = httpx.get(f"{self.url}/health").json().get("instances", [])
             except (httpx.HTTPError, ValueError):
-                models = []
-            if ready >= workers and models:
-                time.sleep(1)  # for the frontend to see the newest
+                known = []
+            ports = {each["transport"]["tcp"].split("/")[0].rpartition(":")[2] for each in known}
+            if len(alive) == len(self.workers) and ports == alive:
                 return
             time.sleep(0.1)
         raise SystemExit(f"the cluster did not come up: see {self.folder}")
@@ -171,7 +174,7 @@ def round_of(cluster: Cluster, number: int, rng: random.Random) -> dict[str, Any
     if not seeded:  # what the worker drew from the request's id
         turn = read({"token_ids": [1], "sampling_options": {}}, request_id, 100, None)
         body["seed"] = turn.params.seed
-    cluster.wait(2)
+    cluster.wait()
     expected, _ = answer(cluster, body, None)
     told = {"round": number, "kind": kind, "seeded": seeded, "killed_after": at, "characters": len(text)}
     return {**told, "same": True} if text == expected else {**told, "same": False, "texts": [text, expected]}
