@@ -35,7 +35,29 @@ from mtp_engine.config import Structure
 from mtp_engine.hub import hub
 
 CLIENTS = 64
-WORDS = "The old lighthouse keeper walked down to the sea where a small boat with a red sail was waiting for him".split()
+WORDS = [
+    "The",
+    "old",
+    "lighthouse",
+    "keeper",
+    "walked",
+    "down",
+    "to",
+    "the",
+    "sea",
+    "where",
+    "a",
+    "small",
+    "boat",
+    "with",
+    "a",
+    "red",
+    "sail",
+    "was",
+    "waiting",
+    "for",
+    "him",
+]
 KINDS: list[tuple[dict[str, Any], dict[str, Any]]] = [  # as the request has it, and as the engine has it
     ({}, {}), ({"temperature": 0.0}, {}), ({"logprobs": True}, {"logprobs": 0}), ({"speculate": False}, {}),
     ({"stop": [".", "\n"]}, {"stop": (".", "\n")}), ({"tree": "chain:2"}, {}), ({"n": 2}, {}), ({"min_tokens": 8}, {}),
@@ -162,7 +184,9 @@ def poisson(model: str, requests: int, rate: float, rng: random.Random) -> dict[
         told = asyncio.run(everybody(target.url))
         seconds = time.perf_counter() - begin
         counted = target.metric("generation_tokens_total")
-    between = [(each.times[-1] - each.times[0]) / (each.tokens - 1) for each in told if len(each.times) > 1 and each.tokens > 1]
+    between = [
+        (each.times[-1] - each.times[0]) / (each.tokens - 1) for each in told if len(each.times) > 1 and each.tokens > 1
+    ]
     return {
         "requests": requests, "clients": CLIENTS, "rate_per_s": rate, "seconds": round(seconds, 1),
         "failures": sum(each.status != 200 for each in told),
@@ -180,7 +204,9 @@ def queue(model: str) -> dict[str, Any]:
             async def one(number: int) -> int:
                 nonlocal refusals, told_when
                 while True:
-                    told = await ask(http, {"prompt": "Once", "max_tokens": 16, "seed": number, "stream": number % 2 == 0})
+                    told = await ask(
+                        http, {"prompt": "Once", "max_tokens": 16, "seed": number, "stream": number % 2 == 0}
+                    )
                     if told.status != 503:
                         return told.status
                     refusals += 1
@@ -203,7 +229,14 @@ def leave(model: str, clients: int) -> dict[str, Any]:
 
             async def one(number: int) -> None:
                 nonlocal seen
-                body = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True, "seed": number, "stream": True, "return_token_ids": True}
+                body = {
+                    "prompt": "Once",
+                    "max_tokens": 2000,
+                    "ignore_eos": True,
+                    "seed": number,
+                    "stream": True,
+                    "return_token_ids": True,
+                }
                 async with http.stream("POST", "/v1/completions", json=body) as reply:
                     chunks = 0
                     async for line in reply.aiter_lines():
@@ -221,7 +254,13 @@ def leave(model: str, clients: int) -> dict[str, Any]:
         time.sleep(1)
         still = target.metric("num_requests_running") + target.metric("num_requests_waiting")
         made, drafts = target.metric("generation_tokens_total"), target.metric("spec_decode_num_drafts_total")
-    return {"clients": clients, "still_there": int(still), "tokens_unread": int(made) - seen, "unread_each": round((made - seen) / clients, 2), "steps": int(drafts)}
+    return {
+        "clients": clients,
+        "still_there": int(still),
+        "tokens_unread": int(made) - seen,
+        "unread_each": round((made - seen) / clients, 2),
+        "steps": int(drafts),
+    }
 
 
 def soak(model: str, requests: int, rng: random.Random) -> dict[str, Any]:
@@ -254,7 +293,11 @@ def soak(model: str, requests: int, rng: random.Random) -> dict[str, Any]:
 
 def schemas() -> list[dict[str, Any]]:
     text, whole, number, flag = {"type": "string"}, {"type": "integer"}, {"type": "number"}, {"type": "boolean"}
-    node: dict[str, Any] = {"type": "object", "properties": {"v": whole, "kids": {"type": "array", "items": {"$ref": "#/$defs/node"}}}, "required": ["v", "kids"]}
+    node: dict[str, Any] = {
+        "type": "object",
+        "properties": {"v": whole, "kids": {"type": "array", "items": {"$ref": "#/$defs/node"}}},
+        "required": ["v", "kids"],
+    }
 
     def thing(required: str, **properties: Any) -> dict[str, Any]:
         return {"type": "object", "properties": properties, "required": required.split()}
@@ -278,7 +321,14 @@ def tools(model: str, calls: int) -> dict[str, Any]:
             async def one(number: int) -> None:
                 schema = schemas()[number % len(schemas())]
                 tool = {"type": "function", "function": {"name": f"tool_{number % 7}", "parameters": schema}}
-                body = {"messages": [{"role": "user", "content": "Do something."}], "tools": [tool], "tool_choice": "required", "temperature": 1, "seed": number, "max_tokens": 160}
+                body = {
+                    "messages": [{"role": "user", "content": "Do something."}],
+                    "tools": [tool],
+                    "tool_choice": "required",
+                    "temperature": 1,
+                    "seed": number,
+                    "max_tokens": 160,
+                }
                 async with free:
                     choice = (await http.post("/v1/chat/completions", json=body)).json()["choices"][0]
                 try:

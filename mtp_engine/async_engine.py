@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, final
 
@@ -67,7 +67,7 @@ class AsyncEngine:
     async def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None,
         said: Sequence[int] = (),
-    ) -> AsyncIterator[Chunk]:  # fmt: skip
+    ) -> AsyncGenerator[Chunk, None]:  # fmt: skip
         """Yield what each step commits. Closing the iterator (or cancelling its task) frees the request at once.
 
         request_id: a name for `abort`. said: tokens that the answer begins with already, where it goes on from another

@@ -74,7 +74,8 @@ def joined(found: Sequence[Delta]) -> tuple[list[str], str, str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"), [("f", {}), ('a", "arguments": "', {"x": '}"}', "y": {"z": [1, "ü}"]}}), ("g", {"arguments": {"name": 1}})]
+    ("name", "arguments"),
+    [("f", {}), ('a", "arguments": "', {"x": '}"}', "y": {"z": [1, "ü}"]}}), ("g", {"arguments": {"name": 1}})],
 )
 def test_a_required_call_in_pieces_of_every_size(name: str, arguments: dict[str, object]) -> None:
     text = json.dumps({"name": name, "arguments": arguments})

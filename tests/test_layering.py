@@ -36,13 +36,17 @@ ALLOWED: dict[str, tuple[str, str]] = {
     ),
     "engine": ("assemble backend cache config drafters errors hub models protocols runtime sampling text", "torch"),
     "async_engine": ("config engine errors protocols runtime", ""),
+    "serve": (
+        "async_engine attention.rows checks config engine errors runtime sampling text tree mtp_engine",
+        "torch fastapi starlette pydantic uvicorn prometheus_client dynamo uvloop",
+    ),
     "conformance": ("config engine errors hub protocols sampling mtp_engine", "torch transformers pytest"),
     "training": (
         "assemble config drafters engine errors hub kernels models protocols sampling text",
         "torch numpy safetensors tokenizers click rich",
     ),
     "training.nano": ("config engine errors hub kernels models text training", "torch numpy safetensors tokenizers click rich"),
-    "cli": ("conformance config engine errors hub kernels models.make_tiny protocols runtime text training mtp_engine",
+    "cli": ("conformance config engine errors hub kernels models.make_tiny protocols runtime serve text training mtp_engine",
             "click rich prompt_toolkit"),
 }  # fmt: skip
 """One line a package; a package may always import itself."""

@@ -41,7 +41,9 @@ def custom(folder: Path) -> Iterator[Any]:
         yield transformers_generate(engine)
 
 
-@pytest.mark.parametrize("given", [{}, {"repetition_penalty": 1.4}, {"min_new_tokens": 12}, {"eos_token_id": [3, 8186]}])
+@pytest.mark.parametrize(
+    "given", [{}, {"repetition_penalty": 1.4}, {"min_new_tokens": 12}, {"eos_token_id": [3, 8186]}]
+)
 def test_greedy_is_transformers_greedy(model: LlamaForCausalLM, custom: Any, given: dict[str, Any]) -> None:
     wanted = model.generate(PROMPT, do_sample=False, max_new_tokens=20, **given)
     found = model.generate(PROMPT, do_sample=False, max_new_tokens=20, custom_generate=custom, **given)
@@ -59,7 +61,9 @@ def test_seeds_and_stopping(model: LlamaForCausalLM, custom: Any) -> None:
     texts = []
     for _ in range(2):
         torch.manual_seed(3)
-        texts.append(model.generate(PROMPT, do_sample=True, top_k=50, max_new_tokens=20, custom_generate=custom).tolist())
+        texts.append(
+            model.generate(PROMPT, do_sample=True, top_k=50, max_new_tokens=20, custom_generate=custom).tolist()
+        )
     assert texts[0] == texts[1]
     token = texts[0][0][PROMPT.shape[1] + 4]
 
@@ -67,7 +71,9 @@ def test_seeds_and_stopping(model: LlamaForCausalLM, custom: Any) -> None:
         return ids[:, -1] == token
 
     torch.manual_seed(3)
-    found = model.generate(PROMPT, do_sample=True, top_k=50, max_new_tokens=20, custom_generate=custom, stopping_criteria=[criterion])
+    found = model.generate(
+        PROMPT, do_sample=True, top_k=50, max_new_tokens=20, custom_generate=custom, stopping_criteria=[criterion]
+    )
     assert found.tolist()[0] == texts[0][0][: texts[0][0].index(token, PROMPT.shape[1]) + 1]
 
 

@@ -29,12 +29,15 @@ _PLANES = settings(
         f"or structures move with the same text, too.  [default: requests in {_FILES}, with the file backend]",
     ),
 )  # fmt: skip
+_ROOM = settings(
+    setting(EngineConfig, "max_batch", "Requests that run at a time."),
+    setting(EngineConfig, "max_waiting", "Requests that may wait beyond those."),
+)
 
 
 @click.command("dynamo-worker")
 @_PLANES
-@setting(EngineConfig, "max_batch", "Requests that run at a time.")
-@setting(EngineConfig, "max_waiting", "Requests that may wait beyond those.")
+@_ROOM
 @request.ENGINE
 def dynamo_worker(**options: Any) -> None:
     """Join NVIDIA Dynamo (extra `dynamo`): its frontend routes requests here, and moves them on if this worker dies.

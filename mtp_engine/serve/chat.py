@@ -86,7 +86,7 @@ class ChatWriter(Writer):
         if not deltas and (extra or chunk.logprobs or self.reply.asked.return_token_ids):
             deltas = [{}]
         for number, delta in enumerate(deltas):
-            about = {"logprobs": None}
+            about: dict[str, Any] = {"logprobs": None}
             if number == 0:  # a step's tokens go with the first thing that it says
                 about = {"logprobs": self._logprobs(chunk.logprobs)}
                 if self.reply.asked.return_token_ids:

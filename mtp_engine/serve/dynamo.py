@@ -6,7 +6,7 @@ from typing import Any, final
 
 import uvloop
 from dynamo.common.backend.engine import EngineConfig as Registration
-from dynamo.common.backend.engine import LlmRegistration, LLMEngine
+from dynamo.common.backend.engine import LLMEngine, LlmRegistration
 from dynamo.common.backend.worker import Worker, WorkerConfig
 
 from mtp_engine.async_engine import AsyncEngine
@@ -49,7 +49,7 @@ class DynamoWorker(LLMEngine):  # type: ignore[misc]
         turn = read(request, request_id, inner.check_open().intake.max_context, self._ledger)
         before = len(request["token_ids"])
         stream = self._engine.stream(turn.prompt, turn.params, request_id=request_id, said=turn.said)
-        async with aclosing(stream) as chunks:  # type: ignore[type-var]
+        async with aclosing(stream) as chunks:
             async for chunk in chunks:
                 news = chunk_of(chunk.token_ids, chunk.logprobs)
                 if chunk.finished:

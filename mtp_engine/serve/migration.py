@@ -133,7 +133,8 @@ def _structure(guided: Mapping[str, Any] | None) -> Structure | None:
         raise EngineError("guided_decoding: give one of json, regex, choice and grammar")
     if kind == "choice":
         return Structure(grammar="start: " + " | ".join(json.dumps(each, ensure_ascii=False) for each in value))
-    return Structure(**{kind: value if isinstance(value, str) else json.dumps(value)})
+    text: dict[str, Any] = {kind: value if isinstance(value, str) else json.dumps(value)}
+    return Structure(**text)
 
 
 def chunk_of(tokens: Sequence[int], logprobs: Sequence[Any]) -> dict[str, Any]:

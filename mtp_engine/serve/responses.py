@@ -58,7 +58,7 @@ def as_chat(asked: ResponsesRequest) -> ChatRequest:
     if asked.structured_outputs:
         given["structured_outputs"] = asked.structured_outputs.model_dump(by_alias=True, exclude_none=True)
     try:
-        return ChatRequest(**given, messages=messages, max_tokens=asked.max_output_tokens)
+        return ChatRequest.model_validate({**given, "messages": messages, "max_tokens": asked.max_output_tokens})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -140,7 +140,7 @@ class ResponsesWriter(Writer):
         """More text of a message or a thought, which begins where the last item is something else."""
         if not self._items or self._items[-1]["type"] != kind:
             yield from self._close()
-            role = {"role": "assistant"} if kind == "message" else {"summary": []}
+            role: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
             yield from self._open({"type": kind, **role, "content": []}, "msg" if kind == "message" else "rs")
             part: dict[str, Any] = {"type": part_type, "text": ""}
             if kind == "message":
@@ -151,7 +151,7 @@ class ResponsesWriter(Writer):
             self._items[-1]["content"].append(part)
         item = self._items[-1]
         item["content"][0]["text"] += text
-        more = {"logprobs": []} if kind == "message" else {}
+        more: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
         yield self._event(f"response.{part_type}.delta", **self._at(item), content_index=0, delta=text, **more)
 
     def _open(self, item: dict[str, Any], kind: str) -> Iterable[bytes]:
@@ -171,7 +171,7 @@ class ResponsesWriter(Writer):
             yield self._event("response.function_call_arguments.done", **at, **done)
         else:
             part, at = item["content"][0], {**self._at(item), "content_index": 0}
-            more = {"logprobs": []} if item["type"] == "message" else {}
+            more: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
             yield self._event(f"response.{part['type']}.done", **at, text=part["text"], **more)
             yield self._event("response.content_part.done", **at, part=part)
         yield self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)

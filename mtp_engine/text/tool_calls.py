@@ -74,6 +74,8 @@ def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         arguments = {"type": "object", "properties": {}, **_closed(parameters)}
         if not _COMPOSED & arguments.keys():
             arguments.setdefault("additionalProperties", False)
+        where = "/properties/arguments" if len(tools) == 1 else f"/anyOf/{number - 1}/properties/arguments"
+        arguments = _moved(arguments, where)
         calls.append(
             {
                 "type": "object",
@@ -96,6 +98,17 @@ def _function(tool: Any, number: int) -> tuple[str, Mapping[str, Any]]:
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
         raise ValueError(f"the parameters of tool {number}, {name}, are not the schema of an object")
     return name, parameters
+
+
+def _moved(schema: Any, where: str) -> Any:
+    """The schema with its references to itself as they are once it lies at `where` in another one."""
+    if isinstance(schema, Mapping):
+        moved = {key: _moved(value, where) for key, value in schema.items()}
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#"):
+            moved["$ref"] = f"#{where}{reference[1:]}"
+        return moved
+    return [_moved(each, where) for each in schema] if isinstance(schema, list) else schema
 
 
 def _closed(schema: Any) -> Any:
