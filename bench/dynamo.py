@@ -84,7 +84,7 @@ class Cluster:
             "--http-port",
             str(self.port),
             "--migration-limit",
-            "3",
+            "10",
             *PLANES,
         ]
         with ExitStack() as stack:
@@ -107,7 +107,7 @@ class Cluster:
         self.workers[log] = self.process([*OURS, *PLANES], log)
 
     def wait(self) -> None:
-        """Until the frontend knows the workers that live, and no other."""
+        """Until the frontend knows the workers that live; the dead it forgets in some 10 s, and tries till then."""
         for _ in range(1200):
             logs = [_PORT.search(log.read_bytes()) for log in self.workers]
             alive = {found[1].decode() for found in logs if found}
@@ -116,7 +116,7 @@ class Cluster:
             except (httpx.HTTPError, ValueError):
                 known = []
             ports = {each["transport"]["tcp"].split("/")[0].rpartition(":")[2] for each in known}
-            if len(alive) == len(self.workers) and ports == alive:
+            if len(alive) == len(self.workers) and alive <= ports:
                 return
             time.sleep(0.1)
         raise SystemExit(f"the cluster did not come up: see {self.folder}")

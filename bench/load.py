@@ -34,7 +34,7 @@ from mtp_engine import Engine, EngineConfig, SamplingParams
 from mtp_engine.config import Structure
 from mtp_engine.hub import hub
 
-CLIENTS = 64
+CLIENTS, REGEX = 64, "[a-z ]{10,40}"
 WORDS = [
     "The",
     "old",
@@ -61,7 +61,7 @@ WORDS = [
 KINDS: list[tuple[dict[str, Any], dict[str, Any]]] = [  # as the request has it, and as the engine has it
     ({}, {}), ({"temperature": 0.0}, {}), ({"logprobs": True}, {"logprobs": 0}), ({"speculate": False}, {}),
     ({"stop": [".", "\n"]}, {"stop": (".", "\n")}), ({"tree": "chain:2"}, {}), ({"n": 2}, {}), ({"min_tokens": 8}, {}),
-    ({"structured_outputs": {"regex": "[a-z ]{10,40}"}}, {"structure": Structure(regex="[a-z ]{10,40}"), "structured_outputs": None}),
+    ({"structured_outputs": {"regex": REGEX}}, {"structure": Structure(regex=REGEX), "structured_outputs": None}),
     ({"frequency_penalty": 0.8, "top_p": 0.9}, {}), ({"bad_words": [" the"]}, {"bad_words": (" the",)}),
 ]  # fmt: skip
 
@@ -307,7 +307,7 @@ def schemas() -> list[dict[str, Any]]:
         thing("tags", tags={"type": "array", "items": text, "minItems": 1, "maxItems": 4}), thing("on", on=flag, note=text),
         thing("unit", unit={"enum": ["celsius", "fahrenheit", "kelvin"]}), thing("day", day={"type": "string", "format": "date"}),
         thing("person", person=thing("name age", name=text, age={"type": "integer", "minimum": 0, "maximum": 130})),
-        thing("code", code={"type": "string", "pattern": "^[A-Z]{2}-[0-9]{4}$"}, either={"anyOf": [whole, text, {"type": "null"}]}),
+        thing("code", code={"type": "string", "pattern": "^[A-Z]{2}-[0-9]{4}$"}, either={"anyOf": [whole, text]}),
         {**thing("root", root={"$ref": "#/$defs/node"}), "$defs": {"node": node}},
     ]  # fmt: skip
 

@@ -39,12 +39,13 @@ ASK = """
 })()
 """
 FOUND = """
+var distinct = (of) => [...new Set([...document.querySelectorAll(".answer .token[data-depth]")].map(of))];
 JSON.stringify({
   verdict: document.querySelector(".verdict")?.textContent ?? "",
   failed: [...document.querySelectorAll(".failed")].map((each) => each.textContent),
   tokens: document.querySelectorAll(".answer .token").length,
-  depths: [...new Set([...document.querySelectorAll(".answer .token[data-depth]")].map((each) => each.dataset.depth))].sort(),
-  colours: [...new Set([...document.querySelectorAll(".answer .token[data-depth]")].map((each) => getComputedStyle(each).backgroundColor))],
+  depths: distinct((each) => each.dataset.depth).sort(),
+  colours: distinct((each) => getComputedStyle(each).backgroundColor),
   stats: [...document.querySelectorAll(".stats")].map((each) => each.textContent),
   model: document.getElementById("model").textContent,
   overflow: document.documentElement.scrollWidth - window.innerWidth,

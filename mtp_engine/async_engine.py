@@ -71,7 +71,8 @@ class AsyncEngine:
         """Yield what each step commits. Closing the iterator (or cancelling its task) frees the request at once.
 
         request_id: a name for `abort`. said: tokens that the answer begins with already, where it goes on from another
-        engine that ended: with the same seed (params.seed) it goes on as it would have there. Raises EngineError for what cannot run, and EngineBusy if too many requests wait.
+        engine that ended: with the same seed (params.seed) it goes on as it would have there. Raises EngineError for what
+        cannot run, and EngineBusy if too many requests wait.
         A request that fails on its way ends with a chunk whose `finished` says so.
         """
         self._check_open()
