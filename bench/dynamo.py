@@ -37,11 +37,16 @@ PROMPTS = [
     "In a small town by the sea there lived",
     "How do bees find",
 ]
+TALE = {
+    "type": "object",
+    "properties": {"title": {"type": "string"}, "tale": {"type": "string"}},
+    "required": ["title", "tale"],
+}
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0.8}, {"temperature": 0.0}, {"temperature": 1.0, "frequency_penalty": 1.2, "presence_penalty": 0.4},
     {"temperature": 0.9, "stop": [" a bright red", "ever after, "]}, {"temperature": 0.7, "min_tokens": 100},
     {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.3}, {"temperature": 0.9, "guided_regex": "[A-Za-z ,.]{200,400}"},
-    {"temperature": 1.0, "top_k": 40, "min_p": 0.02},
+    {"temperature": 1.0, "top_k": 40, "min_p": 0.02}, {"temperature": 1.0, "guided_json": TALE}, {"temperature": 1.3, "top_p": 0.8},
 ]  # fmt: skip
 PLANES = ["--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq"]
 _PORT = re.compile(rb"shared TCP server on [\d.]+:(\d+)")
@@ -138,6 +143,8 @@ def answer(cluster: Cluster, body: dict[str, Any], kill_after: int | None) -> tu
     RuntimeError if the answer ends before that."""
     text, request_id, chunks, reason = "", "", 0, None
     with httpx.stream("POST", f"{cluster.url}/v1/completions", json={**body, "stream": True}, timeout=120) as response:
+        if response.status_code != 200:
+            raise SystemExit(f"{response.read().decode()[:300]}")
         for line in response.iter_lines():
             if not line.startswith("data: {"):
                 continue
@@ -158,9 +165,7 @@ def answer(cluster: Cluster, body: dict[str, Any], kill_after: int | None) -> tu
 def round_of(cluster: Cluster, number: int, rng: random.Random) -> dict[str, Any]:
     kind = dict(KINDS[(number // 2) % len(KINDS)])
     body: dict[str, Any] = {"model": hub.NANO, "prompt": rng.choice(PROMPTS), "max_tokens": 160, **kind}
-    if regex := body.pop("guided_regex", None):
-        body["nvext"] = {"guided_regex": regex}
-    else:
+    if not {"guided_regex", "guided_json"} & kind.keys():
         body["ignore_eos"] = True
     if seeded := number % 2 == 0:
         body["seed"] = rng.randrange(2**31)

@@ -22,6 +22,7 @@ from starlette.testclient import TestClient
 from mtp_engine import AsyncEngine, SamplingParams
 from mtp_engine.config import Structure
 from mtp_engine.hub import hub
+from mtp_engine.runtime.request import Request
 from mtp_engine.serve import Limits, build_app
 
 LIMITS = Limits(body_bytes=200_000, body_s=1.0, default_tokens=24)
@@ -274,20 +275,27 @@ def test_32_clients_get_what_the_engine_says_alone(running: AsyncEngine, url: st
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_leaves_frees_the_slot(running: AsyncEngine, url: str, stream: bool) -> None:
+def test_who_leaves_frees_the_slot_within_a_step(
+    running: AsyncEngine, url: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = running.engine.loop.scheduler
+    noticed: list[tuple[Request, int]] = []  # that its client has left, and how many steps it had made by then
+    cancel = scheduler.cancel
+    monkeypatch.setattr(
+        scheduler, "cancel", lambda request: (noticed.append((request, request.stats.steps)), cancel(request))
+    )
     body = json.dumps(chat(max_tokens=2000, ignore_eos=True, stream=stream)).encode()
     with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as connection:
         connection.sendall(HEAD % len(body) + body)
         deadline = time.monotonic() + 10
-        while not busy(running):
+        while not (scheduler.running and scheduler.running[0].output):
             assert time.monotonic() < deadline
             time.sleep(0.002)
         [request] = running.engine.loop.requests
-        time.sleep(0.05)
-    said = len(request.output)
     wait_idle(running)
     assert request.finish_reason == "abort"
-    assert len(request.output) < said + 40, "it went on for nobody"
+    assert noticed[0][0] is request
+    assert request.stats.steps <= noticed[0][1] + 1
 
 
 def test_a_full_queue_says_when_to_come_again() -> None:
