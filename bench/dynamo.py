@@ -5,7 +5,8 @@
 
 Dynamo's frontend and two workers on this machine (file discovery, tcp, zmq). Each round streams an answer, kills the worker
 that writes it (SIGKILL) after a random number of chunks, and starts another; the frontend moves the request. Its text is
-compared with that of the same request undisturbed. Every other round names no seed.
+compared with that of the same request undisturbed. Every other round names no seed. Structures are left out: Dynamo 1.6.1
+moves no request that has one (tests/test_migration.py shows that the worker could take it over).
 """
 
 import json
@@ -37,16 +38,11 @@ PROMPTS = [
     "In a small town by the sea there lived",
     "How do bees find",
 ]
-TALE = {
-    "type": "object",
-    "properties": {"title": {"type": "string"}, "tale": {"type": "string"}},
-    "required": ["title", "tale"],
-}
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0.8}, {"temperature": 0.0}, {"temperature": 1.0, "frequency_penalty": 1.2, "presence_penalty": 0.4},
     {"temperature": 0.9, "stop": [" a bright red", "ever after, "]}, {"temperature": 0.7, "min_tokens": 100},
-    {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.3}, {"temperature": 0.9, "guided_regex": "[A-Za-z ,.]{200,400}"},
-    {"temperature": 1.0, "top_k": 40, "min_p": 0.02}, {"temperature": 1.0, "guided_json": TALE}, {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.3}, {"temperature": 0.6, "presence_penalty": 1.0},
+    {"temperature": 1.0, "top_k": 40, "min_p": 0.02}, {"temperature": 1.3, "top_p": 0.8},
 ]  # fmt: skip
 PLANES = ["--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq"]
 _PORT = re.compile(rb"shared TCP server on [\d.]+:(\d+)")
@@ -164,9 +160,13 @@ def answer(cluster: Cluster, body: dict[str, Any], kill_after: int | None) -> tu
 
 def round_of(cluster: Cluster, number: int, rng: random.Random) -> dict[str, Any]:
     kind = dict(KINDS[(number // 2) % len(KINDS)])
-    body: dict[str, Any] = {"model": hub.NANO, "prompt": rng.choice(PROMPTS), "max_tokens": 160, **kind}
-    if not {"guided_regex", "guided_json"} & kind.keys():
-        body["ignore_eos"] = True
+    body: dict[str, Any] = {
+        "model": hub.NANO,
+        "prompt": rng.choice(PROMPTS),
+        "max_tokens": 160,
+        "ignore_eos": True,
+        **kind,
+    }
     if seeded := number % 2 == 0:
         body["seed"] = rng.randrange(2**31)
     at = rng.randrange(1, 30)

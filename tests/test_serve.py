@@ -14,7 +14,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
-from serving import ASKED, CITY, WEATHER, busy, engine, events, joined_chat, serving, wait_idle, whole_chat
+from serving import ASKED, CITY, WEATHER, engine, events, joined_chat, serving, wait_idle, whole_chat
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.testclient import TestClient
