@@ -149,10 +149,10 @@ class Closer:
         left = self._within - said
         if left > _LONGEST_END + _SPARE:
             return None
-        way = self._way(matcher.deep_copy(), left - 1)
+        way = self._way(matcher.deep_copy())
         return way[0] if way and len(way) + 1 + _SPARE >= left else None
 
-    def _way(self, matcher: Any, most: int) -> list[int]:
+    def _way(self, matcher: Any) -> list[int]:
         """Tokens to the nearest end; empty where it is over, or none is near. The matcher goes along."""
         way: list[int] = []
         while not matcher.is_accepting():
