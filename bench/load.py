@@ -19,8 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -266,11 +266,20 @@ def leave(model: str, clients: int) -> dict[str, Any]:
 def soak(model: str, requests: int, rng: random.Random) -> dict[str, Any]:
     async def many(url: str, bodies: list[dict[str, Any]]) -> int:
         free, failures = asyncio.Semaphore(CLIENTS), 0
+
+        @asynccontextmanager
+        async def counted() -> AsyncIterator[None]:
+            nonlocal failures
+            try:
+                yield
+            except httpx.TransportError:
+                failures += 1
+
         async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=CLIENTS)) as http:
 
             async def one(number: int, body: dict[str, Any]) -> None:
                 nonlocal failures
-                async with free:
+                async with free, counted():
                     if number % 7 == 6 and body.get("stream"):
                         async with http.stream("POST", "/v1/completions", json=body) as reply:
                             async for _ in reply.aiter_lines():
@@ -337,6 +346,7 @@ def tools(model: str, calls: int) -> dict[str, Any]:
                     found["valid" if function["name"] == tool["function"]["name"] else "wrong"] += 1
                 except (ValueError, KeyError, jsonschema.ValidationError):
                     found["cut_off" if choice["finish_reason"] == "length" else "wrong"] += 1
+                    click.echo(f"call {number}: {choice}", err=True)
 
             await asyncio.gather(*map(one, range(calls)))
         return found

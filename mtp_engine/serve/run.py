@@ -61,6 +61,7 @@ def serve(
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none",
         timeout_graceful_shutdown=int(limits.drain_s + _GRACE + 1), h11_max_incomplete_event_size=65_536,
+        timeout_keep_alive=75,
     )  # fmt: skip
     logging.getLogger("uvicorn.error").addFilter(_expected)
     asyncio.run(_run(uvicorn.Server(config), listening, running, limits))
