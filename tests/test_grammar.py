@@ -208,3 +208,20 @@ def test_a_limit_changes_nothing_that_is_far_from_it() -> None:
             for each in (free, bounded)
         )
     assert one.token_ids == other.token_ids
+
+
+def test_a_number_that_does_not_end_is_ended() -> None:
+    """Digits may follow for ever, and a comma must come before the brace."""
+    schema = json.dumps(of(x=NUMBER, y=NUMBER))
+    with Engine.load(hub.NANO, EngineConfig(max_batch=1, threads=1)) as engine:
+        grammars, tokenizer = engine.loop.intake.grammars, engine.tokenizer
+        assert grammars is not None
+        state, said = grammars(Structure(json=schema, within=96)), tokenizer.encode('{"x": 0.' + "7" * 40)
+        assert len(said) < 60
+        state.advance(said)
+        while len(said) < 96 and not state.complete:
+            bits = [word >> bit & 1 for word in state.mask(()).tolist() for bit in range(32)]
+            seven = tokenizer.encode("7")[-1]
+            said.append(seven if bits[seven] else bits.index(1))
+            state.advance(said[-1:])
+        jsonschema.validate(json.loads(tokenizer.decode(said)), json.loads(schema))

@@ -140,7 +140,7 @@ class Closer:
     def __init__(self, tokenizer: Any, within: int) -> None:
         """tokenizer: llguidance's. within: tokens of the whole answer, end-of-text included."""
         self._within = within
-        tokens = {text: tokenizer.tokenize_str(text)[-1] for text in ("}", "]", '"', "0", "1", "e")}
+        tokens = {text: tokenizer.tokenize_str(text)[-1] for text in ("}", "]", '"', ",", "0", "1", "e")}
         self._letter, self._quote, self._brace = [tokens.pop("e")], [tokens['"']], [tokens["}"]]
         self._ends = list(tokens.values())
 

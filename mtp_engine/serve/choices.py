@@ -34,7 +34,7 @@ class Call:
 @final
 @dataclass(frozen=True)
 class Piece:
-    """What a step added to a choice. begun: calls that begin with it, by their number."""
+    """What a step added to a choice. reason: why it ends with it, in OpenAI's words; None where it goes on."""
 
     deltas: tuple[Delta, ...]
     chunk: Chunk
