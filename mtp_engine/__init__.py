@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mtp_engine.runtime.answer import Chunk, Generation
     from mtp_engine.runtime.loop import DecodeLoop
     from mtp_engine.runtime.stats import GenerationStats
+    from mtp_engine.serve.transformers import transformers_generate
     from mtp_engine.tree import DraftTree, VerifyResult
 
 __version__ = "0.2.0"
@@ -34,6 +35,7 @@ _HOME = {
     "SamplingParams": "config",
     "TreeShape": "config",
     "VerifyResult": "tree",
+    "transformers_generate": "serve.transformers",
 }
 __all__ = [
     "AsyncEngine",
@@ -49,6 +51,7 @@ __all__ = [
     "SamplingParams",
     "TreeShape",
     "VerifyResult",
+    "transformers_generate",
 ]
 
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, final
 
@@ -65,15 +65,18 @@ class AsyncEngine:
         await self.aclose()
 
     async def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
-    ) -> AsyncIterator[Chunk]:
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None,
+        said: Sequence[int] = (),
+    ) -> AsyncGenerator[Chunk, None]:  # fmt: skip
         """Yield what each step commits. Closing the iterator (or cancelling its task) frees the request at once.
 
-        request_id: a name for `abort`. Raises EngineError for what cannot run, and EngineBusy if too many requests wait.
+        request_id: a name for `abort`. said: tokens that the answer begins with already, where it goes on from another
+        engine that ended: with the same seed (params.seed) it goes on as it would have there. Raises EngineError for what
+        cannot run, and EngineBusy if too many requests wait.
         A request that fails on its way ends with a chunk whose `finished` says so.
         """
         self._check_open()
-        requests = await asyncio.to_thread(self.engine.requests, prompt, params or SamplingParams())
+        requests = await asyncio.to_thread(self.engine.requests, prompt, params or SamplingParams(), said)
         loop = asyncio.get_running_loop()
         inbox, samples = _Inbox(loop, requests), {request: i for i, request in enumerate(requests)}
         for request in requests:

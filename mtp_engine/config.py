@@ -173,16 +173,22 @@ class Structure:
     """What an answer must match: one of a JSON schema (its text), a regular expression, or a Lark/EBNF grammar.
 
     The three of vLLM's StructuredOutputsParams. Needs the extra `grammar`.
+
+    within: tokens, the end-of-text token included, in which a JSON answer is to be whole: what would not end in time is
+    closed the shortest way, so that max_tokens does not cut it off. 0 is off.
     """
 
     json: str = ""
     regex: str = ""
     grammar: str = ""
+    within: int = 0
 
     def __post_init__(self) -> None:
         check_types(self)
         if sum(bool(text) for text in (self.json, self.regex, self.grammar)) != 1:
             raise EngineError("a structure is one of json, regex and grammar: give exactly one")
+        if self.within < 0:
+            raise EngineError(f"within is {self.within}; it must be 0 (off) or above")
 
 
 @final

@@ -177,10 +177,10 @@ class Engine:
         """
         return self._stream(self._jobs(prompts, params, "raise")[0])
 
-    def requests(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
-        """One request per answer, checked but not queued. Raises EngineError for what cannot run."""
+    def requests(self, prompt: Prompt, params: SamplingParams, said: Sequence[int] = ()) -> list[Request]:
+        """One request per answer, checked but not queued. said: see Intake. Raises EngineError for what cannot run."""
         loop = self.check_open()
-        return loop.intake.requests(self.encode(prompt), params)
+        return loop.intake.requests(self.encode(prompt), params, said=said)
 
     def check_open(self) -> DecodeLoop:
         """The loop; another thread may close the engine at any moment, and take it away."""

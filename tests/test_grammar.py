@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from test_decode_loop import CPU, SLOTS, Models, decode, make_loop, prompts
@@ -14,6 +15,7 @@ from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.config import Structure
 from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.errors import EngineError
+from mtp_engine.hub import hub
 from mtp_engine.text.tool_calls import call_schema
 from mtp_engine.tree import DraftTree
 
@@ -159,3 +161,67 @@ def test_an_answer_knows_whether_it_matches() -> None:
         assert answer("yes|no", max_tokens=20) == ("stop", True)
         assert answer("ab[a-z]{90}", max_tokens=20, stop="b") == ("stop", False)
         assert answer("", max_tokens=5) == ("length", True)
+
+
+# ---- answers that end in time --------------------------------------------------------------------------------------
+
+TEXT, WHOLE, NUMBER = {"type": "string"}, {"type": "integer"}, {"type": "number"}
+KIDS = {"type": "array", "items": {"$ref": "#/$defs/n"}}
+CODE = {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{4}$"}
+
+
+def of(**properties: Any) -> dict[str, Any]:
+    """The schema of an object that has all of them."""
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+CLOSED: dict[str, dict[str, Any]] = {
+    "city": of(name=TEXT, people=WHOLE), "nested": {"$defs": {"n": of(v=NUMBER, kids=KIDS)}, "$ref": "#/$defs/n"},
+    "anything": {"type": "object"}, "pattern": of(code=CODE),
+    "list": {"type": "array", "items": {"anyOf": [{**TEXT, "minLength": 3}, {"enum": ["one", "two"]}]}, "minItems": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_json_ends_within_its_limit_as_plain_decoding_has_it(name: str) -> None:
+    with Engine.load(hub.NANO, EngineConfig(max_batch=4, threads=1)) as engine:
+        wanted = json.dumps(CLOSED[name])
+        params = [
+            SamplingParams(max_tokens=most, temperature=1.2, seed=seed, structure=Structure(json=wanted, within=most))
+            for most in (36, 64)
+            for seed in range(3)
+        ]
+        prompts = ["Tell me everything about it, at length: "] * len(params)
+        answers, plain = engine.generate(prompts, params), engine.undrafted().generate(prompts, params)
+    for answer, other in zip(answers, plain, strict=True):
+        jsonschema.validate(json.loads(answer.text), CLOSED[name])
+        assert answer.finish_reason == "stop"
+        assert answer.token_ids == other.token_ids
+    assert sum(any(answer.drafted) for answer in answers) > 1, "nothing was drafted"
+
+
+def test_a_limit_changes_nothing_that_is_far_from_it() -> None:
+    free, bounded = (Structure(json=json.dumps(CLOSED["pattern"]), within=within) for within in (0, 400))
+    with Engine.load(hub.NANO, EngineConfig(max_batch=1, threads=1)) as engine:
+        one, other = (
+            engine.generate(["A code: "], SamplingParams(max_tokens=400, seed=1, temperature=0.7, structure=each))[0]
+            for each in (free, bounded)
+        )
+    assert one.token_ids == other.token_ids
+
+
+def test_a_number_that_does_not_end_is_ended() -> None:
+    """Digits may follow for ever, and a comma must come before the brace."""
+    schema = json.dumps(of(x=NUMBER, y=NUMBER))
+    with Engine.load(hub.NANO, EngineConfig(max_batch=1, threads=1)) as engine:
+        grammars, tokenizer = engine.loop.intake.grammars, engine.tokenizer
+        assert grammars is not None
+        state, said = grammars(Structure(json=schema, within=96)), tokenizer.encode('{"x": 0.' + "7" * 40)
+        assert len(said) < 60
+        state.advance(said)
+        while len(said) < 96 and not state.complete:
+            bits = [word >> bit & 1 for word in state.mask(()).tolist() for bit in range(32)]
+            seven = tokenizer.encode("7")[-1]
+            said.append(seven if bits[seven] else bits.index(1))
+            state.advance(said[-1:])
+        jsonschema.validate(json.loads(tokenizer.decode(said)), json.loads(schema))

@@ -4,6 +4,7 @@ import json
 from html import escape
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -150,3 +151,24 @@ def test_parts_of_a_composition_stay_open() -> None:
 def test_what_is_no_list_of_tools(tools: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call_schema(tools)
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_references_within_a_tool_are_found_in_its_call(others: int) -> None:
+    """As pydantic writes nested models: they begin at the root of the parameters, which is not the call's."""
+    node = {
+        "type": "object",
+        "properties": {"kids": {"type": "array", "items": {"$ref": "#/$defs/node"}}},
+        "required": ["kids"],
+    }
+    parameters = {
+        "type": "object",
+        "properties": {"root": {"$ref": "#/$defs/node"}},
+        "required": ["root"],
+        "$defs": {"node": node},
+    }
+    tools = [*({"name": f"t{index}"} for index in range(others)), {"name": "grow", "parameters": parameters}]
+    schema = call_schema(tools)
+    jsonschema.validate({"name": "grow", "arguments": {"root": {"kids": [{"kids": []}]}}}, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"name": "grow", "arguments": {"root": {"kids": [{}]}}}, schema)

@@ -15,12 +15,14 @@ import click
 from mtp_engine import __version__
 from mtp_engine.cli.chat import chat
 from mtp_engine.cli.conformance import conformance
+from mtp_engine.cli.dynamo import dynamo_worker
 from mtp_engine.cli.exits import INTERNAL, USER, EndingSignals, interrupt_code
 from mtp_engine.cli.generate import generate
 from mtp_engine.cli.inspect import inspect
 from mtp_engine.cli.kernels import kernels
 from mtp_engine.cli.models import models
 from mtp_engine.cli.output import one_line
+from mtp_engine.cli.serve import serve
 from mtp_engine.cli.train import train
 from mtp_engine.errors import EngineError
 
@@ -117,6 +119,7 @@ def main(context: click.Context) -> None:
     Examples:
       mtp-engine generate "Explain why the sky is blue."
       mtp-engine chat
+      mtp-engine serve
       mtp-engine models
       mtp-engine inspect smollm2-135m-mtp3
     """
@@ -124,5 +127,5 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (generate, chat, models, inspect, kernels, conformance, train):
+for _command in (generate, chat, serve, dynamo_worker, models, inspect, kernels, conformance, train):
     main.add_command(_command)

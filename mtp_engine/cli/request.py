@@ -203,7 +203,8 @@ def _structure(options: Mapping[str, Any]) -> Structure | None:
             texts["json_schema"] = json.dumps(call_schema(_json(texts.pop("tools"), file)))
         except (ValueError, RecursionError) as error:
             raise EngineError(f"{file}: not a JSON list of tools: {error}") from error
-    return Structure(**{name.removesuffix("_schema"): text for name, text in texts.items()}) if texts else None
+    given: dict[str, Any] = {name.removesuffix("_schema"): text for name, text in texts.items()}
+    return Structure(**given) if given else None
 
 
 def _required(name: str, value: str) -> str:

@@ -56,8 +56,10 @@ class Chunk:
     stats: GenerationStats
     finished: Generation | None
     sample: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per token where they were asked for
 
     @classmethod
     def of(cls, output: StepOutput, index: int, sample: int) -> "Chunk":
         finished = Generation.of(output.request) if output.finish_reason else None
-        return cls(index, output.text, output.tokens, output.drafted, output.request.stats, finished, sample)
+        stats = output.request.stats
+        return cls(index, output.text, output.tokens, output.drafted, stats, finished, sample, output.logprobs)

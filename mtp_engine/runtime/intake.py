@@ -36,10 +36,12 @@ class Intake:
     grammars: Callable[[Structure], Constraint] | None = None
 
     def requests(
-        self, prompt: Sequence[int], params: SamplingParams, sink: Callable[[StepOutput], None] | None = None
-    ) -> list[Request]:
-        """One request per answer (params.n), whose seeds are one apart (as in vLLM). Raises EngineError for what cannot
-        run, whatever else runs or does not."""
+        self, prompt: Sequence[int], params: SamplingParams, sink: Callable[[StepOutput], None] | None = None,
+        said: Sequence[int] = (),
+    ) -> list[Request]:  # fmt: skip
+        """One request per answer (params.n), whose seeds are one apart (as in vLLM). said: tokens that the answer begins
+        with already, where it goes on from another engine. Raises EngineError for what cannot run, whatever else runs or
+        does not."""
         limit = self._check_prompt(prompt, params)
         words = tuple(word for given in params.bad_words for word in self._words(given))
         params = replace(params, bad_words=words)
@@ -49,6 +51,9 @@ class Intake:
         seeds = drawn if given is None else [(given + sample) % _SEEDS for sample in range(params.n)]
         answers = [self._request(list(map(int, prompt)), replace(params, n=1), seed, limit, sink) for seed in seeds]
         answers[0].others = tuple(answers[1:])
+        if said:
+            self._check_said(said, params)
+            answers[0].resume(said)
         return answers
 
     def _request(
@@ -80,6 +85,12 @@ class Intake:
                 "kv_tokens, or shorten the prompt or max_tokens"
             )
         return limit
+
+    def _check_said(self, said: Sequence[int], params: SamplingParams) -> None:
+        if params.n > 1 or params.seed is None:
+            raise EngineError("only one answer with a seed can go on from what it has said: n=1, and the seed it had")
+        if wrong := [token for token in said if not 0 <= token < self.vocab]:
+            raise EngineError(f"token {wrong[0]} is outside the vocabulary of {self.vocab} tokens")
 
     def _words(self, word: str | tuple[int, ...]) -> Iterable[tuple[int, ...]]:
         if not isinstance(word, str):

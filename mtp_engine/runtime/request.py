@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtp_engine.config import MAX_TREE_NODES, SamplingParams
+from mtp_engine.errors import EngineError
 from mtp_engine.runtime.stats import GenerationStats
 from mtp_engine.sampling.batch import SamplingBatch, to_device
 from mtp_engine.sampling.logprobs import TokenLogprob
@@ -131,8 +132,21 @@ class Request:
         tokens, drafted, text = self.output[self._seen :], self.drafted[self._seen :], self.text[self._shown :]
         if self._closed or not (tokens or self.finish_reason):
             return None
+        logprobs = tuple(self.logprobs[self._seen : len(self.output)])
         self._seen, self._shown, self._closed = len(self.output), len(self.text), self.finish_reason is not None
-        return StepOutput(self, tokens, drafted, text, self.finish_reason)
+        return StepOutput(self, tokens, drafted, text, self.finish_reason, logprobs)
+
+    def resume(self, said: Sequence[int]) -> None:
+        """Go on, before it is queued, from tokens that it has said elsewhere: only what follows is emitted.
+
+        Raises EngineError if they had ended the answer there.
+        """
+        self.output = list(map(int, said))
+        self.logprobs = [TokenLogprob(token, 0.0, 0, ()) for token in self.output]  # not known any more
+        self.rewind()
+        if self.finish_reason:
+            raise EngineError(self.error or "the tokens to go on from are a whole answer: nothing is left to say")
+        self._seen, self._shown = len(self.output), len(self.text)
 
 
 @final
@@ -145,6 +159,7 @@ class StepOutput:
     drafted: list[bool]
     text: str
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per token where they were asked for
 
 
 @final

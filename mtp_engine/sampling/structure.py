@@ -5,6 +5,8 @@ Chosen over xgrammar (Apache-2.0), which brings transformers, pydantic, triton a
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, final
 
@@ -15,6 +17,9 @@ from mtp_engine.config import Structure
 from mtp_engine.errors import EngineError
 
 _LONGEST_REASON = 300  # characters
+_KEPT = 64  # compiled structures
+_LONGEST_END = 256  # tokens that are tried to close an answer
+_SPARE = 24  # tokens kept for what a free choice may open, before an answer is closed
 
 
 @final
@@ -25,13 +30,13 @@ class Grammars:
         """folder: holds tokenizer.json. vocab: rows of the model's head. eos: tokens that may end a complete answer."""
         self._folder, self._vocab, self._eos = folder, vocab, tuple(eos)
         self._tokenizer: Any = None
-        self._compiled: dict[Structure, Any] = {}
+        self._compiled = lru_cache(_KEPT)(self._compile)
 
     def start(self, structure: Structure) -> "GrammarState":
         """A fresh answer's state. Raises EngineError if llguidance is missing or does not accept the structure."""
-        if structure not in self._compiled:
-            self._compiled[structure] = self._compile(structure)
-        return GrammarState(self._compiled[structure].deep_copy(), self._vocab, self._eos)
+        matcher = self._compiled(replace(structure, within=0)).deep_copy()
+        closer = Closer(self._tokenizer, structure.within) if structure.json and structure.within else None
+        return GrammarState(matcher, self._vocab, self._eos, closer)
 
     def _compile(self, structure: Structure) -> Any:
         try:
@@ -79,8 +84,8 @@ def _source(matcher: Any, structure: Structure) -> str:
 class GrammarState:
     """Where one answer stands in its grammar. Masks are kept until the answer grows: drafting and verifying share them."""
 
-    def __init__(self, matcher: Any, vocab: int, eos: Sequence[int]) -> None:
-        self._matcher, self._eos = matcher, frozenset(eos)
+    def __init__(self, matcher: Any, vocab: int, eos: Sequence[int], closer: "Closer | None" = None) -> None:
+        self._matcher, self._eos, self._closer, self._said = matcher, frozenset(eos), closer, 0
         self._free = torch.full((-(-vocab // 32),), -1, dtype=torch.int32)
         self._known: dict[tuple[int, ...], Tensor] = {}
         self._over = False
@@ -91,10 +96,19 @@ class GrammarState:
             return self._free
         if path not in self._known:
             taken = self._matcher.try_consume_tokens(list(path)) if path else 0
-            self._known[path] = self._read() if taken == len(path) else self._free
+            self._known[path] = self._next(self._said + len(path)) if taken == len(path) else self._free
             if taken:
                 self._matcher.rollback(taken)
         return self._known[path]
+
+    def _next(self, said: int) -> Tensor:
+        """The mask where the matcher stands, after `said` tokens of the answer."""
+        token = self._closer.next(self._matcher, said) if self._closer else None
+        if token is None:
+            return self._read()
+        only = torch.zeros_like(self._free)
+        only[token // 32] = 1 << token % 32 if token % 32 < 31 else -(1 << 31)
+        return only
 
     def _read(self) -> Tensor:
         bits = bytearray(self._matcher.compute_bitmask())
@@ -109,6 +123,51 @@ class GrammarState:
         """`tokens` were emitted. Raises EngineError if the grammar forbids one: the masks were not obeyed."""
         self._known.clear()
         for token in tokens:
+            self._said += 1
             self._over = self._over or token in self._eos
             if not self._over and not self._matcher.consume_token(token):
                 raise EngineError(f"token {token} does not fit the structure: {self._matcher.get_error()}")
+
+
+@final
+class Closer:
+    """Ends a JSON answer before its limit: once there is just room for it, the shortest way out is the only one.
+
+    What it says depends on the answer so far alone, so drafts change nothing. An answer that it finds no end for within
+    _LONGEST_END tokens, as a string may need that must match a pattern, is left alone.
+    """
+
+    def __init__(self, tokenizer: Any, within: int) -> None:
+        """tokenizer: llguidance's. within: tokens of the whole answer, end-of-text included."""
+        self._within = within
+        tokens = {text: tokenizer.tokenize_str(text)[-1] for text in ("}", "]", '"', ",", "0", "1", "e")}
+        self._letter, self._quote, self._brace = [tokens.pop("e")], [tokens['"']], [tokens["}"]]
+        self._ends = list(tokens.values())
+
+    def next(self, matcher: Any, said: int) -> int | None:
+        """The token that must follow after `said` tokens; None where there is time for any."""
+        left = self._within - said
+        if left > _LONGEST_END + _SPARE:
+            return None
+        way = self._way(matcher.deep_copy())
+        return way[0] if way and len(way) + 1 + _SPARE >= left else None
+
+    def _way(self, matcher: Any) -> list[int]:
+        """Tokens to the nearest end; empty where it is over, or none is near. The matcher goes along."""
+        way: list[int] = []
+        while not matcher.is_accepting():
+            step = matcher.compute_ff_tokens() or self._step(matcher)
+            if not step or len(way) + len(step) > _LONGEST_END or matcher.try_consume_tokens(step) < len(step):
+                return []
+            way += step
+        return way
+
+    def _step(self, matcher: Any) -> list[int]:
+        """One token that ends what is open, or else any: in a string, where letters may follow, its quote."""
+        bits = bytes(matcher.compute_bitmask())
+
+        def allowed(tokens: Sequence[int]) -> list[int]:
+            return [token for token in tokens if bits[token // 8] >> token % 8 & 1][:1]
+
+        within_string = allowed(self._letter) and allowed(self._brace)
+        return allowed(self._quote if within_string else self._ends) or allowed(range(8 * len(bits)))

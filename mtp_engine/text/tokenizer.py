@@ -70,6 +70,10 @@ class Tokenizer:
         """Whether `chat` can work."""
         return self._template_text is not None
 
+    def template_knows(self, word: str) -> bool:
+        """Whether the chat template mentions `word`, such as the variable `tools` or the tag `<think>`."""
+        return word in (self._template_text or "")
+
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, after BOS where the model wants it. Special-token strings in it stay text."""
         return self._bos + self._plain(text)

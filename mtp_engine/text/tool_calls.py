@@ -13,7 +13,7 @@ from html import unescape
 from typing import Any, final
 
 THINK, END_THINK = "<think>", "</think>"
-_CALL = re.compile(r"<tool_call>\s*<function=([^>\n]+)>(.*?)</function>\s*</tool_call>", re.DOTALL)
+CALL = re.compile(r"<tool_call>\s*<function=([^>\n]+)>(.*?)</function>\s*</tool_call>", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>(.*?)</parameter>", re.DOTALL)
 
 
@@ -53,9 +53,9 @@ def parse_answer(text: str, tools: Sequence[Mapping[str, Any]] = (), *, thinking
         thoughts, text = (head, rest) if mark else (text, "")
     elif tag and not opened.strip():
         thoughts, text = (inner, rest) if mark else (inner, "")
-    schemas = dict(map(_schema, tools))
-    calls = tuple(_call(match, schemas.get(match[1].strip(), {})) for match in _CALL.finditer(text))
-    return Message(thoughts.strip() if thoughts is not None else None, _CALL.sub("", text).strip(), calls)
+    known = schemas(tools)
+    calls = tuple(read_call(match, known) for match in CALL.finditer(text))
+    return Message(thoughts.strip() if thoughts is not None else None, CALL.sub("", text).strip(), calls)
 
 
 def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -74,6 +74,8 @@ def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         arguments = {"type": "object", "properties": {}, **_closed(parameters)}
         if not _COMPOSED & arguments.keys():
             arguments.setdefault("additionalProperties", False)
+        where = "/properties/arguments" if len(tools) == 1 else f"/anyOf/{number - 1}/properties/arguments"
+        arguments = _moved(arguments, where)
         calls.append(
             {
                 "type": "object",
@@ -98,6 +100,17 @@ def _function(tool: Any, number: int) -> tuple[str, Mapping[str, Any]]:
     return name, parameters
 
 
+def _moved(schema: Any, where: str) -> Any:
+    """The schema with its references to itself as they are once it lies at `where` in another one."""
+    if isinstance(schema, Mapping):
+        moved = {key: _moved(value, where) for key, value in schema.items()}
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#"):
+            moved["$ref"] = f"#{where}{reference[1:]}"
+        return moved
+    return [_moved(each, where) for each in schema] if isinstance(schema, list) else schema
+
+
 def _closed(schema: Any) -> Any:
     """The schema with every object closed that lists its properties. Parts of a composition are left as they are: each
     of them sees the properties of the others."""
@@ -117,13 +130,15 @@ def _closed(schema: Any) -> Any:
     return closed
 
 
-def _schema(tool: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    function = tool.get("function", tool)
-    return str(function.get("name")), (function.get("parameters") or {}).get("properties") or {}
+def schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The schemas of the tools' parameters, by the name of the tool."""
+    functions = [tool.get("function", tool) for tool in tools]
+    return {str(each.get("name")): (each.get("parameters") or {}).get("properties") or {} for each in functions}
 
 
-def _call(match: re.Match[str], schema: Mapping[str, Any]) -> ToolCall:
-    arguments = {}
+def read_call(match: re.Match[str], known: Mapping[str, Mapping[str, Any]]) -> ToolCall:
+    """The call that a match of CALL is, with arguments typed by `schemas`."""
+    arguments, schema = {}, known.get(match[1].strip(), {})
     for parameter in _PARAMETER.finditer(match[2]):
         key = parameter[1].strip()
         value = unescape(parameter[2].removeprefix("\n").removesuffix("\n"))
