@@ -1,0 +1,176 @@
+"""Decoding the cases of an experiment for real: a row per step and one per request."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from mtp_engine.engine import Engine
+from mtp_engine.errors import EngineError
+from mtp_engine.experiments.grid import Case
+from mtp_engine.experiments.prompts import Encoded, encode, read_prompts
+from mtp_engine.experiments.store import CaseFolder, Experiment
+from mtp_engine.hub import hub
+from mtp_engine.protocols import Progress
+from mtp_engine.runtime.answer import Chunk, Generation
+from mtp_engine.training.data import in_loop
+
+_PART = 16  # requests, after which, or after so many seconds, a part is written
+_PATIENCE = 20.0
+
+Tick = Callable[[int, int], None]
+"""Called with how many prompts of the case are done, and of how many."""
+
+
+@final
+@dataclass
+class Engines:
+    """The engine that ran last, kept for the next case that needs the same one."""
+
+    device: str
+    progress: Progress = hub.silent
+    _key: Any = None
+    _engine: Engine | None = None
+
+    def get(self, case: Case) -> Engine:
+        """The engine of a case."""
+        config = case.config(self.device)
+        key = (case.model, case.mtp, config)
+        if self._engine is None or key != self._key:
+            self.close()
+            self._engine, self._key = Engine.load(case.model, config, mtp=case.mtp or None, progress=self.progress), key
+        return self._engine
+
+    def close(self) -> None:
+        """Give its memory back."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+
+@final
+@dataclass
+class Rows:
+    """Rows that wait for their part to be written. detail: what the rows beside those of requests are."""
+
+    folder: CaseFolder
+    detail: str = "steps"
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    details: list[dict[str, Any]] = field(default_factory=list)
+    written: float = field(default_factory=time.monotonic)
+
+    def add(self, request: dict[str, Any], details: Sequence[dict[str, Any]]) -> None:
+        """A request is done."""
+        self.requests.append(request)
+        self.details += details
+        if len(self.requests) >= _PART or time.monotonic() - self.written > _PATIENCE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what there is."""
+        if self.requests:
+            kinds = {"requests": self.requests, **({self.detail: self.details} if self.details else {})}
+            self.folder.add(**kinds)
+        self.requests, self.details, self.written = [], [], time.monotonic()
+
+
+def run_cases(experiment: Experiment, device: str, progress: Progress = hub.silent, tick: Tick | None = None) -> None:
+    """Run all cases that are not done and that no other process has. tick: over the prompts of all of them."""
+    engines = Engines(device, progress)
+    with closing(engines):
+        for folder in experiment.claimed():
+            run_case(folder, engines, tick or (lambda done, total: None))
+
+
+def run_case(folder: CaseFolder, engines: Engines, tick: Tick) -> None:
+    """Decode the prompts of a case that are not done. What is finished is kept, whatever ends it."""
+    from mtp_engine.experiments.record import record
+    from mtp_engine.experiments.servers import ask_server
+
+    case, items = folder.case, read_prompts(folder.case.prompts, folder.case.limit)
+    engine = engines.get(case)
+    every = encode(engine, items, case.longest)
+    done = folder.done
+    left = [each for each in every if each.index not in done]
+    source = decode if case.mode == "run" else record
+    stream = source(engine, case, left) if case.engine == "ours" else ask_server(engine, case, left)
+    with _session(folder, engines.device) as session:
+        rows = Rows(folder, "steps" if case.mode == "run" else "positions")
+        try:
+            tick(len(done), len(every))
+            for number, (request, details) in enumerate(stream, 1):
+                rows.add(request, details)
+                session["tokens"] += request["tokens"]
+                session["prompts"] += 1
+                tick(len(done) + number, len(every))
+        finally:
+            rows.flush()
+    folder.finish(len(every))
+
+
+Done = tuple[dict[str, Any], list[dict[str, Any]]]
+"""The row of a request, and the rows of its steps or positions."""
+
+
+def decode(engine: Engine, case: Case, prompts: Sequence[Encoded]) -> Iterator[Done]:
+    """Yield each request as it ends. Raises EngineError where one fails."""
+    steps: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    before: dict[int, tuple[int, float, float]] = defaultdict(lambda: (0, 0.0, 0.0))
+    params = [case.params(each.index) for each in prompts]
+    for chunk in engine.stream([each.tokens for each in prompts], params):
+        own = prompts[chunk.index]
+        if chunk.token_ids:
+            steps[chunk.index].append(_step(own, chunk, before[chunk.index]))
+            stats = chunk.stats
+            before[chunk.index] = (stats.nodes, stats.draft_s, stats.verify_s)
+        if answer := chunk.finished:
+            if answer.error:
+                raise EngineError(f"prompt {own.item.id} of {case.prompts} failed: {answer.error}")
+            rows = steps.pop(chunk.index, [])
+            mark_loops(rows, answer.token_ids)
+            yield request_row(own, answer, rows), rows
+
+
+def _step(own: Encoded, chunk: Chunk, before: tuple[int, float, float]) -> dict[str, Any]:
+    stats = chunk.stats
+    return {
+        "prompt": own.index, "step": stats.steps - 1, "at": stats.tokens - len(chunk.token_ids),
+        "emitted": len(chunk.token_ids), "nodes": stats.nodes - before[0], "draft_s": stats.draft_s - before[1],
+        "verify_s": stats.verify_s - before[2],
+    }  # fmt: skip
+
+
+def mark_loops(steps: Sequence[dict[str, Any]], tokens: Sequence[int]) -> None:
+    """Note in every step whether the first token that it emits ends a 16-gram which the answer already held."""
+    flags = in_loop(tokens)
+    for each in steps:
+        each["loop"] = flags[each["at"]]
+
+
+def request_row(own: Encoded, answer: Generation, steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is known of a finished request. Times are seconds; those of a batched step are shared out (GenerationStats)."""
+    stats = answer.stats
+    outside = [each["emitted"] for each in steps if not each["loop"]]
+    return {
+        "prompt": own.index, "id": own.item.id, "category": own.item.category, "seed": stats.seed,
+        "prompt_tokens": stats.prompt_tokens, "tokens": stats.tokens, "steps": stats.steps, "nodes": stats.nodes,
+        "clean_tokens": sum(outside), "clean_steps": len(outside), "finish_reason": answer.finish_reason,
+        "proposed": list(stats.proposed_per_depth), "accepted": list(stats.accepted_per_depth),
+        "draft_s": stats.draft_s, "verify_s": stats.verify_s, "prefill_s": stats.prefill_s, "ttft_s": stats.ttft_s,
+        "decode_tokens_per_s": stats.tokens_per_s, "token_ids": list(answer.token_ids),
+    }  # fmt: skip
+
+
+@contextmanager
+def _session(folder: CaseFolder, device: str) -> Iterator[dict[str, Any]]:
+    """Times what happens inside, and notes it with the case."""
+    session: dict[str, Any] = {"device": device, "tokens": 0, "prompts": 0}
+    begin = time.perf_counter()
+    try:
+        yield session
+    finally:
+        session["wall_s"] = time.perf_counter() - begin
+        if session["prompts"]:
+            folder.note(session)

@@ -1,0 +1,5 @@
+"""Other engines behind OpenAI's API (written next)."""
+
+
+def ask_server(engine, case, prompts):
+    raise NotImplementedError
