@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from mtp_engine.config import TreeShape
 from mtp_engine.errors import EngineError
-from mtp_engine.experiments.record import BEAM, level_sizes
+from mtp_engine.experiments.record import levels_of
 from mtp_engine.experiments.store import CaseFolder, extras
 
 Floats = npt.NDArray[np.float64]
@@ -153,13 +153,13 @@ class Recording:
     def _ranked(self, widths: Sequence[int], candidates: str, column: int) -> Floats:
         """A node has its `width` best candidates as children."""
         rank = self.columns["rank_best" if candidates == "best" else "rank"][:, :, column]
-        good = [(0 <= level) & (level < width) for level, width in
-                ((self.ahead(rank[:, d], d), width) for d, width in enumerate(widths))]  # fmt: skip
+        ranks = [self.ahead(rank[:, d], d) for d in range(len(widths))]
+        good = [(level >= 0) & (level < width) for level, width in zip(ranks, widths, strict=True)]
         return np.cumprod(np.stack(good, 1), axis=1).astype(np.float64)
 
     def _in_tree(self, shape: TreeShape) -> Floats:
         """Grow tree:N out of the wide tree as drafters.expand does, and follow the text down."""
-        sizes = level_sizes(shape, min(self.depth, shape.best), BEAM)
+        sizes = levels_of(shape, min(self.depth, shape.best))
         nodes, parents, scores = (self.columns[name] for name in ("nodes", "parents", "scores"))
         levels = self._levels
         rows = np.arange(len(nodes))[:, None]

@@ -60,7 +60,9 @@ class Case:
         if self.limit < 0 or self.longest < 1:
             raise EngineError(f"limit is {self.limit} and longest {self.longest}; at least 0 and 1")
         if self.mode == "record" and (self.drafter, self.engine) != ("mtp", "ours"):
-            raise EngineError("only our engine's MTP layers are recorded: mode record needs drafter mtp and engine ours")
+            raise EngineError(
+                "only our engine's MTP layers are recorded: mode record needs drafter mtp and engine ours"
+            )
         self.params(0)
         self.config("cpu")
 
@@ -79,7 +81,10 @@ class Case:
 
     def config(self, device: str) -> EngineConfig:
         """How the engine runs it."""
-        names = {field.name for field in fields(EngineConfig)} & {field.name for field in fields(Case)} - {"tree", "max_context"}
+        names = {field.name for field in fields(EngineConfig)} & {field.name for field in fields(Case)} - {
+            "tree",
+            "max_context",
+        }
         return EngineConfig(
             **{name: getattr(self, name) for name in names}, device=device, max_batch=self.batch,
             max_context=self.max_context or self.longest + self.max_tokens + 64,
@@ -108,7 +113,9 @@ class Grid:
         """
         known = [field.name for field in fields(Case)]
         if unknown := sorted(set(settings) - set(known)):
-            raise EngineError(f"the grid has {', '.join(unknown)}, which are no settings; there are: {', '.join(known)}")
+            raise EngineError(
+                f"the grid has {', '.join(unknown)}, which are no settings; there are: {', '.join(known)}"
+            )
         names = [name for name in known if name in settings]
         values = [list(each) if isinstance(each, list | tuple) else [each] for each in map(settings.__getitem__, names)]
         if empty := [name for name, each in zip(names, values, strict=True) if not each]:

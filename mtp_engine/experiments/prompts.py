@@ -2,13 +2,12 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, final
 
-from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
 
 BUILTIN = "builtin"
@@ -54,9 +53,9 @@ def read_prompts(name: str, limit: int = 0) -> list[PromptItem]:
     return items
 
 
-def encode(engine: Engine, items: Sequence[PromptItem], longest: int) -> list[Encoded]:
-    """Those of at most `longest` tokens. Raises EngineError if none is left."""
-    encoded = [Encoded(index, item, engine.encode(item.messages)) for index, item in enumerate(items)]
+def encode(tokens: Callable[[Any], list[int]], items: Sequence[PromptItem], longest: int) -> list[Encoded]:
+    """Those of at most `longest` tokens. tokens: of chat messages. Raises EngineError if none is left."""
+    encoded = [Encoded(index, item, tokens(item.messages)) for index, item in enumerate(items)]
     kept = [each for each in encoded if len(each.tokens) <= longest]
     if not kept:
         raise EngineError(f"all {len(items)} prompts have more than {longest} tokens: raise --longest")

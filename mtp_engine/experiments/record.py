@@ -29,11 +29,13 @@ from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
 from mtp_engine.experiments.grid import Case
 from mtp_engine.experiments.prompts import Encoded
+from mtp_engine.experiments.rows import Done, request_row
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Attention, Verifier
 from mtp_engine.runtime.step import EagerRunner
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.sampling.sampler import gumbel, truncate
+from mtp_engine.training.data import in_loop
 from mtp_engine.tree import DraftTree, VerifyResult
 
 WIDEST = TreeShape(best=63)  # what the layers grow
@@ -42,9 +44,14 @@ BEAM = 8  # of MTPDrafter
 _SMALLEST_VOCAB = 1024
 
 
+def levels_of(tree: TreeShape, depth: int) -> list[tuple[int, int]]:
+    """How a tree grows: of each level how many candidates a node has, and how many nodes are kept."""
+    return level_sizes(tree, depth, BEAM)
+
+
 def growths(depth: int) -> list[list[tuple[int, int]]]:
     """The different ways in which tree:1 to tree:32 grow: `level_sizes` of each."""
-    found = [level_sizes(TreeShape(best=nodes), depth, BEAM) for nodes in range(1, EXACT + 1)]
+    found = [levels_of(TreeShape(best=nodes), depth) for nodes in range(1, EXACT + 1)]
     return list(map(list, dict.fromkeys(map(tuple, found))))
 
 
@@ -57,11 +64,8 @@ def vocabularies(ids: Tensor) -> list[int]:
     return [*(size for size in (_SMALLEST_VOCAB << power for power in range(20)) if size < tokens), tokens]
 
 
-def record(engine: Engine, case: Case, prompts: Sequence[Encoded]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+def record(engine: Engine, case: Case, prompts: Sequence[Encoded]) -> Iterator[Done]:
     """Yield each request as it ends: its row, and a row per position. Raises EngineError where one fails."""
-    from mtp_engine.experiments.run import request_row
-    from mtp_engine.training.data import in_loop
-
     recorder, running = recording(engine)
     by_seed = {case.params(each.index).seed: each for each in prompts}
     params = [case.params(each.index) for each in prompts]
@@ -212,9 +216,7 @@ class WideOps:
         self, slots: Tensor, lengths: Tensor, result: VerifyResult, hidden: Tensor, tokens_table: Tensor,
         hidden_table: Tensor, counts_table: Tensor, recent: Tensor,
     ) -> None:  # fmt: skip
-        self._inner.observe(
-            slots, lengths, result, hidden, tokens_table, hidden_table, counts_table, recent
-        )
+        self._inner.observe(slots, lengths, result, hidden, tokens_table, hidden_table, counts_table, recent)
 
 
 @final
@@ -279,10 +281,10 @@ def true_ranks(drafted: Tensor, columns: Tensor, batch: Batch, ids: Tensor) -> t
 
     def rank(scores: Tensor) -> Tensor:
         better = scores > scores.gather(-1, known)
-        counts = torch.stack([part.sum(-1) for part in better.split(_gaps(sizes), -1)], -1).cumsum(-1)
+        counts = torch.stack([part.sum(-1) for part in torch.split(better, _gaps(sizes), -1)], -1).cumsum(-1)
         return torch.where(inside, counts, -1)
 
-    parts = torch.stack([part.logsumexp(-1) for part in scaled.split(_gaps(sizes), -1)], -1)
+    parts = torch.stack([part.logsumexp(-1) for part in torch.split(scaled, _gaps(sizes), -1)], -1)
     q = torch.where(inside, scaled.gather(-1, known) - parts.logcumsumexp(-1), -float("inf"))
     best = rank(scaled)
     if batch.sampling.greedy:

@@ -5,17 +5,21 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, final
 
 from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
 from mtp_engine.experiments.grid import Case
 from mtp_engine.experiments.prompts import Encoded, encode, read_prompts
+from mtp_engine.experiments.record import record
+from mtp_engine.experiments.rows import Done, mark_loops, request_row
+from mtp_engine.experiments.servers import ask_server
 from mtp_engine.experiments.store import CaseFolder, Experiment
 from mtp_engine.hub import hub
 from mtp_engine.protocols import Progress
-from mtp_engine.runtime.answer import Chunk, Generation
-from mtp_engine.training.data import in_loop
+from mtp_engine.runtime.answer import Chunk
+from mtp_engine.text.tokenizer import Tokenizer
 
 _PART = 16  # requests, after which, or after so many seconds, a part is written
 _PATIENCE = 20.0
@@ -78,24 +82,55 @@ class Rows:
 
 def run_cases(experiment: Experiment, device: str, progress: Progress = hub.silent, tick: Tick | None = None) -> None:
     """Run all cases that are not done and that no other process has. tick: over the prompts of all of them."""
-    engines = Engines(device, progress)
+    engines, tally = Engines(device, progress), Tally(experiment)
     with closing(engines):
         for folder in experiment.claimed():
-            run_case(folder, engines, tick or (lambda done, total: None))
+
+            def case_tick(done: int, total: int, own: str = folder.case.id) -> None:
+                tally.counts[own] = done, total
+                if tick:
+                    tick(*tally.sums)
+
+            run_case(folder, engines, case_tick)
+
+
+@final
+class Tally:
+    """Prompts that are done, and prompts in all, by case. Of a case that has not begun the whole set counts, too long
+    prompts included. Raises EngineError for sets that cannot be read: before anything is decoded."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        folders = experiment.folders
+        sets = {(each.case.prompts, each.case.limit) for each in folders}
+        sizes = {key: len(read_prompts(*key)) for key in sets}
+        self.counts = {each.case.id: count(each, sizes[each.case.prompts, each.case.limit]) for each in folders}
+
+    @property
+    def sums(self) -> tuple[int, int]:
+        """Done, and in all."""
+        return sum(done for done, _ in self.counts.values()), sum(total for _, total in self.counts.values())
+
+
+def count(folder: CaseFolder, most: int) -> tuple[int, int]:
+    """Prompts of a case that are done, and in all, which are `most` unless it has ended."""
+    done = len(folder.done)
+    return done, done if folder.finished else most
 
 
 def run_case(folder: CaseFolder, engines: Engines, tick: Tick) -> None:
     """Decode the prompts of a case that are not done. What is finished is kept, whatever ends it."""
-    from mtp_engine.experiments.record import record
-    from mtp_engine.experiments.servers import ask_server
-
     case, items = folder.case, read_prompts(folder.case.prompts, folder.case.limit)
-    engine = engines.get(case)
-    every = encode(engine, items, case.longest)
+    if case.engine == "ours":
+        engine = engines.get(case)
+        every = encode(engine.encode, items, case.longest)
+    else:
+        every = encode(tokenizer_of(case.model), items, case.longest)
     done = folder.done
     left = [each for each in every if each.index not in done]
-    source = decode if case.mode == "run" else record
-    stream = source(engine, case, left) if case.engine == "ours" else ask_server(engine, case, left)
+    if case.engine == "ours":
+        stream = (decode if case.mode == "run" else record)(engine, case, left)
+    else:
+        stream = ask_server(case, left)
     with _session(folder, engines.device) as session:
         rows = Rows(folder, "steps" if case.mode == "run" else "positions")
         try:
@@ -110,8 +145,11 @@ def run_case(folder: CaseFolder, engines: Engines, tick: Tick) -> None:
     folder.finish(len(every))
 
 
-Done = tuple[dict[str, Any], list[dict[str, Any]]]
-"""The row of a request, and the rows of its steps or positions."""
+def tokenizer_of(model: str) -> Callable[[Any], list[int]]:
+    """How long prompts are for a server's model, if its files are here; else they count as short."""
+    if model in {each.name for each in hub.registry()} or Path(model).is_dir():
+        return Tokenizer.load(hub.locate(model).folder).chat
+    return lambda messages: []
 
 
 def decode(engine: Engine, case: Case, prompts: Sequence[Encoded]) -> Iterator[Done]:
@@ -139,27 +177,6 @@ def _step(own: Encoded, chunk: Chunk, before: tuple[int, float, float]) -> dict[
         "prompt": own.index, "step": stats.steps - 1, "at": stats.tokens - len(chunk.token_ids),
         "emitted": len(chunk.token_ids), "nodes": stats.nodes - before[0], "draft_s": stats.draft_s - before[1],
         "verify_s": stats.verify_s - before[2],
-    }  # fmt: skip
-
-
-def mark_loops(steps: Sequence[dict[str, Any]], tokens: Sequence[int]) -> None:
-    """Note in every step whether the first token that it emits ends a 16-gram which the answer already held."""
-    flags = in_loop(tokens)
-    for each in steps:
-        each["loop"] = flags[each["at"]]
-
-
-def request_row(own: Encoded, answer: Generation, steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is known of a finished request. Times are seconds; those of a batched step are shared out (GenerationStats)."""
-    stats = answer.stats
-    outside = [each["emitted"] for each in steps if not each["loop"]]
-    return {
-        "prompt": own.index, "id": own.item.id, "category": own.item.category, "seed": stats.seed,
-        "prompt_tokens": stats.prompt_tokens, "tokens": stats.tokens, "steps": stats.steps, "nodes": stats.nodes,
-        "clean_tokens": sum(outside), "clean_steps": len(outside), "finish_reason": answer.finish_reason,
-        "proposed": list(stats.proposed_per_depth), "accepted": list(stats.accepted_per_depth),
-        "draft_s": stats.draft_s, "verify_s": stats.verify_s, "prefill_s": stats.prefill_s, "ttft_s": stats.ttft_s,
-        "decode_tokens_per_s": stats.tokens_per_s, "token_ids": list(answer.token_ids),
     }  # fmt: skip
 
 

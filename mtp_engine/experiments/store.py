@@ -114,7 +114,9 @@ class Experiment:
             try:
                 path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise EngineError(f"{path}: cannot be made ({error.strerror}); name another folder for --out") from error
+                raise EngineError(
+                    f"{path}: cannot be made ({error.strerror}); name another folder for --out"
+                ) from error
             runs = [*there.get("runs", []), {"settings": dict(settings), **conditions()}]
             _write(path / MANIFEST, {"format": _FORMAT, "cases": known, "runs": runs})
         return cls(path)
@@ -123,7 +125,9 @@ class Experiment:
     def open(cls, path: Path) -> "Experiment":
         """A folder that `begin` made. Raises EngineError for others."""
         if not (path / MANIFEST).is_file():
-            raise EngineError(f"{path}: holds no experiment ({MANIFEST} is missing); make one with mtp-engine experiment run")
+            raise EngineError(
+                f"{path}: holds no experiment ({MANIFEST} is missing); make one with mtp-engine experiment run"
+            )
         found = cls(path)
         manifest = found.manifest
         if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
@@ -141,7 +145,9 @@ class Experiment:
         names = {field.name for field in fields(Case)}
         cases = self.manifest["cases"]
         if bad := [name for case in cases.values() for name in case if name not in names]:
-            raise EngineError(f"{self.path / MANIFEST}: another version wrote it, whose {bad[0]} this one does not know")
+            raise EngineError(
+                f"{self.path / MANIFEST}: another version wrote it, whose {bad[0]} this one does not know"
+            )
         return [CaseFolder(self.path / name, Case(**case)) for name, case in cases.items()]
 
     def claimed(self) -> Iterator[CaseFolder]:
@@ -212,4 +218,6 @@ def _read(parquet: Any, path: Path, columns: list[str] | None = None) -> Any:
         return parquet.read_table(path, columns=columns)
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         reason = str(error).splitlines()[0]
-        raise EngineError(f"{path}: damaged ({reason}); delete it and run again: only its prompts are decoded anew") from error
+        raise EngineError(
+            f"{path}: damaged ({reason}); delete it and run again: only its prompts are decoded anew"
+        ) from error
