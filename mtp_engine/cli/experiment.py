@@ -78,7 +78,8 @@ def run(grid: Path | None, out: Path, devices: tuple[str, ...], **options: Any) 
     A grid file has the options' names, with lists where several values are to be tried: temperature = [0, 0.8].
     """
     from mtp_engine.experiments.grid import Grid, read_grid
-    from mtp_engine.experiments.store import Experiment, extras
+    from mtp_engine.experiments.run import begin, run_cases
+    from mtp_engine.experiments.store import extras
 
     extras()
     given = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
@@ -86,15 +87,13 @@ def run(grid: Path | None, out: Path, devices: tuple[str, ...], **options: Any) 
     planned = Grid.of(settings)
     for reason in planned.left_out:
         note(f"left out: {one_line(reason)}")
-    found = Experiment.begin(out, planned.cases, settings)
+    found = begin(out, planned.cases, settings)
     with _Bar() as bar:
         if len(devices) > 1:
             from mtp_engine.experiments.workers import run_workers
 
             run_workers(found, devices, bar.tick)
         else:
-            from mtp_engine.experiments.run import run_cases
-
             run_cases(found, devices[0] if devices else "auto", bar.waits, bar.tick)
     note(f"{len(found.folders)} cases in {out}; next: mtp-engine experiment report {out}")
 

@@ -1,33 +1,46 @@
 """The pictures of a report, as matplotlib figures small enough to be read on a phone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from io import BytesIO
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 
 from mtp_engine.errors import EngineError
 from mtp_engine.experiments.analyse import EntropyFit, Estimate, Result
 
+_P = ParamSpec("_P")
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: for all eyes
 _MARKERS = "os^Dv*P"
-_STYLE = {
-    "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": "#e6e6e6", "legend.frameon": False, "legend.fontsize": 8, "svg.fonttype": "path", "svg.hashsalt": "mtp",
+_STYLE: dict[Any, Any] = {
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": "#e6e6e6", "legend.frameon": False, "legend.fontsize": 8, "axes.titlesize": 9,
+    "svg.fonttype": "path", "svg.hashsalt": "mtp",
     "figure.figsize": (4.6, 3.3),
 }  # fmt: skip
 
 
+def _styled(draw: Callable[_P, Any]) -> Callable[_P, Any]:
+    """A chart in our style. Raises EngineError where matplotlib is missing."""
+
+    @wraps(draw)
+    def styled(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+        try:
+            import matplotlib
+        except ImportError as error:
+            raise EngineError("reports need matplotlib: pip install 'mtp-engine[experiments]'") from error
+        with matplotlib.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
 def _figure(height: float = 3.3) -> tuple[Any, Any]:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise EngineError("reports need matplotlib: pip install 'mtp-engine[experiments]'") from error
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.6, height), layout="constrained")
-        return figure, figure.subplots()
+    figure = Figure(figsize=(4.6, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def image(figure: Any, kind: str) -> bytes:
@@ -46,6 +59,7 @@ def _bars(estimates: Sequence[Estimate]) -> list[list[float]]:
     return [low, [max(each.high - each.value, 0.0) for each in estimates]]
 
 
+@_styled
 def by_category(results: Sequence[tuple[str, Result]]) -> Any:
     """Accepted length of a few settings in every category, with intervals."""
     categories = results[0][1].categories
@@ -62,6 +76,7 @@ def by_category(results: Sequence[tuple[str, Result]]) -> Any:
     return figure
 
 
+@_styled
 def by_depth(results: Sequence[tuple[str, Result]]) -> Any:
     """Acceptance by depth: solid of all steps, dashed of those that accepted the depth before."""
     figure, axes = _figure()
@@ -75,10 +90,11 @@ def by_depth(results: Sequence[tuple[str, Result]]) -> Any:
     axes.set(xlabel="depth", ylabel="share accepted", ylim=(0, 1.02))
     axes.set_xticks(range(1, max((len(r.acceptance(conditional=True)) for _, r in results), default=1) + 1))
     axes.set_title("solid: of all steps; dashed: given the depth before")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=min(len(results), 3))
     return figure
 
 
+@_styled
 def lines(
     series: Mapping[str, Sequence[tuple[float, Estimate, str]]], xlabel: str, *, logarithmic: bool = False
 ) -> Any:
@@ -97,6 +113,7 @@ def lines(
     return figure
 
 
+@_styled
 def entropy(fits: Sequence[tuple[str, EntropyFit]]) -> Any:
     """A point per prompt, our fit, and the published one."""
     figure, axes = _figure()
@@ -113,6 +130,7 @@ def entropy(fits: Sequence[tuple[str, EntropyFit]]) -> Any:
     return figure
 
 
+@_styled
 def predicted(series: Mapping[str, Mapping[int, float]], measured: Mapping[str, Mapping[int, float]]) -> Any:
     """Speed-up against batch size, from step costs and accepted length; measured ones as crosses."""
     figure, axes = _figure()

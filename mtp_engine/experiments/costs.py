@@ -98,4 +98,4 @@ def _step_seconds(engine: Engine, batch: int) -> float:
 
 
 def _spent(requests: Sequence[Any]) -> float:
-    return sum(request.stats.draft_s + request.stats.verify_s for request in requests)
+    return float(sum(request.stats.draft_s + request.stats.verify_s for request in requests))

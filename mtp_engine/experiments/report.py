@@ -25,8 +25,9 @@ h1 { font-size: 1.6rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2rem 
 p, dd { max-width: 46rem; } dt { font-weight: 600; } dd { margin: 0 0 .4rem; color: #333; }
 .wide { overflow-x: auto; margin: .5rem 0; } table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #e2e2e2; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid #888; } figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+thead th { border-bottom: 2px solid #888; } figure { margin: 0; max-width: 38rem; }
+figure svg { width: 100%; height: auto; display: block; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 .small { color: #555; font-size: .85rem; overflow-wrap: anywhere; }
 """
@@ -140,7 +141,7 @@ def _summary(found: Sequence[Result], names: Names) -> TextTable:
         kind = "computed" if each.recorded else "decoded"
         rows.append((names(each), str(len(each.frame)), *(["1", "1"] if plain else length), loops, kind, *rates))
     columns = ("setting", "prompts", "accepted length", "with loops", "loop steps", "how", "tokens/s", "speed-up")
-    return TextTable("summary", "Mean accepted length and speed", columns, tuple(rows))
+    return TextTable("summary", "Mean accepted length and speed", columns, tuple(rows)).without_empty_columns()
 
 
 def _categories(drafted: Sequence[Result], names: Names) -> TextTable:

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +80,13 @@ class Rows:
         self.requests, self.details, self.written = [], [], time.monotonic()
 
 
+def begin(path: Path, cases: Sequence[Case], settings: Mapping[str, Any]) -> Experiment:
+    """`Experiment.begin`, once all prompt sets are read. Raises EngineError for those that cannot be."""
+    for prompts, limit in {(case.prompts, case.limit) for case in cases}:
+        read_prompts(prompts, limit)
+    return Experiment.begin(path, cases, settings)
+
+
 def run_cases(experiment: Experiment, device: str, progress: Progress = hub.silent, tick: Tick | None = None) -> None:
     """Run all cases that are not done and that no other process has. tick: over the prompts of all of them."""
     engines, tally = Engines(device, progress), Tally(experiment)
@@ -97,10 +104,10 @@ def run_cases(experiment: Experiment, device: str, progress: Progress = hub.sile
 @final
 class Tally:
     """Prompts that are done, and prompts in all, by case. Of a case that has not begun the whole set counts, too long
-    prompts included. Raises EngineError for sets that cannot be read: before anything is decoded."""
+    prompts included."""
 
     def __init__(self, experiment: Experiment) -> None:
-        folders = experiment.folders
+        folders = [folder for folder in experiment.folders if experiment.runs(folder)]
         sets = {(each.case.prompts, each.case.limit) for each in folders}
         sizes = {key: len(read_prompts(*key)) for key in sets}
         self.counts = {each.case.id: count(each, sizes[each.case.prompts, each.case.limit]) for each in folders}

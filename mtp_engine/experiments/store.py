@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -98,14 +98,16 @@ class CaseFolder:
 @final
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment's folder."""
+    """An experiment's folder. only: the cases to run, by id; empty is all."""
 
     path: Path
+    only: frozenset[str] = frozenset()
 
     @classmethod
     def begin(cls, path: Path, cases: Sequence[Case], settings: Mapping[str, Any]) -> "Experiment":
-        """Make the folder, or go on with it; cases that it does not have yet are added. Raises EngineError where it
-        cannot be written, or is something else."""
+        """Make the folder, or go on with it: cases that it does not have yet are added, and `cases` are those to run.
+
+        Raises EngineError where it cannot be written, or is something else."""
         there = cls.open(path).manifest if (path / MANIFEST).is_file() else {}
         if not there and path.is_dir() and any(path.iterdir()):
             raise EngineError(f"{path}: holds other files; name a new folder for --out")
@@ -119,16 +121,16 @@ class Experiment:
                 ) from error
             runs = [*there.get("runs", []), {"settings": dict(settings), **conditions()}]
             _write(path / MANIFEST, {"format": _FORMAT, "cases": known, "runs": runs})
-        return cls(path)
+        return cls(path, frozenset(case.id for case in cases))
 
     @classmethod
-    def open(cls, path: Path) -> "Experiment":
+    def open(cls, path: Path, only: Iterable[str] = ()) -> "Experiment":
         """A folder that `begin` made. Raises EngineError for others."""
         if not (path / MANIFEST).is_file():
             raise EngineError(
                 f"{path}: holds no experiment ({MANIFEST} is missing); make one with mtp-engine experiment run"
             )
-        found = cls(path)
+        found = cls(path, frozenset(only))
         manifest = found.manifest
         if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
             raise EngineError(f"{path / MANIFEST}: is not of this version's format; run the experiment anew")
@@ -150,10 +152,14 @@ class Experiment:
             )
         return [CaseFolder(self.path / name, Case(**case)) for name, case in cases.items()]
 
+    def runs(self, folder: CaseFolder) -> bool:
+        """Whether it is one of the cases to run."""
+        return not self.only or folder.case.id in self.only
+
     def claimed(self) -> Iterator[CaseFolder]:
-        """Cases that are not done and that no other process works on, each locked until the next is asked for."""
+        """Cases to run that are not done and that no other process works on, each locked until the next is asked for."""
         for folder in self.folders:
-            if folder.finished:
+            if folder.finished or not self.runs(folder):
                 continue
             try:
                 folder.path.mkdir(exist_ok=True)

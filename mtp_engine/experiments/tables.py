@@ -1,7 +1,7 @@
 """A table, as HTML, Markdown or LaTeX."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import final
 
@@ -18,6 +18,12 @@ class TextTable:
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    def without_empty_columns(self) -> "TextTable":
+        """Without those in which no row has anything."""
+        kept = [index for index in range(len(self.columns)) if any(row[index] for row in self.rows)]
+        rows = tuple(tuple(row[index] for index in kept) for row in self.rows)
+        return replace(self, columns=tuple(self.columns[index] for index in kept), rows=rows)
 
     def html(self) -> str:
         """In a frame that scrolls sideways where a phone is too narrow."""

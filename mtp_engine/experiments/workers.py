@@ -1,6 +1,6 @@
 """Cases spread over devices: a process for each, which takes one case after another that no other has.
 
-    python -m mtp_engine.experiments.workers FOLDER DEVICE
+    python -m mtp_engine.experiments.workers FOLDER DEVICE CASE...
 
 is such a process.
 """
@@ -20,10 +20,11 @@ _LOOK = 2.0  # seconds between two looks at what is done
 
 def run_workers(experiment: Experiment, devices: Sequence[str], tick: Tick) -> None:
     """Run all cases. Raises EngineError with what the first process said that failed, once the others have ended."""
-    Tally(experiment)  # what cannot be read is said once, here
     command = [sys.executable, "-m", "mtp_engine.experiments.workers", str(experiment.path)]
     workers = [
-        subprocess.Popen([*command, device], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        subprocess.Popen(
+            [*command, device, *sorted(experiment.only)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
         for device in devices
     ]
     try:
@@ -43,9 +44,9 @@ def run_workers(experiment: Experiment, devices: Sequence[str], tick: Tick) -> N
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
-    folder, device = arguments
+    folder, device, *only = arguments
     try:
-        run_cases(Experiment.open(Path(folder)), device)
+        run_cases(Experiment.open(Path(folder), only), device)
     except EngineError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
