@@ -13,21 +13,31 @@ from mtp_engine.engine import Engine
 from mtp_engine.experiments.doctor import diagnose
 from mtp_engine.hub import hub
 from mtp_engine.models.mtp import MTPModule
-from mtp_engine.protocols import Attention
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
-PROMPTS = 4
+PROMPTS = 3
 
 
-@pytest.fixture
-def engine() -> Iterator[Engine]:
+@pytest.fixture(scope="module")
+def sound() -> Iterator[Engine]:
     config = EngineConfig(
-        tree=TreeShape((1, 1, 1)), dtype="fp32", draft_int8=False, max_context=512, prefill_chunk=512, max_batch=PROMPTS,
+        tree=TreeShape((1, 1, 1)), dtype="fp32", draft_int8=False, max_context=512, prefill_chunk=512, max_batch=12,
         prefix_cache=False, threads=1,
     )  # fmt: skip
     with Engine.load("mimo-nano", config) as engine:
         yield engine
+
+
+@pytest.fixture
+def engine(sound: Engine) -> Iterator[Engine]:
+    """To plant a fault in, which is taken out again."""
+    work = sound.loop.work
+    drafter = cast(Any, work.drafter)
+    module, verifier = drafter.module, work.verifier
+    yield sound
+    drafter.module, work.verifier = module, verifier
+    drafter.__dict__.pop("observe", None)
 
 
 def plant(engine: Engine, change: Callable[[MTPModule], Any]) -> None:
@@ -52,23 +62,19 @@ def unused_layers(engine: Engine) -> None:
 
 @dataclass(frozen=True)
 class Misplaced:
-    """Drafted nodes stand two positions too far on; rows of committed tokens where they belong."""
+    """A rotary embedding in which drafted nodes stand too far on, and rows of committed tokens where they belong."""
 
-    module: MTPModule
+    inner: Callable[[Tensor], Any]
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
-
-    def forward(self, level: int, embedded: Tensor, hidden: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        if (
-            level and positions.shape[1] > 4 and positions.shape[1] <= 4 + level
-        ):  # depth + 1 rows, then the drafted nodes
-            positions = torch.cat([positions[:, :4], positions[:, 4:] + 40], 1)
-        return self.module.forward(level, embedded, hidden, positions, attention)
+    def __call__(self, positions: Tensor) -> Any:
+        rows, depth = positions.shape[1], 3
+        if depth + 1 < rows <= 2 * depth:  # a step's committed rows, then the drafted nodes
+            positions = torch.cat([positions[:, : depth + 1], positions[:, depth + 1 :] + 40], 1)
+        return self.inner(positions)
 
 
 def shifted_positions(engine: Engine) -> None:
-    plant(engine, Misplaced)
+    plant(engine, lambda module: replace(module, rotary=Misplaced(module.rotary)))
 
 
 def stale_rows(engine: Engine) -> None:
@@ -106,7 +112,10 @@ def wrong_text(engine: Engine) -> None:
 )  # fmt: skip
 def test_a_fault_is_named(engine: Engine, fault: Callable[[Engine], None], name: str) -> None:
     fault(engine)
-    diagnosis = diagnose(engine, hub.locate("mimo-nano"), most=PROMPTS)
+    most = (
+        12 if fault is hidden_norm else PROMPTS
+    )  # mimo-nano loses 2% of its drafts by it: that takes more text to see
+    diagnosis = diagnose(engine, hub.locate("mimo-nano"), most=most)
     assert name in diagnosis.faults, diagnosis.lines
     assert name in diagnosis.lines[-1]
 

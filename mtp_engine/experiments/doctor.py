@@ -29,20 +29,21 @@ from mtp_engine.models import loader
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Attention, Progress
 
-_PROMPTS, _LONGEST, _TOKENS, _DRAWS = 10, 70, 40, 1000
+_PROMPTS, _LONGEST, _TOKENS = 12, 70, 40
 _SLACK = 0.02  # of the accepted drafts per step, by which float arithmetic may differ
-_BETTER = 0.002  # nats per token, by which another wiring must win to be believed
+_BETTER, _SURE = 0.001, 3.0  # nats per token, and standard errors, by which another wiring must win to be believed
 Hits = npt.NDArray[np.bool_]
 
 
 @final
 @dataclass(frozen=True)
 class Forced:
-    """What teacher-forced layers say along an answer: right [answer, D], whether that is its token at their depth, and
-    the log of the token's probability [answer, D], nan where they cannot propose it."""
+    """What teacher-forced layers say along a text: right [answer, D], whether that is the answer's token at their depth;
+    and fit [rows, D], the mean of the log of their probabilities under the main model's, over the tokens that they may
+    propose, of all rows that every layer read. nan: a layer that read nothing."""
 
     right: Hits
-    log_probability: npt.NDArray[np.float32]
+    fit: npt.NDArray[np.float64]
 
 
 @final
@@ -194,9 +195,14 @@ class _Reader:
 
     module: MTPModule
     seen: dict[int, list[Tensor]] = field(default_factory=dict)
+    hidden: list[Tensor] = field(default_factory=list)  # of the main model
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
+
+    def main_hidden(self, hidden: Tensor) -> Tensor:
+        self.hidden.append(hidden)
+        return self.module.main_hidden(hidden)
 
     def forward(self, level: int, embedded: Tensor, hidden: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         output = self.module.forward(level, embedded, hidden, positions, attention)
@@ -212,34 +218,39 @@ def read(engine: Engine, module: MTPModule, texts: Sequence[Text]) -> list[Force
     found = []
     for text in texts:
         reader.seen.clear()
+        reader.hidden.clear()
         tokens = [*text.prompt, *text.answer]
         request = loop.add(
             [*tokens, tokens[-1]], SamplingParams(max_tokens=1)
         )  # the last row is not read but drafted from
         while request.finish_reason is None:
             loop.step()
-        found.append(_forced(module, reader, tokens, len(text.answer)))
+        states = torch.cat([hidden for hidden in reader.hidden[:-1] if hidden.shape[1]], 1)[0]  # the last decoded
+        found.append(_forced(module, reader, engine.model.logits(states), tokens, len(text.answer)))
     return found
 
 
 @torch.inference_mode()
-def _forced(module: MTPModule, reader: _Reader, tokens: list[int], answer: int) -> Forced:
-    depth = module.config.depth
-    right, log_probability = np.zeros((answer, depth), bool), np.full((answer, depth), np.nan, np.float32)
-    true, ids = torch.tensor(tokens, device=module.draft_ids.device), module.draft_ids
-    columns = torch.full((len(module.embedding),), -1, device=ids.device)
-    columns[ids] = torch.arange(len(ids), device=ids.device)
+def _forced(module: MTPModule, reader: _Reader, main: Tensor, tokens: list[int], answer: int) -> Forced:
+    """main: [n] of the tokens' positions, the main model's hidden states [n, H] as logits [n, V]."""
+    depth, ids = module.config.depth, module.draft_ids
+    right = np.zeros((answer, depth), bool)
+    true = torch.tensor(tokens, device=ids.device)
+    target = main.softmax(-1)[:, ids]
+    fits: dict[int, npt.NDArray[np.float64]] = {}
     for level in range(depth):
-        if level not in reader.seen or len(reader.seen[level]) < 2:
+        if len(reader.seen.get(level, ())) < 2:
             continue  # a layer that is used again is not read for its deeper levels
         output = torch.cat(reader.seen[level][:-1], 1)[0, :-1]  # the last call drafts; the last row is behind the text
+        scores = module.logits(level, output).log_softmax(-1)
         rows = min(len(output), answer)
-        scores = module.logits(level, output[-rows:]).log_softmax(-1)
-        column = columns[true[-rows:]]
-        right[-rows:, level] = (scores.argmax(-1) == column).cpu().numpy()
-        known = scores.gather(1, column.clamp(min=0)[:, None])[:, 0].masked_fill(column < 0, float("nan"))
-        log_probability[-rows:, level] = known.cpu().numpy()
-    return Forced(right, log_probability)
+        right[-rows:, level] = (ids[scores[-rows:].argmax(-1)] == true[-rows:]).cpu().numpy()
+        fits[level] = (target[-len(output) - 1 : -1] * scores).sum(-1).double().cpu().numpy()
+    shared = (
+        min((len(fit) for fit in fits.values()), default=0) - depth
+    )  # a deeper layer has rows that no text is before
+    nothing = np.full(max(shared, 0), np.nan)
+    return Forced(right, np.stack([fits[k][-shared:] if k in fits else nothing for k in range(depth)], 1))
 
 
 Variant = tuple[str, str, MTPModule]
@@ -319,19 +330,18 @@ def _count(folder: Path) -> int:
 def _check_variant(engine: Engine, texts: Sequence[Text], forced: Sequence[Forced], variant: Variant) -> Check:
     name, fault, module = variant
     tried = read(engine, module, texts)
-    gains = np.asarray([_gain(now, then) for now, then in zip(forced, tried, strict=True)])
-    picks = np.random.default_rng(0).integers(0, len(gains), (_DRAWS, len(gains)))
-    low, gain = float(np.percentile(gains[picks].mean(1), 2.5)), float(gains.mean())
+    gains = np.concatenate([_gain(now, then) for now, then in zip(forced, tried, strict=True)])
+    gain, error = float(gains.mean()), float(gains.std()) / max(len(gains), 1) ** 0.5
     detail = (
         f"{name}: {accepted(tried):.2f} drafts a position, as it is {accepted(forced):.2f}; {gain:+.3f} nats a token"
     )
-    return Check("wiring", detail, fault if low > 0 and gain > _BETTER else "")
+    return Check("wiring", detail, fault if gain > max(_BETTER, _SURE * error) else "")
 
 
-def _gain(now: Forced, then: Forced) -> float:
-    """Nats per token, over the depths and tokens that both can propose; a depth that only one reads counts as chance."""
-    before, after = now.log_probability, then.log_probability
-    worst = -np.log(1e4)
-    unread = np.isnan(before).all(0)
-    before = np.where(unread & ~np.isnan(after), worst, before)
-    return float(np.nanmean(after - before)) if (~np.isnan(after - before)).any() else 0.0
+def _gain(now: Forced, then: Forced) -> npt.NDArray[np.float64]:
+    """Nats, for every token and depth that both read; a depth that only `then` reads counts as by chance before."""
+    rows = min(len(now.fit), len(then.fit))
+    before, after = now.fit[-rows:], then.fit[-rows:]
+    before = np.where(np.isnan(before), -np.log(1e4), before)
+    gains = (after - before)[~np.isnan(after)]
+    return np.asarray(gains if len(gains) else [0.0])
