@@ -43,11 +43,11 @@ ALLOWED: dict[str, tuple[str, str]] = {
     ),
     "training.nano": ("config engine errors hub kernels models text training", "torch numpy safetensors tokenizers click rich"),
     "experiments": (
-        "assemble attention backend checks config drafters engine errors hub models protocols runtime sampling text training.data "
-        "tree", "torch numpy pandas pyarrow matplotlib filelock",
+        "assemble checks config drafters engine errors hub models protocols runtime sampling text training.data tree",
+        "torch numpy pandas pyarrow matplotlib filelock",
     ),
-    "cli": ("conformance config engine errors experiments hub kernels models.make_tiny protocols runtime text training mtp_engine",
-            "click rich prompt_toolkit"),
+    "cli": ("conformance config engine errors experiments hub kernels models.make_tiny protocols runtime text training "
+            "mtp_engine", "click rich prompt_toolkit"),
 }  # fmt: skip
 """One line a package; a package may always import itself."""
 

@@ -239,22 +239,24 @@ class Difference:
 
 def compare(first: Sequence[Result], second: Sequence[Result]) -> list[Difference]:
     """Paired differences of accepted length by category, of settings that both have. What a comparison is about may
-    differ: model, MTP layers, engine, dtype, device settings. Raises EngineError where no setting is in both."""
+    differ: model, MTP layers, engine, dtype, device settings, and the seed if each has one only.
+
+    Raises EngineError where no setting is in both."""
     others = {_setting(each): each for each in second}
     pairs = [
         (each, others[_setting(each)]) for each in first if _setting(each) in others and each.case.drafter != "root"
     ]
-    if not pairs:
+    if not any(other for _, other in pairs):
         raise EngineError(
             "the two experiments have no setting in common: run both with the same trees, rules and prompts"
         )
-    return [row for one, other in pairs for row in _differences(one, other)]
+    return [row for one, other in pairs if other for row in _differences(one, other)]
 
 
-def _setting(result: Result) -> Any:
+def _setting(result: Result, seeds: bool) -> Any:
     case = result.case
     return (case.drafter, case.tree, case.verifier, case.candidates, case.temperature, case.prompts, case.limit,
-            case.max_tokens, case.seed)  # fmt: skip
+            case.max_tokens, case.seed if seeds else 0)  # fmt: skip
 
 
 def _differences(one: Result, other: Result) -> Iterator[Difference]:
