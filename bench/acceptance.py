@@ -57,7 +57,7 @@ def main(grid: Path, out: Path | None, device: str) -> None:
         experiment = begin(out or Path(scratch) / "out", cases, settings)
         run_cases(experiment, device, tick=lambda done, total: bar.update(task, completed=done, total=total))
         about = conditions(commit, device)
-        lines = [line(each, about) for each in results(experiment) if each.case.drafter != "root"]
+        lines = [line(each, about) for each in results(experiment) if not each.case.plain]
     for text in lines:
         click.echo(text)
 

@@ -70,7 +70,7 @@ class Result:
     @property
     def name(self) -> str:
         """What was drafted and how, for people."""
-        return replace(self.case, mode="run").label
+        return self.case.label
 
     def rows(self, category: str = ALL) -> Any:
         """Those of a category that have steps."""
@@ -161,9 +161,9 @@ def speed(result: Result, everything: Sequence[Result]) -> Speed | None:
         return None
     tokens, step = _rate(result)
     own = replace(result.case, drafter="root", tree="", verifier="match", candidates="auto", draft_vocab=0, mtp="")
-    plain = [each for each in everything if each.case.drafter == "root" and not each.recorded and
+    plain = [each for each in everything if each.case.plain and
              replace(each.case, draft_vocab=0, mtp="", draft_int8=own.draft_int8) == own]  # fmt: skip
-    against = tokens / _rate(plain[0])[0] if plain and result.case.drafter != "root" else None
+    against = tokens / _rate(plain[0])[0] if plain and not result.case.plain else None
     return Speed(tokens, step, against)
 
 
@@ -242,10 +242,9 @@ def compare(first: Sequence[Result], second: Sequence[Result]) -> list[Differenc
     differ: model, MTP layers, engine, dtype, device settings, and the seed if each has one only.
 
     Raises EngineError where no setting is in both."""
-    others = {_setting(each): each for each in second}
-    pairs = [
-        (each, others[_setting(each)]) for each in first if _setting(each) in others and each.case.drafter != "root"
-    ]
+    seeds = any(len({each.case.seed for each in results}) > 1 for results in (first, second))
+    others = {_setting(each, seeds): each for each in second}
+    pairs = [(each, others.get(_setting(each, seeds))) for each in first if not each.case.plain]
     if not any(other for _, other in pairs):
         raise EngineError(
             "the two experiments have no setting in common: run both with the same trees, rules and prompts"

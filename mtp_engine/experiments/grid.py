@@ -72,12 +72,21 @@ class Case:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
     @property
+    def plain(self) -> bool:
+        """Whether it is plain decoding, of which the speed is all there is to know."""
+        return self.drafter == "root" and self.engine == "ours"
+
+    @property
     def label(self) -> str:
         """For people: what was drafted and how."""
+        if self.engine != "ours":
+            return f"{self.engine} T={self.temperature:g}"
         parts = [self.drafter if self.drafter != "mtp" else "", "" if self.drafter == "root" else self.tree or "auto"]
-        parts += [self.verifier if self.verifier != "match" else "", f"T={self.temperature:g}"]
-        parts += [self.mode if self.mode != "run" else "", self.engine if self.engine != "ours" else ""]
-        return " ".join(part for part in parts if part)
+        parts += [
+            self.verifier if self.verifier != "match" else "",
+            self.candidates if self.candidates != "auto" else "",
+        ]
+        return " ".join(part for part in [*parts, f"T={self.temperature:g}"] if part)
 
     def config(self, device: str) -> EngineConfig:
         """How the engine runs it."""

@@ -67,7 +67,6 @@ def vocabularies(ids: Tensor) -> list[int]:
 def record(engine: Engine, case: Case, prompts: Sequence[Encoded]) -> Iterator[Done]:
     """Yield each request as it ends: its row, and a row per position. Raises EngineError where one fails."""
     recorder, running = recording(engine)
-    by_seed = {case.params(each.index).seed: each for each in prompts}
     params = [case.params(each.index) for each in prompts]
     for chunk in running.stream([each.tokens for each in prompts], params):
         if answer := chunk.finished:
@@ -76,7 +75,6 @@ def record(engine: Engine, case: Case, prompts: Sequence[Encoded]) -> Iterator[D
                 raise EngineError(f"prompt {own.item.id} of {case.prompts} failed: {answer.error}")
             notes = recorder.take(answer.stats.seed)[: len(answer.token_ids)]
             assert len(notes) == len(answer.token_ids)
-            assert by_seed[answer.stats.seed] is own
             loops = in_loop(answer.token_ids)
             for at, (note, token) in enumerate(zip(notes, answer.token_ids, strict=True)):
                 note |= {"prompt": own.index, "at": at, "token": token, "loop": loops[at]}

@@ -79,7 +79,7 @@ def _save(path: Path, data: bytes) -> None:
 
 
 def _sections(experiment: Experiment, found: Sequence[Result]) -> Iterator[Section]:
-    drafted = [each for each in found if each.case.drafter != "root" and len(each.rows())]
+    drafted = [each for each in found if not each.case.plain and len(each.rows())]
     names = Names(found)
     yield Section("All settings", "", tables=(_summary(found, names),))
     if drafted:
@@ -133,13 +133,14 @@ def _summary(found: Sequence[Result], names: Names) -> TextTable:
             f"{own.tokens_per_s:.1f}" if own else "",
             f"{own.against_plain:.2f}x" if own and own.against_plain else "",
         )
-        plain = each.case.drafter == "root" and each.case.engine == "ours"
         length = (
             [str(each.accepted_length()), f"{each.accepted_length(loops=True).value:.3f}"] if len(frame) else ["", ""]
         )
         loops = f"{each.loop_share:.1%}" if len(frame) and not frame["clean_steps"].isna().any() else ""
         kind = "computed" if each.recorded else "decoded"
-        rows.append((names(each), str(len(each.frame)), *(["1", "1"] if plain else length), loops, kind, *rates))
+        rows.append(
+            (names(each), str(len(each.frame)), *(["1", "1"] if each.case.plain else length), loops, kind, *rates)
+        )
     columns = ("setting", "prompts", "accepted length", "with loops", "loop steps", "how", "tokens/s", "speed-up")
     return TextTable("summary", "Mean accepted length and speed", columns, tuple(rows)).without_empty_columns()
 
