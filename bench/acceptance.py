@@ -5,7 +5,7 @@
     python bench/acceptance.py bench/grids/curves.toml --out curves
 
 A line per decoded case, and several per recorded one: chains, 4x2x2 and tree:3 to tree:31. --out keeps the rows, goes on
-with a run that was killed, and is what `mtp-engine experiment report` takes.
+with a run that was killed, and is what `mtp-engine experiment report` takes. rows_commit is that which decoded.
 """
 
 import json
@@ -56,7 +56,7 @@ def main(grid: Path, out: Path | None, device: str) -> None:
         task = bar.add_task("prompts", total=None)
         experiment = begin(out or Path(scratch) / "out", cases, settings)
         run_cases(experiment, device, tick=lambda done, total: bar.update(task, completed=done, total=total))
-        about = conditions(commit, device)
+        about = conditions(commit, device) | {"rows_commit": experiment.manifest["runs"][-1]["commit"]}
         lines = [line(each, about) for each in results(experiment) if not each.case.plain]
     for text in lines:
         click.echo(text)

@@ -109,7 +109,7 @@ def lines(
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set(xlabel=xlabel, ylabel="mean accepted length")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=3)
     return figure
 
 
@@ -144,5 +144,5 @@ def predicted(series: Mapping[str, Mapping[int, float]], measured: Mapping[str, 
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set(xlabel="requests in a step", ylabel="speed-up over plain decoding")
     axes.set_title("lines: predicted; crosses: measured")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=3)
     return figure

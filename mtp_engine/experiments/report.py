@@ -20,7 +20,7 @@ _SHOWN = 5  # settings in a picture; tables hold all
 _FAVOURITES = ("chain:3", "tree:7", "tree:15", "4x2x2", "tree:31")
 _CSS = """
 :root { color-scheme: light; } * { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; padding: 1rem; max-width: 68rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; padding: 1rem; max-width: 78rem; }
 h1 { font-size: 1.6rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
 p, dd { max-width: 46rem; } dt { font-weight: 600; } dd { margin: 0 0 .4rem; color: #333; }
 .wide { overflow-x: auto; margin: .5rem 0; } table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }
@@ -29,6 +29,7 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
 thead th { border-bottom: 2px solid #888; } figure { margin: 0; max-width: 38rem; }
 figure svg { width: 100%; height: auto; display: block; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
+summary { cursor: pointer; margin: .5rem 0; }
 .small { color: #555; font-size: .85rem; overflow-wrap: anywhere; }
 """
 _DEFINITIONS = (
@@ -57,7 +58,7 @@ class Section:
 def write_report(experiment: Experiment, out: Path) -> Path:
     """Write everything to the folder `out`; returns the HTML file. Raises EngineError where there is nothing to report or
     no place to write."""
-    found = results(experiment)
+    found = sorted(results(experiment), key=lambda each: (each.case.model, each.case.mtp, each.case.temperature))
     sections = [each for each in _sections(experiment, found) if each.pictures or each.tables]
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import final
 
+_LONG = 40  # rows
 _TEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
         "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}  # fmt: skip
 
@@ -26,10 +27,13 @@ class TextTable:
         return replace(self, columns=tuple(self.columns[index] for index in kept), rows=rows)
 
     def html(self) -> str:
-        """In a frame that scrolls sideways where a phone is too narrow."""
+        """In a frame that scrolls sideways where a phone is too narrow; a long table is folded up."""
         head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
         body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows)
-        return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+        table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+        if len(self.rows) <= _LONG:
+            return table
+        return f"<details><summary>{escape(self.title)}: {len(self.rows)} rows</summary>{table}</details>"
 
     def markdown(self) -> str:
         lines = [self.columns, ("---", *("---:" for _ in self.columns[1:])), *self.rows]
