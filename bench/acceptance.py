@@ -9,6 +9,7 @@ with a run that was killed, and is what `mtp-engine experiment report` takes. ro
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def main(grid: Path, out: Path | None, device: str) -> None:
     extras()
     settings = read_grid(grid)
     cases = Grid.of(settings).cases
-    with tempfile.TemporaryDirectory() as scratch, Progress(console=Console(stderr=True), transient=True) as bar:
+    shown = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    with tempfile.TemporaryDirectory() as scratch, shown as bar:
         task = bar.add_task("prompts", total=None)
         experiment = begin(out or Path(scratch) / "out", cases, settings)
         run_cases(experiment, device, tick=lambda done, total: bar.update(task, completed=done, total=total))

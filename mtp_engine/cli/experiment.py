@@ -215,7 +215,10 @@ class _Bar:
 
     def __init__(self) -> None:
         columns = BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-        self._bar = Progress(TextColumn("{task.description}"), *columns, console=console(stderr=True), transient=True)
+        out = console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"), *columns, console=out, transient=True, disable=not out.is_terminal
+        )
         self._task = self._bar.add_task("prompts", total=None)
         self.waits = Waits()
 
@@ -228,7 +231,6 @@ class _Bar:
 
     def tick(self, done: int, total: int) -> None:
         """Called after every prompt."""
-        if not self._bar.live.is_started and console(stderr=True).is_terminal:
-            self.waits.close()
-            self._bar.start()
+        self.waits.close()
+        self._bar.start()
         self._bar.update(self._task, completed=done, total=total)
