@@ -142,20 +142,18 @@ def test_there_are_scripts() -> None:
     assert len(SCRIPTS) >= 9
 
 
-PROMPTS = str(BENCH / "prompts" / "bench_core.jsonl")
+RULES = str(BENCH / "grids" / "rules.toml")
 
 
 @pytest.mark.parametrize(
     ("script", "options", "words"),
     [
-        ("acceptance", ["--prompts", PROMPTS, "--drafter", "root"], "root drafter drafts nothing"),
-        ("acceptance", ["--prompts", PROMPTS, "--tree", "banana"], "chain:K"),
-        ("acceptance", ["--prompts", __file__], "not lines of JSON"),
-        ("acceptance", ["--prompts", PROMPTS, "--limit", "-1"], "--limit"),
+        ("acceptance", ["none.toml"], "none.toml"),
+        ("acceptance", [__file__], "is no TOML"),
+        ("acceptance", [RULES, "--device", "mps"], "here are"),
         ("decode", ["--tree", "banana", "--no-peer"], "chain:K"),
         ("grammar", ["--tree", "banana"], "chain:K"),
         ("processing", ["--tree", "banana"], "chain:K"),
-        ("rules", ["--prompts", PROMPTS, "--device", "mps"], "here are"),
         ("soak", ["--tree", "banana"], "chain:K"),
         ("loader", ["--gb", "nan"], "--gb"),
     ],

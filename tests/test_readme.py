@@ -20,7 +20,7 @@ GUIDES = [
     ROOT / name
     for name in (
         "README.md", "mtp_engine/README.md", "mtp_engine/cli/README.md", "mtp_engine/training/README.md",
-        "mtp_engine/serve/README.md", "bench/README.md",
+        "mtp_engine/serve/README.md", "mtp_engine/experiments/README.md", "bench/README.md",
     )
 ]  # fmt: skip
 NOT_HERE = re.compile(r"# .*(needs|takes minutes|\(minutes\)|changes the cache)")

@@ -17,6 +17,7 @@ from mtp_engine.cli.chat import chat
 from mtp_engine.cli.conformance import conformance
 from mtp_engine.cli.dynamo import dynamo_worker
 from mtp_engine.cli.exits import INTERNAL, USER, EndingSignals, interrupt_code
+from mtp_engine.cli.experiment import experiment
 from mtp_engine.cli.generate import generate
 from mtp_engine.cli.inspect import inspect
 from mtp_engine.cli.kernels import kernels
@@ -127,5 +128,5 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (generate, chat, serve, dynamo_worker, models, inspect, kernels, conformance, train):
+for _command in (generate, chat, serve, dynamo_worker, models, inspect, kernels, conformance, experiment, train):
     main.add_command(_command)

@@ -1,0 +1,347 @@
+"""Is a drafter healthy? What could be wired wrongly is tried the other way round, and what then accepts more is named.
+
+Three comparisons. The text with drafting must be plain decoding's. Real drafting must accept what the layers accept when
+they are teacher-forced, that is when they read the finished text as a prompt: less at depth 1 means that rows of rejected
+drafts are read again, less only at deeper levels that drafted nodes stand at wrong positions. And no other wiring of the
+layers may accept more: the hidden state before or after the final norm, a position off, the halves of the projection
+swapped, one layer used for all depths.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast, final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mtp_engine.assemble import make_loop, mtp_drafter
+from mtp_engine.config import EngineConfig, MTPConfig, SamplingParams, TreeShape
+from mtp_engine.engine import Engine
+from mtp_engine.errors import EngineError
+from mtp_engine.experiments.prompts import read_prompts
+from mtp_engine.hub import hub
+from mtp_engine.models import loader
+from mtp_engine.models.mtp import MTPModule
+from mtp_engine.protocols import Attention, Progress
+
+_PROMPTS, _LONGEST, _TOKENS = 12, 70, 40
+_SLACK = 0.02  # of the accepted drafts per step, by which float arithmetic may differ
+_BETTER, _SURE = 0.001, 3.0  # nats per token, and standard errors, by which another wiring must win to be believed
+Hits = npt.NDArray[np.bool_]
+
+
+@final
+@dataclass(frozen=True)
+class Forced:
+    """What teacher-forced layers say along a text: right [answer, D], whether that is the answer's token at their depth;
+    and fit [rows, D], the mean of the log of their probabilities under the main model's, over the tokens that they may
+    propose, of all rows that every layer read. nan: a layer that read nothing."""
+
+    right: Hits
+    fit: npt.NDArray[np.float64]
+
+
+@final
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. fault: what is wrong, as one word or two; empty where nothing is."""
+
+    name: str
+    detail: str
+    fault: str = ""
+
+
+@final
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def faults(self) -> list[str]:
+        return [check.fault for check in self.checks if check.fault]
+
+    @property
+    def lines(self) -> list[str]:
+        """For people, a line each."""
+        words = [f"{check.name:<10} {'WRONG' if check.fault else 'ok':<6} {check.detail}" for check in self.checks]
+        verdict = f"looks wrong: {', '.join(self.faults)}" if self.faults else "healthy"
+        return [*words, f"verdict    {verdict}"]
+
+
+@final
+@dataclass(frozen=True)
+class Text:
+    """A prompt and what plain decoding answers."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def examine(name: str, mtp: str | None, device: str, progress: Progress = hub.silent) -> Diagnosis:
+    """Load a model in fp32 and `diagnose` it. Raises EngineError for models without MTP layers."""
+    depth = len(load_config(hub.locate(name, mtp=mtp, progress=progress)))
+    config = EngineConfig(
+        tree=TreeShape((1,) * depth), dtype="fp32", draft_int8=False, device=device, max_context=512, prefill_chunk=512,
+        max_batch=_PROMPTS, prefix_cache=False,
+    )  # fmt: skip
+    with Engine.load(name, config, mtp=mtp, progress=progress) as engine:
+        return diagnose(engine, hub.locate(name, mtp=mtp), progress)
+
+
+def load_config(files: hub.ModelFiles) -> range:
+    """The depths of a model's MTP layers."""
+    folder = files.mtp_folder or (files.folder if loader.has_mtp(files.folder) else None)
+    if folder is None:
+        raise EngineError(f"{files.name} has no MTP layers to examine: name a folder of them (--mtp)")
+    return range(loader.read_mtp_config(folder).depth)
+
+
+def diagnose(
+    engine: Engine, files: hub.ModelFiles, progress: Progress = hub.silent, *, most: int = _PROMPTS
+) -> Diagnosis:
+    """Examine an engine that drafts chains with MTP layers. files: where they came from. most: prompts to use."""
+    progress("decoding plainly", 0, None)
+    prompts = [
+        tokens for item in read_prompts("builtin", 120) if len(tokens := engine.encode(item.messages)) <= _LONGEST
+    ]
+    plain = engine.undrafted()
+    texts = [Text(each, answer) for each, answer in _answers(plain, prompts[:most], 0.0)]
+    progress("drafting", 0, None)
+    checks = [_check_text(engine, plain, texts)]
+    module = cast(MTPModule, cast(Any, engine.loop.work.drafter).module)
+    progress("reading the texts as prompts", 0, None)
+    forced = read(engine, module, texts)
+    checks.append(_check_drafting(engine, texts, forced))
+    for number, (name, fault, variant) in enumerate(variants(module, engine, files)):
+        progress("trying other wirings", number, None)
+        checks.append(_check_variant(engine, texts, forced, (name, fault, variant)))
+    if not any(check.fault for check in checks) and accepted(forced) < 0.1:
+        detail = f"{accepted(forced):.2f} drafts a position, and nothing tried is better: layers of another model?"
+        checks.append(Check("layers", detail, "accepts nothing"))
+    return Diagnosis(tuple(checks))
+
+
+def _answers(engine: Engine, prompts: Sequence[list[int]], temperature: float) -> Iterator[tuple[list[int], list[int]]]:
+    params = SamplingParams(max_tokens=_TOKENS, temperature=temperature, seed=1)
+    for prompt, answer in zip(prompts, engine.generate(list(prompts), params), strict=True):
+        yield prompt, answer.token_ids
+
+
+def _check_text(engine: Engine, plain: Engine, texts: Sequence[Text]) -> Check:
+    """At temperature 0 and 0.8."""
+    prompts = [text.prompt for text in texts]
+    wrong = sum(said != text.answer for text, (_, said) in zip(texts, _answers(engine, prompts, 0.0), strict=True))
+    warm, drafted = (list(_answers(each, prompts, 0.8)) for each in (plain, engine))
+    wrong += sum(one != other for one, other in zip(warm, drafted, strict=True))
+    total = 2 * len(texts)
+    detail = f"{total - wrong} of {total} answers with drafting are plain decoding's (T = 0 and 0.8)"
+    return Check("text", detail, "wrong text" if wrong else "")
+
+
+def _check_drafting(engine: Engine, texts: Sequence[Text], forced: Sequence[Forced]) -> Check:
+    """Walk the finished texts in steps of what the teacher-forced layers get right; real steps must accept as much."""
+    depth = forced[0].right.shape[1]
+    real, ceiling = np.zeros(depth), np.zeros(depth)
+    steps = should = 0
+    prompts = [text.prompt for text in texts]
+    answers = engine.generate(prompts, SamplingParams(max_tokens=_TOKENS))
+    for text, good, answer in zip(texts, forced, answers, strict=True):
+        steps += answer.stats.steps
+        real[: len(answer.stats.accepted_per_depth)] += answer.stats.accepted_per_depth
+        for count in walk(good.right, len(text.answer)):
+            should += 1
+            ceiling[: count - 1] += 1
+    real, ceiling = real / max(steps, 1), ceiling / max(should, 1)
+    shown = "  ".join(f"depth {d}: {a:.0%} of {b:.0%}" for d, (a, b) in enumerate(zip(real, ceiling, strict=True), 1))
+    short = real < ceiling * (1 - _SLACK) - _SLACK
+    fault = "stale rows" if short[0] else "shifted positions" if short.any() else ""
+    return Check("drafting", f"accepts, of what teacher-forced layers get right, {shown}", fault)
+
+
+def walk(good: Hits, tokens: int) -> Iterator[int]:
+    """What each step emits. good: [answer, D]."""
+    at = 0
+    while at < tokens:
+        run = _run_length(good, at)
+        yield min(run + 1, tokens - at)
+        at += run + 1
+
+
+def _run_length(good: Hits, at: int) -> int:
+    """Drafts that a step which begins at `at` accepts."""
+    depth = 0
+    while depth < good.shape[1] and at + depth < len(good) and good[at + depth, depth]:
+        depth += 1
+    return depth
+
+
+def accepted(forced: Sequence[Forced]) -> float:
+    """Drafts per position that a step which began there would accept."""
+    runs = [_run_length(each.right, at) for each in forced for at in range(len(each.right))]
+    return sum(runs) / max(len(runs), 1)
+
+
+@final
+@dataclass
+class _Reader:
+    """MTP layers (an MTPModule) that keep what they put out when they read a prompt."""
+
+    module: MTPModule
+    seen: dict[int, list[Tensor]] = field(default_factory=dict)
+    hidden: list[Tensor] = field(default_factory=list)  # of the main model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def main_hidden(self, hidden: Tensor) -> Tensor:
+        self.hidden.append(hidden)
+        return self.module.main_hidden(hidden)
+
+    def forward(self, level: int, embedded: Tensor, hidden: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        output = self.module.forward(level, embedded, hidden, positions, attention)
+        self.seen.setdefault(level, []).append(output)
+        return output
+
+
+def read(engine: Engine, module: MTPModule, texts: Sequence[Text]) -> list[Forced]:
+    """Have layers read finished texts as prompts."""
+    reader, config = _Reader(module), replace(engine.config, max_batch=1)
+    drafter = mtp_drafter(cast(MTPModule, reader), config, replace(engine.backend, fuse_mtp=lambda same: same))
+    loop = make_loop(engine.model, drafter, config, engine.backend, slots=1, tokenizer=engine.tokenizer)
+    found = []
+    for text in texts:
+        reader.seen.clear()
+        reader.hidden.clear()
+        tokens = [*text.prompt, *text.answer]
+        request = loop.add(
+            [*tokens, tokens[-1]], SamplingParams(max_tokens=1)
+        )  # the last row is not read but drafted from
+        while request.finish_reason is None:
+            loop.step()
+        states = torch.cat([hidden for hidden in reader.hidden[:-1] if hidden.shape[1]], 1)[0]  # the last decoded
+        found.append(_forced(module, reader, engine.model.logits(states), tokens, len(text.answer)))
+    return found
+
+
+@torch.inference_mode()
+def _forced(module: MTPModule, reader: _Reader, main: Tensor, tokens: list[int], answer: int) -> Forced:
+    """main: [n] of the tokens' positions, the main model's hidden states [n, H] as logits [n, V]."""
+    depth, ids = module.config.depth, module.draft_ids
+    right = np.zeros((answer, depth), bool)
+    true = torch.tensor(tokens, device=ids.device)
+    target = main.softmax(-1)[:, ids]
+    fits: dict[int, npt.NDArray[np.float64]] = {}
+    for level in range(depth):
+        if len(reader.seen.get(level, ())) < 2:
+            continue  # a layer that is used again is not read for its deeper levels
+        output = torch.cat(reader.seen[level][:-1], 1)[0, :-1]  # the last call drafts; the last row is behind the text
+        scores = module.logits(level, output).log_softmax(-1)
+        rows = min(len(output), answer)
+        right[-rows:, level] = (ids[scores[-rows:].argmax(-1)] == true[-rows:]).cpu().numpy()
+        fits[level] = (target[-len(output) - 1 : -1] * scores).sum(-1).double().cpu().numpy()
+    shared = (
+        min((len(fit) for fit in fits.values()), default=0) - depth
+    )  # a deeper layer has rows that no text is before
+    nothing = np.full(max(shared, 0), np.nan)
+    return Forced(right, np.stack([fits[k][-shared:] if k in fits else nothing for k in range(depth)], 1))
+
+
+Variant = tuple[str, str, MTPModule]
+"""What is tried, what is wrong if it accepts more, and the layers."""
+
+
+def variants(module: MTPModule, engine: Engine, files: hub.ModelFiles) -> Iterator[Variant]:
+    """The other wirings."""
+    config = module.config
+    if not module.mix:  # with features the final norm plays no part
+        other: Any = "pre_norm" if config.hidden == "post_norm" else "post_norm"
+        yield f"hidden: {other}", "hidden norm", replace(module, config=replace(config, hidden=other))
+    swapped = [replace(layer, join=_swapped(layer.join)) for layer in module.layers]
+    yield "projection: halves swapped", "swapped concat", replace(module, layers=swapped)
+    for by in (-1, 1):
+        shifted = cast(MTPModule, _Shifted(module, by))
+        yield f"hidden states: {by:+d} position", "shifted hidden states", shifted
+    fresh = from_files(engine, files, config)
+    if fresh is not None:
+        yield f"layers: all {len(fresh.layers)} of the files", "unused layers", fresh
+
+
+def _swapped(join: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    swapped: Callable[[Tensor, Tensor], Tensor] = replace(join, hidden_first=not join.hidden_first)
+    return swapped
+
+
+@final
+@dataclass(frozen=True)
+class _Shifted:
+    """MTP layers whose first level reads the hidden state of another position."""
+
+    module: MTPModule
+    by: int
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def forward(self, level: int, embedded: Tensor, hidden: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        if level == 0 and hidden.shape[1] > 1:
+            hidden = hidden.roll(-self.by, 1)
+        return self.module.forward(level, embedded, hidden, positions, attention)
+
+
+def from_files(engine: Engine, files: hub.ModelFiles, config: MTPConfig) -> MTPModule | None:
+    """The layers as their files have them, one for each depth, wired as those in use."""
+    folder = files.mtp_folder or files.folder
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as name:
+        if "mtp" in raw:
+            there = Path(name)
+            for path in folder.glob("*.safetensors"):
+                (there / path.name).symlink_to(path.resolve())
+            raw["mtp"] |= {"depth": _count(folder), "reused": False}
+            (there / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+            folder = there
+        module = loader.load_mtp(folder, engine.model, len(_ids(engine)), hub.silent)
+    depth = min(config.depth, module.config.depth)
+    wired = replace(config, depth=depth, reused=False)
+    return replace(module, config=wired, layers=list(module.layers)[:depth])
+
+
+def _ids(engine: Engine) -> Tensor:
+    ids: Tensor = cast(Any, engine.loop.work.drafter).module.draft_ids
+    return ids
+
+
+def _count(folder: Path) -> int:
+    """How many layers lie in a folder of ours."""
+    from mtp_engine.models.build import MTPNames
+    from mtp_engine.models.checkpoint import Checkpoint
+
+    prefix = f"{MTPNames().prefix}."
+    return len({name.removeprefix(prefix).split(".")[0] for name in Checkpoint(folder) if name.startswith(prefix)})
+
+
+def _check_variant(engine: Engine, texts: Sequence[Text], forced: Sequence[Forced], variant: Variant) -> Check:
+    name, fault, module = variant
+    tried = read(engine, module, texts)
+    gains = np.concatenate([_gain(now, then) for now, then in zip(forced, tried, strict=True)])
+    gain, error = float(gains.mean()), float(gains.std()) / max(len(gains), 1) ** 0.5
+    detail = (
+        f"{name}: {accepted(tried):.2f} drafts a position, as it is {accepted(forced):.2f}; {gain:+.3f} nats a token"
+    )
+    return Check("wiring", detail, fault if gain > max(_BETTER, _SURE * error) else "")
+
+
+def _gain(now: Forced, then: Forced) -> npt.NDArray[np.float64]:
+    """Nats, for every token and depth that both read; a depth that only `then` reads counts as by chance before."""
+    rows = min(len(now.fit), len(then.fit))
+    before, after = now.fit[-rows:], then.fit[-rows:]
+    before = np.where(np.isnan(before), -np.log(1e4), before)
+    gains = (after - before)[~np.isnan(after)]
+    return np.asarray(gains if len(gains) else [0.0])
