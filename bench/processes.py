@@ -71,13 +71,13 @@ def together(count: int, arguments: list[str], seconds: float) -> list[float]:
 @click.option("--seconds", default=10.0, show_default=True)
 @click.option("--worker", "is_worker", is_flag=True, hidden=True)
 def main(model: str, dtype: str, tree: str, pools: tuple[int, ...], most: int, seconds: float, is_worker: bool) -> None:
+    commit = require_commit()
     if is_worker:
         options: dict[str, Any] = {"drafter": "mtp" if tree else "root"}
         options["tree"] = TreeShape.parse(tree) if tree not in ("", "auto") else None
         config = EngineConfig(device="cpu", dtype=dtype, max_batch=1, max_context=1024, threads=pools[0], **options)
         worker(model, config, seconds)
         return
-    commit = require_commit()
     for threads in pools:
         arguments = ["--model", model, "--dtype", dtype, "--threads", str(threads), *(["--tree", tree] if tree else [])]
         rates = {count: together(count, arguments, seconds) for count in range(1, most + 1)}

@@ -259,6 +259,8 @@ def measured_costs(model: Decoder, module: MTPModule, config: EngineConfig, back
             before, count = replace(request.stats), request.stats.steps
             while request.stats.steps == count:
                 loop.step()
+                if request.finish_reason:
+                    raise EngineError(f"a trial of the model failed: {request.error or request.finish_reason}")
             now = request.stats
             found.append((now.verify_s - before.verify_s, now.draft_s - before.draft_s, now.nodes - before.nodes))
         planner.costs.verify.setdefault(found[-1][2], min(verify_s for verify_s, _, _ in found))

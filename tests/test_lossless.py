@@ -51,7 +51,7 @@ class Loaded:
 
 def config(drafter: str, tree: str | None = None) -> EngineConfig:
     shape = TreeShape.parse(tree) if tree else None
-    return EngineConfig(drafter=drafter, tree=shape, max_context=1024, max_batch=6, device="cpu")  # type: ignore[arg-type]
+    return EngineConfig(drafter=drafter, tree=shape, max_context=1024, max_batch=6, device="cpu", dtype="fp32")  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from mtp_engine.errors import EngineError
 from mtp_engine.kernels.cpu.build import FLAGS, NoCompiler, compiled
 
 TILE = 32  # rows of a matrix that lie together
@@ -155,7 +156,7 @@ class PackedLinear:
     per row (a LinearMap). reference.int8_linear is its twin, with the same bits."""
 
     def __init__(self, team: Team, weight: Tensor, bias: Tensor | None = None) -> None:
-        """weight: [out, in], in a multiple of 16; bias: [out]."""
+        """weight: [out, in], in a multiple of 16; bias: [out]. Raises EngineError where a weight is not finite."""
         self.team, (self.out_features, self.in_features) = team, weight.shape
         assert self.in_features % LANES == 0, "columns come in sixteens"
         weight, rows = weight.float().contiguous(), -(-self.out_features // TILE) * TILE
@@ -166,6 +167,8 @@ class PackedLinear:
             weight.data_ptr(), self.values.data_ptr(), self.scale.data_ptr(), self.out_features, self.in_features
         )
         team.pack(packing)
+        if not self.scale.isfinite().all():
+            raise EngineError("a weight is not a finite number: its file is damaged; fetch the model again")
 
     @property
     def matrix(self) -> CMatrix:

@@ -1,5 +1,6 @@
 /* Products of narrow rows with packed matrices. */
 #include "cpu.h"
+#include <float.h>
 #include <stdlib.h>
 
 void norm(const float *x, const float *weight, int size, float eps, float *y) {
@@ -173,7 +174,10 @@ static void pack(Me *me, const void *given) {
             int row = tile * TILE + j;
             const float *w = p->weight + (size_t)row * p->columns;
             float peak = 0.0f;
-            for (int i = 0; row < p->rows && i < p->columns; i++) peak = fmaxf(peak, fabsf(w[i]));
+            for (int i = 0; row < p->rows && i < p->columns; i++) {
+                float size = fabsf(w[i]);
+                peak = size <= FLT_MAX ? (peak < size ? size : peak) : NAN; /* once it is, it stays */
+            }
             p->scale[row] = peak / 127.0f;
             float factor = peak > 0.0f ? 127.0f / peak : 0.0f;
             for (int i = 0; i < p->columns; i++)
