@@ -190,7 +190,8 @@ def round_of(cluster: Cluster, number: int, rng: random.Random) -> dict[str, Any
 @click.option("--first", default=0, type=COUNT, help="Round to begin with.")
 @click.option("--seed", default=0)
 def main(kills: int, first: int, seed: int) -> None:
-    commit, rng = require_commit(), random.Random(seed)
+    commit = require_commit()
+    rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder)).running(2) as cluster:
         rounds = []
         for number in range(first, first + kills):

@@ -363,7 +363,8 @@ def tools(model: str, calls: int) -> dict[str, Any]:
 @click.option("--clients", default=64, type=SOME, help="That leave.")
 @click.option("--seed", default=0)
 def main(parts: tuple[str, ...], model: str, requests: int, rate: float, clients: int, seed: int) -> None:
-    commit, rng = require_commit(), random.Random(seed)
+    commit = require_commit()
+    rng = random.Random(seed)
     work = {
         "poisson": lambda: poisson(model, requests or 500, rate, rng),
         "queue": lambda: queue(model),

@@ -143,7 +143,8 @@ def right(found: dict[str, Any]) -> bool:
 @click.option("--out", default=None, type=click.Path(path_type=Path), help="Where the pictures go.")
 @click.option("--browser", default="chromium")
 def main(model: str, out: Path | None, browser: str) -> None:
-    commit, port, debugging = require_commit(), free_port(), free_port()
+    commit = require_commit()
+    port, debugging = free_port(), free_port()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         out = out or folder

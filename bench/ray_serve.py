@@ -65,7 +65,8 @@ async def ask(url: str, sent: list[dict[str, Any]]) -> list[str]:
 @click.command()
 @click.option("--requests", default=32, type=SOME)
 def main(requests: int) -> None:
-    commit, expected = require_commit(), alone(requests)
+    commit = require_commit()
+    expected = alone(requests)
     begin = time.perf_counter()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     cluster.add_node(num_cpus=1)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import httpx
 import jsonschema
 import openai
 import pytest
+from click.testing import CliRunner
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 from serving import ASKED, CITY, WEATHER, engine, events, joined_chat, serving, wait_idle, whole_chat
@@ -20,6 +22,7 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from mtp_engine import AsyncEngine, SamplingParams
+from mtp_engine.cli.main import main
 from mtp_engine.config import Structure
 from mtp_engine.hub import hub
 from mtp_engine.runtime.request import Request
@@ -555,3 +558,29 @@ def test_async_clients_of_their_own(url: str) -> None:
         return text
 
     assert len(asyncio.run(work())) > 20
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--host 0.0.0.0", "give --api-key KEY, or --insecure"), ("--host ::", "lets other machines in"),
+        ("--api-key ''", "is empty"), ("--port 99999", "not in the range"), ("--host 192.0.2.77 --insecure", "--port 8000 on"),
+        ("--host no.such.invalid --insecure", "give an address of this machine"), ("--max-batch 0", "at least 1"),
+        ("--tree bush", "tree shape"), ("--max-body 0", "not in the range"), ("--bogus", "No such option"),
+    ],
+)  # fmt: skip
+def test_bad_flags_are_one_line(flags: str, words: str) -> None:
+    done = CliRunner().invoke(main, ["serve", "--model", hub.NANO, *shlex.split(flags)])
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+
+
+def test_a_port_that_is_taken(url: str) -> None:
+    done = CliRunner().invoke(main, ["serve", "--port", url.rsplit(":", 1)[1]])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "choose another" in done.stderr

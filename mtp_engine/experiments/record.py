@@ -165,6 +165,9 @@ class WideOps:
         )
         return Growth.start(batch.tokens)
 
+    def narrow(self, tree: Growth, keep: int) -> Growth:
+        raise AssertionError("recorded trees are not planned")
+
     def grow(self, tree: Growth, batch: Batch, level: Level) -> Growth:
         """Each growth's next level gets a place, and then the best others."""
         assert self._candidates is not None
