@@ -300,8 +300,17 @@ def with_rows(results: Sequence[analyse.Result], steps: float) -> list[analyse.R
     return changed
 
 
+def thrice(result: analyse.Result) -> analyse.Result:
+    """Three times as many prompts."""
+    frame = result.frame.loc[result.frame.index.repeat(3)].reset_index(drop=True)
+    frame["prompt"] = range(len(frame))
+    return analyse.Result(result.case, frame, result.recorded)
+
+
 def test_comparing(recorded: Experiment) -> None:
-    found = analyse.results(recorded)
+    few = analyse.results(recorded)
+    assert {row.verdict for row in analyse.compare(few, with_rows(few, 1.2))} == {"too few prompts to say"}
+    found = [thrice(result) for result in few]
     same = analyse.compare(found, found)
     assert same
     assert {row.verdict for row in same} == {"no difference shown"}
@@ -333,7 +342,7 @@ def test_asking_at_the_command_line(recorded: Experiment) -> None:
     result = command("ask", recorded.path, "--tree", "3x2x1", "--tree", "tree:12")
     assert result.exit_code == 0, result.output
     assert "3x2x1 T=0.9" in result.stdout
-    assert command("compare", recorded.path, recorded.path).stdout.count("no difference shown") > 10
+    assert command("compare", recorded.path, recorded.path).stdout.count("too few prompts to say") > 10
 
 
 class Server(BaseHTTPRequestHandler):

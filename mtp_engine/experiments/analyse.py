@@ -22,6 +22,7 @@ Floats = npt.NDArray[np.float64]
 ALL = "all"
 TREES = ("tree:3", "tree:5", "tree:7", "tree:11", "tree:15", "tree:23", "tree:31")
 _DRAWS, _COVERED = 2000, (2.5, 97.5)
+_FEWEST = 8  # prompts, below which a bootstrap's intervals are too narrow
 
 
 @final
@@ -101,7 +102,7 @@ class Result:
         depth = max((len(each) for each in rows["accepted"]), default=0)
         counts = [np.array([each[d] if d < len(each) else 0 for each in rows["accepted"]]) for d in range(depth)]
         steps = rows["steps"].to_numpy()
-        unders = [steps, *counts[:-1]] if conditional else [steps] * depth
+        unders = [steps, *counts][:depth] if conditional else [steps] * depth
         return [ratio(over, under) for over, under in zip(counts, unders, strict=True)]
 
 
@@ -232,6 +233,8 @@ class Difference:
     @property
     def verdict(self) -> str:
         """In words."""
+        if self.prompts < _FEWEST:
+            return "too few prompts to say"
         if not self.difference.excludes_zero:
             return "no difference shown"
         return "the second accepts more" if self.difference.value > 0 else "the second accepts less"

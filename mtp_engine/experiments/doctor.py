@@ -86,7 +86,7 @@ class Text:
 
 def examine(name: str, mtp: str | None, device: str, progress: Progress = hub.silent) -> Diagnosis:
     """Load a model in fp32 and `diagnose` it. Raises EngineError for models without MTP layers."""
-    depth = len(load_config(hub.locate(name, mtp=mtp, progress=progress)))
+    depth = _depth(hub.locate(name, mtp=mtp, progress=progress))
     config = EngineConfig(
         tree=TreeShape((1,) * depth), dtype="fp32", draft_int8=False, device=device, max_context=512, prefill_chunk=512,
         max_batch=_PROMPTS, prefix_cache=False,
@@ -95,12 +95,12 @@ def examine(name: str, mtp: str | None, device: str, progress: Progress = hub.si
         return diagnose(engine, hub.locate(name, mtp=mtp), progress)
 
 
-def load_config(files: hub.ModelFiles) -> range:
-    """The depths of a model's MTP layers."""
+def _depth(files: hub.ModelFiles) -> int:
+    """To which a model's MTP layers draft."""
     folder = files.mtp_folder or (files.folder if loader.has_mtp(files.folder) else None)
     if folder is None:
         raise EngineError(f"{files.name} has no MTP layers to examine: name a folder of them (--mtp)")
-    return range(loader.read_mtp_config(folder).depth)
+    return loader.read_mtp_config(folder).depth
 
 
 def diagnose(
@@ -220,9 +220,8 @@ def read(engine: Engine, module: MTPModule, texts: Sequence[Text]) -> list[Force
         reader.seen.clear()
         reader.hidden.clear()
         tokens = [*text.prompt, *text.answer]
-        request = loop.add(
-            [*tokens, tokens[-1]], SamplingParams(max_tokens=1)
-        )  # the last row is not read but drafted from
+        # one token more, as the last row is not read but drafted from
+        request = loop.add([*tokens, tokens[-1]], SamplingParams(max_tokens=1))
         while request.finish_reason is None:
             loop.step()
         states = torch.cat([hidden for hidden in reader.hidden[:-1] if hidden.shape[1]], 1)[0]  # the last decoded
@@ -246,9 +245,8 @@ def _forced(module: MTPModule, reader: _Reader, main: Tensor, tokens: list[int],
         rows = min(len(output), answer)
         right[-rows:, level] = (ids[scores[-rows:].argmax(-1)] == true[-rows:]).cpu().numpy()
         fits[level] = (target[-len(output) - 1 : -1] * scores).sum(-1).double().cpu().numpy()
-    shared = (
-        min((len(fit) for fit in fits.values()), default=0) - depth
-    )  # a deeper layer has rows that no text is before
+    # a deeper layer has rows that stand before its first
+    shared = min((len(fit) for fit in fits.values()), default=0) - depth
     nothing = np.full(max(shared, 0), np.nan)
     return Forced(right, np.stack([fits[k][-shared:] if k in fits else nothing for k in range(depth)], 1))
 
