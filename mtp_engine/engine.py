@@ -103,6 +103,7 @@ class Engine:
             files = replace(files, mtp_folder=files.folder)
         config = settle(config, files)
         backend = make_backend(config, device, progress)
+        config = replace(config, prefill_chunk=config.prefill_chunk or backend.usual_chunk)
         model = load_main(files, config, backend, progress)
         drafter = make_drafter(files, model, config, backend, progress)
         model = backend.fuse(model)
