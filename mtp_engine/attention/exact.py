@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -127,8 +127,14 @@ class ExactAttention:
         k, v, pages = group.k[member], group.v[member], step.pages[index]
         if layer in self._rooms:
             k, v, pages = *self._rooms[layer], self._stretches[index].pages
-        given = {"page_size": group.page_size, "wrap": pages.shape[1], "window": window, "scale": scale, "sink": sink}
-        if not self._straight or not suits_chain(*q.shape[:2], k.shape[1]):
+        given: dict[str, Any] = {
+            "page_size": group.page_size,
+            "wrap": pages.shape[1],
+            "window": window,
+            "scale": scale,
+            "sink": sink,
+        }
+        if not self._straight or not suits_chain(q.shape[0], q.shape[1], k.shape[1]):
             return tree_attention(
                 q, k, v, pages, rows.lengths, rows.positions, step.ancestry[0], step.first, bound=rows.bound, **given
             )
