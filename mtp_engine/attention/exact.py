@@ -127,7 +127,13 @@ class ExactAttention:
         k, v, pages = group.k[member], group.v[member], step.pages[index]
         if layer in self._rooms:
             k, v, pages = *self._rooms[layer], self._stretches[index].pages
-        given: dict[str, Any] = {"page_size": group.page_size, "wrap": pages.shape[1], "window": window, "scale": scale, "sink": sink}
+        given: dict[str, Any] = {
+            "page_size": group.page_size,
+            "wrap": pages.shape[1],
+            "window": window,
+            "scale": scale,
+            "sink": sink,
+        }
         if not self._straight or not suits_chain(q.shape[0], q.shape[1], k.shape[1]):
             return tree_attention(
                 q, k, v, pages, rows.lengths, rows.positions, step.ancestry[0], step.first, bound=rows.bound, **given
