@@ -14,7 +14,7 @@ from mtp_engine import AsyncEngine, Engine, EngineConfig
 from mtp_engine.hub import hub
 from mtp_engine.serve import Limits, build_app
 
-CONFIG = EngineConfig(threads=1, max_batch=4, max_waiting=64)
+CONFIG = EngineConfig(tree="chain:3", threads=1, max_batch=4, max_waiting=64)
 ASKED = [{"role": "user", "content": "Tell me a story about a fox."}]
 WEATHER = {
     "type": "function",

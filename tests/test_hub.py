@@ -521,7 +521,9 @@ def test_an_engine_mends_what_it_cannot_load(tmp_path: Path, monkeypatch: pytest
     options = ["generate", "--raw", "Once upon", "--max-tokens", "2", "--max-context", "64", "--threads", "1"]
     for at, size, dtype in ((2 << 20, 4 << 20, "fp32"), (2 << 20, 4 << 20, "int8"), (0, 9, "int8")):
         overwrite(weights, at, b"\xff" * size, secretly=True)
-        done = CliRunner().invoke(main, [*options, "--dtype", dtype, "--tree", "tree:7"])  # auto tries the model at load
+        done = CliRunner().invoke(
+            main, [*options, "--dtype", dtype, "--tree", "tree:7"]
+        )  # auto tries the model at load
         assert done.exit_code == 0, done.output
         assert ("made again" in done.stderr) == (dtype == "fp32")
         assert digest(weights) == good

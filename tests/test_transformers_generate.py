@@ -37,7 +37,7 @@ def model(folder: Path) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def custom(folder: Path) -> Iterator[Any]:
-    with Engine.load(str(folder), EngineConfig(drafter="ngram", threads=1)) as engine:
+    with Engine.load(str(folder), EngineConfig(drafter="ngram", threads=1, dtype="fp32")) as engine:
         yield transformers_generate(engine)
 
 
