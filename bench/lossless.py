@@ -23,6 +23,7 @@ from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.config import DEFAULT_MODEL
 
 CONTENDERS = {"chain:3": {}, "4x2x2": {}, "tree:16": {}, "ngram": {"drafter": "ngram"}}
+ON_CPU = {"tree:7": {}, "auto": {}}
 Difference = tuple[int, int, float]  # case, position in the output, margin
 
 
@@ -53,6 +54,7 @@ def differences(
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="fp32", show_default=True)
 @click.option("--attention", default="exact", show_default=True)
+@click.option("--threads", default=0, type=COUNT, help="Of a CPU; 0 is one per core.")
 @click.option("--batch", default=1, type=SOME, show_default=True, help="Requests at a time; plain decoding has one.")
 @click.option(
     "--kv-tokens", default=0, type=COUNT, help="Room for so many tokens, so that requests are preempted; 0 is enough."
@@ -66,16 +68,17 @@ def differences(
     help="Requests at a time of another plain run, in reversed order.",
 )
 def main(path: Path, limit: int, max_tokens: int, model: str, mtp: str | None, device: str, dtype: str, attention: str,
-         batch: int, kv_tokens: int, max_context: int, other_batch: int) -> None:  # fmt: skip
+         threads: int, batch: int, kv_tokens: int, max_context: int, other_batch: int) -> None:  # fmt: skip
     commit = require_commit()
-    shared = {"device": device, "dtype": dtype, "attention": attention, "max_context": max_context}
+    shared = {"device": device, "dtype": dtype, "attention": attention, "max_context": max_context, "threads": threads}
     starved = {"kv_tokens": kv_tokens} if kv_tokens else {}
 
     def load(slots: int, **options: object) -> Engine:
         return Engine.load(model, EngineConfig(max_batch=slots, **shared, **options), mtp=mtp)
 
     plain = load(1, drafter="root")
-    engines = {name: load(batch, **starved, **(o or {"tree": TreeShape.parse(name)})) for name, o in CONTENDERS.items()}
+    contenders = CONTENDERS | (ON_CPU if device == "cpu" else {})
+    engines = {name: load(batch, **starved, **(o or {"tree": TreeShape.parse(name)})) for name, o in contenders.items()}
     sizes = sorted({other_batch, batch} - {1})
     engines = {f"plain, {n} at a time": load(n, **starved, drafter="root") for n in sizes} | engines
     prompts = [
@@ -108,7 +111,18 @@ def main(path: Path, limit: int, max_tokens: int, model: str, mtp: str | None, d
         "batch": batch,
         "kv_tokens": kv_tokens,
     }
-    click.echo(json.dumps(record | {**shared, "model": model, "results": results, **conditions(commit, device)}))
+    click.echo(
+        json.dumps(
+            record
+            | {
+                **shared,
+                "model": model,
+                "results": results,
+                **conditions(commit, device),
+                "threads": threads or "default",
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

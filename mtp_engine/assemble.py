@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from hashlib import sha256
-from importlib.metadata import version
 
 import torch
 
@@ -51,6 +50,7 @@ from mtp_engine.sampling.structure import Grammars
 from mtp_engine.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger("mtp_engine")
+_COSTS = 1  # version of what is kept of them
 _TRIALS = 12  # steps with each tree that are timed at most; the best one counts
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
 _RULE_TREES = {
@@ -210,7 +210,7 @@ def make_drafter(
     module = backend.fuse_mtp(module)
     if not config.tree.auto:
         return mtp_drafter(module, config, backend)
-    key = (version("mtp-engine"), torch.__version__, processor(), weights_identity(files), config.dtype, config.threads)
+    key = (_COSTS, torch.__version__, processor(), weights_identity(files), config.dtype, config.threads)
     path = cache_root() / "plans" / f"{sha256(repr(key).encode()).hexdigest()[:16]}.json"
     costs = Costs.read(path)
     if costs is None:
