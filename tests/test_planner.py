@@ -269,6 +269,16 @@ def test_costs_follow_what_steps_take() -> None:
     assert costs.verifying(1) < 20
 
 
+def test_a_collapse_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    planner = Planner(Costs([0.0, 1.0], {1: 5.0, 4: 6.0}))
+    for seconds in (5.0, 50.0):
+        for _ in range(80):
+            planner.drafts([0])
+            planner.timed(1, 1, 0.0, seconds)
+        assert len(caplog.records) == (seconds > 5.0)
+    assert "other processes may need the cores" in caplog.text
+
+
 def test_costs_are_kept_and_damaged_files_are_not_read(tmp_path: Path) -> None:
     costs, path = Costs([0.0, 1.5], {1: 5.0, 4: 6.0}), tmp_path / "plans" / "a.json"
     assert Costs.read(path) is None

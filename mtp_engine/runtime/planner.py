@@ -8,6 +8,7 @@ one node, which is plain decoding, is among them. The text cannot change: the ru
 
 import bisect
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
 
+_LOG = logging.getLogger("mtp_engine")
 _MEMORY = 0.98  # how much of the evidence for a correction is left after a step
 _OWN = 0.9  # and for what a request gains
 _PRIOR = 4.0  # steps' worth of belief that the drafter's probabilities are right
@@ -22,6 +24,7 @@ _BELIEF = 3.0  # steps' worth of belief that a new request is like those before 
 _TRIALS = 0.015  # of the time of a request that drafting does not pay for, to try it again
 _SHORTEST_REST, _LONGEST_REST = 8, 500  # plain steps between two trials
 _DRIFT = 0.15  # weight of the newest measurement of a cost
+_COLLAPSE = 6.0  # times as long as a step took at first: it is said once
 
 
 @final
@@ -115,6 +118,7 @@ class Planner:
     _own: dict[int, _Own] = field(default_factory=dict)  # by slot
     _grown: list[list[_Node]] = field(default_factory=list)  # the drafted nodes of each request's tree, best first
     _levels: int = 0  # of that tree
+    _told: bool = False
 
     def __post_init__(self) -> None:
         self._depths = [_Depth() for _ in self.costs.draft[1:]]
@@ -193,8 +197,15 @@ class Planner:
     def timed(self, nodes: int, batch: int, draft_s: float, verify_s: float) -> None:
         """A step with trees of so many nodes, roots included, took so long."""
         self.choices[self._levels, nodes] += 1
-        if not self.forced:
-            self.costs.note(self._levels, nodes * batch, draft_s, verify_s)
+        if self.forced:
+            return
+        self.costs.note(self._levels, nodes * batch, draft_s, verify_s)
+        if self.costs.drift > _COLLAPSE and not self._told:
+            self._told = True
+            _LOG.warning(
+                "steps take %.0f times as long as they did when they were first timed here: other processes may need the cores "
+                "(--threads takes fewer of them), or contexts are long", self.costs.drift,
+            )  # fmt: skip
 
     def release(self, slot: int) -> None:
         """Another request may take it."""
