@@ -83,7 +83,7 @@ class Training:
             drafter="root",
             attention="torch",
             device=device,
-            dtype=job.dtype,
+            dtype="fp32" if job.dtype == "auto" and device == "cpu" else job.dtype,  # int8 is for decoding
             max_batch=_EVALUATED,
             kv_tokens=_EVALUATED * 1024,
         )  # fmt: skip
