@@ -200,7 +200,7 @@ def learnt(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_accepted_length_rises(world: World, learnt: Path) -> None:
     """By real speculative decoding: 1 is no draft accepted, 4 is all of a chain of 3."""
-    engine = Engine.load(str(world.model), EngineConfig(drafter="root", attention="torch", max_batch=8))
+    engine = Engine.load(str(world.model), EngineConfig(drafter="root", attention="torch", dtype="fp32", max_batch=8))
     config = plan_heads(engine.model_config, 3, chained=True, window=128)
     generator = torch.Generator().manual_seed(1)
     weights = TrainableWeights(lambda _, shape: torch.randn(shape, generator=generator) * 0.1, torch.float32, CPU)

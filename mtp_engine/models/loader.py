@@ -126,7 +126,9 @@ def load_mtp(
         make=make,
     )
     draft_ids = draft_ids_of(checkpoint, main, draft_vocab)
-    shared = len(draft_ids) == main.config.vocab_size and shared_head
+    # a list of all tokens may have an order of its own
+    whole = torch.arange(main.config.vocab_size, device=draft_ids.device)
+    shared = shared_head and torch.equal(draft_ids, whole)
     head = main.unembed if shared else make.linear(main.head_weight[draft_ids], None)
     count = 1 if config.reused else config.depth
     layers = []
