@@ -210,6 +210,12 @@ class MTPDrafter:
 
     def _keep(self, batch: Batch, result: VerifyResult, states: Tensor) -> None:
         """What a step emitted comes behind what is to come already. states: [B, N, H]."""
+        if len(batch.slots) == 1 and states.shape[1] == 1:  # plain decoding is not to pay for being planned
+            slot, count, length = (int(each) for each in (batch.slots, self._counts[batch.slots], batch.lengths))
+            self._tokens[slot, count], self._hidden[slot, count] = result.tokens[0, 0], states[0, 0]
+            self._recent[slot, length % self._recent.shape[1]] = states[0, 0]
+            self._counts[slot] = count + 1
+            return
         slots, steps = batch.slots[:, None], torch.arange(result.tokens.shape[1])
         counts, kept = self._counts[batch.slots], result.gather(states)
         places = (counts[:, None] + steps).clamp(max=self._pending - 1)  # those behind the kept ones are never read

@@ -217,6 +217,11 @@ def make_drafter(
         progress("timing drafts", 0, None)
         costs = measured_costs(backend.fuse(replace(model, features=module.config.features)), module, config, backend)
         costs.write(path)
+    if costs.hopeless:
+        _LOG.info(
+            "nothing is drafted: plain decoding is faster here even if every draft is accepted; --tree chain:3 drafts"
+        )
+        return RootDrafter()
     return mtp_drafter(module, config, backend, Planner(costs))
 
 

@@ -269,6 +269,11 @@ def test_costs_follow_what_steps_take() -> None:
     assert costs.verifying(1) < 20
 
 
+def test_where_no_draft_can_pay_nothing_is_drafted() -> None:
+    assert Costs([0.0, 2.0, 4.0, 6.0], {1: 1.0, 4: 1.5}).hopeless
+    assert not Costs([0.0, 2.0, 4.0, 6.0], {1: 5.0, 4: 5.5}).hopeless
+
+
 def test_a_collapse_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     planner = Planner(Costs([0.0, 1.0], {1: 5.0, 4: 6.0}))
     for seconds in (5.0, 50.0):
@@ -296,7 +301,7 @@ def test_auto_is_the_default_on_a_cpu_and_for_the_match_rule_only() -> None:
         [answer] = engine.generate(["Once upon a time"], SamplingParams(max_tokens=30, ignore_eos=True))
         [plain] = engine.undrafted().generate(["Once upon a time"], SamplingParams(max_tokens=30, ignore_eos=True))
         assert answer.token_ids == plain.token_ids
-        assert engine.loop.work.planner is not None
+        assert (engine.loop.work.planner is None) == isinstance(engine.loop.work.drafter, RootDrafter)
     with Engine.load(hub.NANO, EngineConfig(device="cpu", threads=1, verifier="rrs")) as engine:
         assert str(engine.config.tree) == "4x2x2"
     with pytest.raises(EngineError, match="for the match rule"):

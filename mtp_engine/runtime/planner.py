@@ -21,7 +21,7 @@ _MEMORY = 0.98  # how much of the evidence for a correction is left after a step
 _OWN = 0.9  # and for what a request gains
 _PRIOR = 4.0  # steps' worth of belief that the drafter's probabilities are right
 _BELIEF = 3.0  # steps' worth of belief that a new request is like those before it
-_TRIALS = 0.015  # of the time of a request that drafting does not pay for, to try it again
+_TRIALS = 0.01  # of the time of a request that drafting does not pay for, to try it again
 _SHORTEST_REST, _LONGEST_REST = 8, 500  # plain steps between two trials
 _DRIFT = 0.15  # weight of the newest measurement of a cost
 _COLLAPSE = 6.0  # times as long as a step took at first: it is said once
@@ -63,6 +63,14 @@ class Costs:
         low, high = known[at - 1], known[at]
         slope = (self.verify[high] - self.verify[low]) / (high - low)
         return max(self.verify[low] + slope * (rows - low), 1e-9) * self.drift
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether plain decoding of one request is faster even if every draft is accepted."""
+        plain = 1 / (self.draft[0] + self.verifying(1))
+        return all(
+            (level + 1) / (self.draft[level] + self.verifying(level + 1)) < plain for level in range(1, len(self.draft))
+        )
 
     def note(self, levels: int, rows: int, draft_s: float, verify_s: float) -> None:
         """A step took so long. One that took several times as long was disturbed by something else, and counts a little."""
