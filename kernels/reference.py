@@ -53,3 +53,19 @@ def write_rows(storage: Tensor, rows: Tensor, values: Tensor) -> None:
 def move_rows(storage: Tensor, source: Tensor, target: Tensor) -> None:
     """storage [L, R, H, D]; source, target [M] int64, read all before writing any: storage[:, target] = storage[:, source]."""
     storage.index_copy_(1, target, storage.index_select(1, source))
+
+
+def int8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + bias with weights rounded to 8 bits, a scale per output row, and x to up to 16, a scale per row: the twin of
+    cpu.calls.PackedLinear, bit for bit. x: [M, K]; weight: [O, K]; bias: [O] -> [M, O] fp32.
+
+    A sum of K products of 127 with the largest x fits 32 bits, and so each sum is exact; fp64 holds it too.
+    """
+    peaks, largest = weight.abs().amax(1), x.abs().amax(1)
+    most = torch.tensor(
+        [127.0, min(32767, (2**31 - 1) // (127 * weight.shape[1]))]
+    )  # a number over a tensor rounds twice
+    whole = (weight * (most[0] / peaks).nan_to_num(posinf=0.0)[:, None]).round().double()
+    narrow = (x * (most[1] / largest).nan_to_num(posinf=0.0)[:, None]).round().double()
+    y = (narrow @ whole.T).float() * ((peaks / most[0]) * (largest / most[1])[:, None])
+    return y if bias is None else y + bias

@@ -1,6 +1,7 @@
 """The CPU's library: no row's bits depend on another row, on chunks, trees, batches or threads; twins in torch."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mtp_engine.drafters.native import NativeDraftOps
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.kernels.cpu import build
 from mtp_engine.kernels.cpu.calls import PackedLinear, PackedStack, Team
+from mtp_engine.kernels.reference import int8_linear
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.make_tiny import make_tiny
@@ -226,19 +228,7 @@ def test_products_are_integer_arithmetic(
         weight[0] = 1.0
     x[seed % rows] *= seed % 3
     bias = torch.randn(outputs, generator=generator) if seed % 2 else None
-    assert torch.equal(PackedLinear(other, weight, bias)(x), twin(x, weight, bias))
-
-
-def twin(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What PackedLinear says: [M, K], [O, K], [O] -> [M, O]."""
-    peaks, limit = weight.abs().amax(1), min(32767, (2**31 - 1) // (127 * weight.shape[1]))
-    most = torch.tensor([127.0, limit])  # a number over a tensor is a reciprocal and a product
-    whole = (weight * (most[0] / peaks)[:, None]).round().double()
-    largest = x.abs().amax(1)
-    narrow = (x * (most[1] / largest).nan_to_num(posinf=0.0)[:, None]).round().double()
-    assert (narrow @ whole.T).abs().max() < 2**31
-    y = (narrow @ whole.T).float() * ((peaks / 127) * (largest / limit)[:, None])
-    return y if bias is None else y + bias
+    assert torch.equal(PackedLinear(other, weight, bias)(x), int8_linear(x, weight, bias))
 
 
 def decode(
@@ -340,6 +330,15 @@ def test_growing_and_choosing_are_those_of_torch(team: Team, seed: int, batch: i
     assert torch.equal(expected.path, found.path)
     for b, count in enumerate(found.counts.tolist()):
         assert torch.equal(expected.tokens[b, :count], found.tokens[b, :count])
+
+
+def test_callers_from_several_threads_take_turns(team: Team) -> None:
+    linear = PackedLinear(team, torch.randn(70, 64))
+    inputs = [torch.randn(rows, 64) for rows in range(1, 9)]
+    wanted = [linear(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(linear, inputs * 40))
+    assert all(torch.equal(y, wanted[i % len(inputs)]) for i, y in enumerate(found))
 
 
 def test_sizes_that_do_not_suit(tmp_path: Path) -> None:

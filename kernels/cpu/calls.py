@@ -1,9 +1,10 @@
 """The library of step.c from Python: its structures, a team of threads, and matrices that are packed for it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import final
 
 import torch
@@ -104,7 +105,8 @@ class CGrow(Structure):
 
 @final
 class Team:
-    """Threads that run the library's calls together, one call at a time. Raises NoCompiler where there is no library."""
+    """Threads that run the library's calls together, one call at a time: whoever else calls waits. Raises NoCompiler where there
+    is no library."""
 
     def __init__(self, threads: int, folder: Path, flags: tuple[str, ...] = FLAGS) -> None:
         self._library = compiled(folder, flags)
@@ -113,6 +115,7 @@ class Team:
         for name in ("team_free", "pack_matrix", "run_linear", "run_step", "run_verify", "run_grow"):
             getattr(self._library, name).argtypes = [c_void_p, c_void_p][: 1 if name == "team_free" else 2]
         self._library.team_free.restype = self._library.pack_matrix.restype = None
+        self._one = Lock()
         self.threads, self._handle = threads, self._library.team_new(threads, _SPINS)
         if not self._handle:
             raise NoCompiler(f"{threads} threads could not be started")
@@ -122,23 +125,26 @@ class Team:
             self._library.team_free(self._handle)
 
     def pack(self, packing: CPacking) -> None:
-        self._library.pack_matrix(self._handle, byref(packing))
+        with self._one:
+            self._library.pack_matrix(self._handle, byref(packing))
 
     def linear(self, call: CLinear) -> None:
-        if self._library.run_linear(self._handle, byref(call)):
-            raise MemoryError("no memory for a product's rows")
+        self._run(self._library.run_linear, call)
 
     def step(self, call: CStep) -> None:
-        if self._library.run_step(self._handle, byref(call)):
-            raise MemoryError("no memory for a step's rows")
+        self._run(self._library.run_step, call)
 
     def verify(self, call: CVerify) -> None:
-        if self._library.run_verify(self._handle, byref(call)):
-            raise MemoryError("no memory for a step's choices")
+        self._run(self._library.run_verify, call)
 
     def grow(self, call: CGrow) -> None:
-        if self._library.run_grow(self._handle, byref(call)):
-            raise MemoryError("no memory for a draft's candidates")
+        self._run(self._library.run_grow, call)
+
+    def _run(self, function: Callable[..., int], call: Structure) -> None:
+        with self._one:
+            failed = function(self._handle, byref(call))
+        if failed:
+            raise MemoryError("no memory for what a step computes on its way")
 
 
 @final

@@ -9,7 +9,6 @@ one node, which is plain decoding, is among them. The text cannot change: the ru
 import bisect
 import json
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -121,7 +120,6 @@ class Planner:
 
     costs: Costs
     forced: tuple[int, int] | None = None  # levels and nodes, while costs are measured
-    choices: Counter[tuple[int, int]] = field(default_factory=Counter)  # steps by levels and nodes of a request's tree
     _depths: list[_Depth] = field(default_factory=list)
     _own: dict[int, _Own] = field(default_factory=dict)  # by slot
     _grown: list[list[_Node]] = field(default_factory=list)  # the drafted nodes of each request's tree, best first
@@ -204,7 +202,6 @@ class Planner:
 
     def timed(self, nodes: int, batch: int, draft_s: float, verify_s: float) -> None:
         """A step with trees of so many nodes, roots included, took so long."""
-        self.choices[self._levels, nodes] += 1
         if self.forced:
             return
         self.costs.note(self._levels, nodes * batch, draft_s, verify_s)
