@@ -94,7 +94,9 @@ class Case:
             "tree",
             "max_context",
         }
-        tree = self.tree or ("tree:7" if self.mode == "record" else "")  # any: its layers are watched, but must be there
+        tree = self.tree or (
+            "tree:7" if self.mode == "record" else ""
+        )  # any: its layers are watched, but must be there
         return EngineConfig(
             **{name: getattr(self, name) for name in names}, device=device, max_batch=self.batch,
             max_context=self.max_context or self.longest + self.max_tokens + 64,
