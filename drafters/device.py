@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mtp_engine.drafters.expand import Growth, Level, LevelRows
+from mtp_engine.drafters.expand import Growth, Level, LevelRows, most_nodes
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.kernels import state
 from mtp_engine.kernels.grow import Finish, Finished, Nodes, Roots, draft_level
@@ -31,11 +31,7 @@ class DeviceDraftOps:
     def start(self, batch: Batch, levels: list[tuple[int, int]], ids: Tensor, vocab: int) -> Growth:
         if batch.guide is not None:
             return self._guided.start(batch, levels, ids, vocab)
-        size, frontier = 1, 1
-        for width, keep in levels:
-            frontier = min(keep, frontier * min(width, len(ids)))
-            size += frontier
-        self._nodes = Nodes.empty(len(batch.slots), size, batch.slots.device)
+        self._nodes = Nodes.empty(len(batch.slots), most_nodes(levels, len(ids)), batch.slots.device)
         return _shown(self._nodes, 1, 1, 0)
 
     def grow(self, tree: Growth, batch: Batch, level: Level) -> Growth:

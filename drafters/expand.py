@@ -3,6 +3,7 @@
 DraftOps is what a drafter asks for: torch operations in drafters/portable.py, or kernels in drafters/device.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, final
 
@@ -128,6 +129,15 @@ def level_sizes(shape: TreeShape, depth: int, beam: int) -> list[tuple[int, int]
         nodes *= width
         sizes.append((width, nodes))
     return sizes
+
+
+def most_nodes(levels: Sequence[tuple[int, int]], vocab: int) -> int:
+    """Nodes of the tree that grows by `levels`, root included, before it is pruned. vocab: tokens to choose from."""
+    size, frontier = 1, 1
+    for width, keep in levels:
+        frontier = min(keep, frontier * min(width, vocab))
+        size += frontier
+    return size
 
 
 def grow(tree: Growth, scores: Tensor, ids: Tensor, width: int, keep: int) -> Growth:

@@ -6,7 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mtp_engine.drafters.expand import Growth, Level, LevelRows, finish, narrow
+from mtp_engine.drafters.expand import Growth, Level, LevelRows, finish, most_nodes, narrow
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.kernels.cpu.calls import CGrow, Team
 from mtp_engine.sampling.batch import Batch
@@ -25,13 +25,11 @@ class NativeDraftOps:
     def start(self, batch: Batch, levels: list[tuple[int, int]], ids: Tensor, vocab: int) -> Growth:
         if batch.guide is not None:
             return self._torch.start(batch, levels, ids, vocab)
-        size, frontier = 1, 1
-        for width, keep in levels:
-            frontier = min(keep, frontier * min(width, len(ids)))
-            size += frontier
-        tokens, parents, depths = torch.empty(3, len(batch.slots), size, dtype=torch.int64).unbind(0)
+        tokens, parents, depths = torch.empty(
+            3, len(batch.slots), most_nodes(levels, len(ids)), dtype=torch.int64
+        ).unbind(0)
         tokens[:, 0], parents[:, 0], depths[:, 0] = batch.tokens, -1, 0
-        self._nodes = Growth(tokens, parents, depths, torch.zeros(tokens.shape), size, 0)
+        self._nodes = Growth(tokens, parents, depths, torch.zeros(tokens.shape), 1, 0)
         return self._shown(1, 1, 0)
 
     def grow(self, tree: Growth, batch: Batch, level: Level) -> Growth:

@@ -33,7 +33,7 @@ def read_config(folder: Path, window_keys: int = 0) -> ModelConfig:
 
     window_keys: keys that a query of a sliding-window layer sees, itself included; 0 is the family's default.
     """
-    family, fields = family_of(folder)
+    family, fields = _family(folder)
     config: ModelConfig = family.parse(fields, window_keys)
     return config
 
@@ -76,7 +76,7 @@ def assume_mtp_config(folder: Path) -> tuple[MTPConfig | None, Literal["config",
 
     An assumption: published files do not always agree with that field, so tensor names decide wherever there are some.
     """
-    family, fields = family_of(folder)
+    family, fields = _family(folder)
     stated = fields.raw.get("num_nextn_predict_layers") is not None
     count = fields.integer("num_nextn_predict_layers", family.USUAL_MTP_LAYERS, least=0)
     config: MTPConfig | None = family.parse_mtp(fields, [f"{family.MTP_NAMES.prefix}.{k}." for k in range(count)])
@@ -85,7 +85,7 @@ def assume_mtp_config(folder: Path) -> tuple[MTPConfig | None, Literal["config",
 
 def plan(folder: Path, config: ModelConfig, mtp: MTPConfig | None) -> Plan:
     """What the model of `folder` needs, from its configuration alone."""
-    return make_plan(config, mtp, family_of(folder)[0].MTP_NAMES)
+    return make_plan(config, mtp, _family(folder)[0].MTP_NAMES)
 
 
 def expected_names(folder: Path) -> Iterator[str]:
@@ -93,7 +93,7 @@ def expected_names(folder: Path) -> Iterator[str]:
     config, mtp = read_config(folder), _family_mtp(folder, 0)
     for tensor in main_tensors(config):
         yield tensor.name
-    for tensor in mtp_tensors(config, mtp, family_of(folder)[0].MTP_NAMES) if mtp else ():
+    for tensor in mtp_tensors(config, mtp, _family(folder)[0].MTP_NAMES) if mtp else ():
         yield tensor.name
 
 
@@ -115,7 +115,7 @@ def load_mtp(
     """
     config = read_mtp_config(folder, window_keys)
     own = read_json(folder / "config.json").get("mtp")
-    names = build.MTPNames() if own else family_of(folder)[0].MTP_NAMES
+    names = build.MTPNames() if own else _family(folder)[0].MTP_NAMES
     checkpoint = Checkpoint(folder)
     weights = Weights(
         checkpoint,
@@ -125,7 +125,7 @@ def load_mtp(
         dequantize=dequantize or bool(own),  # ours are small: FP8 only saves them space on disk
         make=make,
     )
-    draft_ids = draft_ids_of(checkpoint, main, draft_vocab)
+    draft_ids = _draft_ids(checkpoint, main, draft_vocab)
     # a list of all tokens may have an order of its own
     whole = torch.arange(main.config.vocab_size, device=draft_ids.device)
     shared = shared_head and torch.equal(draft_ids, whole)
@@ -140,7 +140,7 @@ def load_mtp(
     return MTPModule(config, layers, main.embedding, main.norm, draft_ids, rotary, mix)
 
 
-def family_of(folder: Path) -> tuple[ModuleType, Fields]:
+def _family(folder: Path) -> tuple[ModuleType, Fields]:
     path = folder / "config.json"
     raw = read_json(path)
     names = raw.get("architectures") or ["(none named)"]
@@ -152,7 +152,7 @@ def family_of(folder: Path) -> tuple[ModuleType, Fields]:
 
 
 def _family_mtp(folder: Path, window_keys: int) -> MTPConfig | None:
-    family, fields = family_of(folder)
+    family, fields = _family(folder)
     names = {*read_index(folder), *(Checkpoint(folder) if any(folder.glob("*.safetensors")) else ())}
     config: MTPConfig | None = family.parse_mtp(fields, sorted(names), window_keys)
     return config
@@ -175,7 +175,7 @@ def _described(folder: Path, raw: dict[str, Any]) -> MTPConfig:
         raise EngineError(f"{folder / 'config.json'}: mtp.attention is wrong: {error}") from None
 
 
-def draft_ids_of(checkpoint: Checkpoint, main: Decoder, wanted: int) -> torch.Tensor:
+def _draft_ids(checkpoint: Checkpoint, main: Decoder, wanted: int) -> torch.Tensor:
     """The tokens the draft head covers, [n] int64. Without a list of frequent tokens, all of them."""
     vocab, device = main.config.vocab_size, main.embedding.device
     if wanted and "draft_token_ids" in checkpoint:
