@@ -3,6 +3,13 @@
 #include <stdlib.h>
 
 enum { KEYS = 64 }; /* of attention that are looked at together */
+#if defined(__AVX512F__)
+enum { SIDE = 3 }; /* heads that are: as many as there are registers for */
+#else
+enum { SIDE = 1 };
+#endif
+/* f with so many of the heads that are left, a constant */
+#define WITH_HEADS(f, left, ...) ((left) >= SIDE ? f(SIDE, __VA_ARGS__) : (left) == 2 ? f(2, __VA_ARGS__) : f(1, __VA_ARGS__))
 
 typedef struct {
     Matrix qkv, out, gate_up, down;
@@ -150,22 +157,58 @@ static void rotate(const Step *s, const Work *w, const Layer *l, int row) {
     for (int i = 0; l->value_scale != 1.0f && i < l->kv_heads * l->v_dim; i++) x[i] *= l->value_scale;
 }
 
-/* q times 16 keys. */
-INLINE v16 dots_with(const float *q, const float *const *key, int size) {
-    v16 quads[4];
+/* The queries of `heads` heads of a row times 16 keys. */
+INLINE void dots_with(int heads, const float *q, const float *const *key, int dim, float factor, float *scores, size_t keys) {
+    v16 quads[3][4];
 #pragma GCC unroll 4
     for (int n = 0; n < 4; n++) {
-        v16 a = all(0.0f), b = a, c = a, d = a;
-        for (int i = 0; i < size; i += LANES) {
-            v16 x = load(q + i);
-            a = fused(x, load(key[4 * n] + i), a);
-            b = fused(x, load(key[4 * n + 1] + i), b);
-            c = fused(x, load(key[4 * n + 2] + i), c);
-            d = fused(x, load(key[4 * n + 3] + i), d);
+        v16 sums[3][4];
+#pragma GCC unroll 12
+        for (int i = 0; i < heads * 4; i++) sums[i / 4][i % 4] = all(0.0f);
+        for (int i = 0; i < dim; i += LANES) {
+#pragma GCC unroll 12
+            for (int j = 0; j < heads * 4; j++)
+                sums[j / 4][j % 4] = fused(load(q + j / 4 * dim + i), load(key[4 * n + j % 4] + i), sums[j / 4][j % 4]);
         }
-        quads[n] = pairs(pairs(a, b), pairs(c, d));
+#pragma GCC unroll 3
+        for (int h = 0; h < heads; h++) quads[h][n] = pairs(pairs(sums[h][0], sums[h][1]), pairs(sums[h][2], sums[h][3]));
     }
-    return pairs(pairs(quads[0], quads[1]), pairs(quads[2], quads[3]));
+#pragma GCC unroll 3
+    for (int h = 0; h < heads; h++)
+        store(scores + h * keys, pairs(pairs(quads[h][0], quads[h][1]), pairs(quads[h][2], quads[h][3])) * factor);
+}
+
+/* y += the values of `count` keys, each times its share, for `heads` heads of a row and some of their columns. */
+INLINE void mix(int heads, int vectors, const float *const *value, int count, const float *share, size_t keys, float *y, int dim) {
+    v16 sums[3][4];
+#pragma GCC unroll 12
+    for (int i = 0; i < heads * vectors; i++) sums[i / vectors][i % vectors] = load(y + i / vectors * dim + i % vectors * LANES);
+    for (int j = 0; j < count; j++) {
+#pragma GCC unroll 12
+        for (int i = 0; i < heads * vectors; i++) {
+            v16 *sum = &sums[i / vectors][i % vectors];
+            *sum = fused(all(share[i / vectors * keys + j]), load(value[j] + i % vectors * LANES), *sum);
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < heads * vectors; i++) store(y + i / vectors * dim + i % vectors * LANES, sums[i / vectors][i % vectors]);
+}
+
+/* The same for all heads of a row and all their columns; as many at a time as there are registers for. */
+static void mix_all(int heads, const float **value, int count, const float *share, size_t keys, float *y, int dim) {
+    for (int i = 0; i < dim;) {
+        int wide = i + 4 * LANES <= dim, step = wide ? 4 * LANES : LANES;
+        for (int h = 0; h < heads; h += SIDE) {
+            const float *part = share + h * keys;
+            float *to = y + h * dim + i;
+            if (wide)
+                WITH_HEADS(mix, heads - h, 4, value, count, part, keys, to, dim);
+            else
+                WITH_HEADS(mix, heads - h, 1, value, count, part, keys, to, dim);
+        }
+        for (int j = 0; j < count; j++) value[j] += step;
+        i += step;
+    }
 }
 
 /* One key head for up to 4 rows of a request. Keys go by in blocks that stay in the nearest cache. */
@@ -199,8 +242,9 @@ static void attend(const Step *s, const Work *w, const Layer *l, int thread, int
                     int at = j + n < to ? j + n : to - 1;
                     key[n] = at < past ? k + cached[at] * k_row : new_k + path[r][at - past] * w->qkv_width;
                 }
-                for (int h = 0; h < heads; h++)
-                    store(SCORES(r, h) + j - low[r], dots_with(q + h * l->qk_dim, key, l->qk_dim) * factor);
+                for (int h = 0; h < heads; h += SIDE)
+                    WITH_HEADS(dots_with, heads - h, q + h * l->qk_dim, key, l->qk_dim, factor, SCORES(r, h) + j - low[r],
+                               w->most_keys);
             }
         }
     for (int r = 0; r < count; r++)
@@ -224,31 +268,12 @@ static void attend(const Step *s, const Work *w, const Layer *l, int thread, int
     for (int block = begin; block < end; block += KEYS)
         for (int r = 0; r < count; r++) {
             BLOCK(r);
-            for (int h = 0; h < heads; h++) {
-                float *y = w->attended + (first + r) * w->attended_width + (head * heads + h) * l->v_dim;
-                const float *share = SCORES(r, h) - low[r];
-#define VALUE(j) ((j) < past ? v + cached[j] * v_row : new_v + path[r][(j) - past] * w->qkv_width)
-                int i = 0;
-                for (; i + 4 * LANES <= l->v_dim; i += 4 * LANES) {
-                    v16 a = load(y + i), b = load(y + i + LANES), c = load(y + i + 2 * LANES), d = load(y + i + 3 * LANES);
-                    for (int j = from; j < to; j++) {
-                        const float *value = VALUE(j) + i;
-                        v16 x = all(share[j]);
-                        a = fused(x, load(value), a);
-                        b = fused(x, load(value + LANES), b);
-                        c = fused(x, load(value + 2 * LANES), c);
-                        d = fused(x, load(value + 3 * LANES), d);
-                    }
-                    store(y + i, a), store(y + i + LANES, b), store(y + i + 2 * LANES, c), store(y + i + 3 * LANES, d);
-                }
-                for (; i < l->v_dim; i += LANES) {
-                    v16 a = load(y + i);
-                    for (int j = from; j < to; j++) a = fused(all(share[j]), load(VALUE(j) + i), a);
-                    store(y + i, a);
-                }
-            }
+            const float *value[KEYS];
+            for (int j = from; j < to; j++)
+                value[j - from] = j < past ? v + cached[j] * v_row : new_v + path[r][j - past] * w->qkv_width;
+            mix_all(heads, value, to - from, SCORES(r, 0) + from - low[r], w->most_keys,
+                    w->attended + (first + r) * w->attended_width + head * heads * l->v_dim, l->v_dim);
         }
-#undef VALUE
 #undef SCORES
 #undef BLOCK
 }

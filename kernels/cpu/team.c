@@ -46,6 +46,7 @@ struct Me {
     int number; /* 0: the caller */
     uint32_t phase;
     int empty, finished; /* in this phase: shares found empty, and units that are done but not counted yet */
+    int unit, stop;      /* those that it has claimed and not begun */
     unsigned call, seen; /* it is in, and it last woke up for */
     jmp_buf out;
 };
@@ -84,18 +85,24 @@ static void finish(Me *me, int count) {
     change(team, &team->turn, me->phase + 1);
 }
 
+/* Claims are dear, as they wait for all that the thread has stored: half of what is left goes with one. */
 int claim(Me *me, int count) {
     Team *team = me->team;
+    if (me->unit < me->stop) return me->unit++;
     for (; me->empty < team->threads; me->empty++) {
         int64_t owner = (me->number + me->empty) % team->threads;
         uint32_t first = count * owner / team->threads, share = count * (owner + 1) / team->threads - first;
         _Atomic uint64_t *at = &team->shares[owner].next;
         uint64_t next = atomic_load(at);
-        while ((uint32_t)(next >> 32) == me->phase && (uint32_t)next < share)
-            if (atomic_compare_exchange_weak(at, &next, next + 1)) {
-                me->finished++; /* by the time of the next claim */
-                return first + (uint32_t)next;
+        while ((uint32_t)(next >> 32) == me->phase && (uint32_t)next < share) {
+            uint32_t some = (share - (uint32_t)next + 1) / 2;
+            if (atomic_compare_exchange_weak(at, &next, next + some)) {
+                me->finished += some; /* by the time of the next claim */
+                me->unit = first + (uint32_t)next;
+                me->stop = me->unit + some;
+                return me->unit++;
             }
+        }
     }
     finish(me, count);
     return -1;
