@@ -42,9 +42,6 @@ class DeviceDraftOps:
         keep = min(level.keep, tree.frontier * min(level.width, len(level.ids)))
         return _shown(self._nodes, tree.tokens.shape[1] + keep, keep, tree.level + 1)
 
-    def narrow(self, tree: Growth, keep: int) -> Growth:
-        raise AssertionError("trees that are planned step by step are not for graphs")
-
     def finish(self, tree: Growth, batch: Batch, level: Level, best: int, ready: Tensor) -> DraftTree:
         if batch.guide is not None:
             return self._guided.finish(tree, batch, level, best, ready)

@@ -14,6 +14,7 @@ from mtp_engine.config import TreeShape
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
+BEAM = 8  # nodes of a level that are given children where the shape is tree:N
 MOST_CHILDREN = 16  # of a node, where kernels pick them (kernels/grow.py)
 
 
@@ -73,9 +74,6 @@ class DraftOps(Protocol):
         """levels: `width` and `keep` of each; ids: [n] int64, the tokens to choose from; vocab: V of the main model."""
 
     def grow(self, tree: Growth, batch: Batch, level: Level) -> Growth: ...
-
-    def narrow(self, tree: Growth, keep: int) -> Growth:
-        """Only the `keep` best nodes of the newest level. Not where candidates are drawn."""
 
     def finish(self, tree: Growth, batch: Batch, level: Level, best: int, ready: Tensor) -> DraftTree:
         """Grow the last level and give the tree to verify, `best` nodes of it if that is not 0.

@@ -26,14 +26,11 @@ from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import NO_LIMIT, HybridKV, Pages, ring_spans
 from mtp_engine.config import TreeShape
-from mtp_engine.drafters.expand import DraftOps, Growth, Level, LevelRows, finish, level_sizes
+from mtp_engine.drafters.expand import BEAM, DraftOps, Growth, Level, LevelRows, level_sizes
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.models.mtp import MTPModule
-from mtp_engine.protocols import TreePlanner
 from mtp_engine.sampling.batch import Batch, to_device
 from mtp_engine.tree import DraftTree, VerifyResult
-
-_PLAIN_STEPS = 12  # that may pass before the layers take in what they emitted, where a planner leaves drafting out
 
 
 @final
@@ -61,14 +58,13 @@ class MTPDrafter:
         shape: TreeShape,
         *,
         slots: int,
-        beam: int = 8,
+        beam: int = BEAM,
         attention: AttentionFactory = TorchAttention,
         ops: DraftOps | None = None,
         ring_page: int = 1,
         ring_rows: int = 1,
-        planner: TreePlanner | None = None,
     ) -> None:
-        """shape: at most as deep as the module has levels. planner: cuts every tree to what pays, on a CPU.
+        """shape: at most as deep as the module has levels.
         beam: how many nodes of a level are given children when the shape is tree:N, or more (see level_sizes).
         ring_page: see HybridKV. ring_rows: a ring takes at least this many rows at a time."""
         self.module, self.shape, self.attention = module, shape, attention
@@ -78,8 +74,7 @@ class MTPDrafter:
         drafted = sum(keep for _, keep in self._levels)
         self.max_nodes = 1 + (min(shape.best, drafted) if shape.best else drafted)
         layer, embedding = module.config.layer.attention, module.embedding
-        rows = self._pending = self.depth + 1 + (_PLAIN_STEPS if planner else 0)
-        self.planner = planner
+        rows = self._pending = self.depth + 1
         self.scratch_rows = rows + sum(keep for _, keep in self._levels[:-1])
         self.cache: HybridKV | None = None
         self._ring_page, self._ring_rows = ring_page, ring_rows
@@ -109,8 +104,6 @@ class MTPDrafter:
     def release(self, slot: int) -> None:
         self._first[slot], self._counts[slot] = 1, 0
         self._carry[:, slot] = 0.0
-        if self.planner:
-            self.planner.release(slot)
 
     def save(self, slot: int, tokens: int, *, lean: bool) -> list[Tensor]:
         """The main model's states of the last `reread` + 1 positions, or of all that drafting needs: [rows, H]."""
@@ -146,10 +139,9 @@ class MTPDrafter:
             ids, states = ids[:, 1:], level.passed[:, :-1]
 
     def draft(self, batch: Batch) -> DraftTree:
-        if self.planner:
-            return self._plan(batch, self.planner)
-        rows = self._new_rows(batch, self._pending)
-        counts = rows.counts
+        slots, counts = batch.slots, self._counts[batch.slots]
+        start, bound = batch.lengths - counts + 1, batch.bound + self.max_nodes
+        rows = _NewRows(slots, self._tokens[slots], self._hidden[slots], counts, start, self._first[slots], bound)
         ids, last = self.module.draft_ids, len(self._levels) - 1
         tree, level = self.ops.start(batch, self._levels, ids, len(self.module.embedding)), None
         for number, (width, keep) in enumerate(self._levels):
@@ -160,78 +152,11 @@ class MTPDrafter:
         finished = self.ops.finish(tree, batch, grown, self.shape.best, counts)
         return replace(finished, straight=set(self.shape.widths) == {1})
 
-    def _new_rows(self, batch: Batch, most: int) -> _NewRows:
-        """All rows that are to come; `most`: no slot has more of them."""
-        slots, counts = batch.slots, self._counts[batch.slots]
-        start, bound = batch.lengths - counts + 1, batch.bound + self.max_nodes
-        tokens, hidden = self._tokens[slots, :most], self._hidden[slots, :most]
-        return _NewRows(slots, tokens, hidden, counts, start, self._first[slots], bound)
-
-    def _plan(self, batch: Batch, planner: TreePlanner) -> DraftTree:
-        """A tree that is grown as deep and as wide as pays. Where deeper levels grow nothing, what is new waits for them, and
-        the levels before them take it in again, with the same result, until they or their room's end want it."""
-        most = int(self._counts[batch.slots].max())
-        if not planner.drafts(batch.slots.tolist()):
-            if most + self.depth + 1 > self._pending:
-                self._catch_up(batch)
-            return DraftTree.root(batch.tokens)
-        rows, ids = self._new_rows(batch, max(most, 1)), self.module.draft_ids
-        tree, level, grows = self.ops.start(batch, self._levels, ids, len(self.module.embedding)), None, True
-        full, carry = most + self.depth + 1 > self._pending, self._carry[:, batch.slots]
-        for number, (width, keep) in enumerate(self._levels):
-            level = self._run(number, rows, tree if grows else Growth.start(batch.tokens), level)
-            if grows:
-                logits = self.module.logits(number, level.frontier)
-                tree = self.ops.grow(tree, batch, Level(logits, ids, number + 1, width, keep))
-                tree = self.ops.narrow(tree, planner.grown(tree.scores[:, -tree.frontier :].exp().tolist()))
-                grows = number + 1 < self.depth and planner.deeper()
-            if not grows and (self.module.config.reused or not full):
-                break
-        if number + 1 == self.depth or self.module.config.reused:
-            self._counts[batch.slots] = 0
-        else:
-            self._carry[:, batch.slots] = carry  # the levels begin again where they began now
-        return finish(tree, planner.nodes(), rows.counts > 0)
-
-    def _catch_up(self, batch: Batch) -> None:
-        """Have the layers take in all rows but the newest of requests that have as many as there is room for."""
-        full = self._counts[batch.slots] + self.depth + 1 > self._pending
-        slots, counts = batch.slots[full], self._counts[batch.slots[full]] - 1
-        most = int(counts.max())
-        rows = _NewRows(
-            slots, self._tokens[slots, :most], self._hidden[slots, :most], counts, batch.lengths[full] - counts,
-            self._first[slots], batch.bound + self.max_nodes,
-        )  # fmt: skip
-        level = None
-        for number in range(min(self.depth, len(self.module.layers))):
-            level = self._run(number, rows, Growth.start(slots), level)
-        self._tokens[slots, 0], self._hidden[slots, 0] = self._tokens[slots, counts], self._hidden[slots, counts]
-        self._counts[slots] = 1
-
-    def _keep(self, batch: Batch, result: VerifyResult, states: Tensor) -> None:
-        """What a step emitted comes behind what is to come already. states: [B, N, H]."""
-        if len(batch.slots) == 1 and states.shape[1] == 1:  # plain decoding is not to pay for being planned
-            slot, count, length = (int(each) for each in (batch.slots, self._counts[batch.slots], batch.lengths))
-            self._tokens[slot, count], self._hidden[slot, count] = result.tokens[0, 0], states[0, 0]
-            self._recent[slot, length % self._recent.shape[1]] = states[0, 0]
-            self._counts[slot] = count + 1
-            return
-        slots, steps = batch.slots[:, None], torch.arange(result.tokens.shape[1])
-        counts, kept = self._counts[batch.slots], result.gather(states)
-        places = (counts[:, None] + steps).clamp(max=self._pending - 1)  # those behind the kept ones are never read
-        self._tokens[slots, places], self._hidden[slots, places] = result.tokens, kept
-        self._recent[slots, (batch.lengths[:, None] + steps) % self._recent.shape[1]] = kept
-        self._counts[batch.slots] = counts + result.counts
-
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
         if batch.prompt_left is not None:
             self._read(batch, result.tokens, hidden, batch.prompt_left)
             return
         states = self.module.main_hidden(hidden)
-        if self.planner:
-            self.planner.learn(batch.slots.tolist(), (result.counts - 1).tolist())
-            self._keep(batch, result, states)
-            return
         self.ops.observe(
             batch.slots, batch.lengths, result, states, self._tokens, self._hidden, self._counts, self._recent
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mtp_engine.drafters.candidates import Candidates, Ranking
-from mtp_engine.drafters.expand import Growth, Level, LevelRows, finish, grow, narrow
+from mtp_engine.drafters.expand import Growth, Level, LevelRows, finish, grow
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
@@ -27,9 +27,6 @@ class TorchDraftOps:
     def grow(self, tree: Growth, batch: Batch, level: Level) -> Growth:
         assert self._candidates is not None
         return grow(tree, self._candidates.rank(level.logits, tree), level.ids, level.width, level.keep)
-
-    def narrow(self, tree: Growth, keep: int) -> Growth:
-        return narrow(tree, keep)
 
     def finish(self, tree: Growth, batch: Batch, level: Level, best: int, ready: Tensor) -> DraftTree:
         finished = finish(self.grow(tree, batch, level), best, ready > 0)

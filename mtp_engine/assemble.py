@@ -23,7 +23,7 @@ from mtp_engine.config import (
     Structure,
     TreeShape,
 )
-from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
+from mtp_engine.drafters import LazyMTPDrafter, MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.hub.cache import cache_root
 from mtp_engine.hub.hub import ModelFiles
@@ -50,7 +50,7 @@ from mtp_engine.sampling.structure import Grammars
 from mtp_engine.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger("mtp_engine")
-_COSTS = 1  # version of what is kept of them
+_COSTS = 2  # version of what is kept of them
 _TRIALS = 12  # steps with each tree that are timed at most; the best one counts
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
 _RULE_TREES = {
@@ -87,7 +87,7 @@ def make_loop(
     model: Decoder, drafter: Drafter, config: EngineConfig, backend: Backend, *, slots: int, tokenizer: Tokenizer | None
 ) -> DecodeLoop:
     """Without a tokenizer a loop has no texts, no structures, and no tokens that end a text."""
-    if isinstance(drafter, MTPDrafter):
+    if isinstance(drafter, (MTPDrafter, LazyMTPDrafter)):
         model = replace(model, features=drafter.module.config.features)
     layers, embedding = [layer.attention for layer in model.config.layers], model.embedding
     eos = tokenizer.eos_ids if tokenizer else ()
@@ -106,7 +106,7 @@ def make_loop(
         device=embedding.device, attention=backend.attention, runner=backend.runner(slots), kernels=backend.kernels,
         text=tokenizer.stream if tokenizer else None, spell=tokenizer.spellings if tokenizer else None,
         grammars=Grammars(tokenizer.folder, model.config.vocab_size, eos).start if tokenizer else None,
-        planner=drafter.planner if isinstance(drafter, MTPDrafter) else None,
+        planner=drafter.planner if isinstance(drafter, LazyMTPDrafter) else None,
     )  # fmt: skip
 
 
@@ -227,13 +227,15 @@ def make_drafter(
 
 def mtp_drafter(
     module: MTPModule, config: EngineConfig, backend: Backend, planner: Planner | None = None
-) -> MTPDrafter:
+) -> MTPDrafter | LazyMTPDrafter:
     """The drafter of a main model's MTP layers, fused, for config.tree."""
     assert config.tree is not None
     slots = config.max_batch + 1  # the last is scratch
+    if backend.levels and config.ranking == "noise":
+        return LazyMTPDrafter(module, config.tree, backend.levels, slots=slots, planner=planner)
     return MTPDrafter(
         module, config.tree, slots=slots, attention=backend.attention, ops=backend.ops(config.ranking),
-        ring_page=backend.ring_page, ring_rows=backend.ring_rows, planner=planner,
+        ring_page=backend.ring_page, ring_rows=backend.ring_rows,
     )  # fmt: skip
 
 

@@ -5,15 +5,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import final
+from typing import cast, final
 
 import torch
 
 from mtp_engine.attention.rows import AttentionFactory
 from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.config import EngineConfig, TreeShape
-from mtp_engine.drafters import Ranking, TorchDraftOps
+from mtp_engine.drafters import Ranking, TorchDraftOps, TorchLevels
 from mtp_engine.drafters.expand import MOST_CHILDREN, DraftOps
+from mtp_engine.drafters.lazy import LevelsFactory
 from mtp_engine.errors import EngineError
 from mtp_engine.hub.cache import cache_root
 from mtp_engine.models.decoder import Decoder
@@ -59,7 +60,8 @@ def _same_module(module: MTPModule) -> MTPModule:
 @dataclass(frozen=True)
 class Backend:
     """attention: makes each step's attention. runner: for a loop of so many slots. verifier: by the rule's name. ops: by
-    how candidates are picked. make: what weights become. fuse, fuse_mtp: wrap the modules. kernels: caches move rows by kernels.
+    how candidates are picked. levels: of an MTP module, where trees are grown as far as pays;
+    None: where steps are of one shape. make: what weights become. fuse, fuse_mtp: wrap the modules. kernels: caches move rows by kernels.
 
     in_flight: steps that may be queued at a time. ring_page, ring_rows: rings are whole pages and take at least so many
     rows at a time. scratch_tokens: room that the scratch slot needs; 0 = there is none. usual_chunk, chunk_rows: rows of a
@@ -73,6 +75,7 @@ class Backend:
     fuse_mtp: Callable[[MTPModule], MTPModule] = _same_module
     verifier: Callable[[str], Verifier] = _rule
     ops: Callable[[Ranking], DraftOps] = TorchDraftOps
+    levels: LevelsFactory | None = None
     in_flight: int = 1
     ring_page: int = 1
     ring_rows: int = 1
@@ -109,7 +112,9 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
         raise EngineError("FlashInfer needs an NVIDIA GPU, and this runs on the CPU: leave --attention out")
     if config.dtype == "int8":
         return _native(config)
-    if device.type != "cuda" or config.attention == "torch":
+    if device.type != "cuda":
+        return Backend(levels=lambda module, nodes: TorchLevels(module, TorchAttention))
+    if config.attention == "torch":
         return Backend()
     try:
         import triton  # noqa: F401
@@ -164,10 +169,10 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
 def _native(config: EngineConfig) -> Backend:
     """int8 on a CPU. Raises EngineError where the library cannot be made."""
     from mtp_engine.attention.native import NativeAttention
-    from mtp_engine.drafters.native import NativeDraftOps
+    from mtp_engine.drafters.native import NativeLevels
     from mtp_engine.kernels.cpu.build import NoCompiler
     from mtp_engine.kernels.cpu.calls import PackedLinear, PackedStack, Team
-    from mtp_engine.models.native import fuse, fuse_mtp
+    from mtp_engine.models.native import NativeMTP, fuse, fuse_mtp
 
     try:
         team = Team(pool_size(config.threads), _kernels())
@@ -181,7 +186,7 @@ def _native(config: EngineConfig) -> Backend:
         fuse=partial(fuse, team=team),
         fuse_mtp=partial(fuse_mtp, team=team),
         verifier=lambda rule: NativeMatchVerifier(team) if rule == "match" else _rule(rule),
-        ops=lambda ranking: NativeDraftOps(team) if ranking == "noise" else TorchDraftOps(ranking),
+        levels=lambda module, nodes: NativeLevels(cast(NativeMTP, module), team, nodes),
     )
 
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ from tiny import write_llama, write_mtp
 
 from mtp_engine.assemble import decode_loop
 from mtp_engine.attention.native import NativeAttention
-from mtp_engine.attention.rows import AttentionFactory
 from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import EngineConfig, SamplingParams, TreeShape
-from mtp_engine.drafters import MTPDrafter, RootDrafter
-from mtp_engine.drafters.native import NativeDraftOps
+from mtp_engine.drafters import LazyMTPDrafter, MTPDrafter, RootDrafter, TorchLevels
+from mtp_engine.drafters.lazy import Levels
+from mtp_engine.drafters.native import NativeLevels
 from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
@@ -26,7 +26,7 @@ from mtp_engine.kernels.cpu.calls import PackedLinear, Team
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
-from mtp_engine.models.native import fuse, fuse_mtp
+from mtp_engine.models.native import NativeMTP, fuse, fuse_mtp
 from mtp_engine.models.weights import Makers
 from mtp_engine.protocols import Drafter
 from mtp_engine.runtime.loop import DecodeLoop
@@ -123,10 +123,11 @@ def models(
     return (fuse(model, team), fuse_mtp(module, team)) if team else (model, module)
 
 
-def new_drafter(module: MTPModule, team: Team | None, planner: Any) -> MTPDrafter:
-    ops = NativeDraftOps(team) if team else None
-    attention: AttentionFactory = NativeAttention if team else TorchAttention
-    return MTPDrafter(module, AUTO, slots=4, attention=attention, ops=ops, planner=planner)
+def new_drafter(module: MTPModule, team: Team | None, planner: Any, shape: TreeShape = AUTO) -> LazyMTPDrafter:
+    def levels(module: MTPModule, nodes: int) -> Levels:
+        return NativeLevels(cast(NativeMTP, module), team, nodes) if team else TorchLevels(module, TorchAttention)
+
+    return LazyMTPDrafter(module, shape, levels, slots=4, planner=planner)
 
 
 def new_loop(
@@ -184,11 +185,12 @@ def test_whatever_is_planned_the_text_is_plain_decodings(
 
 
 @FEW
-@given(st.integers(0, 10**6), st.floats(0.0, 0.95), st.integers(1, 40))
+@given(st.integers(0, 10**6), st.floats(0.0, 0.95), st.integers(1, 120))
 def test_drafts_do_not_depend_on_what_was_planned_before(
     models: tuple[Decoder, MTPModule], team: Team | None, seed: int, plain: float, steps: int
 ) -> None:
-    """After any history a whole tree is the one that a drafter grows which has read all of it as a prompt."""
+    """After any history a whole tree is the one that MTPDrafter grows, all of whose layers run in every step, if it has read
+    all of it as a prompt."""
     model, module = models
     prompt = prompts_of(seed)[0]
     dice = Dice(seed, plain)
@@ -197,20 +199,21 @@ def test_drafts_do_not_depend_on_what_was_planned_before(
     request = loop.add(prompt, SamplingParams(max_tokens=200))
     while not request.decoding or len(request.output) < steps:
         loop.step()
-    other = new_drafter(module, team, Everything())
+    other = MTPDrafter(module, AUTO, slots=4, attention=NativeAttention if team else TorchAttention)
     fresh = new_loop(model, other, team, chunk=300)
     again = fresh.add([*prompt, *request.output], SamplingParams(max_tokens=5))
     while not again.decoding:
         fresh.step()
     trees = []
     for each, work, one in ((drafter, loop.work, request), (other, fresh.work, again)):
-        each.planner = Everything()
+        if isinstance(each, LazyMTPDrafter):
+            each.planner = Everything()
         batch = work.state.batch(torch.tensor([one.slot]), loop._members.sampling, one.length, None)  # type: ignore[union-attr]
         with torch.inference_mode():
             trees.append(each.draft(batch))
     assert torch.equal(trees[0].tokens, trees[1].tokens)
     assert torch.equal(trees[0].parents, trees[1].parents)
-    assert torch.allclose(trees[0].scores, trees[1].scores, atol=0.0 if team else 1e-4)  # type: ignore[arg-type]
+    assert torch.allclose(trees[0].scores, trees[1].scores, atol=1e-4)  # type: ignore[arg-type]
 
 
 COSTS = {"draft": [0.0, 1.0, 2.0, 3.0], "verify": {1: 5.0, 2: 5.2, 4: 5.6, 8: 6.4, 16: 9.0}}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from importlib import resources, util
 from pathlib import Path
 
-_SOURCES = ("cpu.h", "team.c", "products.c", "step.c", "choose.c")
+_SOURCES = ("cpu.h", "step.h", "team.c", "products.c", "step.c", "choose.c", "draft.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu11", "-shared", "-fPIC", "-pthread")
 _SECONDS = 300  # for a compiler that starts cold
 

@@ -103,6 +103,23 @@ class CGrow(Structure):
     ]  # fmt: skip
 
 
+class CLevel(Structure):
+    """A level of drafting: the fields are those of draft.c's Level, which says what they hold."""
+
+    _fields_ = [
+        ("step", CStep), ("join", CMatrix), ("head", CMatrix),
+        *((name, c_void_p) for name in (
+            "embedding_norm", "hidden_norm", "head_norm", "embedding", "ids", "states", "outputs", "above", "passed",
+            "logits", "counts",
+        )),
+        ("grow", CGrow),
+        *((name, c_int32) for name in (
+            "ring", "state_ring", "output_ring", "rows", "tree_nodes", "above_nodes", "lag", "shift",
+            "hidden_first",
+        )),
+    ]  # fmt: skip
+
+
 @final
 class Team:
     """Threads that run the library's calls together, one call at a time: whoever else calls waits. Raises NoCompiler where there
@@ -112,7 +129,7 @@ class Team:
         self._library = compiled(folder, flags)
         self._library.team_new.restype = c_void_p
         self._library.team_new.argtypes = [c_int, c_int]
-        for name in ("team_free", "pack_matrix", "run_linear", "run_step", "run_verify", "run_grow"):
+        for name in ("team_free", "pack_matrix", "run_linear", "run_step", "run_verify", "run_grow", "run_level"):
             getattr(self._library, name).argtypes = [c_void_p, c_void_p][: 1 if name == "team_free" else 2]
         self._library.team_free.restype = self._library.pack_matrix.restype = None
         self._one = Lock()
@@ -139,6 +156,9 @@ class Team:
 
     def grow(self, call: CGrow) -> None:
         self._run(self._library.run_grow, call)
+
+    def level(self, call: CLevel) -> None:
+        self._run(self._library.run_level, call)
 
     def _run(self, function: Callable[..., int], call: Structure) -> None:
         with self._one:

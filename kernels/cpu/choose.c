@@ -1,6 +1,6 @@
 /* Choosing tokens: the main model's at every node, with keyed noise, and the drafter's candidates. The noise is that of
  * sampling/sampler.py, whose words these are. */
-#include "cpu.h"
+#include "step.h"
 #include <float.h>
 #include <stdlib.h>
 
@@ -163,16 +163,6 @@ int run_verify(Team *team, const Verify *c) {
 /* ---- drafting -------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    const float *logits; /* [B, frontier, n] */
-    const int64_t *ids;  /* [n], the tokens scored */
-    const int64_t *lengths, *seed;
-    const float *temperature;
-    int64_t *tokens, *parents, *depths; /* [B, cap]: the tree so far; its frontier begins at node `first` */
-    float *scores;
-    int32_t batch, frontier, n, cap, first, ahead, width, keep;
-} Grow;
-
-typedef struct {
     float score;
     int32_t index;
 } Candidate;
@@ -218,8 +208,7 @@ static int by_index(const void *a, const void *b) {
     return ((const Candidate *)a)->index - ((const Candidate *)b)->index;
 }
 
-static void grow(Me *me, const void *given) {
-    const Grow *g = given;
+void grow(Me *me, const Grow *g) {
     size_t room = (g->n + LANES - 1) / LANES * LANES;
     Candidate *lists = (Candidate *)memory_of(me);
     float *x = (float *)(lists + (size_t)g->batch * g->frontier * g->width) + me_number(me) * room;
@@ -244,9 +233,14 @@ static void grow(Me *me, const void *given) {
     together(me);
 }
 
+size_t growing_bytes(const Grow *g, int threads) {
+    return (size_t)g->batch * g->frontier * g->width * sizeof(Candidate) + threads * ((size_t)g->n + LANES) * sizeof(float);
+}
+
+static void job(Me *me, const void *given) { grow(me, given); }
+
 int run_grow(Team *team, const Grow *g) {
-    size_t lists = (size_t)g->batch * g->frontier * g->width * sizeof(Candidate);
-    if (!take(team, lists + team_threads(team) * ((size_t)g->n + LANES) * sizeof(float))) return -1;
-    run(team, grow, g);
+    if (!take(team, growing_bytes(g, team_threads(team)))) return -1;
+    run(team, job, g);
     return 0;
 }

@@ -24,6 +24,9 @@ typedef uint32_t u16 __attribute__((vector_size(64), aligned(4)));
 typedef int16_t h16 __attribute__((vector_size(32), aligned(2)));
 #define INLINE static inline __attribute__((always_inline))
 
+/* What files share is theirs alone: another library of the process may have a function of the same name. */
+#pragma GCC visibility push(hidden)
+
 /* ---- a team of threads (team.c) -------------------------------------------------------------------------------------- */
 
 typedef struct Team Team;
@@ -150,5 +153,7 @@ void product(const Matrix *m, int tile, const Rows *rows, const int32_t *to, flo
 void gated(const Matrix *m, int tile, const Rows *rows, const int32_t *to, float *y, size_t stride);
 
 INLINE int tiles(const Matrix *m) { return (m->rows + TILE - 1) / TILE; }
+
+#pragma GCC visibility pop
 
 #endif

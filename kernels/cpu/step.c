@@ -1,5 +1,5 @@
 /* All layers of a decoder in one call. */
-#include "cpu.h"
+#include "step.h"
 #include <stdlib.h>
 
 enum { KEYS = 64 }; /* of attention that are looked at together */
@@ -10,44 +10,6 @@ enum { SIDE = 1 };
 #endif
 /* f with so many of the heads that are left, a constant */
 #define WITH_HEADS(f, left, ...) ((left) >= SIDE ? f(SIDE, __VA_ARGS__) : (left) == 2 ? f(2, __VA_ARGS__) : f(1, __VA_ARGS__))
-
-typedef struct {
-    Matrix qkv, out, gate_up, down;
-    const Matrix *experts; /* gate_up and down of each in turn; NULL: the layer is dense */
-    const float *router, *router_bias, *attention_norm, *ffn_norm, *sink;
-    int32_t heads, kv_heads, qk_dim, v_dim, group, place, rope, wide, expert_count, per_token, normalise, feature;
-    float value_scale, route_scale;
-} Layer;
-
-typedef struct {
-    float *k, *v; /* of the group's first layer; a row of keys is [kv_heads, dim] */
-    int64_t k_layer, v_layer; /* floats from layer to layer */
-    const int32_t *pages;     /* [slots, wrap]: token t of a slot is in page t / page_size % wrap */
-    int32_t page_size, wrap, window;
-} Group;
-
-typedef struct {
-    const float *frequencies;
-    int32_t half;
-} Rope;
-
-typedef struct {
-    const Layer *layers;
-    const Group *groups;
-    const Rope *ropes;
-    const float *x;
-    float *y;
-    const int64_t *slots, *lengths, *rotary, *positions, *parents, *first; /* first: NULL is 0 */
-    int32_t layer_count, group_count, rope_count, batch, nodes, hidden, features;
-    float eps;
-} Step;
-
-typedef struct {
-    float *x, *normed, *qkv, *attended, *wide, *mixed, *scale, *turns, *scores, *shares;
-    int16_t *narrow;
-    int32_t *past, *counts, *kept, *paths, *lengths, *chosen, *starts, *members, *sources;
-    size_t qkv_width, attended_width, wide_width, narrow_width, most_past, most_keys, most_heads, most_half;
-} Work;
 
 static size_t at_least(size_t a, size_t b) { return a > b ? a : b; }
 
@@ -62,8 +24,7 @@ static int32_t storage_row(const Group *g, int64_t slot, int64_t token) {
     return g->pages[slot * g->wrap + token / g->page_size % g->wrap] * g->page_size + token % g->page_size;
 }
 
-/* Cuts the team's memory into pieces; with base NULL only adds up their sizes. */
-static size_t lay_out(const Step *s, int threads, char *base, Work *w) {
+size_t lay_out(const Step *s, int threads, char *base, Work *w) {
     size_t m = (size_t)s->batch * s->nodes, used = 0, per_token = 1, experts = 0;
     memset(w, 0, sizeof(*w));
     for (int i = 0; i < s->layer_count; i++) {
@@ -412,14 +373,7 @@ static void layer(Me *me, const Step *s, const Work *w, const Layer *l) {
 #undef NORMED
 }
 
-typedef struct {
-    const Step *step;
-    const Work *work;
-} Call;
-
-static void step(Me *me, const void *given) {
-    const Step *s = ((const Call *)given)->step;
-    const Work *w = ((const Call *)given)->work;
+void step(Me *me, const Step *s, const Work *w) {
     int m = s->batch * s->nodes;
     size_t width = (size_t)(s->features + 1) * s->hidden;
     EACH(unit, m + s->group_count * s->batch) {
@@ -443,6 +397,13 @@ static void step(Me *me, const void *given) {
     }
 }
 
+typedef struct {
+    const Step *step;
+    const Work *work;
+} Call;
+
+static void job(Me *me, const void *given) { step(me, ((const Call *)given)->step, ((const Call *)given)->work); }
+
 /* 0, or -1 where there is no memory. */
 int run_step(Team *team, const Step *s) {
     Work work;
@@ -451,6 +412,6 @@ int run_step(Team *team, const Step *s) {
     if (!memory) return -1;
     lay_out(s, team_threads(team), memory, &work);
     Call call = {s, &work};
-    run(team, step, &call);
+    run(team, job, &call);
     return 0;
 }

@@ -24,16 +24,21 @@ class NativeAttention:
 
     def describe(self, step: CStep) -> object:
         """Fill in what this object knows. Returns what must live until the step has run."""
-        rows, groups = self._rows, [_group(kv) for kv in self._cache.groups]
+        rows = self._rows
         step.batch, step.nodes = rows.positions.shape
         held = [rows.slots.contiguous(), rows.lengths.contiguous(), rows.positions.contiguous()]
         parents = rows.parents.expand(step.batch, -1).contiguous()
         first = None if rows.first is None else rows.first.contiguous()
         step.slots, step.lengths, step.positions = (table.data_ptr() for table in held)
         step.parents, step.first = parents.data_ptr(), None if first is None else first.data_ptr()
-        array = (CGroup * len(groups))(*groups)
-        step.groups, step.group_count = addressof(array), len(groups)
-        return held, parents, first, array
+        return held, parents, first, describe_cache(self._cache, step)
+
+
+def describe_cache(cache: HybridKV, step: CStep) -> object:
+    """Fill in where a cache's keys and values lie. Returns what must live until the step has run."""
+    array = (CGroup * len(cache.groups))(*(_group(kv) for kv in cache.groups))
+    step.groups, step.group_count = addressof(array), len(array)
+    return array
 
 
 def _group(kv: PagedKV | WindowKV) -> CGroup:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mtp_engine.assemble import make_loop
 from mtp_engine.config import TreeShape
-from mtp_engine.drafters import MTPDrafter, TorchDraftOps
+from mtp_engine.drafters import LazyMTPDrafter, MTPDrafter, TorchDraftOps
 from mtp_engine.drafters.candidates import Candidates
 from mtp_engine.drafters.expand import Growth, Level, LevelRows, level_sizes
 from mtp_engine.engine import Engine
@@ -87,7 +87,7 @@ def recording(engine: Engine) -> tuple["Recorder", Engine]:
     """An engine over the same weights that decodes plainly, with its MTP layers watched. Raises EngineError for layers
     that cannot be."""
     drafter = engine.loop.work.drafter
-    if not isinstance(drafter, MTPDrafter):
+    if not isinstance(drafter, (MTPDrafter, LazyMTPDrafter)):
         raise EngineError("only MTP layers are recorded: choose a model that has some, or --mtp")
     if drafter.module.config.reused:
         raise EngineError("these MTP layers serve several depths each, which cannot be recorded: use --mode run")
@@ -164,9 +164,6 @@ class WideOps:
             len(batch.slots), 1, len(self._growths), dtype=torch.bool, device=batch.tokens.device
         )
         return Growth.start(batch.tokens)
-
-    def narrow(self, tree: Growth, keep: int) -> Growth:
-        raise AssertionError("recorded trees are not planned")
 
     def grow(self, tree: Growth, batch: Batch, level: Level) -> Growth:
         """Each growth's next level gets a place, and then the best others."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtp_engine.config import LayerConfig, ModelConfig, MTPConfig, RopeConfig
-from mtp_engine.kernels.cpu.calls import LANES, TILE, CLayer, CRope, CStep, PackedLinear, PackedStack, Part, Team
+from mtp_engine.kernels.cpu.calls import LANES, TILE, CLayer, CLevel, CRope, CStep, PackedLinear, PackedStack, Part, Team
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.layers import Block, GatedMLP, Head, Join, LinearMap, RMSNorm, RotaryEmbedding
 from mtp_engine.models.moe import MoE
@@ -110,18 +110,22 @@ class Stack:
         layer.expert_count, layer.per_token, layer.normalise = c.experts, c.per_token, c.normalise
         layer.route_scale, layer.wide = c.scale, matrices[1].columns
 
+    def describe(self, features: Sequence[int] = ()) -> CStep:
+        """A step through these blocks, without its rows. It is valid as long as this object is."""
+        for number, layer in enumerate(self._layers):
+            layer.feature = features.index(number) if number in features else -1
+        return CStep(
+            layers=addressof(self._layers), ropes=addressof(self._c_ropes), layer_count=len(self._layers),
+            rope_count=len(self._ropes), hidden=self._hidden, features=len(features), eps=self._eps,
+        )  # fmt: skip
+
     def run(self, x: Tensor, rotary: Tensor, attention: Attention, features: Sequence[int] = ()) -> Tensor:
         """x: [B * N, H] fp32; rotary: [B, N] int64 -> [B * N, (F + 1) * H]: the outputs of the layers `features`, then the
         last one's."""
         x, rotary = x.contiguous(), rotary.contiguous()
         y = torch.empty(len(x), (len(features) + 1) * self._hidden)
-        for number, layer in enumerate(self._layers):
-            layer.feature = features.index(number) if number in features else -1
-        step = CStep(
-            layers=addressof(self._layers), ropes=addressof(self._c_ropes), x=x.data_ptr(), y=y.data_ptr(),
-            rotary=rotary.data_ptr(), layer_count=len(self._layers), rope_count=len(self._ropes), hidden=self._hidden,
-            features=len(features), eps=self._eps,
-        )  # fmt: skip
+        step = self.describe(features)
+        step.x, step.y, step.rotary = x.data_ptr(), y.data_ptr(), rotary.data_ptr()
         held = cast(StepKeys, attention).describe(step)
         self._team.step(step)
         del held
@@ -174,6 +178,15 @@ class NativeLevel:
     join: Join
     stack: Stack
     head: NativeHead
+
+    def describe(self, embedding: Tensor) -> CLevel:
+        """A level of drafting, without its rows and tree. It is valid as long as this object is. embedding: [V, H]."""
+        join = self.join
+        return CLevel(
+            step=self.stack.describe(), join=packed(join.projection).matrix, head=packed(self.head.head.linear).matrix,
+            embedding_norm=join.embedding_norm.weight.data_ptr(), hidden_norm=join.hidden_norm.weight.data_ptr(),
+            head_norm=self.head.head.norm.weight.data_ptr(), embedding=embedding.data_ptr(), hidden_first=join.hidden_first,
+        )  # fmt: skip
 
     def forward(self, embedded: Tensor, hidden: Tensor, rotary: Tensor, attention: Attention) -> Tensor:
         """As MTPModule.forward."""
