@@ -164,17 +164,20 @@ def grow(tree: Growth, scores: Tensor, ids: Tensor, width: int, keep: int) -> Gr
     )
 
 
+def best_first(tree: Growth) -> Growth:
+    """The newest level's nodes by score."""
+    before, tables = tree.tokens.shape[1] - tree.frontier, (tree.tokens, tree.parents, tree.depths, tree.scores)
+    order = before + tree.scores[:, before:].sort(dim=-1, descending=True, stable=True).indices
+    tokens, parents, depths, scores = (torch.cat([table[:, :before], table.gather(1, order)], 1) for table in tables)
+    return Growth(tokens, parents, depths, scores, tree.frontier, tree.level)
+
+
 def narrow(tree: Growth, keep: int) -> Growth:
-    """Only the `keep` best nodes of the newest level, in their order."""
+    """Only the first `keep` nodes of the newest level."""
     if keep >= tree.frontier:
         return tree
-    before = tree.tokens.shape[1] - tree.frontier
-    kept = before + tree.scores[:, before:].topk(keep, dim=-1).indices.sort(-1).values
-    tokens, parents, depths, scores = (
-        torch.cat([table[:, :before], table.gather(1, kept)], 1)
-        for table in (tree.tokens, tree.parents, tree.depths, tree.scores)
-    )
-    return Growth(tokens, parents, depths, scores, keep, tree.level)
+    count, tables = tree.tokens.shape[1] - tree.frontier + keep, (tree.tokens, tree.parents, tree.depths, tree.scores)
+    return Growth(*(table[:, :count] for table in tables), keep, tree.level)
 
 
 def prune(tree: Growth, nodes: int) -> Growth:
@@ -194,7 +197,7 @@ def prune(tree: Growth, nodes: int) -> Growth:
 
 def finish(tree: Growth, best: int, drafts: Tensor) -> DraftTree:
     """The tree to verify. drafts: [B] bool, False for requests that cannot be drafted for and get their root only."""
-    tree = prune(tree, best) if best else tree
+    tree = prune(tree, best) if 0 < best < tree.tokens.shape[1] - 1 else tree
     nodes = tree.tokens.shape[1]
     size = torch.where(drafts, nodes, 1)
     return DraftTree(tree.tokens, tree.parents, tree.depths, size, min(tree.level, nodes - 1), tree.scores)

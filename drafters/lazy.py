@@ -15,14 +15,15 @@ from torch import Tensor
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.cache import NO_LIMIT, HybridKV, Pages, ring_spans
 from mtp_engine.config import TreeShape
-from mtp_engine.drafters.expand import BEAM, Growth, Level, finish, level_sizes, most_nodes, narrow
+from mtp_engine.drafters.expand import BEAM, Growth, Level, best_first, finish, level_sizes, most_nodes, narrow
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import TreePlanner
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
-_PENDING = 48  # rows that a layer may have to come; then it runs them
+_PENDING = 256  # rows that a layer may have to come; then it runs them
+_PIECE = 48  # rows that it runs at a time
 _TOGETHER = 8  # rows of a request that run beside other requests' rows; one that has more runs them alone
 
 
@@ -63,11 +64,7 @@ class Levels(Protocol):
         """Rows only: their keys and values, and the outputs that other levels read."""
 
     def grow(self, work: LevelWork, batch: Batch, width: int, keep: int) -> Growth:
-        """And the tree's next level: `width` candidates per node of the newest one, `keep` of all of them."""
-
-    def narrow(self, tree: Growth, keep: int) -> Growth:
-        """Only the `keep` best nodes of the newest level."""
-
+        """And the tree's next level: `width` candidates per node of the newest one, `keep` of all of them, best first."""
 
 LevelsFactory = Callable[[MTPModule, int], Levels]
 """Makes the levels of a module; no tree grows to more nodes than so many, root included, before it is cut."""
@@ -88,11 +85,10 @@ class LazyMTPDrafter:
         self.levels = levels(module, most_nodes(self._sizes, len(module.draft_ids)))
         drafted = sum(keep for _, keep in self._sizes)
         self.max_nodes = 1 + (min(shape.best, drafted) if shape.best else drafted)
-        most = self.depth + 1 + (_PENDING if planner else 0)  # rows that a layer has to come
-        self.scratch_rows = max(most, _PENDING + 1) + sum(keep for _, keep in self._sizes[:-1])
+        self.scratch_rows = _PIECE + sum(keep for _, keep in self._sizes[:-1])
         reach = self.depth if module.config.chained and not module.config.reused else 1
         self.history = (module.config.layer.attention.window or NO_LIMIT) * reach + self.depth
-        self.reread = most - 1 + self.depth - 1  # level k begins k rows later than the first one
+        self.reread = 2 * self.depth - 1  # level k begins k rows later than the first one
         self.cache: HybridKV | None = None
         self._slots, self._layers = slots, 1 if module.config.reused else self.depth
         self._seen = [[number] * slots for number in range(self._layers)]  # the last row that each layer has run
@@ -106,9 +102,9 @@ class LazyMTPDrafter:
             behind=behind + self.reread, dtype=embedding.dtype,
         )  # fmt: skip
         size = (self.history if self.history < NO_LIMIT else self.reread) + 1 + behind + self.depth + 1
-        size = max(size, _PENDING + 2 * self.depth + 2)
+        size = max(size, _PENDING + 4 * self.depth)
         readers = 1 if config.reused else self.depth - 1 if config.chained else 0
-        outputs = [embedding.new_zeros(self._slots, 2 * _PENDING + 8, embedding.shape[1]) for _ in range(readers)]
+        outputs = [embedding.new_zeros(self._slots, _PENDING + _PIECE + 4 * self.depth, embedding.shape[1]) for _ in range(readers)]
         tokens = torch.zeros(self._slots, size, dtype=torch.int64)
         self._past = History(tokens, embedding.new_zeros(self._slots, size, embedding.shape[1]), outputs)
         self.levels.attach(self.cache, self._past)
@@ -129,6 +125,8 @@ class LazyMTPDrafter:
 
     def save(self, slot: int, tokens: int, *, lean: bool) -> list[Tensor]:
         """The main model's states of the last `reread` + 1 positions, or of all that drafting needs: [rows, H]."""
+        if not lean:
+            self._advance(slot, tokens - 1)  # whoever goes on from these has all rows before them
         rows, ring = min(tokens, (self.history if lean else self.reread) + 1), self._past.states[slot]
         return [torch.cat([ring[span] for span in ring_spans(0, len(ring), tokens - rows, tokens)])]
 
@@ -141,8 +139,7 @@ class LazyMTPDrafter:
             return  # nothing of this will be seen
         self._first[slot] = max(1, tokens + 1 - self.history)
         self._go_on(slot, start)
-        for stop in [*range(start + _PENDING, tokens - 1, _PENDING), tokens - 1]:
-            self._advance(slot, stop)
+        self._advance(slot, tokens - 1)
 
     def _write(self, slot: int, start: int, tokens: Tensor, states: Tensor) -> None:
         """states [C, H] of the positions from `start` on, tokens [C] of those one later."""
@@ -154,20 +151,24 @@ class LazyMTPDrafter:
 
     def _advance(self, slot: int, stop: int) -> None:
         """Have all layers run the rows up to position `stop`."""
-        for number in range(self._layers):
-            self._run_alone(number, slot, stop)
+        behind = min(seen[slot] for seen in self._seen)
+        for end in [*range(behind + _PENDING, stop, _PENDING), stop]:
+            for number in range(self._layers):
+                self._run_alone(number, slot, end)
 
     def _run_alone(self, number: int, slot: int, stop: int) -> None:
-        seen = self._seen[number]
-        if seen[slot] < stop:
-            one = torch.tensor([slot])
-            self.levels.run(self._work(number, one, [stop - seen[slot]], stop + 1, Growth.start(one)))
-            seen[slot] = stop
+        """Have a layer run its rows up to position `stop`; the layer before it has run them."""
+        seen, one = self._seen[number], torch.tensor([slot])
+        while seen[slot] < stop:
+            count = min(stop - seen[slot], _PIECE)
+            self.levels.run(self._work(number, one, [seen[slot] + 1], [count], stop + 1, Growth.start(one)))
+            seen[slot] += count
 
-    def _work(self, number: int, slots: Tensor, counts: list[int], bound: int, tree: Growth) -> LevelWork:
-        start = torch.tensor([self._seen[number][slot] + 1 for slot in slots.tolist()])
-        rows = max(1, *counts) if len(counts) > 1 else max(1, counts[0])
-        return LevelWork(number, slots, start, torch.tensor(counts), rows, self._first[slots], bound, tree)
+    def _work(
+        self, number: int, slots: Tensor, start: list[int], counts: list[int], bound: int, tree: Growth
+    ) -> LevelWork:
+        rows, starts = max([1, *counts]), torch.tensor(start)
+        return LevelWork(number, slots, starts, torch.tensor(counts), rows, self._first[slots], bound, tree)
 
     def draft(self, batch: Batch) -> DraftTree:
         slots, planner = batch.slots.tolist(), self.planner
@@ -177,7 +178,7 @@ class LazyMTPDrafter:
         for number, (width, keep) in enumerate(self._sizes):
             tree = self.levels.grow(self._level(number, batch, slots, tree), batch, width, keep)
             if planner:
-                tree = self.levels.narrow(tree, planner.grown(tree.scores[:, -tree.frontier :].exp().tolist()))
+                tree = narrow(tree, planner.grown(tree.scores[:, -tree.frontier :].exp().tolist()))
                 if number + 1 < self.depth and not planner.deeper():
                     break
         return finish(tree, planner.nodes() if planner else self.shape.best, batch.lengths > 0)
@@ -188,12 +189,12 @@ class LazyMTPDrafter:
             none = torch.zeros_like(batch.slots)
             return LevelWork(number, batch.slots, batch.lengths + 1, none, 0, self._first[batch.slots], bound, tree)
         seen = self._seen[number]
-        if len(slots) > 1:
-            for slot, length in zip(slots, lengths, strict=True):
-                if length - seen[slot] > _TOGETHER:
-                    self._run_alone(number, slot, length - 1)
+        for slot, length in zip(slots, lengths, strict=True):
+            if length - seen[slot] > (_TOGETHER if len(slots) > 1 else _PIECE):
+                self._run_alone(number, slot, length - 1)
         counts = [max(0, length - seen[slot]) for slot, length in zip(slots, lengths, strict=True)]
-        work = self._work(number, batch.slots, counts, bound, tree)
+        start = [length + 1 - count for length, count in zip(lengths, counts, strict=True)]
+        work = self._work(number, batch.slots, start, counts, bound, tree)
         for slot, count in zip(slots, counts, strict=True):
             seen[slot] += count
         return work
@@ -209,7 +210,7 @@ class LazyMTPDrafter:
         for b, (slot, length, count) in enumerate(zip(slots, lengths, counts, strict=True)):
             kept = states[b, :1] if count == 1 else states[b, result.path[b, :count]]
             self._write(slot, length, result.tokens[b, :count], kept)
-            if length + count - min(seen[slot] for seen in self._seen) > _PENDING + self.depth:
+            if length + count - min(seen[slot] for seen in self._seen) > _PENDING:
                 self._advance(slot, length)
 
     def _read(self, batch: Batch, tokens: Tensor, hidden: Tensor, left: int) -> None:
@@ -222,8 +223,8 @@ class LazyMTPDrafter:
         states = self.module.main_hidden(hidden[:, begin - start :])[0]
         if self._seen[0][slot] + 1 < first:
             self._begin(slot, first)
-        for at in range(begin, stop, _PENDING):
-            end = min(at + _PENDING, stop)
+        for at in range(begin, stop, _PIECE):
+            end = min(at + _PIECE, stop)
             self._write(slot, at, tokens[0, at - start : end - start], states[at - begin : end - begin])
             self._advance(slot, end - 1)
 
@@ -244,9 +245,6 @@ class TorchLevels:
     def start(self, batch: Batch) -> Growth:
         return self._ops.start(batch, [], self.module.draft_ids, len(self.module.embedding))
 
-    def narrow(self, tree: Growth, keep: int) -> Growth:
-        return narrow(tree, keep)
-
     def run(self, work: LevelWork) -> None:
         self._outputs(work)
 
@@ -254,7 +252,8 @@ class TorchLevels:
         output, frontier = self._outputs(work), work.tree.frontier
         last = output[:, -frontier:] if work.tree.level else self._ops.last(output, work.counts)
         logits = self.module.logits(work.number, last)
-        return self._ops.grow(work.tree, batch, Level(logits, self.module.draft_ids, work.number + 1, width, keep))
+        level = Level(logits, self.module.draft_ids, work.number + 1, width, keep)
+        return best_first(self._ops.grow(work.tree, batch, level))
 
     def _outputs(self, work: LevelWork) -> Tensor:
         """[B, rows + nodes, H]"""

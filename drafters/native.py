@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mtp_engine.attention.native import describe_cache
 from mtp_engine.cache import HybridKV
-from mtp_engine.drafters.expand import Growth, Level, narrow
+from mtp_engine.drafters.expand import Growth, Level, best_first
 from mtp_engine.drafters.lazy import History, LevelWork, source_of, states_of
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.kernels.cpu.calls import CLevel, Team
@@ -51,7 +51,7 @@ class NativeLevels:
         call.logits = logits.data_ptr()
         if nodes is None:
             self._run(work, call)
-            return self._ops.grow(tree, batch, Level(logits, ids, work.number + 1, width, keep))
+            return best_first(self._ops.grow(tree, batch, Level(logits, ids, work.number + 1, width, keep)))
         grow, sampling, count = call.grow, batch.sampling, tree.tokens.shape[1]
         width = min(width, len(ids))
         keep = min(keep, tree.frontier * width)
@@ -62,15 +62,6 @@ class NativeLevels:
         grow.width, grow.keep = width, keep
         self._run(work, call)
         return self._shown(count + keep, keep, tree.level + 1)
-
-    def narrow(self, tree: Growth, keep: int) -> Growth:
-        narrowed, whole = narrow(tree, keep), self._nodes
-        if narrowed is tree or whole is None:
-            return narrowed
-        count = narrowed.tokens.shape[1]
-        for name in ("tokens", "parents", "depths", "scores"):
-            getattr(whole, name)[:, :count] = getattr(narrowed, name)
-        return self._shown(count, keep, tree.level)
 
     def _call(self, work: LevelWork) -> CLevel:
         """Everything but what grows."""

@@ -51,7 +51,7 @@ from mtp_engine.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger("mtp_engine")
 _COSTS = 2  # version of what is kept of them
-_TRIALS = 12  # steps with each tree that are timed at most; the best one counts
+_ROUNDS = 20  # of steps with each tree that are timed at most; the best ones count
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
 _RULE_TREES = {
     rule: TreeShape.parse(tree)
@@ -257,24 +257,18 @@ def measured_costs(model: Decoder, module: MTPModule, config: EngineConfig, back
     request = loop.add(
         [number % model.vocab_size for number in range(7, 71)], SamplingParams(max_tokens=tokens - 100, ignore_eos=True)
     )
-    begin, rows = time.perf_counter(), {1: 0, 2: 1, 4: min(3, depth), 8: depth, AUTO_NODES + 1: depth}
-    trials = [(levels, nodes - 1) for nodes, levels in rows.items()] + [(levels, levels) for levels in range(2, depth)]
-    for levels, nodes in trials:
-        planner.forced, found = (levels, nodes), list[tuple[float, float, int]]()
-        end = time.perf_counter() + seconds / 2 / len(rows)
-        while len(found) < 3 or (len(found) < _TRIALS and time.perf_counter() < end):
-            before, count = replace(request.stats), request.stats.steps
+    chains = [(levels, 1, levels) for levels in range(depth + 1)]
+    end = time.perf_counter() + seconds
+    for number in range(_ROUNDS):  # in turns, so that a disturbance is no single tree's
+        for planner.forced in [*chains, (depth, AUTO_NODES, AUTO_NODES), (depth, 3, 7)]:
+            count = request.stats.steps
             while request.stats.steps == count:
                 loop.step()
                 if request.finish_reason:
                     raise EngineError(f"a trial of the model failed: {request.error or request.finish_reason}")
-            now = request.stats
-            found.append((now.verify_s - before.verify_s, now.draft_s - before.draft_s, now.nodes - before.nodes))
-        planner.costs.verify.setdefault(found[-1][2], min(verify_s for verify_s, _, _ in found))
-        planner.costs.draft[levels] = min(draft_s for _, draft_s, _ in found)
-        if time.perf_counter() - begin > seconds and levels == depth:
+        if not number:
+            planner.tried.clear()  # it was to warm up
+        elif time.perf_counter() > end:
             break
-    draft = planner.costs.draft  # levels that were not tried: on a straight line
-    planner.costs.draft = [draft[0]] + [each or draft[depth] * level / depth for level, each in enumerate(draft[1:], 1)]
     loop.close()
-    return planner.costs
+    return Costs.best_of(planner.tried)

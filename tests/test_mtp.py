@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import MTP, DenseMTP, attached, batch_of, new_request, show_prompt, write_llama, write_mtp
 
@@ -14,9 +14,10 @@ from mtp_engine.attention.rows import StepRows
 from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import NO_LIMIT, HybridKV, Pages
 from mtp_engine.config import TreeShape
-from mtp_engine.drafters.mtp import MTPDrafter
+from mtp_engine.drafters import LazyMTPDrafter, MTPDrafter, TorchLevels, lazy
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
+from mtp_engine.models.mtp import MTPModule
 from mtp_engine.runtime.request import Request
 from mtp_engine.tree import DraftTree, VerifyResult
 
@@ -73,16 +74,29 @@ def check_scores(
             torch.testing.assert_close(chosen.sort(descending=True).values, expected, rtol=1e-4, atol=1e-4)
 
 
-def move(drafter: MTPDrafter, request: Request, slot: int, lean: bool) -> None:
+def new_drafter(kind: str, module: MTPModule, text: str, slots: int) -> MTPDrafter | LazyMTPDrafter:
+    shape = TreeShape.parse(text)
+    if kind == "lockstep":
+        return MTPDrafter(module, shape, slots=slots, beam=4)
+    return LazyMTPDrafter(module, shape, lambda module, _: TorchLevels(module, TorchAttention), slots=slots, beam=4)
+
+
+def states(drafter: MTPDrafter | LazyMTPDrafter) -> list[torch.Tensor]:
+    if isinstance(drafter, MTPDrafter):
+        return [drafter._recent, drafter._hidden, drafter._carry[0], drafter._carry[-1]]
+    return [drafter._past.states, *drafter._past.outputs]
+
+
+def move(drafter: MTPDrafter | LazyMTPDrafter, request: Request, slot: int, lean: bool) -> None:
     """To another slot, through a saved state; of the old one nothing is left."""
     old, tokens, cache = request.slot, request.length, drafter.cache
     assert cache
-    rows = cache.save(old, 0, tokens, drafter.reread)
     state = drafter.save(old, tokens, lean=lean)
+    rows = cache.save(old, 0, tokens, drafter.reread)
     for group in cache.groups:
         everywhere = group.rows(torch.tensor([old]), torch.arange(200)[None])[0]
         group.k[:, everywhere] = group.v[:, everywhere] = 1e3
-    for table in (drafter._recent, drafter._hidden, drafter._carry[0], drafter._carry[-1]):
+    for table in states(drafter):
         table[old] = 1e3
     drafter.release(old)
     if not lean:
@@ -91,16 +105,22 @@ def move(drafter: MTPDrafter, request: Request, slot: int, lean: bool) -> None:
     request.slot = slot
 
 
+@pytest.mark.parametrize("kind", ["lockstep", "lazy"])
 @pytest.mark.parametrize("name", SWITCHES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_drafts_equal_full_recomputation(models: "Models", name: str, data: st.DataObject) -> None:
+def test_drafts_equal_full_recomputation(
+    models: "Models", name: str, kind: str, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
+) -> None:
+    monkeypatch.setattr(lazy, "_PENDING", 9)
+    monkeypatch.setattr(lazy, "_PIECE", 5)
     main, folder, mtp_folder = models[name]
-    shape = TreeShape.parse(data.draw(st.sampled_from(["chain:3", "2x2x1", "3x1x2", "tree:6", "1x3"])))
+    shape = data.draw(st.sampled_from(["chain:3", "2x2x1", "3x1x2", "tree:6", "1x3"]))
     module = loader.load_mtp(mtp_folder, main, 0, lambda *_: None)
-    drafter = attached(MTPDrafter(module, shape, slots=3, beam=4), behind=3 * 4)
+    drafter = attached(new_drafter(kind, module, shape, 3), behind=3 * 4)
+    shape = drafter.shape
     dense = DenseMTP.load(folder, mtp_folder)
-    texts = data.draw(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=40), min_size=1, max_size=2))
+    texts = data.draw(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=60), min_size=1, max_size=2))
     slots = data.draw(st.permutations([0, 1, 2]))
     requests = [new_request(slot, text) for slot, text in zip(slots, texts, strict=False)]
     for r in requests:
@@ -150,17 +170,13 @@ def test_stale_rows_would_be_caught(models: "Models") -> None:
     assert (dense.next_logits(a, hidden) - dense.next_logits(b, hidden)).abs().max() > 0.01
 
 
-def test_truncated_prefill_is_exact(models: "Models") -> None:
+@pytest.mark.parametrize("kind", ["lockstep", "lazy"])
+def test_truncated_prefill_is_exact(models: "Models", kind: str) -> None:
     """Only the last windows of a long prompt are given to the MTP layers; the draft is that of the whole prompt."""
     for name in ("chained", "mimo"):
         main, folder, mtp_folder = models[name]
         drafter = attached(
-            MTPDrafter(
-                loader.load_mtp(mtp_folder, main, 0, lambda *_: None),
-                TreeShape.parse("2x1x1"),
-                slots=1,
-            ),
-            slots=1,
+            new_drafter(kind, loader.load_mtp(mtp_folder, main, 0, lambda *_: None), "2x1x1", 1), slots=1
         )
         prompt = torch.randint(1, 60, (120,), generator=torch.Generator().manual_seed(3)).tolist()
         hidden = dense_hidden(main, prompt[:-1])

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtp_engine.cache import Pages
 from mtp_engine.config import SamplingParams
-from mtp_engine.drafters import MTPDrafter
+from mtp_engine.drafters import LazyMTPDrafter, MTPDrafter
 from mtp_engine.protocols import Drafter
 from mtp_engine.runtime.request import Members, Request
 from mtp_engine.runtime.stats import GenerationStats
@@ -20,6 +20,7 @@ from mtp_engine.sampling.batch import Batch, SamplingBatch
 from mtp_engine.sampling.stops import Ends, Trail
 from mtp_engine.tree import VerifyResult
 
+AnyMTP = TypeVar("AnyMTP", MTPDrafter, LazyMTPDrafter)
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -126,7 +127,7 @@ def new_request(slot: int, prompt: list[int]) -> Request:
     return request
 
 
-def attached(drafter: MTPDrafter, slots: int = 3, tokens: int = 600, page_size: int = 8, behind: int = 0) -> MTPDrafter:
+def attached(drafter: AnyMTP, slots: int = 3, tokens: int = 600, page_size: int = 8, behind: int = 0) -> AnyMTP:
     """With pages of its own, all of which its slots have in equal parts."""
     pages = Pages(slots=slots, tokens=tokens, page_size=page_size, device=torch.device("cpu"))
     drafter.attach(pages, behind)

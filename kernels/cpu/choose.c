@@ -2,7 +2,6 @@
  * sampling/sampler.py, whose words these are. */
 #include "step.h"
 #include <float.h>
-#include <stdlib.h>
 
 typedef struct {
     uint32_t first, second;
@@ -204,10 +203,6 @@ static void candidates(const Grow *g, int b, int f, float *x, Candidate *list) {
     }
 }
 
-static int by_index(const void *a, const void *b) {
-    return ((const Candidate *)a)->index - ((const Candidate *)b)->index;
-}
-
 void grow(Me *me, const Grow *g) {
     size_t room = (g->n + LANES - 1) / LANES * LANES;
     Candidate *lists = (Candidate *)memory_of(me);
@@ -221,7 +216,6 @@ void grow(Me *me, const Grow *g) {
         int count = 0, at = b * g->cap + g->first;
         for (int i = 0; i < g->frontier * g->width; i++)
             count = enter(best, count, g->keep, mine[i].score + g->scores[at + i / g->width], i);
-        qsort(best, count, sizeof(Candidate), by_index);
         for (int i = 0; i < count; i++) {
             int from = best[i].index / g->width, to = at + g->frontier + i;
             g->tokens[to] = g->ids[mine[best[i].index].index];
@@ -235,12 +229,4 @@ void grow(Me *me, const Grow *g) {
 
 size_t growing_bytes(const Grow *g, int threads) {
     return (size_t)g->batch * g->frontier * g->width * sizeof(Candidate) + threads * ((size_t)g->n + LANES) * sizeof(float);
-}
-
-static void job(Me *me, const void *given) { grow(me, given); }
-
-int run_grow(Team *team, const Grow *g) {
-    if (!take(team, growing_bytes(g, team_threads(team)))) return -1;
-    run(team, job, g);
-    return 0;
 }

@@ -59,7 +59,7 @@ typedef struct {
     int32_t batch, frontier, n, cap, first, ahead, width, keep;
 } Grow;
 
-/* A tree's next level; it needs so much of the team's memory, from its beginning. */
+/* A tree's next level, best nodes first; it needs so much of the team's memory, from its beginning. */
 void grow(Me *me, const Grow *g);
 size_t growing_bytes(const Grow *g, int threads);
 

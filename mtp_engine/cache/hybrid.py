@@ -75,13 +75,14 @@ class HybridKV:
                     group.k, group.v, pages, lengths, result.path, result.counts, group.page_size, wrap, requests=slots
                 )
             return
+        paths = zip(result.path.tolist(), result.counts.tolist(), strict=True)
+        if all(path[:count] == list(range(count)) for path, count in paths):
+            return  # chains
         steps = torch.arange(result.path.shape[1], device=result.path.device)
         target = lengths[:, None] + steps
         # past the kept nodes a row moves onto itself
         source = torch.where(steps < result.counts[:, None], lengths[:, None] + result.path, target)
         moved = (source != target).any(0)
-        if not moved.any():
-            return  # a chain
         source, target = source[:, moved], target[:, moved]
         for group in self.groups:
             group.move(group.rows(slots, source).flatten(), group.rows(slots, target).flatten())

@@ -100,9 +100,10 @@ class Memory:
             return
         try:
             rows = self.cache.save(request.slot, full * page, tokens)
+            state = self.drafter.save(request.slot, tokens, lean=mark.lean) if drafts else []  # it may complete its cache
             if drafts and self.drafter.cache and not mark.lean:
                 rows += self.drafter.cache.save(request.slot, full * page, tokens, self.drafter.reread)
-            rows += self.drafter.save(request.slot, tokens, lean=mark.lean) if drafts else []
+            rows += state
             pages = tuple(self.pages.table[request.slot][:full])
             entry = Entry(known, pages, tuple(rows), drafts, lean=mark.lean)
             self.prefix.add(entry, spare=mark.spare)

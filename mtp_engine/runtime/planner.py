@@ -29,10 +29,12 @@ _COLLAPSE = 6.0  # times as long as a step took at first: it is said once
 @final
 @dataclass
 class Costs:
-    """Seconds by measurement. draft: by levels of the tree, 0 to the deepest. verify: by rows, some of them measured."""
+    """Seconds by measurement. draft: by levels of the tree, 0 to the deepest, of a chain. verify: by rows, some of them measured.
+    widen: for each further node that is drafted from."""
 
     draft: list[float]
     verify: dict[int, float]
+    widen: float = 0.0
     drift: float = 1.0  # of verification, against what was measured first: contexts grow, machines get busy
 
     @classmethod
@@ -41,8 +43,9 @@ class Costs:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             found = cls(
-                [float(each) for each in raw["draft"]], {int(n): float(each) for n, each in raw["verify"].items()}
-            )
+                [float(each) for each in raw["draft"]], {int(n): float(each) for n, each in raw["verify"].items()},
+                float(raw["widen"]),
+            )  # fmt: skip
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
         return found if found.draft and len(found.verify) > 1 else None
@@ -51,7 +54,7 @@ class Costs:
         """Where that fails it is measured again next time."""
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"draft": self.draft, "verify": self.verify}), encoding="utf-8")
+            path.write_text(json.dumps({"draft": self.draft, "verify": self.verify, "widen": self.widen}), encoding="utf-8")
 
     def verifying(self, rows: int) -> float:
         """Between and beyond measured numbers of rows on straight lines."""
@@ -71,9 +74,29 @@ class Costs:
             (level + 1) / (self.draft[level] + self.verifying(level + 1)) < plain for level in range(1, len(self.draft))
         )
 
-    def note(self, levels: int, rows: int, draft_s: float, verify_s: float) -> None:
+    @classmethod
+    def best_of(cls, steps: Sequence[tuple[int, int, int, float, float]]) -> "Costs":
+        """From steps: levels, further nodes that were drafted from, rows, and seconds of drafting and verifying."""
+        draft, verify = dict[int, float](), dict[int, float]()
+        for levels, further, rows, draft_s, verify_s in steps:
+            verify[rows] = min(verify_s, verify.get(rows, verify_s))
+            if not further:
+                draft[levels] = min(draft_s, draft.get(levels, draft_s))
+        known = sorted(verify)
+        for fewer, more in zip(known[-2::-1], known[:0:-1], strict=True):
+            verify[fewer] = min(verify[fewer], verify[more])  # what is longer was disturbed
+        widest = max(further for _, further, _, _, _ in steps)
+        wide = [(draft_s - draft[levels]) / further for levels, further, _, draft_s, _ in steps if further == widest > 0]
+        return cls([draft[levels] for levels in sorted(draft)], verify, max(0.0, min(wide, default=0.0)))
+
+    def drafting(self, levels: int, further: int) -> float:
+        """further: nodes that are drafted from, besides one of each level."""
+        return self.draft[levels] + self.widen * further
+
+    def note(self, levels: int, further: int, rows: int, draft_s: float, verify_s: float) -> None:
         """A step took so long. One that took several times as long was disturbed by something else, and counts a little."""
-        self.draft[levels] += _DRIFT * (min(draft_s, 3 * self.draft[levels]) - self.draft[levels])
+        known = self.drafting(levels, further)
+        self.draft[levels] *= 1 + _DRIFT * (min(draft_s / max(known, 1e-9), 3.0) - 1)
         known = self.verifying(rows) / self.drift
         ratio = min(verify_s / known, 3 * self.drift)
         self.drift += _DRIFT * (ratio - self.drift)
@@ -99,8 +122,8 @@ class _Depth:
 
     promised: float = _PRIOR
     accepted: float = _PRIOR
-    tried: float = _PRIOR
-    reached: float = _PRIOR / 2
+    tried: float = 0.0
+    reached: float = 0.0
 
 
 @final
@@ -119,11 +142,14 @@ class Planner:
     """Decides for all requests of a step together; one for a loop."""
 
     costs: Costs
-    forced: tuple[int, int] | None = None  # levels and nodes, while costs are measured
+    forced: tuple[int, int, int] | None = None  # while costs are measured: levels, the most nodes of each, and nodes to verify
+    tried: list[tuple[int, int, int, float, float]] = field(default_factory=list)  # what that took, see Costs.best_of
     _depths: list[_Depth] = field(default_factory=list)
     _own: dict[int, _Own] = field(default_factory=dict)  # by slot
     _grown: list[list[_Node]] = field(default_factory=list)  # the drafted nodes of each request's tree, best first
     _levels: int = 0  # of that tree
+    _further: int = 0  # nodes that it was grown from, besides one of each level
+    _frontier: int = 0  # nodes of its newest level, over all requests
     _told: bool = False
 
     def __post_init__(self) -> None:
@@ -131,7 +157,7 @@ class Planner:
 
     def drafts(self, slots: Sequence[int]) -> bool:
         """Whether to draft in this step, for the requests in `slots`."""
-        self._grown, self._levels = [[] for _ in slots], 0
+        self._grown, self._levels, self._further, self._frontier = [[] for _ in slots], 0, 0, len(slots)
         if self.forced:
             return self.forced[0] > 0
         own = [self._of(slot) for slot in slots]
@@ -147,13 +173,17 @@ class Planner:
         self._levels += 1
         batch, at = len(promises), self._depths[self._levels - 1]
         rows = [[_Node(min(1.0, p * at.accepted / at.promised), p, self._levels) for p in row] for row in promises]
+        self._further += self._frontier - 1
         if self.forced:
             keep = self.forced[1]
         else:
+            best = sum(max(node.worth for node in row) for row in rows)
+            rate = self._rate(self._levels, batch, self._gain(len(self._grown[0])) + best, len(self._grown[0]) + 1)
             row_s = (self.costs.verifying(batch * 4) - self.costs.verifying(batch * 3)) / batch
-            floor = row_s * self._rate(self._levels, batch, 0.0, 1) / batch
+            floor = rate * (row_s + (self.costs.widen if self._levels < len(self._depths) else 0.0))
             keep = max(sum(node.worth > floor for node in row) for row in rows)
         keep = min(max(keep, 1), len(rows[0]))
+        self._frontier = keep * batch
         self._grown = [
             sorted([*nodes, *sorted(row, key=_worth, reverse=True)[:keep]], key=_worth, reverse=True)
             for nodes, row in zip(self._grown, rows, strict=True)
@@ -164,10 +194,11 @@ class Planner:
         """Whether to grow another level."""
         if self.forced:
             return self._levels < self.forced[0]
-        after, nodes = self._depths[self._levels], self.nodes()
+        nodes = self.nodes()
         newest = [max(node.worth for node in row if node.depth == self._levels) for row in self._grown]
-        hoped = sum(newest) * after.reached / after.tried
-        return self._rate(self._levels + 1, len(newest), self._gain(nodes) + hoped, nodes + 1) > self._rate(
+        hoped = sum(newest) * self._chances()[self._levels]
+        further = self._further + self._frontier - 1
+        return self._rate(self._levels + 1, len(newest), self._gain(nodes) + hoped, nodes + 1, further) > self._rate(
             self._levels, len(newest), self._gain(nodes), nodes
         )
 
@@ -175,16 +206,16 @@ class Planner:
         """How many drafted nodes to verify, the best ones of each request."""
         most = min(map(len, self._grown))
         if self.forced:
-            return min(self.forced[1], most)
+            return min(self.forced[2], most)
         batch = len(self._grown)
         return max(range(1, most + 1), key=lambda count: self._rate(self._levels, batch, self._gain(count), count))
 
     def learn(self, slots: Sequence[int], accepted: Sequence[int]) -> None:
         """How many drafts of each request's tree were accepted."""
-        if not self._levels:
+        if self.forced or not self._levels:
             return
         count, batch = self.nodes(), len(slots)
-        plain_s = self._seconds(0, batch, 0)
+        plain_s = self._seconds(0, batch, 0, 0)
         for slot, nodes, reached in zip(slots, self._grown, accepted, strict=True):
             for depth in range(min(reached + 1, self._levels)):
                 at, promised = (
@@ -196,15 +227,16 @@ class Planner:
                     at.accepted = _MEMORY * at.accepted + (reached > depth)
                     at.tried, at.reached = _MEMORY * at.tried + 1, _MEMORY * at.reached + (reached > depth)
             own = self._of(slot)
-            lost = (self._seconds(self._levels, batch, count) - (reached + 1) * plain_s) / batch
+            lost = (self._seconds(self._levels, batch, count, self._further) - (reached + 1) * plain_s) / batch
             own.steps, own.lost = _OWN * own.steps + 1, _OWN * own.lost + lost
             own.rest = self._rest(own.lost / own.steps, plain_s / batch)
 
     def timed(self, nodes: int, batch: int, draft_s: float, verify_s: float) -> None:
         """A step with trees of so many nodes, roots included, took so long."""
         if self.forced:
+            self.tried.append((self._levels, self._further, nodes * batch, draft_s, verify_s))
             return
-        self.costs.note(self._levels, nodes * batch, draft_s, verify_s)
+        self.costs.note(self._levels, self._further, nodes * batch, draft_s, verify_s)
         if self.costs.drift > _COLLAPSE and not self._told:
             self._told = True
             _LOG.warning(
@@ -219,13 +251,22 @@ class Planner:
     def _of(self, slot: int) -> _Own:
         """New ones are taken to be as those before them were."""
         if slot not in self._own:
-            plain_s, tokens, chance, losses = self._seconds(0, 1, 0), 1.0, 1.0, list[float]()
-            for levels, at in enumerate(self._depths, 1):
-                chance *= at.reached / at.tried
+            plain_s, tokens, chance, losses = self._seconds(0, 1, 0, 0), 1.0, 1.0, list[float]()
+            for levels, further in enumerate(self._chances(), 1):
+                chance *= further
                 tokens += chance
-                losses.append(self._seconds(levels, 1, levels) - tokens * plain_s)
+                losses.append(self._seconds(levels, 1, levels, 0) - tokens * plain_s)
             self._own[slot] = _Own(_BELIEF, _BELIEF * min(losses), self._rest(min(losses), plain_s))
         return self._own[slot]
+
+    def _chances(self) -> list[float]:
+        """For each depth, how often a step that has come to it goes one further. A depth that was not tried is taken to be as
+        the one above."""
+        chances, chance = [], 0.5
+        for at in self._depths:
+            chance = (at.reached + _PRIOR * chance) / (at.tried + _PRIOR)
+            chances.append(chance)
+        return chances
 
     def _rest(self, lost: float, plain_s: float) -> int:
         """0 where drafting pays; else as many plain steps as make what a trial loses a small part of the time."""
@@ -234,13 +275,14 @@ class Planner:
     def _gain(self, count: int) -> float:
         return sum(node.worth for row in self._grown for node in row[:count])
 
-    def _rate(self, levels: int, batch: int, gain: float, nodes: int) -> float:
-        """Tokens per second of a step. gain: accepted drafts that are hoped for. nodes: drafted ones of each request."""
-        return (batch + gain) / self._seconds(levels, batch, nodes)
+    def _rate(self, levels: int, batch: int, gain: float, nodes: int, further: int | None = None) -> float:
+        """Tokens per second of a step. gain: accepted drafts that are hoped for. nodes: drafted ones of each request. further:
+        see Costs.drafting; None: of the tree so far."""
+        return (batch + gain) / self._seconds(levels, batch, nodes, self._further if further is None else further)
 
-    def _seconds(self, levels: int, batch: int, nodes: int) -> float:
+    def _seconds(self, levels: int, batch: int, nodes: int, further: int) -> float:
         """Of a step with trees so deep, and so many drafted nodes each."""
-        return self.costs.draft[levels] + self.costs.verifying(batch * (nodes + 1))
+        return self.costs.drafting(levels, further) + self.costs.verifying(batch * (nodes + 1))
 
 
 def _worth(node: _Node) -> float:
