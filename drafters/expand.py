@@ -177,7 +177,8 @@ def narrow(tree: Growth, keep: int) -> Growth:
     if keep >= tree.frontier:
         return tree
     count, tables = tree.tokens.shape[1] - tree.frontier + keep, (tree.tokens, tree.parents, tree.depths, tree.scores)
-    return Growth(*(table[:, :count] for table in tables), keep, tree.level)
+    tokens, parents, depths, scores = (table[:, :count] for table in tables)
+    return Growth(tokens, parents, depths, scores, keep, tree.level)
 
 
 def prune(tree: Growth, nodes: int) -> Growth:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.cache import NO_LIMIT, HybridKV, Pages, ring_spans
-from mtp_engine.config import TreeShape
+from mtp_engine.config import MTPConfig, TreeShape
 from mtp_engine.drafters.expand import BEAM, Growth, Level, best_first, finish, level_sizes, most_nodes, narrow
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.models.mtp import MTPModule
@@ -66,6 +66,7 @@ class Levels(Protocol):
     def grow(self, work: LevelWork, batch: Batch, width: int, keep: int) -> Growth:
         """And the tree's next level: `width` candidates per node of the newest one, `keep` of all of them, best first."""
 
+
 LevelsFactory = Callable[[MTPModule, int], Levels]
 """Makes the levels of a module; no tree grows to more nodes than so many, root included, before it is cut."""
 
@@ -104,7 +105,10 @@ class LazyMTPDrafter:
         size = (self.history if self.history < NO_LIMIT else self.reread) + 1 + behind + self.depth + 1
         size = max(size, _PENDING + 4 * self.depth)
         readers = 1 if config.reused else self.depth - 1 if config.chained else 0
-        outputs = [embedding.new_zeros(self._slots, _PENDING + _PIECE + 4 * self.depth, embedding.shape[1]) for _ in range(readers)]
+        outputs = [
+            embedding.new_zeros(self._slots, _PENDING + _PIECE + 4 * self.depth, embedding.shape[1])
+            for _ in range(readers)
+        ]
         tokens = torch.zeros(self._slots, size, dtype=torch.int64)
         self._past = History(tokens, embedding.new_zeros(self._slots, size, embedding.shape[1]), outputs)
         self.levels.attach(self.cache, self._past)
@@ -144,7 +148,10 @@ class LazyMTPDrafter:
     def _write(self, slot: int, start: int, tokens: Tensor, states: Tensor) -> None:
         """states [C, H] of the positions from `start` on, tokens [C] of those one later."""
         stop = start + len(states)
-        for ring, values, at in ((self._past.states[slot], states, start), (self._past.tokens[slot], tokens, start + 1)):
+        for ring, values, at in (
+            (self._past.states[slot], states, start),
+            (self._past.tokens[slot], tokens, start + 1),
+        ):
             spans = ring_spans(0, len(ring), at, at + stop - start)
             for span, part in zip(spans, torch.split(values, [each.stop - each.start for each in spans]), strict=True):
                 ring[span] = part
@@ -264,7 +271,9 @@ class TorchLevels:
             tree, work.rows, work.counts, work.start, work.first, 0 if module.config.reused else work.number
         )
         own = work.slots[:, None]
-        tokens = torch.cat([past.tokens[own, level.positions[:, : work.rows] % past.tokens.shape[1]], tree.tokens[:, 1:]], 1)
+        tokens = torch.cat(
+            [past.tokens[own, level.positions[:, : work.rows] % past.tokens.shape[1]], tree.tokens[:, 1:]], 1
+        )
         rows = StepRows(
             work.slots, work.start, level.positions, level.parents, work.rows + tree.level, work.bound, level.first,
             offsets=level.offsets,
@@ -273,7 +282,7 @@ class TorchLevels:
             work.number, module.embedding[tokens], self._states(work, level.positions), level.rotary,
             self._attention(self._cache, rows),
         )  # fmt: skip
-        if source_of(module, work.number + 1) and work.number < len(past.outputs):
+        if reads_outputs(module.config, work.number + 1) and work.number < len(past.outputs):
             ring = past.outputs[work.number]
             real = torch.arange(work.rows) < work.counts[:, None]
             places = level.positions[:, : work.rows] % ring.shape[1]
@@ -283,10 +292,10 @@ class TorchLevels:
 
     def _states(self, work: LevelWork, positions: Tensor) -> Tensor:
         assert self._history
-        ring, lag = states_of(self.module, self._history, work.number)
+        ring, lag = states_of(self.module.config, self._history, work.number)
         states = ring[work.slots[:, None], (positions - lag) % ring.shape[1]]
         parents = work.tree.parents[:, 1:]
-        if work.number == 0 or not source_of(self.module, work.number) or self._above is None:
+        if work.number == 0 or not reads_outputs(self.module.config, work.number) or self._above is None:
             return states
         size = self._above.shape[1]  # nodes of the level before: the parents, but for the root
         if not size:
@@ -296,13 +305,13 @@ class TorchLevels:
         return torch.cat([states[:, : work.rows], nodes], 1)
 
 
-def source_of(module: MTPModule, number: int) -> bool:
+def reads_outputs(config: MTPConfig, number: int) -> bool:
     """Whether level `number` reads the outputs of the level before it, and not the main model's states."""
-    return number > 0 and (module.config.chained or module.config.reused)
+    return number > 0 and (config.chained or config.reused)
 
 
-def states_of(module: MTPModule, past: History, number: int) -> tuple[Tensor, int]:
+def states_of(config: MTPConfig, past: History, number: int) -> tuple[Tensor, int]:
     """The ring from which a level's rows take their states, and how far these lie before the rows."""
-    if source_of(module, number):
-        return past.outputs[0 if module.config.reused else number - 1], 1
+    if reads_outputs(config, number):
+        return past.outputs[0 if config.reused else number - 1], 1
     return past.states, 1 + number

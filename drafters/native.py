@@ -9,7 +9,7 @@ from torch import Tensor
 from mtp_engine.attention.native import describe_cache
 from mtp_engine.cache import HybridKV
 from mtp_engine.drafters.expand import Growth, Level, best_first
-from mtp_engine.drafters.lazy import History, LevelWork, source_of, states_of
+from mtp_engine.drafters.lazy import History, LevelWork, reads_outputs, states_of
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.kernels.cpu.calls import CLevel, Team
 from mtp_engine.models.native import NativeMTP
@@ -68,7 +68,7 @@ class NativeLevels:
         assert self._history
         module, tree, past = self.module, work.tree, self._history
         call = self._calls[0 if module.config.reused else work.number]
-        states, call.lag = states_of(module, past, work.number)
+        states, call.lag = states_of(module.config, past, work.number)
         call.ids, call.ring = past.tokens.data_ptr(), past.tokens.shape[1]
         call.states, call.state_ring = states.data_ptr(), states.shape[1]
         written = work.number < len(past.outputs)
@@ -86,7 +86,7 @@ class NativeLevels:
         assert self._cache
         step, above, first = call.step, self._above, work.first + call.shift
         passed = torch.empty(len(work.slots), call.tree_nodes, self.module.embedding.shape[1])
-        if above is not None and source_of(self.module, work.number):
+        if above is not None and reads_outputs(self.module.config, work.number):
             call.above, call.above_nodes = above.data_ptr(), above.shape[1]
         else:
             call.above = None

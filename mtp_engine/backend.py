@@ -60,8 +60,8 @@ def _same_module(module: MTPModule) -> MTPModule:
 @dataclass(frozen=True)
 class Backend:
     """attention: makes each step's attention. runner: for a loop of so many slots. verifier: by the rule's name. ops: by
-    how candidates are picked. levels: of an MTP module, where trees are grown as far as pays;
-    None: where steps are of one shape. make: what weights become. fuse, fuse_mtp: wrap the modules. kernels: caches move rows by kernels.
+    how candidates are picked. levels: of an MTP module, where trees are grown as far as pays; None: steps have one shape.
+    make: what weights become. fuse, fuse_mtp: wrap the modules. kernels: caches move rows by kernels.
 
     in_flight: steps that may be queued at a time. ring_page, ring_rows: rings are whole pages and take at least so many
     rows at a time. scratch_tokens: room that the scratch slot needs; 0 = there is none. usual_chunk, chunk_rows: rows of a

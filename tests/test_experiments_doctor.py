@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtp_engine.backend import make_backend
 from mtp_engine.config import EngineConfig, TreeShape
 from mtp_engine.engine import Engine
 from mtp_engine.experiments.doctor import diagnose
@@ -25,7 +26,10 @@ def sound() -> Iterator[Engine]:
         tree=TreeShape((1, 1, 1)), dtype="fp32", draft_int8=False, max_context=512, prefill_chunk=512, max_batch=12,
         prefix_cache=False, threads=1,
     )  # fmt: skip
-    with Engine.load("mimo-nano", config) as engine:
+    with pytest.MonkeyPatch.context() as patch:  # the faults are planted in MTPDrafter
+        patch.setattr("mtp_engine.engine.make_backend", lambda *given: replace(make_backend(*given), levels=None))
+        engine = Engine.load("mimo-nano", config)
+    with engine:
         yield engine
 
 

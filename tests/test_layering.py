@@ -23,7 +23,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "protocols": ("cache sampling.batch tree", "torch"),
     "attention": ("cache kernels protocols tree", "torch"),
     "models": ("kernels config errors protocols", "torch numpy safetensors gguf tokenizers"),
-    "drafters": ("tree protocols config sampling attention cache kernels models.mtp models.layers", "torch"),
+    "drafters": ("tree protocols config sampling attention cache kernels models.mtp models.layers models.native", "torch"),
     "verifiers": ("tree protocols config sampling kernels", "torch"),
     "runtime": ("attention.rows cache config errors kernels protocols sampling tree", "torch"),
     "runtime.scheduler": ("config errors runtime sampling.stops", ""),
@@ -169,6 +169,7 @@ def test_drafters_and_verifiers_do_not_know_each_other(folder: str) -> None:
                 "drafters.expand",
                 "drafters.candidates",
                 "drafters.portable",
+                "drafters.lazy",
                 "verifiers.distributions",
             }
             assert not [name for name in others if within(name, "drafters verifiers engine runtime")], module

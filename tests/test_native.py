@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import MTP, write_llama, write_mtp
+from tiny import MTP, attached, show_prompt, write_llama, write_mtp
 from torch import Tensor
 
 from mtp_engine.assemble import decode_loop
@@ -18,10 +18,10 @@ from mtp_engine.attention.rows import StepRows
 from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import SamplingParams, TreeShape
-from mtp_engine.drafters import MTPDrafter, RootDrafter
-from mtp_engine.drafters.expand import DraftOps, Level
-from mtp_engine.drafters.native import NativeDraftOps
-from mtp_engine.drafters.portable import TorchDraftOps
+from mtp_engine.drafters import LazyMTPDrafter, MTPDrafter, RootDrafter, TorchDraftOps, TorchLevels
+from mtp_engine.drafters.expand import Level, finish
+from mtp_engine.drafters.lazy import LevelsFactory
+from mtp_engine.drafters.native import NativeLevels
 from mtp_engine.kernels.cpu import build
 from mtp_engine.kernels.cpu.calls import PackedLinear, PackedStack, Team
 from mtp_engine.kernels.reference import int8_linear
@@ -29,14 +29,15 @@ from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.make_tiny import make_tiny
 from mtp_engine.models.mtp import MTPModule
-from mtp_engine.models.native import fuse, fuse_mtp, why_not
+from mtp_engine.models.native import NativeMTP, fuse, fuse_mtp, why_not
 from mtp_engine.models.weights import Makers
 from mtp_engine.sampling.batch import Batch, SamplingBatch
-from mtp_engine.tree import DraftTree
+from mtp_engine.tree import VerifyResult
 from mtp_engine.verifiers import MatchVerifier, NativeMatchVerifier
 
 CPU = torch.device("cpu")
 LENGTH = 96
+VOCAB = 5000
 TOKENS = torch.randint(0, 61, (LENGTH,), generator=torch.Generator().manual_seed(3))
 FEW = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 LLAMA = {"hidden_size": 48, "head_dim": 16, "num_attention_heads": 6, "intermediate_size": 64}
@@ -232,7 +233,7 @@ def test_products_are_integer_arithmetic(
 
 
 def decode(
-    model: Decoder, drafter: MTPDrafter | RootDrafter, prompts: list[list[int]], chunk: int, team: Team
+    model: Decoder, drafter: MTPDrafter | LazyMTPDrafter | RootDrafter, prompts: list[list[int]], chunk: int, team: Team
 ) -> list[list[int]]:
     layers = [layer.attention for layer in model.config.layers]
     cache = HybridKV(
@@ -256,8 +257,11 @@ def test_drafting_does_not_change_the_text(tmp_path: Path, other: Team, shape: s
     model, module = load_both(tmp_path, other, changes)
     prompts = [TOKENS[:21].tolist(), TOKENS[30:77].tolist()]
     wanted = decode(model, RootDrafter(), prompts, 64, other)
-    for ops in (NativeDraftOps(other), TorchDraftOps()):
-        drafter = MTPDrafter(module, TreeShape.parse(shape), slots=3, attention=NativeAttention, ops=ops)
+    drafters: list[LazyMTPDrafter | MTPDrafter] = [
+        MTPDrafter(module, TreeShape.parse(shape), slots=3, attention=NativeAttention),
+        *(LazyMTPDrafter(module, TreeShape.parse(shape), levels, slots=3) for levels in both_levels(other)),
+    ]
+    for drafter in drafters:
         assert decode(model, drafter, prompts, 16, other) == wanted
 
 
@@ -288,43 +292,85 @@ def test_levels_are_those_of_the_fp32_layers(tmp_path: Path, team: Team) -> None
         assert (outputs[0] - outputs[1]).norm() < 0.05 * outputs[0].norm()
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, team: Team) -> tuple[NativeMTP, Team]:
+    """MTP layers over a vocabulary that is worth several vectors."""
+    folder = tmp_path_factory.mktemp("wide")
+    write_llama(folder / "m", **LLAMA, vocab_size=VOCAB)
+    layers = write_mtp(folder / "d", width=48, attention=HEADS, intermediate_size=64)
+    make = Makers(lambda weight, bias: PackedLinear(team, weight, bias))
+    loaded = loader.load_main(folder / "m", torch.float32, CPU, lambda *_: None, make=make)
+    module = fuse_mtp(loader.load_mtp(layers, loaded, 0, lambda *_: None, make=make), team)
+    return cast(NativeMTP, module), team
+
+
+def both_levels(team: Team) -> list[LevelsFactory]:
+    """The library's, and its twin over the same weights of 8 bits."""
+    return [
+        lambda module, nodes: NativeLevels(cast(NativeMTP, module), team, nodes),
+        lambda module, nodes: TorchLevels(module, NativeAttention),
+    ]
+
+
 @FEW
-@given(
-    st.integers(0, 10**6),
-    st.integers(1, 4),
-    st.sampled_from([61, 5000, 49152]),
-    st.sampled_from(["4x8", "chain", "tree"]),
-)
-def test_growing_and_choosing_are_those_of_torch(team: Team, seed: int, batch: int, vocab: int, kind: str) -> None:
-    """Up to what the last bit of a logarithm does: none of these draws is near a tie."""
-    generator = torch.Generator().manual_seed(seed)
+@given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from(["4x2x1", "chain:3", "tree:7", "tree:40"]))
+def test_levels_grow_the_trees_of_their_twin(wide: tuple[NativeMTP, Team], seed: int, batch: int, shape: str) -> None:
+    """Requests of different lengths and temperatures, over some steps. Scores agree up to what the last bit of a logarithm
+    does: none of these draws is near a tie."""
+    (module, team), generator = wide, torch.Generator().manual_seed(seed)
     temperatures = [0.0, 0.8, 1.2, 0.3][:batch]
     params = [SamplingParams(temperature=each) for each in temperatures]
     sampling = SamplingBatch.build(params, [seed * 7919**3 + b for b in range(batch)], CPU)
+    drafters = [
+        attached(LazyMTPDrafter(module, TreeShape.parse(shape), levels, slots=batch), slots=batch, tokens=batch * 160)
+        for levels in both_levels(team)
+    ]
+    lengths = torch.randint(0, 60, (batch,), generator=generator)
+    tokens = torch.randint(0, VOCAB, (batch, 100), generator=generator)
+    states = torch.randn(batch, 100, 48, generator=generator)
+    for drafter in drafters:
+        for b, length in enumerate(lengths.tolist()):
+            show_prompt(drafter, b, tokens[b, : length + 1].tolist(), states[b, :length])
+    for _ in range(4):
+        requests = Batch(
+            torch.arange(batch), tokens[torch.arange(batch), lengths], lengths, int(lengths.max()), sampling
+        )
+        native, torchs = trees = [drafter.draft(requests) for drafter in drafters]
+        for name in ("tokens", "parents", "depths", "size"):
+            assert torch.equal(getattr(native, name), getattr(torchs, name)), name
+        assert torch.allclose(*(tree.scores for tree in trees), atol=1e-3)  # type: ignore[arg-type]
+        counts = torch.randint(1, native.max_depth + 2, (batch,), generator=generator)
+        index = lengths[:, None] + torch.arange(native.max_depth + 1)
+        path = torch.arange(native.max_depth + 1).expand(batch, -1)
+        hidden = states.gather(1, index[..., None].expand(-1, -1, 48))
+        for drafter in drafters:
+            drafter.observe(requests, VerifyResult(path, tokens.gather(1, index + 1), counts), hidden)
+        lengths = lengths + counts
+
+
+@FEW
+@given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([61, 5000, 49152]), st.sampled_from(["4x8", "chain"]))
+def test_choosing_is_that_of_torch(team: Team, seed: int, batch: int, vocab: int, kind: str) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    params = [SamplingParams(temperature=each) for each in [0.0, 0.8, 1.2, 0.3][:batch]]
+    sampling = SamplingBatch.build(params, [seed * 7919**3 + b for b in range(batch)], CPU)
     lengths = torch.randint(0, 3000, (batch,), generator=generator)
     requests = Batch(torch.arange(batch), torch.randint(0, vocab, (batch,)), lengths, 4000, sampling)
-    levels, best = {"4x8": ([(4, 4), (2, 8)], 0), "chain": ([(1, 1)] * 3, 0), "tree": ([(8, 8)] * 3, 7)}[kind]
+    levels = {"4x8": [(4, 4), (2, 8)], "chain": [(1, 1)] * 3}[kind]
     ids = torch.randperm(vocab, generator=generator)[: min(vocab, 2000)].contiguous()
-    trees: list[DraftTree] = []
-    scores = [torch.randn(batch, 64, len(ids), generator=generator) * 3 for _ in levels]
-    each: list[DraftOps] = [TorchDraftOps(), NativeDraftOps(team)]
-    for ops in each:
-        tree = ops.start(requests, levels, ids, vocab)
-        for number, (width, keep) in enumerate(levels):
-            level = Level(scores[number][:, : tree.frontier], ids, number + 1, width, keep)
-            if number + 1 < len(levels):
-                tree = ops.grow(tree, requests, level)
-        trees.append(ops.finish(tree, requests, level, best, torch.ones(batch, dtype=torch.int64)))
-    for name in ("tokens", "parents", "depths", "size"):
-        assert torch.equal(getattr(trees[0], name), getattr(trees[1], name)), name
-    assert torch.allclose(trees[0].scores, trees[1].scores, atol=1e-3)
-    logits = torch.randn(batch, trees[0].nodes, vocab, generator=generator) * 3
+    ops = TorchDraftOps()
+    tree = ops.start(requests, levels, ids, vocab)
+    for number, (width, keep) in enumerate(levels):
+        scores = torch.randn(batch, tree.frontier, len(ids), generator=generator) * 3
+        tree = ops.grow(tree, requests, Level(scores, ids, number + 1, width, keep))
+    drafted = finish(tree, 0, torch.ones(batch, dtype=torch.bool))
+    logits = torch.randn(batch, drafted.nodes, vocab, generator=generator) * 3
     for b in range(batch):  # drafts that match
-        for node in range(1, trees[0].nodes):
+        for node in range(1, drafted.nodes):
             if torch.rand((), generator=generator) < 0.5:
-                logits[b, trees[0].parents[b, node], trees[0].tokens[b, node]] += 30
+                logits[b, drafted.parents[b, node], drafted.tokens[b, node]] += 30
     expected, found = (
-        verifier.verify(trees[0], logits, requests) for verifier in (MatchVerifier(), NativeMatchVerifier(team))
+        verifier.verify(drafted, logits, requests) for verifier in (MatchVerifier(), NativeMatchVerifier(team))
     )
     assert torch.equal(expected.counts, found.counts)
     assert torch.equal(expected.path, found.path)

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from mtp_engine.config import LayerConfig, ModelConfig, MTPConfig, RopeConfig
-from mtp_engine.kernels.cpu.calls import LANES, TILE, CLayer, CLevel, CRope, CStep, PackedLinear, PackedStack, Part, Team
+from mtp_engine.kernels.cpu.calls import (
+    LANES,
+    TILE,
+    CLayer,
+    CLevel,
+    CRope,
+    CStep,
+    PackedLinear,
+    PackedStack,
+    Part,
+    Team,
+)
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.layers import Block, GatedMLP, Head, Join, LinearMap, RMSNorm, RotaryEmbedding
 from mtp_engine.models.moe import MoE

@@ -100,7 +100,9 @@ class Memory:
             return
         try:
             rows = self.cache.save(request.slot, full * page, tokens)
-            state = self.drafter.save(request.slot, tokens, lean=mark.lean) if drafts else []  # it may complete its cache
+            state = (
+                self.drafter.save(request.slot, tokens, lean=mark.lean) if drafts else []
+            )  # it may complete its cache
             if drafts and self.drafter.cache and not mark.lean:
                 rows += self.drafter.cache.save(request.slot, full * page, tokens, self.drafter.reread)
             rows += state

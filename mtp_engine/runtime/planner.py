@@ -54,7 +54,9 @@ class Costs:
         """Where that fails it is measured again next time."""
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"draft": self.draft, "verify": self.verify, "widen": self.widen}), encoding="utf-8")
+            path.write_text(
+                json.dumps({"draft": self.draft, "verify": self.verify, "widen": self.widen}), encoding="utf-8"
+            )
 
     def verifying(self, rows: int) -> float:
         """Between and beyond measured numbers of rows on straight lines."""
@@ -86,7 +88,9 @@ class Costs:
         for fewer, more in zip(known[-2::-1], known[:0:-1], strict=True):
             verify[fewer] = min(verify[fewer], verify[more])  # what is longer was disturbed
         widest = max(further for _, further, _, _, _ in steps)
-        wide = [(draft_s - draft[levels]) / further for levels, further, _, draft_s, _ in steps if further == widest > 0]
+        wide = [
+            (draft_s - draft[levels]) / further for levels, further, _, draft_s, _ in steps if further == widest > 0
+        ]
         return cls([draft[levels] for levels in sorted(draft)], verify, max(0.0, min(wide, default=0.0)))
 
     def drafting(self, levels: int, further: int) -> float:
@@ -142,7 +146,9 @@ class Planner:
     """Decides for all requests of a step together; one for a loop."""
 
     costs: Costs
-    forced: tuple[int, int, int] | None = None  # while costs are measured: levels, the most nodes of each, and nodes to verify
+    forced: tuple[int, int, int] | None = (
+        None  # while costs are measured: levels, the most nodes of each, and nodes to verify
+    )
     tried: list[tuple[int, int, int, float, float]] = field(default_factory=list)  # what that took, see Costs.best_of
     _depths: list[_Depth] = field(default_factory=list)
     _own: dict[int, _Own] = field(default_factory=dict)  # by slot
