@@ -196,6 +196,9 @@ class LazyMTPDrafter:
             none = torch.zeros_like(batch.slots)
             return LevelWork(number, batch.slots, batch.lengths + 1, none, 0, self._first[batch.slots], bound, tree)
         seen = self._seen[number]
+        if self.planner:
+            late = (length - seen[slot] - self.depth - 1 for slot, length in zip(slots, lengths, strict=True))
+            self.planner.late(sum(max(0, rows) for rows in late))
         for slot, length in zip(slots, lengths, strict=True):
             if length - seen[slot] > (_TOGETHER if len(slots) > 1 else _PIECE):
                 self._run_alone(number, slot, length - 1)

@@ -103,6 +103,9 @@ class TreePlanner(Protocol):
     def nodes(self) -> int:
         """How many drafted nodes to verify, the best ones of each request."""
 
+    def late(self, rows: int) -> None:
+        """Drafting ran so many rows that earlier steps had left out: what they cost is not this tree's."""
+
     def learn(self, slots: Sequence[int], accepted: Sequence[int]) -> None:
         """How many drafts of each request's tree were accepted."""
 

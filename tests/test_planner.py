@@ -75,6 +75,9 @@ class Dice:
     def nodes(self) -> int:
         return self._random.randint(1, self._most)
 
+    def late(self, rows: int) -> None:
+        pass
+
     def learn(self, slots: Sequence[int], accepted: Sequence[int]) -> None:
         pass
 

@@ -36,6 +36,7 @@ class Costs:
     verify: dict[int, float]
     widen: float = 0.0
     drift: float = 1.0  # of verification, against what was measured first: contexts grow, machines get busy
+    draft_drift: float = 1.0  # and of drafting
 
     @classmethod
     def read(cls, path: Path) -> "Costs | None":
@@ -95,17 +96,18 @@ class Costs:
 
     def drafting(self, levels: int, further: int) -> float:
         """further: nodes that are drafted from, besides one of each level."""
-        return self.draft[levels] + self.widen * further
+        return (self.draft[levels] + self.widen * further) * self.draft_drift
 
     def note(self, levels: int, further: int, rows: int, draft_s: float, verify_s: float) -> None:
-        """A step took so long. One that took several times as long was disturbed by something else, and counts a little."""
-        known = self.drafting(levels, further)
-        self.draft[levels] *= 1 + _DRIFT * (min(draft_s / max(known, 1e-9), 3.0) - 1)
-        known = self.verifying(rows) / self.drift
-        ratio = min(verify_s / known, 3 * self.drift)
-        self.drift += _DRIFT * (ratio - self.drift)
-        if rows in self.verify:
-            self.verify[rows] *= 1 + _DRIFT / 3 * (ratio / self.drift - 1)
+        """A step took so long. One that took several times as long was disturbed by something else, and counts a little. What
+        trees cost beside each other stays as it was measured: a tree that is seldom taken would not get over a bad time."""
+        self.drift = _follow(self.drift, verify_s / (self.verifying(rows) / self.drift))
+        if levels:
+            self.draft_drift = _follow(self.draft_drift, draft_s / (self.drafting(levels, further) / self.draft_drift))
+
+
+def _follow(drift: float, ratio: float) -> float:
+    return drift + _DRIFT * (min(ratio, 3 * drift) - drift)
 
 
 @final
@@ -156,6 +158,7 @@ class Planner:
     _levels: int = 0  # of that tree
     _further: int = 0  # nodes that it was grown from, besides one of each level
     _frontier: int = 0  # nodes of its newest level, over all requests
+    _late: int = 0  # rows that its levels had to come, and that cost about what a further node does
     _told: bool = False
 
     def __post_init__(self) -> None:
@@ -164,6 +167,7 @@ class Planner:
     def drafts(self, slots: Sequence[int]) -> bool:
         """Whether to draft in this step, for the requests in `slots`."""
         self._grown, self._levels, self._further, self._frontier = [[] for _ in slots], 0, 0, len(slots)
+        self._late = 0
         if self.forced:
             return self.forced[0] > 0
         own = [self._of(slot) for slot in slots]
@@ -216,6 +220,10 @@ class Planner:
         batch = len(self._grown)
         return max(range(1, most + 1), key=lambda count: self._rate(self._levels, batch, self._gain(count), count))
 
+    def late(self, rows: int) -> None:
+        """Drafting ran so many rows that earlier steps had left out."""
+        self._late += rows
+
     def learn(self, slots: Sequence[int], accepted: Sequence[int]) -> None:
         """How many drafts of each request's tree were accepted."""
         if self.forced or not self._levels:
@@ -242,7 +250,7 @@ class Planner:
         if self.forced:
             self.tried.append((self._levels, self._further, nodes * batch, draft_s, verify_s))
             return
-        self.costs.note(self._levels, self._further, nodes * batch, draft_s, verify_s)
+        self.costs.note(self._levels, self._further + self._late, nodes * batch, draft_s, verify_s)
         if self.costs.drift > _COLLAPSE and not self._told:
             self._told = True
             _LOG.warning(
