@@ -15,7 +15,7 @@ from torch import Tensor
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.cache import NO_LIMIT, HybridKV, Pages, ring_spans
 from mtp_engine.config import MTPConfig, TreeShape
-from mtp_engine.drafters.expand import BEAM, Growth, Level, best_first, finish, level_sizes, most_nodes, narrow
+from mtp_engine.drafters.expand import BEAM, Growth, Level, best_first, finish, level_sizes, narrow
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import TreePlanner
@@ -57,8 +57,8 @@ class Levels(Protocol):
 
     def attach(self, cache: HybridKV, history: History) -> None: ...
 
-    def start(self, batch: Batch) -> Growth:
-        """A tree of roots."""
+    def start(self, batch: Batch, sizes: list[tuple[int, int]]) -> Growth:
+        """A tree of roots. sizes: `width` and `keep` of the levels to come, at most."""
 
     def run(self, work: LevelWork) -> None:
         """Rows only: their keys and values, and the outputs that other levels read."""
@@ -67,8 +67,7 @@ class Levels(Protocol):
         """And the tree's next level: `width` candidates per node of the newest one, `keep` of all of them, best first."""
 
 
-LevelsFactory = Callable[[MTPModule, int], Levels]
-"""Makes the levels of a module; no tree grows to more nodes than so many, root included, before it is cut."""
+LevelsFactory = Callable[[MTPModule], Levels]
 
 
 @final
@@ -83,7 +82,7 @@ class LazyMTPDrafter:
         self.module, self.shape, self.planner = module, shape, planner
         self.depth = min(module.config.depth, shape.best) if shape.best else len(shape.widths)
         self._sizes = level_sizes(shape, self.depth, beam)
-        self.levels = levels(module, most_nodes(self._sizes, len(module.draft_ids)))
+        self.levels = levels(module)
         drafted = sum(keep for _, keep in self._sizes)
         self.max_nodes = 1 + (min(shape.best, drafted) if shape.best else drafted)
         self.scratch_rows = _PIECE + sum(keep for _, keep in self._sizes[:-1])
@@ -181,7 +180,7 @@ class LazyMTPDrafter:
         slots, planner = batch.slots.tolist(), self.planner
         if planner and not planner.drafts(slots):
             return DraftTree.root(batch.tokens)
-        tree = self.levels.start(batch)
+        tree = self.levels.start(batch, self._sizes)
         for number, (width, keep) in enumerate(self._sizes):
             tree = self.levels.grow(self._level(number, batch, slots, tree), batch, width, keep)
             if planner:
@@ -252,14 +251,15 @@ class TorchLevels:
     def attach(self, cache: HybridKV, history: History) -> None:
         self._cache, self._history = cache, history
 
-    def start(self, batch: Batch) -> Growth:
-        return self._ops.start(batch, [], self.module.draft_ids, len(self.module.embedding))
+    def start(self, batch: Batch, sizes: list[tuple[int, int]]) -> Growth:
+        return self._ops.start(batch, sizes, self.module.draft_ids, len(self.module.embedding))
 
     def run(self, work: LevelWork) -> None:
         self._outputs(work)
 
     def grow(self, work: LevelWork, batch: Batch, width: int, keep: int) -> Growth:
         output, frontier = self._outputs(work), work.tree.frontier
+        self._above = output[:, work.rows :]
         last = output[:, -frontier:] if work.tree.level else self._ops.last(output, work.counts)
         logits = self.module.logits(work.number, last)
         level = Level(logits, self.module.draft_ids, work.number + 1, width, keep)
@@ -290,7 +290,6 @@ class TorchLevels:
             real = torch.arange(work.rows) < work.counts[:, None]
             places = level.positions[:, : work.rows] % ring.shape[1]
             ring[own.expand_as(places)[real], places[real]] = output[:, : work.rows][real]
-        self._above = output[:, work.rows :]
         return output
 
     def _states(self, work: LevelWork, positions: Tensor) -> Tensor:

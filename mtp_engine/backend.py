@@ -113,7 +113,7 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
     if config.dtype == "int8":
         return _native(config)
     if device.type != "cuda":
-        return Backend(levels=lambda module, nodes: TorchLevels(module, TorchAttention))
+        return Backend(levels=lambda module: TorchLevels(module, TorchAttention))
     if config.attention == "torch":
         return Backend()
     try:
@@ -169,7 +169,7 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
 def _native(config: EngineConfig) -> Backend:
     """int8 on a CPU. Raises EngineError where the library cannot be made."""
     from mtp_engine.attention.native import NativeAttention
-    from mtp_engine.drafters.native import NativeLevels
+    from mtp_engine.drafters.native import NativeDraftOps, NativeLevels
     from mtp_engine.kernels.cpu.build import NoCompiler
     from mtp_engine.kernels.cpu.calls import PackedLinear, PackedStack, Team
     from mtp_engine.models.native import NativeMTP, fuse, fuse_mtp
@@ -186,7 +186,8 @@ def _native(config: EngineConfig) -> Backend:
         fuse=partial(fuse, team=team),
         fuse_mtp=partial(fuse_mtp, team=team),
         verifier=lambda rule: NativeMatchVerifier(team) if rule == "match" else _rule(rule),
-        levels=lambda module, nodes: NativeLevels(cast(NativeMTP, module), team, nodes),
+        ops=lambda ranking: NativeDraftOps(team) if ranking == "noise" else TorchDraftOps(ranking),
+        levels=lambda module: NativeLevels(cast(NativeMTP, module), team),
     )
 
 

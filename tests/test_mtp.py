@@ -78,7 +78,7 @@ def new_drafter(kind: str, module: MTPModule, text: str, slots: int) -> MTPDraft
     shape = TreeShape.parse(text)
     if kind == "lockstep":
         return MTPDrafter(module, shape, slots=slots, beam=4)
-    return LazyMTPDrafter(module, shape, lambda module, _: TorchLevels(module, TorchAttention), slots=slots, beam=4)
+    return LazyMTPDrafter(module, shape, lambda module: TorchLevels(module, TorchAttention), slots=slots, beam=4)
 
 
 def states(drafter: MTPDrafter | LazyMTPDrafter) -> list[torch.Tensor]:

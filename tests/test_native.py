@@ -21,7 +21,7 @@ from mtp_engine.config import SamplingParams, TreeShape
 from mtp_engine.drafters import LazyMTPDrafter, MTPDrafter, RootDrafter, TorchDraftOps, TorchLevels
 from mtp_engine.drafters.expand import Level, finish
 from mtp_engine.drafters.lazy import LevelsFactory
-from mtp_engine.drafters.native import NativeLevels
+from mtp_engine.drafters.native import NativeDraftOps, NativeLevels
 from mtp_engine.kernels.cpu import build
 from mtp_engine.kernels.cpu.calls import PackedLinear, PackedStack, Team
 from mtp_engine.kernels.reference import int8_linear
@@ -259,6 +259,7 @@ def test_drafting_does_not_change_the_text(tmp_path: Path, other: Team, shape: s
     wanted = decode(model, RootDrafter(), prompts, 64, other)
     drafters: list[LazyMTPDrafter | MTPDrafter] = [
         MTPDrafter(module, TreeShape.parse(shape), slots=3, attention=NativeAttention),
+        MTPDrafter(module, TreeShape.parse(shape), slots=3, attention=NativeAttention, ops=NativeDraftOps(other)),
         *(LazyMTPDrafter(module, TreeShape.parse(shape), levels, slots=3) for levels in both_levels(other)),
     ]
     for drafter in drafters:
@@ -307,8 +308,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory, team: Team) -> tuple[NativeMT
 def both_levels(team: Team) -> list[LevelsFactory]:
     """The library's, and its twin over the same weights of 8 bits."""
     return [
-        lambda module, nodes: NativeLevels(cast(NativeMTP, module), team, nodes),
-        lambda module, nodes: TorchLevels(module, NativeAttention),
+        lambda module: NativeLevels(cast(NativeMTP, module), team),
+        lambda module: TorchLevels(module, NativeAttention),
     ]
 
 

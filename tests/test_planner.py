@@ -16,7 +16,7 @@ from mtp_engine.attention.native import NativeAttention
 from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import EngineConfig, SamplingParams, TreeShape
-from mtp_engine.drafters import LazyMTPDrafter, MTPDrafter, RootDrafter, TorchLevels
+from mtp_engine.drafters import LazyMTPDrafter, MTPDrafter, RootDrafter, TorchLevels, lazy
 from mtp_engine.drafters.lazy import Levels
 from mtp_engine.drafters.native import NativeLevels
 from mtp_engine.engine import Engine
@@ -128,8 +128,8 @@ def models(
 
 
 def new_drafter(module: MTPModule, team: Team | None, planner: Any, shape: TreeShape = AUTO) -> LazyMTPDrafter:
-    def levels(module: MTPModule, nodes: int) -> Levels:
-        return NativeLevels(cast(NativeMTP, module), team, nodes) if team else TorchLevels(module, TorchAttention)
+    def levels(module: MTPModule) -> Levels:
+        return NativeLevels(cast(NativeMTP, module), team) if team else TorchLevels(module, TorchAttention)
 
     return LazyMTPDrafter(module, shape, levels, slots=4, planner=planner)
 
@@ -188,8 +188,17 @@ def test_whatever_is_planned_the_text_is_plain_decodings(
         assert answers(loop, prompts) == wanted
 
 
+@pytest.fixture(params=[None, (5, 20, 2)], ids=["pieces as they are", "small pieces"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many rows a layer runs at a time, has to come at most, and runs beside other requests' rows."""
+    if request.param:
+        for name, value in zip(("_PIECE", "_PENDING", "_TOGETHER"), request.param, strict=True):
+            monkeypatch.setattr(lazy, name, value)
+
+
+@pytest.mark.usefixtures("pieces")
 @FEW
-@given(st.integers(0, 10**6), st.floats(0.0, 0.95), st.integers(1, 220))
+@given(st.integers(0, 10**6), st.floats(0.0, 0.97), st.integers(1, 220))
 def test_drafts_do_not_depend_on_what_was_planned_before(
     models: tuple[Decoder, MTPModule], team: Team | None, seed: int, plain: float, steps: int
 ) -> None:

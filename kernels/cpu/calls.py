@@ -129,7 +129,7 @@ class Team:
         self._library = compiled(folder, flags)
         self._library.team_new.restype = c_void_p
         self._library.team_new.argtypes = [c_int, c_int]
-        for name in ("team_free", "pack_matrix", "run_linear", "run_step", "run_verify", "run_level"):
+        for name in ("team_free", "pack_matrix", "run_linear", "run_step", "run_verify", "run_grow", "run_level"):
             getattr(self._library, name).argtypes = [c_void_p, c_void_p][: 1 if name == "team_free" else 2]
         self._library.team_free.restype = self._library.pack_matrix.restype = None
         self._one = Lock()
@@ -153,6 +153,9 @@ class Team:
 
     def verify(self, call: CVerify) -> None:
         self._run(self._library.run_verify, call)
+
+    def grow(self, call: CGrow) -> None:
+        self._run(self._library.run_grow, call)
 
     def level(self, call: CLevel) -> None:
         self._run(self._library.run_level, call)

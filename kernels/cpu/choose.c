@@ -230,3 +230,11 @@ void grow(Me *me, const Grow *g) {
 size_t growing_bytes(const Grow *g, int threads) {
     return (size_t)g->batch * g->frontier * g->width * sizeof(Candidate) + threads * ((size_t)g->n + LANES) * sizeof(float);
 }
+
+static void job(Me *me, const void *given) { grow(me, given); }
+
+int run_grow(Team *team, const Grow *g) {
+    if (!take(team, growing_bytes(g, team_threads(team)))) return -1;
+    run(team, job, g);
+    return 0;
+}
