@@ -24,21 +24,24 @@ if os.environ.get("CI"):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def on_the_cpu() -> Iterator[None]:
-    """Tests that do not name a device mean the CPU, also on a machine with a GPU."""
-    from mtp_engine import engine
-    from mtp_engine.backend import find_device
+def on_one_core() -> Iterator[None]:
+    """Tests that do not name a device mean the CPU, also on a machine with a GPU; those that do not say how many threads want
+    one, since other tests have the other cores."""
+    from mtp_engine import backend, engine
 
+    find, size = backend.find_device, backend.pool_size
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "find_device", lambda name: find_device("cpu" if name == "auto" else name))
+        patch.setattr(engine, "find_device", lambda name: find("cpu" if name == "auto" else name))
+        for module in (engine, backend):
+            patch.setattr(module, "pool_size", lambda asked: size(asked or 1))
         yield
 
 
 @pytest.fixture(autouse=True)
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread, except where the default model runs: a second one makes tiny tensors up to ten times slower."""
+def threads() -> Iterator[None]:
+    """A second thread makes tiny tensors up to ten times slower."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2 if "model" in request.keywords else 1)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
