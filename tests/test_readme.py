@@ -76,6 +76,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "3",
         "--threads",
         "1",
+        "--compare",
+        "off",
     ]
     assert CliRunner().invoke(main, record).exit_code == 0
     return tmp_path
