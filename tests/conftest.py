@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -44,6 +45,12 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the CPU's library is compiled, once for all tests."""
+    return tmp_path_factory.mktemp("library")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

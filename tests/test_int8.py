@@ -67,7 +67,10 @@ def test_text_is_that_of_plain_decoding(plain: list[list[int]], options: dict[st
 
 def test_experts_windows_and_sinks_draft_the_same_text() -> None:
     options: list[dict[str, Any]] = [
-        {"drafter": "root"}, {"tree": "tree:15"}, {"tree": "4x2x2"}, {"tree": "chain:3", "prefill_chunk": 3}
+        {"drafter": "root"},
+        {"tree": "tree:15"},
+        {"tree": "4x2x2"},
+        {"tree": "chain:3", "prefill_chunk": 3},
     ]
     found = []
     for each in options:
