@@ -1,4 +1,4 @@
-"""Shared settings: one thread for tiny tensors, and no GPU tests where there is no GPU."""
+"""Shared settings: one thread for each test, and no GPU tests where there is no GPU."""
 
 import importlib.util
 import os
@@ -24,13 +24,26 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Processes, one per core, share a run of all tests on a CPU. -n says otherwise: 0 is none."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.usepdb
+    in_process = "PYTEST_XDIST_WORKER" in os.environ or torch.cuda.is_available()
+    if whole and not in_process and config.pluginmanager.has_plugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.maxprocesses = "auto", 8
+        config.option.dist = (
+            "worksteal"  # what one has not begun, another takes; neighbours share what a module has loaded
+        )
+
+
 @pytest.fixture(autouse=True, scope="session")
 def on_one_core() -> Iterator[None]:
     """Tests that do not name a device mean the CPU, also on a machine with a GPU; those that do not say how many threads want
-    one, since other tests have the other cores."""
+    one: a second makes tiny tensors up to ten times slower, and other tests have the other cores."""
     from mtp_engine import backend, engine
 
     find, size = backend.find_device, backend.pool_size
+    torch.set_num_threads(1)  # for fixtures, too, which are made before `one_thread`
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "find_device", lambda name: find("cpu" if name == "auto" else name))
         for module in (engine, backend):
@@ -39,12 +52,9 @@ def on_one_core() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """A second thread makes tiny tensors up to ten times slower."""
-    before = torch.get_num_threads()
+def one_thread() -> None:
+    """Whatever an engine before has set."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,8 @@
 """int8 on a CPU through the engine: drafting, batches, chunks, kept beginnings and preemption change no token."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.config import Structure
@@ -27,13 +25,6 @@ PARAMS = (
 
 def load(**options: Any) -> Engine:
     return Engine.load(config=EngineConfig(**{"dtype": "int8", "threads": 1, "max_context": 1024, **options}))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
