@@ -544,7 +544,8 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def test_inspect_counts(tmp_path: Path) -> None:
+def test_inspect_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # for a long path in one line
     folder = make_model(tmp_path / "[tiny]")
     result = invoke("inspect", str(folder), "--json", str(tmp_path / "report.json"))
     assert result.exit_code == 0, result.output
