@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pexpect
 import pytest
@@ -93,7 +92,7 @@ def plain(text: str) -> str:
 
 
 class Terminal:
-    """A chat with the default model on a pseudo-terminal."""
+    """A chat on a pseudo-terminal."""
 
     def __init__(self, *options: str) -> None:
         arguments = ["-m", "mtp_engine.cli", "chat", *OPTIONS, *options]
@@ -109,25 +108,27 @@ class Terminal:
         return plain(self.process.before or "")
 
 
+CONFIG = EngineConfig(device="cpu", threads=1, max_context=1024, max_batch=1)
+
+
 @pytest.fixture(scope="module")
-def reference() -> Iterator[Engine]:
-    with Engine.load(config=EngineConfig(device="cpu", threads=1, max_context=1024, max_batch=1)) as engine:
+def nano() -> Iterator[Engine]:
+    with Engine.load(hub.NANO, CONFIG) as engine:
         yield engine
 
 
-@pytest.mark.model
-def test_five_turns_an_interrupt_and_a_reset(reference: Engine, tmp_path: Path) -> None:
+def test_five_turns_an_interrupt_and_a_reset(nano: Engine) -> None:
     """The text is that of Engine.generate on the same history, the interrupted answer as far as it came included."""
     params = SamplingParams(max_tokens=16, temperature=0.8, seed=5)
     history: list[dict[str, str]] = []
 
     def expected(question: str) -> str:
         history.append(user(question))
-        text = reference.generate([history], params)[0].text
+        text = nano.generate([history], params)[0].text
         history.append({"role": "assistant", "content": text})
         return text
 
-    chat = Terminal("--max-tokens", "16", "--temperature", "0.8", "--seed", "5")
+    chat = Terminal("--model", hub.NANO, "--max-tokens", "16", "--temperature", "0.8", "--seed", "5")
     try:
         for question in ("My name is Ada.", "What is the capital of France?"):
             assert expected(question) in ask(chat, question)
@@ -156,37 +157,48 @@ def ask(chat: Terminal, line: str, mark: str = " a second") -> str:
 
 
 @pytest.mark.model
-def test_an_interrupted_answer_stays_as_far_as_it_came(reference: Engine) -> None:
+def test_an_interrupted_answer_stays_as_far_as_it_came() -> None:
+    """With the default model: mimo-nano would have said it all before it can be interrupted."""
     first, second = "Write a long story about the sea.", "Thank you."
     params = SamplingParams(max_tokens=160, seed=5)
-    whole = reference.generate([[user(first)]], params)[0].text
-    chat = Terminal("--max-tokens", "160", "--seed", "5")
-    try:
-        chat.process.send(f"{first}\r")
-        chat.process.expect_exact("\x1b[?2004l")  # the line is entered
-        chat.process.expect_exact(whole[:40].splitlines()[0])
-        begin = chat.process.after
-        chat.process.sendintr()
-        chat.process.expect_exact("interrupted")
-        shown = plain(f"{begin}{chat.process.before}").replace("^C", "")
-        chat.wait()
-        said = next(whole[:size] for size in range(len(whole), 0, -1) if shown.startswith(whole[:size]))
-        assert 0 < len(said) < len(whole)
-        history = [user(first), {"role": "assistant", "content": said}, user(second)]
-        assert reference.generate([history], params)[0].text in ask(chat, second)
-        chat.process.kill(signal.SIGTERM)
-        chat.process.expect(pexpect.EOF)
-    finally:
-        chat.process.close()
-    assert chat.process.exitstatus == 143
+    with Engine.load(config=CONFIG) as reference:
+        whole = reference.generate([[user(first)]], params)[0].text
+        chat = Terminal("--max-tokens", "160", "--seed", "5")
+        try:
+            chat.process.send(f"{first}\r")
+            chat.process.expect_exact("\x1b[?2004l")  # the line is entered
+            chat.process.expect_exact(whole[:40].splitlines()[0])
+            begin = chat.process.after
+            chat.process.sendintr()
+            chat.process.expect_exact("interrupted")
+            shown = plain(f"{begin}{chat.process.before}").replace("^C", "")
+            chat.wait()
+            said = next(whole[:size] for size in range(len(whole), 0, -1) if shown.startswith(whole[:size]))
+            assert 0 < len(said) < len(whole)
+            history = [user(first), {"role": "assistant", "content": said}, user(second)]
+            assert reference.generate([history], params)[0].text in ask(chat, second)
+            chat.process.kill(signal.SIGTERM)
+            chat.process.expect(pexpect.EOF)
+        finally:
+            chat.process.close()
+        assert chat.process.exitstatus == 143
 
 
-@pytest.mark.model
-def test_through_a_pipe_the_text_is_all_of_stdout(reference: Engine) -> None:
+def test_through_a_pipe_the_text_is_all_of_stdout(nano: Engine) -> None:
     lines = ["What is the capital of France?", "And of Spain?"]
-    command = [sys.executable, "-m", "mtp_engine.cli", "chat", *OPTIONS, "--max-tokens", "12", "-q"]
+    command = [
+        sys.executable,
+        "-m",
+        "mtp_engine.cli",
+        "chat",
+        *OPTIONS,
+        "--model",
+        hub.NANO,
+        "--max-tokens",
+        "12",
+        "-q",
+    ]
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=200)
-    conversation = Conversation(reference, SamplingParams(max_tokens=12))
+    conversation = Conversation(nano, SamplingParams(max_tokens=12))
     texts = [conversation.ask(line, None, lambda: None).text for line in lines]
     assert (done.returncode, done.stdout, done.stderr) == (0, "".join(f"{text}\n" for text in texts), "")
-    assert hub.DEFAULT_MODEL == "smollm2-135m-mtp3"

@@ -61,7 +61,7 @@ def mtp(models: Models, shape: str, ranking: Ranking = "noise") -> MTPDrafter:
 
 def engine(models: Models, drafter: Drafter, rule: Verifier | None = None) -> kit.Generate:
     """The tiny loop as the kit's callable; prompts join as slots come free."""
-    loop = make_loop(models.main, drafter, text=Letters)
+    loop = make_loop(models.main, drafter, text=Letters, prefix=40)
     loop.work.verifier = rule or MatchVerifier()
     return lambda cases: answers(loop, cases)
 
@@ -90,7 +90,15 @@ def answers(loop: DecodeLoop, cases: Sequence[kit.Case]) -> list[kit.Sample]:
 
 @pytest.fixture(scope="module")
 def baseline(models: Models) -> kit.Generate:
-    return engine(models, RootDrafter())
+    """Says a case once: it does not draft, no bug is planted while it answers, and the tests ask it the same."""
+    asked, known = engine(models, RootDrafter()), dict[str, kit.Sample]()
+
+    def remembered(cases: Sequence[kit.Case]) -> list[kit.Sample]:
+        new = {repr(case): case for case in cases if repr(case) not in known}
+        known.update(zip(new, asked(list(new.values())), strict=True))
+        return [known[repr(case)] for case in cases]
+
+    return remembered
 
 
 def suite(baseline: kit.Generate, candidate: kit.Generate, **changes: Any) -> list[kit.Verdict]:

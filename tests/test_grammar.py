@@ -2,12 +2,10 @@
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
 import pytest
-import torch
 from test_decode_loop import CPU, SLOTS, Models, decode, make_loop, prompts
 from tiny import Sums
 
@@ -89,11 +87,9 @@ STRUCTURES = {
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
+def engine() -> Engine:
     pytest.importorskip("llguidance")
-    threads = torch.get_num_threads()
-    yield Engine.load(config=EngineConfig(tree=TreeShape.parse("4x2"), max_context=512, max_batch=4))
-    torch.set_num_threads(threads)
+    return Engine.load(config=EngineConfig(tree=TreeShape.parse("4x2"), max_context=512, max_batch=4))
 
 
 def valid(name: str, text: str) -> bool:

@@ -1,6 +1,5 @@
 """The default model says the same with every drafter, and the same as transformers."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -16,7 +15,7 @@ from mtp_engine.runtime.request import Request
 
 pytestmark = pytest.mark.model
 
-TOKENS = 40
+TOKENS = 32
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) +",
@@ -55,17 +54,13 @@ def config(drafter: str, tree: str | None = None) -> EngineConfig:
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Iterator[Loaded]:
-    threads = torch.get_num_threads()
+def loaded() -> Loaded:
     loaded = Loaded(Engine.load(config=config("root")), [])
     loaded.plain = [request.output for request in loaded.answers(config("root"))]
-    yield loaded
-    torch.set_num_threads(threads)
+    return loaded
 
 
-@pytest.mark.parametrize(
-    ("drafter", "tree"), [("mtp", "chain:3"), ("mtp", "4x2x2"), ("mtp", "tree:16"), ("ngram", "chain:4")]
-)
+@pytest.mark.parametrize(("drafter", "tree"), [("mtp", "chain:3"), ("mtp", "tree:7"), ("ngram", "chain:4")])
 def test_the_same_tokens_with_and_without_drafting(loaded: Loaded, drafter: str, tree: str) -> None:
     requests = loaded.answers(config(drafter, tree))
     assert [request.output for request in requests] == loaded.plain
@@ -79,14 +74,12 @@ def test_the_answers_differ(loaded: Loaded) -> None:
 
 
 def test_greedy_decoding_is_that_of_transformers(loaded: Loaded) -> None:
+    """Theirs reads each answer at once: where every token is its choice after those before it, it would have said the same."""
     from transformers import LlamaForCausalLM
 
     theirs = LlamaForCausalLM.from_pretrained(hub.locate(DEFAULT_MODEL).folder, dtype=torch.float32).eval()
-    theirs.generation_config.eos_token_id = None  # ours ignores the end of text too
-    prompts = (*PROMPTS, "Once upon a time", "Water boils at a temperature of")
-    answers = loaded.engine.generate(prompts, SamplingParams(max_tokens=24, ignore_eos=True))
-    for prompt, ours in zip(prompts, answers, strict=True):
-        ids = torch.tensor([loaded.engine.encode(prompt)])
+    for prompt, said in zip(PROMPTS, loaded.plain, strict=False):  # greedily the first three
+        ids = loaded.engine.encode(prompt)
         with torch.inference_mode():
-            out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)
-        assert out[0, ids.shape[1] :].tolist() == ours.token_ids
+            logits = theirs(torch.tensor([[*ids, *said]])).logits[0]
+        assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == said

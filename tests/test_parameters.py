@@ -1,9 +1,6 @@
 """All sampling parameters at once on the default model: drafting says what plain decoding says, on ten prompts."""
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.conformance.run import PROMPTS
@@ -23,10 +20,8 @@ VARIANTS = [
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    threads = torch.get_num_threads()
-    yield Engine.load(config=EngineConfig(tree=TreeShape.parse("tree:7"), max_context=512, max_batch=10))
-    torch.set_num_threads(threads)
+def engine() -> Engine:
+    return Engine.load(config=EngineConfig(tree=TreeShape.parse("tree:7"), max_context=512, max_batch=10))
 
 
 def params(**changes: object) -> list[SamplingParams]:

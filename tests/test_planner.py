@@ -36,7 +36,7 @@ from mtp_engine.verifiers import MatchVerifier
 
 CPU = torch.device("cpu")
 AUTO = TreeShape.parse("auto")
-FEW = settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
 HEADS = {
     "heads": 4,
     "kv_heads": 2,
@@ -110,8 +110,8 @@ class Everything(Dice):
 
 
 @pytest.fixture(scope="module", params=["native", "torch"])
-def team(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Team | None:
-    return Team(1, tmp_path_factory.mktemp("library")) if request.param == "native" else None
+def team(request: pytest.FixtureRequest, library: Path) -> Team | None:
+    return Team(1, library) if request.param == "native" else None
 
 
 @pytest.fixture(scope="module", params=list(KINDS))

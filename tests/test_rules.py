@@ -144,9 +144,9 @@ PARAMS = SamplingParams(temperature=0.9)
 
 @pytest.mark.parametrize(("rule", "shape", "ranking"), CASES)
 def test_the_law_is_the_main_models(rule: str, shape: str, ranking: Ranking) -> None:
-    """120,000 texts of five tokens, in steps of a tree of depth 3: all of them, and p-values of 24 parts."""
+    """60,000 texts of five tokens, in steps of a tree of depth 3: all of them, and p-values of 12 parts."""
     toy = Toy.draw(3, (0, 1, 3) if shape == "2x2x2" else (0, 1, 2, 3))
-    texts, _ = toy.run(RULES[rule](), TreeShape.parse(shape), ranking, PARAMS, torch.arange(120_000))
+    texts, _ = toy.run(RULES[rule](), TreeShape.parse(shape), ranking, PARAMS, torch.arange(60_000))
     law = toy.law(0.9)
     assert float(law.sum()) == pytest.approx(1)
     assert p_value(texts, law) > 1e-4
@@ -167,9 +167,9 @@ def test_a_request_that_wants_a_smaller_tree(rule: str, shape: str, limit: str) 
 def test_the_test_sees_a_wrong_law() -> None:
     """Typical acceptance is lossy; and one at a temperature that is off by 0.05 is told from the right one."""
     toy = Toy.draw(3)
-    texts, _ = toy.run(TypicalVerifier(), TreeShape.parse("2x2x1"), "best", PARAMS, torch.arange(120_000))
+    texts, _ = toy.run(TypicalVerifier(), TreeShape.parse("2x2x1"), "best", PARAMS, torch.arange(60_000))
     assert p_value(texts, toy.law(0.9)) < 1e-9
-    right, _ = toy.run(MatchVerifier(), TreeShape.parse("chain:2"), "best", PARAMS, torch.arange(120_000))
+    right, _ = toy.run(MatchVerifier(), TreeShape.parse("chain:2"), "best", PARAMS, torch.arange(60_000))
     near = toy.law(0.95)
     assert 0.5 * float((near - toy.law(0.9)).abs().sum()) < 0.04
     assert p_value(right, near) < 1e-9

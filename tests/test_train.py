@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,11 +191,11 @@ def trained_weights(training: Training) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def learnt(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("learnt") / "heads"
-    options = ["--layers", 3, "--text", world.text, "--row-length", ROW, "--steps", 300, "--batch-tokens", 512]
-    options += ["--lr", 4e-2, "--adam-lr", 2e-2, "--eval-prompts", world.prompts, "--eval-every", 150]
+    options = ["--layers", 3, "--text", world.text, "--row-length", ROW, "--steps", 200, "--batch-tokens", 512]
+    options += ["--lr", 4e-2, "--adam-lr", 2e-2, "--eval-prompts", world.prompts, "--eval-every", 100]
     result = world.train(out, *options)
     assert result.stdout == f"{out}\n"
-    assert "step 300: loss " in result.stderr
+    assert "step 200: loss " in result.stderr
     return out
 
 
@@ -553,6 +554,12 @@ def test_other_texts_are_not_taken_for_those_of_before(world: World, tmp_path: P
 # ---- several processes ------------------------------------------------------------------------------------------------
 
 
+def on_one_core(rank: int) -> None:
+    """This process has a core of its own, as far as there are so many: threads of two that meet only wait for each other."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+
+
 def test_two_processes_learn_what_one_does(world: World, uninterrupted: dict[str, Tensor], tmp_path: Path) -> None:
     """The command itself, as torchrun starts it; gradients are added in another order, so the weights differ a little."""
     options = ["train", world.model, "--layers", 2, "--data", world.text.parent / "corpus", "--batch-tokens", 4 * ROW]
@@ -566,7 +573,7 @@ def test_two_processes_learn_what_one_does(world: World, uninterrupted: dict[str
     processes = [
         subprocess.Popen(
             command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=partial(on_one_core, int(rank)),
         )
         for rank in "01"
     ]  # fmt: skip
@@ -612,7 +619,7 @@ def test_a_dry_run_for_a_gpu_needs_none(world: World, tmp_path: Path) -> None:
 def test_report_and_card_tell_what_the_log_does(world: World, learnt: Path) -> None:
     rows = read_log(learnt)
     page, card = ((learnt / name).read_text() for name in ("report.html", "README.md"))
-    assert [row["step"] for row in rows][-1] == 300
+    assert [row["step"] for row in rows][-1] == 200
     for key in ("loss", "lengths"):
         values = [value for row in rows for value in row[key]]
         assert f">{max(values):.3g}<" in page
@@ -624,7 +631,7 @@ def test_report_and_card_tell_what_the_log_does(world: World, learnt: Path) -> N
         assert (line in card) == (row["measured"] is not None)
     assert "mtp-engine" in card
     about = json.loads((learnt / "config.json").read_text())
-    assert (about["steps"], about["base_model"]) == (300, str(world.model))
+    assert (about["steps"], about["base_model"]) == (200, str(world.model))
     ids = load_file(learnt / "mtp.safetensors")["draft_token_ids"]
     counts = torch.bincount(torch.tensor(byte_tokenizer().encode(world.text.read_text()).ids), minlength=264)
     assert len(ids.unique()) == len(ids) == 264
