@@ -29,7 +29,7 @@ from mtp_engine.tree import DraftTree
 from mtp_engine.verifiers import BlockVerifier, RejectionVerifier
 
 TEXTS = ["The cat sat", "Why is the sky blue?", "Count to ten: one, two,", "A dog and a boy went to the", "Hello"]
-TREES = ["chain:3", "4x2", "tree:2", "tree:7", "tree:31"]
+TREES = ["chain:3", "4x2", "tree:2", "tree:7", "tree:31", "tree:63"]
 EXACT = ["id", "category", "seed", "tokens", "steps", "nodes", "clean_tokens", "clean_steps", "finish_reason"]
 
 
