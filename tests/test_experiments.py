@@ -4,6 +4,7 @@ import errno
 import json
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,7 +18,7 @@ from click.testing import CliRunner
 from mtp_engine.cli.main import main
 from mtp_engine.config import TreeShape
 from mtp_engine.errors import EngineError
-from mtp_engine.experiments import analyse, report
+from mtp_engine.experiments import analyse, report, workers
 from mtp_engine.experiments.ask import Question, Recording
 from mtp_engine.experiments.grid import Case, Grid
 from mtp_engine.experiments.prompts import read_prompts
@@ -132,6 +133,17 @@ class FakeColumn:
     iloc: ClassVar[list[list[int]]] = [[4]]
 
 
+def same_rows(one: CaseFolder, other: CaseFolder) -> bool:
+    """But for times."""
+    first, second = one.frame("requests"), other.frame("requests")
+    steps = ["prompt", "step", "at", "emitted", "nodes", "loop"]
+    return (
+        first[EXACT].equals(second[EXACT])
+        and [list(x) for x in first["token_ids"]] == [list(x) for x in second["token_ids"]]
+        and bool(one.frame("steps")[steps].equals(other.frame("steps")[steps]))
+    )
+
+
 def test_killed_three_times(prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are those of an undisturbed run, whatever the moment; every time something of what was done is kept."""
     monkeypatch.setattr("mtp_engine.experiments.run._PART", 1)
@@ -152,14 +164,43 @@ def test_killed_three_times(prompts: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert done == sorted(set(done)), "a killed run lost something"
     run_cases(killed, "cpu")
     for one, other in zip(whole.folders, killed.folders, strict=True):
-        first, second = one.frame("requests"), other.frame("requests")
-        assert first[EXACT].equals(second[EXACT])
-        assert [list(x) for x in first["token_ids"]] == [list(x) for x in second["token_ids"]]
-        steps = ["prompt", "step", "at", "emitted", "nodes", "loop"]
-        assert one.frame("steps")[steps].equals(other.frame("steps")[steps])
+        assert same_rows(one, other)
     before = [len(folder.sessions) for folder in killed.folders]
     run_cases(killed, "cpu")  # nothing is left to do
     assert [len(folder.sessions) for folder in killed.folders] == before
+
+
+def test_cases_spread_over_processes(prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped half way, and with one device that there is not: the rows are those of one process."""
+    monkeypatch.setattr(workers, "_LOOK", 0.2)
+    cases = Grid.of(settings(prompts, tree=["chain:2", "tree:4"], temperature=[0.0, 1.0], max_tokens=5)).cases
+    whole, spread = (Experiment.begin(tmp_path / name, cases, {}) for name in ("whole", "spread"))
+    run_cases(whole, "cpu")
+
+    def stop(done: int, total: int) -> None:
+        assert total == 4 * len(TEXTS)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        workers.run_workers(spread, ["cpu", "cpu"], stop)
+    with pytest.raises(EngineError, match=r"on cuda:99: .*; run again to go on"):
+        workers.run_workers(spread, ["cuda:99", "cpu"], lambda done, total: None)
+    assert all(folder.finished for folder in spread.folders), "one failed, and the other did not do its work"
+    assert all(same_rows(*pair) for pair in zip(whole.folders, spread.folders, strict=True))
+
+
+def test_a_worker_ends_with_who_started_it(prompts: str, tmp_path: Path) -> None:
+    """Or a killed run's workers would hold its cases."""
+    cases = Grid.of(settings(prompts, tree="chain:2", max_tokens=400)).cases
+    experiment = Experiment.begin(tmp_path / "out", cases, {})
+    with (tmp_path / "words").open("wb") as words:
+        worker = workers._start(experiment, "cpu", words)
+        while not (tmp_path / "out" / cases[0].id).is_dir() and worker.poll() is None:
+            time.sleep(0.05)
+        assert worker.stdin
+        worker.stdin.close()
+        assert worker.wait(20) == 130, (tmp_path / "words").read_text()
+    assert not experiment.folders[0].finished
 
 
 def test_a_full_disk_loses_nothing(prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
