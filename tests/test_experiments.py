@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from mtp_engine.config import TreeShape
 from mtp_engine.errors import EngineError
 from mtp_engine.experiments import analyse, report, workers
 from mtp_engine.experiments.ask import Question, Recording
+from mtp_engine.experiments.costs import PLAIN, PLANNER, Costs
 from mtp_engine.experiments.grid import Case, Grid
 from mtp_engine.experiments.prompts import read_prompts
 from mtp_engine.experiments.run import Engines, run_case, run_cases
@@ -377,6 +379,27 @@ def test_a_report_needs_nothing_else(recorded: Experiment, tmp_path: Path) -> No
     assert r"\toprule" in (tmp_path / "report" / "summary.tex").read_text()
     ids = [part.split('"')[0] for part in text.split(' id="')[1:]]
     assert len(ids) == len(set(ids)), "pictures share identifiers"
+
+
+def test_what_steps_cost(recorded: Experiment, tmp_path: Path) -> None:
+    """Of a folder that holds recordings; a second call adds trees. The report predicts from timed steps and the planner's."""
+    folder = shutil.copytree(recorded.path, tmp_path / "out")
+    for tree in ("chain:3", "tree:2"):
+        result = command("costs", folder, "--tree", tree, "--batch", 1, "--batch", 3)
+        assert result.exit_code == 0, result.output
+    costs = Costs.load(folder)
+    trees = {tree + source for tree in (PLAIN, "chain:3", "tree:2") for source in ("", PLANNER)}
+    assert set(costs.seconds["mimo-nano"]) == trees
+    assert all(set(row) == {1, 3} and min(row.values()) > 0 for row in costs.seconds["mimo-nano"].values())
+    for source in ("", PLANNER):
+        steps = [costs.seconds["mimo-nano"][name + source][3] for name in (PLAIN, "tree:2")]
+        assert costs.speedup("mimo-nano", "tree:2", 1.5, source)[3] == pytest.approx(1.5 * steps[0] / steps[1])
+    assert costs.speedup("mimo-nano", "tree:7", 1.5) == {}
+    page = report.write_report(Experiment.open(folder), tmp_path / "report").read_text()
+    assert f"chain:3{PLANNER}".replace("'", "&#x27;") in page
+    assert (tmp_path / "report" / "speed-up.png").is_file()
+    (folder / "costs.json").write_text("[]")
+    assert "measure it again" in command("report", folder).stderr
 
 
 def test_asking_at_the_command_line(recorded: Experiment) -> None:

@@ -11,7 +11,7 @@ from mtp_engine.config import TreeShape
 from mtp_engine.errors import EngineError
 from mtp_engine.experiments import charts
 from mtp_engine.experiments.analyse import ALL, Result, entropy_fit, results, speed
-from mtp_engine.experiments.costs import Costs
+from mtp_engine.experiments.costs import PLANNER, Costs
 from mtp_engine.experiments.store import Experiment
 from mtp_engine.experiments.tables import TextTable
 from mtp_engine.hub.files import atomically
@@ -208,8 +208,10 @@ def _speed(experiment: Experiment, found: Sequence[Result], names: Names) -> Ite
         if each.case.drafter != "mtp" or each.case.temperature != coldest:
             continue
         name = " ".join(filter(None, [names.model(each), each.case.tree]))
-        if points := costs.speedup(each.case.model, each.case.tree, each.accepted_length(loops=True).value):
-            series[name] = points
+        for source in ("", PLANNER):
+            length = each.accepted_length(loops=True).value
+            if points := costs.speedup(each.case.model, each.case.tree, length, source):
+                series[name + source] = points
         own = speed(each, found)
         if own and own.against_plain:
             measured.setdefault(name, {})[each.case.batch] = own.against_plain
@@ -221,11 +223,15 @@ def _speed(experiment: Experiment, found: Sequence[Result], names: Names) -> Ite
         for name, points in series.items()
     )
     table = TextTable("predicted", "Predicted speed-up by requests in a step", ("setting", *map(str, batches)), rows)
-    favourites = [name for name in series if name.split()[-1] in _FAVOURITES][:_SHOWN] or list(series)[:_SHOWN]
-    picture = charts.predicted({name: series[name] for name in favourites}, measured)
-    yield Section(
-        "Speed-up", "Predicted from accepted length and what steps cost here.", (("speed-up", picture),), (table,)
+    timed = {name: points for name, points in series.items() if not name.endswith(PLANNER)}
+    favourites = [name for name in timed if name.split()[-1] in _FAVOURITES][:_SHOWN] or list(timed)[:_SHOWN]
+    planned = {name: series[name + PLANNER] for name in favourites if name + PLANNER in series}
+    picture = charts.predicted({name: series[name] for name in favourites}, planned, measured)
+    text = (
+        "Predicted from accepted length and what steps cost here: steps that were timed, and what the engine's planner makes of "
+        "its own table, which it measures for one request and carries on along straight lines."
     )
+    yield Section("Speed-up", text, (("speed-up", picture),), (table,))
 
 
 def _html(experiment: Experiment, sections: Sequence[Section]) -> str:
