@@ -1,27 +1,36 @@
 """Does `mtp-engine experiment` keep its word? A line of JSON for each part.
 
     python bench/experiments.py recorded --out /tmp/recorded    # recordings against real decoding, step for step
+    python bench/experiments.py rules --out /tmp/rules          # the same for rules with noise of their own, on average
     python bench/experiments.py killed --out /tmp/killed        # 24 cases x 40 prompts, killed three times (SIGKILL)
     python bench/experiments.py overhead                        # what recording costs; wants a quiet machine
+    python bench/experiments.py page /tmp/r/report.html --out /tmp/pictures    # a report in Chromium, with pictures to look at
     python bench/experiments.py doctor                          # seconds, and what it says of the models in the box
 
-recorded and killed go on where they were when they are given the same --out again.
+recorded and rules go on where they were when they are given the same --out again.
 """
 
+import asyncio
+import base64
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import click
+import page as browser
+import websockets
 from common import ROOT, SOME, conditions, require_commit, run
 
 from mtp_engine.config import TreeShape
 from mtp_engine.experiments import record
+from mtp_engine.experiments.analyse import Result, computed
 from mtp_engine.experiments.ask import Question, Recording
 from mtp_engine.experiments.doctor import examine
 from mtp_engine.experiments.grid import Case, Grid
@@ -33,6 +42,15 @@ MODELS = ("mimo-nano", "smollm2-135m-mtp3")
 TREES = ("chain:3", "4x2x2", "tree:7", "tree:15", "tree:31")
 SAME = ["id", "category", "seed", "tokens", "steps", "nodes", "clean_tokens", "clean_steps", "finish_reason"]
 """Columns of a request's row that are no times."""
+MEASURED = """
+JSON.stringify({
+  overflow: document.documentElement.scrollWidth - window.innerWidth,
+  height: document.documentElement.scrollHeight,
+  fetched: performance.getEntriesByType("resource").length,
+  pictures: document.querySelectorAll("figure svg").length,
+  tables: document.querySelectorAll("table").length,
+})
+"""
 
 
 @click.group()
@@ -80,6 +98,50 @@ def compare(kept: Recording, folder: CaseFolder) -> None:
         same_texts=sum(texts), accepted_length_recorded=round(lengths[0], 4), accepted_length_decoded=round(lengths[1], 4),
         off_by=round(lengths[0] / lengths[1] - 1, 5),
     )  # fmt: skip
+
+
+@main.command()
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--limit", type=SOME, default=120, help="Built-in prompts, of which those of over 500 tokens are left out."
+)
+@click.option("--max-tokens", type=SOME, default=48)
+def rules(out: Path, limit: int, max_tokens: int) -> None:
+    """What a recording expects of rules and candidates, and what decoding with them accepts. The texts are others."""
+    require_commit()
+    base = Case(limit=limit, max_tokens=max_tokens, temperature=1.0)
+    asked = [
+        Question(TreeShape.parse(tree), *way)
+        for tree, way in product(
+            ("chain:2", "chain:3"), (("match", "best"), ("rejection", "drawn"), ("block", "drawn"))
+        )
+    ]
+    asked += [
+        Question(TreeShape.parse("4x2x2"), "match", "best"),
+        Question(TreeShape.parse("chain:3"), vocabulary=2048),
+    ]
+    kept = replace(base, mode="record")
+    found = begin(out, [kept, *(computed_case(base, each) for each in asked)], {"limit": limit})
+    run_cases(found, "cpu")
+    folders = {folder.case.id: folder for folder in found.folders}
+    recording = Recording.load(folders[kept.id])
+    for each in asked:
+        case = computed_case(base, each)
+        results = computed(kept, recording, each), Result(case, folders[case.id].frame("requests"))
+        lengths = [result.accepted_length(loops=True) for result in results]
+        said(
+            "rules", model=case.model, tree=case.tree, rule=each.rule, candidates=each.candidates,
+            draft_vocab=case.draft_vocab, temperature=1.0, prompts=len(results[1].rows()), max_tokens=max_tokens,
+            **{name: [round(x, 4) for x in (length.value, length.low, length.high)]
+               for name, length in zip(("expected", "decoded"), lengths, strict=True)},
+        )  # fmt: skip
+
+
+def computed_case(base: Case, question: Question) -> Case:
+    """The case that decodes what is asked."""
+    candidates = "auto" if question.candidates != "best" else "best"
+    vocabulary = question.vocabulary or base.draft_vocab
+    return replace(base, tree=str(question.tree), verifier=question.rule, candidates=candidates, draft_vocab=vocabulary)
 
 
 @main.command()
@@ -179,6 +241,46 @@ def timed(case: Case, prompts: int) -> tuple[float, float]:
         record.Recorder._note = inner  # type: ignore[method-assign]
         engines.close()
     return best
+
+
+@main.command()
+@click.argument("report", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Where the pictures go.")
+def page(report: Path, out: Path) -> None:
+    """At a desktop's and a phone's width: what is wider than the window, and what is fetched."""
+    require_commit()
+    out.mkdir(parents=True, exist_ok=True)
+    seen = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        port = browser.free_port()
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={scratch}/profile"]
+        with browser.process(["chromium", *flags, f"--remote-debugging-port={port}", "about:blank"]):
+            for name, size in browser.SIZES.items():
+                tabs = browser.get(f"http://127.0.0.1:{port}/json")
+                devtools = next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
+                seen[name] = asyncio.run(look(devtools, report, size, out / f"{name}.png"))
+    said("page", bytes=report.stat().st_size, seen=seen)
+
+
+async def look(devtools: str, report: Path, size: tuple[int, int], picture: Path) -> dict[str, int]:
+    """Open a report without network, measure it, and take a picture of its whole length."""
+    async with websockets.connect(devtools, max_size=None) as channel:
+        tab = browser.Browser(channel)
+        await tab.call("Network.enable")
+        await tab.call(
+            "Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0
+        )
+        width, height = size
+        phone = width < 600
+        view = {"deviceScaleFactor": 1, "mobile": phone}
+        await tab.call("Emulation.setDeviceMetricsOverride", width=width, height=height, **view)
+        await tab.call("Page.navigate", url=report.resolve().as_uri())
+        await asyncio.sleep(1)
+        found: dict[str, int] = json.loads(await tab.evaluate(MEASURED))
+        await tab.call("Emulation.setDeviceMetricsOverride", width=width, height=found["height"], **view)
+        shot = await tab.call("Page.captureScreenshot", format="png")
+        picture.write_bytes(base64.b64decode(shot["data"]))
+        return found
 
 
 @main.command()

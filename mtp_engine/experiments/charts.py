@@ -148,6 +148,6 @@ def predicted(timed: Curves, planned: Curves, measured: Curves) -> Any:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set(xlabel="requests in a step", ylabel="speed-up over plain decoding")
-    axes.set_title("predicted: solid by timed steps, dashed by the planner; crosses: measured")
+    axes.set_title("solid: by timed steps; dashed: by the planner; crosses: measured", fontsize=8)
     figure.legend(loc="outside upper center", ncols=3)
     return figure

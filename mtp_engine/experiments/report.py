@@ -102,6 +102,8 @@ class Names:
 
     def __init__(self, found: Sequence[Result]) -> None:
         cases = [each.case for each in found]
+        decoded, computed = ({_setting(each) for each in found if each.recorded is kind} for kind in (False, True))
+        self._twice = decoded & computed
         self._models = len({(case.model, case.mtp) for case in cases}) > 1
         self._varied = [name for name in ("batch", "draft_vocab", "candidates", "prompts", "dtype")
                         if len({getattr(case, name) for case in cases if case.drafter == "mtp"}) > 1]  # fmt: skip
@@ -112,18 +114,28 @@ class Names:
         return " ".join(filter(None, [Path(case.model).name, Path(case.mtp).name])) if self._models else ""
 
     def __call__(self, result: Result) -> str:
-        varied = [f"{name} {Path(str(getattr(result.case, name))).name}" for name in self._varied]
-        return " ".join(filter(None, [self.model(result), result.name, *varied]))
+        case = result.case
+        varied = [f"{name} {Path(str(getattr(case, name))).name}" for name in self._varied]
+        twice = result.recorded and _setting(result) in self._twice
+        return " ".join(filter(None, [self.model(result), result.name, *varied, "computed" if twice else ""]))
 
 
 def _favourites(drafted: Sequence[Result]) -> list[Result]:
-    """A few that most people ask for, at the lowest temperature."""
+    """A few that most people ask for, at the lowest temperature; of the same setting the first."""
     coldest = min(each.case.temperature for each in drafted)
     ranked = sorted(
         (each for each in drafted if each.case.temperature == coldest),
         key=lambda each: _FAVOURITES.index(each.case.tree) if each.case.tree in _FAVOURITES else len(_FAVOURITES),
     )
-    return ranked[:_SHOWN]
+    found: dict[Any, Result] = {}
+    for each in ranked:
+        found.setdefault(_setting(each), each)
+    return list(found.values())[:_SHOWN]
+
+
+def _setting(result: Result) -> Any:
+    """What was asked, however it was found out."""
+    return result.case.label, result.case.model, result.case.mtp
 
 
 def _summary(found: Sequence[Result], names: Names) -> TextTable:
