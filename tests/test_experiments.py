@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from serving import engine, serving
 
 from mtp_engine.cli.main import main
 from mtp_engine.config import TreeShape
@@ -420,8 +421,15 @@ class Server(BaseHTTPRequestHandler):
         if body["model"] == "broken":
             self.send_error(404, "no such model")
             return
+        if body["model"] == "old" and "draft_metrics" in body:
+            self.send_error(400, "unknown field")
+            return
         self.send_response(200)
         self.end_headers()
+        if body["model"] in ("fails", "odd"):
+            said: Any = {"error": {"message": "out of memory"}} if body["model"] == "fails" else ["what?"]
+            self.wfile.write(f"data: {json.dumps(said)}\n\n".encode())
+            return
         chunks: list[Any] = [{"choices": [{"delta": {"role": "assistant", "content": ""}}]}]
         chunks += [{"choices": [{"delta": {"content": "x"}}]} for _ in range(3)]
         last: dict[str, Any] = {"choices": [{"delta": {}, "finish_reason": "length"}]}
@@ -468,9 +476,45 @@ def test_other_engines(url: str, prompts: str, tmp_path: Path) -> None:
     page = report.write_report(experiment, tmp_path / "report")
     assert "silent" in page.read_text()
 
+    assert all(body["draft_metrics"] for body in Server.bodies)
+    old = Experiment.begin(tmp_path / "old", Grid.of({**base, "model": "old"}).cases, {})
+    run_cases(old, "cpu")  # which takes no fields that it does not know
+    assert old.folders[0].frame("requests")["tokens"].tolist() == [11] * 5
+    for model, message in (("fails", "failed at prompt .*: out of memory"), ("odd", "no chat completion")):
+        case = Grid.of({**base, "model": model}).cases[0]
+        with pytest.raises(EngineError, match=message):
+            run_case(CaseFolder(tmp_path / model, case), Engines("cpu"), lambda done, total: None)
+
     broken = Experiment.begin(tmp_path / "broken", Grid.of({**base, "model": "broken"}).cases, {})
     with pytest.raises(EngineError, match="answered 404"):
         run_cases(broken, "cpu")
     gone = Grid.of({**base, "engine": "openai:http://127.0.0.1:9/v1", "model": "x"}).cases[0]
     with pytest.raises(EngineError, match="is the server running"):
         run_case(CaseFolder(tmp_path, gone), Engines("cpu"), lambda done, total: None)
+
+
+def test_our_own_server(prompts: str, tmp_path: Path) -> None:
+    """Says of every request what the engine itself does: the same tokens in as many steps, side by side with it."""
+    base = {
+        "model": "mimo-nano",
+        "prompts": prompts,
+        "max_tokens": 12,
+        "temperature": [0.0, 0.9],
+        "seed": 4,
+        "batch": 3,
+    }
+    ours = Experiment.begin(tmp_path / "ours", Grid.of({**base, "tree": "chain:3", "threads": 1}).cases, {})
+    run_cases(ours, "cpu")
+    with engine() as running, serving(running) as url:
+        there = Experiment.begin(tmp_path / "there", Grid.of({**base, "engine": f"openai:{url}/v1"}).cases, {})
+        run_cases(there, "cpu")
+    for one, other in zip(ours.folders, there.folders, strict=True):
+        first, second = one.frame("requests"), other.frame("requests")
+        for name in ("prompt", "tokens", "steps", "emitted", "nodes", "finish_reason", "prompt_tokens"):
+            assert first[name].tolist() == second[name].tolist(), name
+        accepted = [[[n for n in row if n] for row in frame["accepted"]] for frame in (first, second)]
+        assert accepted[0] == accepted[1]
+        assert any(accepted[0])
+    found = analyse.compare(analyse.results(ours), analyse.results(there))
+    assert [row.name for row in found] == [f"chain:3 T={t}, openai:{url}/v1 T={t}" for t in ("0", "0.9")]
+    assert all(row.difference.value == 0 for row in found)
