@@ -71,30 +71,32 @@ def said(part: str, **found: Any) -> None:
     "--limit", type=SOME, default=145, help="Built-in prompts, of which those of over 500 tokens are left out."
 )
 @click.option("--max-tokens", type=SOME, default=64)
-def recorded(out: Path, models: Sequence[str], temperatures: Sequence[float], limit: int, max_tokens: int) -> None:
+@click.option("--draft-vocab", type=SOME, default=16384, help="That is recorded.")
+@click.option("--ask-vocab", "smaller", type=SOME, multiple=True, help="Asked of chain:3 and 4x2x2 besides it.")
+def recorded(out: Path, models: Sequence[str], smaller: Sequence[int], **settings: Any) -> None:
     """What recordings answer against what real decoding does, for every prompt and tree."""
     require_commit()
-    base = {"model": list(models), "temperature": list(temperatures), "limit": limit, "max_tokens": max_tokens}
-    cases = Grid.of({**base, "mode": "record"}).cases + Grid.of({**base, "tree": list(TREES)}).cases
-    found = begin(out, cases, base)
+    settings |= {"model": list(models), "temperature": list(settings.pop("temperatures"))}
+    asked = [Question(TreeShape.parse(tree)) for tree in TREES]
+    asked += [Question(TreeShape.parse(tree), vocabulary=size) for size in smaller for tree in ("chain:3", "4x2x2")]
+    recordings = Grid.of({**settings, "mode": "record"}).cases
+    pairs = [(case, computed_case(case, each), each) for case in recordings for each in asked]
+    found = begin(out, [*recordings, *(real for _, real, _ in pairs)], settings)
     run_cases(found, "cpu")
     folders = {folder.case.id: folder for folder in found.folders}
-    for case in cases:
-        if case.mode == "record":
-            kept = Recording.load(folders[case.id])
-            for tree in TREES:
-                compare(kept, folders[replace(case, mode="run", tree=tree).id])
+    for case, real, question in pairs:
+        compare(Recording.load(folders[case.id]), question, folders[real.id])
 
 
-def compare(kept: Recording, folder: CaseFolder) -> None:
-    """Print how a tree's answer and its real decoding differ."""
-    real, answer = folder.frame("requests"), kept.answer(Question(TreeShape.parse(folder.case.tree)))
+def compare(kept: Recording, question: Question, folder: CaseFolder) -> None:
+    """Print how an answer and real decoding differ."""
+    real, answer = folder.frame("requests"), kept.answer(question)
     assert list(real["prompt"]) == list(answer["prompt"])
     lengths = [float(frame["tokens"].sum() / frame["steps"].sum()) for frame in (answer, real)]
     texts = [list(a) == list(b) for a, b in zip(real["token_ids"], kept.requests["token_ids"], strict=True)]
     said(
         "recorded", model=folder.case.model, tree=folder.case.tree, temperature=folder.case.temperature,
-        max_tokens=folder.case.max_tokens, prompts=len(real), same_steps=int((real["steps"] == answer["steps"]).sum()),
+        draft_vocab=folder.case.draft_vocab, max_tokens=folder.case.max_tokens, prompts=len(real), same_steps=int((real["steps"] == answer["steps"]).sum()),
         same_texts=sum(texts), accepted_length_recorded=round(lengths[0], 4), accepted_length_decoded=round(lengths[1], 4),
         off_by=round(lengths[0] / lengths[1] - 1, 5),
     )  # fmt: skip
@@ -141,7 +143,9 @@ def computed_case(base: Case, question: Question) -> Case:
     """The case that decodes what is asked."""
     candidates = "auto" if question.candidates != "best" else "best"
     vocabulary = question.vocabulary or base.draft_vocab
-    return replace(base, tree=str(question.tree), verifier=question.rule, candidates=candidates, draft_vocab=vocabulary)
+    return replace(
+        base, mode="run", tree=str(question.tree), verifier=question.rule, candidates=candidates, draft_vocab=vocabulary
+    )
 
 
 @main.command()
