@@ -96,9 +96,10 @@ def compare(kept: Recording, question: Question, folder: CaseFolder) -> None:
     texts = [list(a) == list(b) for a, b in zip(real["token_ids"], kept.requests["token_ids"], strict=True)]
     said(
         "recorded", model=folder.case.model, tree=folder.case.tree, temperature=folder.case.temperature,
-        draft_vocab=folder.case.draft_vocab, max_tokens=folder.case.max_tokens, prompts=len(real), same_steps=int((real["steps"] == answer["steps"]).sum()),
-        same_texts=sum(texts), accepted_length_recorded=round(lengths[0], 4), accepted_length_decoded=round(lengths[1], 4),
-        off_by=round(lengths[0] / lengths[1] - 1, 5),
+        draft_vocab=folder.case.draft_vocab, max_tokens=folder.case.max_tokens, prompts=len(real),
+        same_steps=int((real["steps"] == answer["steps"]).sum()), same_texts=sum(texts),
+        accepted_length_recorded=round(lengths[0], 4),
+        accepted_length_decoded=round(lengths[1], 4), off_by=round(lengths[0] / lengths[1] - 1, 5),
     )  # fmt: skip
 
 
