@@ -186,10 +186,15 @@ def test_cases_spread_over_processes(prompts: str, tmp_path: Path, monkeypatch: 
 
     with pytest.raises(KeyboardInterrupt):
         workers.run_workers(spread, ["cpu", "cpu"], stop)
+    assert not all(folder.finished for folder in spread.folders)
+    with pytest.raises(EngineError, match="device cuda:99"):
+        workers.run_workers(spread, ["cpu", "cuda:99"], stop)
+    monkeypatch.setattr(workers, "find_device", lambda name: name)
     with pytest.raises(EngineError, match=r"on cuda:99: .*; run again to go on"):
         workers.run_workers(spread, ["cuda:99", "cpu"], lambda done, total: None)
     assert all(folder.finished for folder in spread.folders), "one failed, and the other did not do its work"
     assert all(same_rows(*pair) for pair in zip(whole.folders, spread.folders, strict=True))
+    workers.run_workers(spread, ["cpu", "cpu"], lambda done, total: None)  # who finds nothing to do ends well
 
 
 def test_a_worker_ends_with_who_started_it(prompts: str, tmp_path: Path) -> None:
@@ -225,6 +230,25 @@ def test_a_full_disk_loses_nothing(prompts: str, tmp_path: Path, monkeypatch: py
     assert len(folder.done) == 2
     run_cases(experiment, "cpu")
     assert folder.frame("requests")["prompt"].tolist() == list(range(len(TEXTS)))
+
+
+def test_a_damaged_part_is_decoded_anew(prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no other is touched."""
+    monkeypatch.setattr("mtp_engine.experiments.run._PART", 2)
+    experiment = Experiment.begin(tmp_path / "out", Grid.of(settings(prompts, tree="chain:2", max_tokens=3)).cases, {})
+    run_cases(experiment, "cpu")
+    [folder] = experiment.folders
+    whole, [first, *others] = folder.frame("requests"), folder.parts("requests")
+    kept = [path.read_bytes() for path in others]
+    first.write_bytes(first.read_bytes()[:100])
+    with pytest.raises(EngineError, match="only its prompts are decoded anew"):
+        run_cases(experiment, "cpu")
+    first.unlink()
+    assert not folder.finished
+    run_cases(experiment, "cpu")
+    assert [path.read_bytes() for path in others] == kept
+    assert folder.frame("requests")[EXACT].equals(whole[EXACT])
+    assert folder.finished
 
 
 def test_forms_of_prompt_sets(tmp_path: Path) -> None:

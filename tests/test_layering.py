@@ -46,7 +46,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     ),
     "training.nano": ("config engine errors hub kernels models text training", "torch numpy safetensors tokenizers click rich"),
     "experiments": (
-        "assemble checks config drafters engine errors hub models protocols runtime sampling text training.data tree",
+        "assemble backend checks config drafters engine errors hub models protocols runtime sampling text training.data tree",
         "torch numpy pandas pyarrow matplotlib filelock",
     ),
     "cli": ("conformance config engine errors experiments hub kernels models.make_tiny protocols runtime serve text training "

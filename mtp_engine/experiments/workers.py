@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
+from mtp_engine.backend import find_device
 from mtp_engine.errors import EngineError
 from mtp_engine.experiments.run import Tally, Tick, run_cases
 from mtp_engine.experiments.store import Experiment
@@ -25,7 +26,10 @@ _LOOK = 2.0  # seconds between two looks at what is done
 
 
 def run_workers(experiment: Experiment, devices: Sequence[str], tick: Tick) -> None:
-    """Run all cases. Raises EngineError with what the first process said that failed, once the others have ended."""
+    """Run all cases. Raises EngineError for a device that is not here, and with what the first process said that failed,
+    once the others have ended."""
+    for device in devices:
+        find_device(device)
     with ExitStack() as stack:
         words = [stack.enter_context(tempfile.TemporaryFile()) for _ in devices]
         workers = [_start(experiment, *each) for each in zip(devices, words, strict=True)]
@@ -57,7 +61,8 @@ def _start(experiment: Experiment, device: str, words: IO[bytes]) -> subprocess.
 
 def _end_with_parent() -> None:
     """Interrupt this process once the one that started it has closed its end of the pipe, or is no more."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # sys.stdin has a lock, which this thread would hold at the interpreter's end
+        pass
     os.kill(os.getpid(), signal.SIGINT)
 
 
