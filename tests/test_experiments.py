@@ -187,9 +187,9 @@ def test_cases_spread_over_processes(prompts: str, tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         workers.run_workers(spread, ["cpu", "cpu"], stop)
     assert not all(folder.finished for folder in spread.folders)
-    with pytest.raises(EngineError, match="device cuda:99"):
+    with pytest.raises(EngineError, match="device 'cuda:99' is not here"):
         workers.run_workers(spread, ["cpu", "cuda:99"], stop)
-    monkeypatch.setattr(workers, "find_device", lambda name: name)
+    monkeypatch.setattr(workers, "devices_here", lambda: ["cpu", "cuda:99"])
     with pytest.raises(EngineError, match=r"on cuda:99: .*; run again to go on"):
         workers.run_workers(spread, ["cuda:99", "cpu"], lambda done, total: None)
     assert all(folder.finished for folder in spread.folders), "one failed, and the other did not do its work"

@@ -15,7 +15,6 @@ from typing import Any, cast, final
 
 from mtp_engine.assemble import measured_costs
 from mtp_engine.config import SamplingParams, TreeShape
-from mtp_engine.drafters import MTPDrafter
 from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
 from mtp_engine.experiments.grid import Case
@@ -92,7 +91,7 @@ def measure(
 
 def _planned(engine: Engine, trees: Sequence[str], batches: Sequence[int]) -> dict[str, dict[int, float]]:
     """What the planner takes steps to cost."""
-    module = cast(MTPDrafter, engine.loop.work.drafter).module
+    module = cast(Any, engine.loop.work.drafter).module
     model = replace(engine.model, features=module.config.features)
     table = measured_costs(model, module, engine.config, engine.backend)
     rows = {PLAIN + PLANNER: {batch: table.draft[0] + table.verifying(batch) for batch in batches}}

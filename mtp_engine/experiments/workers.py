@@ -17,7 +17,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
-from mtp_engine.backend import find_device
+import torch
+
 from mtp_engine.errors import EngineError
 from mtp_engine.experiments.run import Tally, Tick, run_cases
 from mtp_engine.experiments.store import Experiment
@@ -28,8 +29,9 @@ _LOOK = 2.0  # seconds between two looks at what is done
 def run_workers(experiment: Experiment, devices: Sequence[str], tick: Tick) -> None:
     """Run all cases. Raises EngineError for a device that is not here, and with what the first process said that failed,
     once the others have ended."""
-    for device in devices:
-        find_device(device)
+    known = devices_here()
+    if unknown := [device for device in devices if device not in known]:
+        raise EngineError(f"device {unknown[0]!r} is not here; with several name each of them: {', '.join(known)}")
     with ExitStack() as stack:
         words = [stack.enter_context(tempfile.TemporaryFile()) for _ in devices]
         workers = [_start(experiment, *each) for each in zip(devices, words, strict=True)]
@@ -48,6 +50,12 @@ def run_workers(experiment: Experiment, devices: Sequence[str], tick: Tick) -> N
                 said.seek(0)
                 lines = said.read().decode(errors="replace").strip().splitlines() or [f"exit code {worker.returncode}"]
                 raise EngineError(f"on {device}: {lines[-1].removeprefix('error: ')}; run again to go on")
+
+
+def devices_here() -> list[str]:
+    """Names of those that a process can have."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ["cpu", *(f"cuda:{index}" for index in range(gpus))]
 
 
 def _start(experiment: Experiment, device: str, words: IO[bytes]) -> subprocess.Popen[bytes]:
