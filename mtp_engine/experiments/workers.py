@@ -77,6 +77,7 @@ def _end_with_parent() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     folder, device, *only = arguments
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         run_cases(Experiment.open(Path(folder), only), device)
