@@ -420,6 +420,9 @@ def test_what_steps_cost(recorded: Experiment, tmp_path: Path) -> None:
         steps = [costs.seconds["mimo-nano"][name + source][3] for name in (PLAIN, "tree:2")]
         assert costs.speedup("mimo-nano", "tree:2", 1.5, source)[3] == pytest.approx(1.5 * steps[0] / steps[1])
     assert costs.speedup("mimo-nano", "tree:7", 1.5) == {}
+    more = costs.with_measured("mimo-nano", {PLAIN: {2: 9.0}, "tree:7": {1: 8.0}}).seconds["mimo-nano"]
+    assert more[PLAIN] == {**costs.seconds["mimo-nano"][PLAIN], 2: 9.0}
+    assert set(more) == {*trees, "tree:7"}
     page = report.write_report(Experiment.open(folder), tmp_path / "report").read_text()
     assert f"chain:3{PLANNER}".replace("'", "&#x27;") in page
     assert (tmp_path / "report" / "speed-up.png").is_file()

@@ -60,8 +60,10 @@ class Costs:
         return {batch: accepted_length * plain[batch] / drafted[batch] for batch in drafted if batch in plain}
 
     def with_measured(self, model: str, rows: Mapping[str, Mapping[int, float]]) -> "Costs":
-        """Together with more trees of a model."""
-        return Costs({**self.seconds, model: {**self.seconds.get(model, {}), **rows}})
+        """Together with more trees and batch sizes of a model."""
+        known = self.seconds.get(model, {})
+        joined = {name: {**known.get(name, {}), **rows.get(name, {})} for name in {**known, **rows}}
+        return Costs({**self.seconds, model: {name: dict(sorted(row.items())) for name, row in joined.items()}})
 
 
 def measure(
