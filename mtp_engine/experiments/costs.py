@@ -79,7 +79,9 @@ def measure(
             verifier="match", candidates="auto",
         )  # fmt: skip
         emitted = _emitted(shape)
-        config = replace(own.config(device), max_context=_CONTEXT + emitted + 64, prefix_cache=True, draft_int8=True)
+        config = replace(
+            own.config(device), max_context=_CONTEXT + 1 + emitted + 64, prefix_cache=True, draft_int8=True
+        )
         with closing(Engine.load(own.model, config, mtp=own.mtp or None, progress=progress)) as engine:
             rows[name] = {}
             for number, batch in enumerate(sorted(batches)):
@@ -105,20 +107,20 @@ def _planned(engine: Engine, trees: Sequence[str], batches: Sequence[int]) -> di
 
 
 def _emitted(shape: TreeShape | None) -> int:
-    """Tokens at most while steps are timed; one is the prompt's own."""
+    """Tokens at most while steps are timed."""
     depth = len(shape.widths) if shape and not shape.best else min(shape.best, 8) if shape else 0
-    return (_STEPS + 2) * (depth + 1) + 1
+    return (_STEPS + 4) * (depth + 1)
 
 
 def _step_seconds(engine: Engine, batch: int, emitted: int) -> float:
-    """The prompt is read once, and all go on from there, at temperature 1 as each is to say something else."""
+    """What all prompts begin with is read once; each goes on with a token of its own, and says something else."""
     loop, vocab = engine.loop, engine.model_config.vocab_size
     prompt = [17 * i % (vocab - 1) for i in range(_CONTEXT)]
     first = loop.add(prompt, SamplingParams(max_tokens=1))
     while first.finish_reason is None:
         loop.step()
-    params = SamplingParams(max_tokens=emitted, ignore_eos=True, temperature=1.0)
-    requests = [loop.add(prompt, replace(params, seed=number)) for number in range(batch)]
+    params = SamplingParams(max_tokens=emitted, ignore_eos=True)
+    requests = [loop.add([*prompt, 31 * number % (vocab - 1)], params) for number in range(batch)]
     try:
         while any(not request.output for request in requests):
             loop.step()
