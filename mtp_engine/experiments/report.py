@@ -162,9 +162,9 @@ def _categories(drafted: Sequence[Result], names: Names) -> TextTable:
     categories = sorted({category for each in drafted for category in each.categories} - {ALL})
     rows = []
     for each in drafted:
-        cells = [str(each.accepted_length(c)) if c in each.categories else "" for c in (*categories, ALL)]
+        cells = [str(each.accepted_length(c)) if c in each.categories else "" for c in (ALL, *categories)]
         rows.append((names(each), *cells))
-    return TextTable("by-category", "Mean accepted length by category", ("setting", *categories, ALL), tuple(rows))
+    return TextTable("by-category", "Mean accepted length by category", ("setting", ALL, *categories), tuple(rows))
 
 
 def _depths(drafted: Sequence[Result], names: Names) -> TextTable:
