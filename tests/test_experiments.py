@@ -434,6 +434,14 @@ def test_asking_at_the_command_line(recorded: Experiment) -> None:
     result = command("ask", recorded.path, "--tree", "3x2x1", "--tree", "tree:12")
     assert result.exit_code == 0, result.output
     assert "3x2x1 T=0.9" in result.stdout
+    for rule in ("match", "rejection", "block"):
+        for more in ((), ("--candidates", "best")):
+            result = command("ask", recorded.path, "--tree", "chain:2", "--verifier", rule, *more)
+            assert result.exit_code == 0, result.output
+            assert result.stdout.count("chain:2") == 2
+    for rule in ("rrs", "traversal", "typical", "nonsense"):
+        result = command("ask", recorded.path, "--tree", "chain:2", "--verifier", rule)
+        assert (result.exit_code, result.stderr.count("decode for real")) == (2, 1), result.output
     assert command("compare", recorded.path, recorded.path).stdout.count("too few prompts to say") > 10
 
 
