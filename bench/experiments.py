@@ -54,13 +54,17 @@ JSON.stringify({
 
 
 @click.group()
-def main() -> None:
-    """See the top of this file."""
+@click.pass_context
+def main(context: click.Context) -> None:
+    commit = require_commit()
+    context.obj = commit
 
 
 def said(part: str, **found: Any) -> None:
     """Print a result line."""
-    click.echo(json.dumps({"bench": "experiments", "part": part, **found, **conditions(require_commit())}))
+    click.echo(
+        json.dumps({"bench": "experiments", "part": part, **found, **conditions(click.get_current_context().obj)})
+    )
 
 
 @main.command()
@@ -75,7 +79,6 @@ def said(part: str, **found: Any) -> None:
 @click.option("--ask-vocab", "smaller", type=SOME, multiple=True, help="Asked of chain:3 and 4x2x2 besides it.")
 def recorded(out: Path, models: Sequence[str], smaller: Sequence[int], **settings: Any) -> None:
     """What recordings answer against what real decoding does, for every prompt and tree."""
-    require_commit()
     settings |= {"model": list(models), "temperature": list(settings.pop("temperatures"))}
     asked = [Question(TreeShape.parse(tree)) for tree in TREES]
     asked += [Question(TreeShape.parse(tree), vocabulary=size) for size in smaller for tree in ("chain:3", "4x2x2")]
@@ -111,7 +114,6 @@ def compare(kept: Recording, question: Question, folder: CaseFolder) -> None:
 @click.option("--max-tokens", type=SOME, default=48)
 def rules(out: Path, limit: int, max_tokens: int) -> None:
     """What a recording expects of rules and candidates, and what decoding with them accepts. The texts are others."""
-    require_commit()
     base = Case(limit=limit, max_tokens=max_tokens, temperature=1.0)
     asked = [
         Question(TreeShape.parse(tree), *way)
@@ -155,7 +157,6 @@ def computed_case(base: Case, question: Question) -> Case:
 @click.option("--workers", "count", type=SOME, default=2, help="Processes that the killed run spreads its cases over.")
 def killed(out: Path, grid: Path, count: int) -> None:
     """The rows of a grid whose process was killed, against those of an undisturbed run."""
-    require_commit()
     whole, broken = Experiment(out / "whole"), Experiment(out / "killed")
     command = [sys.executable, "-m", "mtp_engine.cli", "experiment", "run", str(grid), "--out"]
     subprocess.run([*command, str(whole.path), "--device", "cpu"], check=True)
@@ -206,7 +207,6 @@ def same(one: CaseFolder, other: CaseFolder) -> bool:
 @click.option("--max-tokens", type=SOME, default=32)
 def overhead(models: Sequence[str], prompts: int, max_tokens: int) -> None:
     """Seconds for the same prompts: plain, drafted, recorded; and what of a recording is noting."""
-    require_commit()
     for model in models:
         for temperature in (0.0, 1.0):
             base = Case(model=model, limit=60, longest=100, max_tokens=max_tokens, temperature=temperature)
@@ -252,7 +252,6 @@ def timed(case: Case, prompts: int) -> tuple[float, float]:
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Where the pictures go.")
 def page(report: Path, out: Path) -> None:
     """At a desktop's and a phone's width: what is wider than the window, and what is fetched."""
-    require_commit()
     out.mkdir(parents=True, exist_ok=True)
     seen = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -291,7 +290,6 @@ async def look(devtools: str, report: Path, size: tuple[int, int], picture: Path
 @click.option("--model", "models", multiple=True, default=MODELS)
 def doctor(models: Sequence[str]) -> None:
     """Seconds of an examination."""
-    require_commit()
     for model in models:
         begun, cpu = time.monotonic(), time.process_time()
         found = examine(model, None, "cpu")
