@@ -62,9 +62,8 @@ def main(context: click.Context) -> None:
 
 def said(part: str, **found: Any) -> None:
     """Print a result line."""
-    click.echo(
-        json.dumps({"bench": "experiments", "part": part, **found, **conditions(click.get_current_context().obj)})
-    )
+    commit = click.get_current_context().obj
+    click.echo(json.dumps({"bench": "experiments", "part": part, **found, **conditions(commit)}))
 
 
 @main.command()
