@@ -2,8 +2,10 @@
 
 import errno
 import json
+import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from serving import engine, serving
 
 from mtp_engine.cli.main import main
 from mtp_engine.config import TreeShape
 from mtp_engine.errors import EngineError
-from mtp_engine.experiments import analyse, report
+from mtp_engine.experiments import analyse, report, workers
 from mtp_engine.experiments.ask import Question, Recording
+from mtp_engine.experiments.costs import PLAIN, PLANNER, Costs
 from mtp_engine.experiments.grid import Case, Grid
 from mtp_engine.experiments.prompts import read_prompts
 from mtp_engine.experiments.run import Engines, run_case, run_cases
@@ -29,7 +33,7 @@ from mtp_engine.tree import DraftTree
 from mtp_engine.verifiers import BlockVerifier, RejectionVerifier
 
 TEXTS = ["The cat sat", "Why is the sky blue?", "Count to ten: one, two,", "A dog and a boy went to the", "Hello"]
-TREES = ["chain:3", "4x2", "tree:2", "tree:7", "tree:31"]
+TREES = ["chain:3", "4x2", "tree:2", "tree:7", "tree:31", "tree:63"]
 EXACT = ["id", "category", "seed", "tokens", "steps", "nodes", "clean_tokens", "clean_steps", "finish_reason"]
 
 
@@ -132,6 +136,17 @@ class FakeColumn:
     iloc: ClassVar[list[list[int]]] = [[4]]
 
 
+def same_rows(one: CaseFolder, other: CaseFolder) -> bool:
+    """But for times."""
+    first, second = one.frame("requests"), other.frame("requests")
+    steps = ["prompt", "step", "at", "emitted", "nodes", "loop"]
+    return (
+        first[EXACT].equals(second[EXACT])
+        and [list(x) for x in first["token_ids"]] == [list(x) for x in second["token_ids"]]
+        and bool(one.frame("steps")[steps].equals(other.frame("steps")[steps]))
+    )
+
+
 def test_killed_three_times(prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are those of an undisturbed run, whatever the moment; every time something of what was done is kept."""
     monkeypatch.setattr("mtp_engine.experiments.run._PART", 1)
@@ -152,14 +167,48 @@ def test_killed_three_times(prompts: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert done == sorted(set(done)), "a killed run lost something"
     run_cases(killed, "cpu")
     for one, other in zip(whole.folders, killed.folders, strict=True):
-        first, second = one.frame("requests"), other.frame("requests")
-        assert first[EXACT].equals(second[EXACT])
-        assert [list(x) for x in first["token_ids"]] == [list(x) for x in second["token_ids"]]
-        steps = ["prompt", "step", "at", "emitted", "nodes", "loop"]
-        assert one.frame("steps")[steps].equals(other.frame("steps")[steps])
+        assert same_rows(one, other)
     before = [len(folder.sessions) for folder in killed.folders]
     run_cases(killed, "cpu")  # nothing is left to do
     assert [len(folder.sessions) for folder in killed.folders] == before
+
+
+def test_cases_spread_over_processes(prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped half way, and with one device that there is not: the rows are those of one process."""
+    monkeypatch.setattr(workers, "_LOOK", 0.2)
+    cases = Grid.of(settings(prompts, tree=["chain:2", "tree:4"], temperature=[0.0, 1.0], max_tokens=5)).cases
+    whole, spread = (Experiment.begin(tmp_path / name, cases, {}) for name in ("whole", "spread"))
+    run_cases(whole, "cpu")
+
+    def stop(done: int, total: int) -> None:
+        assert total == 4 * len(TEXTS)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        workers.run_workers(spread, ["cpu", "cpu"], stop)
+    assert not all(folder.finished for folder in spread.folders)
+    with pytest.raises(EngineError, match="device 'cuda:99' is not here"):
+        workers.run_workers(spread, ["cpu", "cuda:99"], stop)
+    monkeypatch.setattr(workers, "devices_here", lambda: ["cpu", "cuda:99"])
+    with pytest.raises(EngineError, match=r"on cuda:99: .*; run again to go on"):
+        workers.run_workers(spread, ["cuda:99", "cpu"], lambda done, total: None)
+    assert all(folder.finished for folder in spread.folders), "one failed, and the other did not do its work"
+    assert all(same_rows(*pair) for pair in zip(whole.folders, spread.folders, strict=True))
+    workers.run_workers(spread, ["cpu", "cpu"], lambda done, total: None)  # who finds nothing to do ends well
+
+
+def test_a_worker_ends_with_who_started_it(prompts: str, tmp_path: Path) -> None:
+    """Or a killed run's workers would hold its cases."""
+    cases = Grid.of(settings(prompts, tree="chain:2", max_tokens=400)).cases
+    experiment = Experiment.begin(tmp_path / "out", cases, {})
+    with (tmp_path / "words").open("wb") as words:
+        worker = workers._start(experiment, "cpu", words)
+        while not (tmp_path / "out" / cases[0].id).is_dir() and worker.poll() is None:
+            time.sleep(0.05)
+        assert worker.stdin
+        worker.stdin.close()
+        assert worker.wait(20) == 130, (tmp_path / "words").read_text()
+    assert not experiment.folders[0].finished
 
 
 def test_a_full_disk_loses_nothing(prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +230,25 @@ def test_a_full_disk_loses_nothing(prompts: str, tmp_path: Path, monkeypatch: py
     assert len(folder.done) == 2
     run_cases(experiment, "cpu")
     assert folder.frame("requests")["prompt"].tolist() == list(range(len(TEXTS)))
+
+
+def test_a_damaged_part_is_decoded_anew(prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no other is touched."""
+    monkeypatch.setattr("mtp_engine.experiments.run._PART", 2)
+    experiment = Experiment.begin(tmp_path / "out", Grid.of(settings(prompts, tree="chain:2", max_tokens=3)).cases, {})
+    run_cases(experiment, "cpu")
+    [folder] = experiment.folders
+    whole, [first, *others] = folder.frame("requests"), folder.parts("requests")
+    kept = [path.read_bytes() for path in others]
+    first.write_bytes(first.read_bytes()[:100])
+    with pytest.raises(EngineError, match="only its prompts are decoded anew"):
+        run_cases(experiment, "cpu")
+    first.unlink()
+    assert not folder.finished
+    run_cases(experiment, "cpu")
+    assert [path.read_bytes() for path in others] == kept
+    assert folder.frame("requests")[EXACT].equals(whole[EXACT])
+    assert folder.finished
 
 
 def test_forms_of_prompt_sets(tmp_path: Path) -> None:
@@ -338,10 +406,42 @@ def test_a_report_needs_nothing_else(recorded: Experiment, tmp_path: Path) -> No
     assert len(ids) == len(set(ids)), "pictures share identifiers"
 
 
+def test_what_steps_cost(recorded: Experiment, tmp_path: Path) -> None:
+    """Of a folder that holds recordings; a second call adds trees. The report predicts from timed steps and the planner's."""
+    folder = shutil.copytree(recorded.path, tmp_path / "out")
+    for tree in ("chain:3", "tree:2"):
+        result = command("costs", folder, "--tree", tree, "--batch", 1, "--batch", 3)
+        assert result.exit_code == 0, result.output
+    costs = Costs.load(folder)
+    trees = {tree + source for tree in (PLAIN, "chain:3", "tree:2") for source in ("", PLANNER)}
+    assert set(costs.seconds["mimo-nano"]) == trees
+    assert all(set(row) == {1, 3} and min(row.values()) > 0 for row in costs.seconds["mimo-nano"].values())
+    for source in ("", PLANNER):
+        steps = [costs.seconds["mimo-nano"][name + source][3] for name in (PLAIN, "tree:2")]
+        assert costs.speedup("mimo-nano", "tree:2", 1.5, source)[3] == pytest.approx(1.5 * steps[0] / steps[1])
+    assert costs.speedup("mimo-nano", "tree:7", 1.5) == {}
+    more = costs.with_measured("mimo-nano", {PLAIN: {2: 9.0}, "tree:7": {1: 8.0}}).seconds["mimo-nano"]
+    assert more[PLAIN] == {**costs.seconds["mimo-nano"][PLAIN], 2: 9.0}
+    assert set(more) == {*trees, "tree:7"}
+    page = report.write_report(Experiment.open(folder), tmp_path / "report").read_text()
+    assert f"chain:3{PLANNER}".replace("'", "&#x27;") in page
+    assert (tmp_path / "report" / "speed-up.png").is_file()
+    (folder / "costs.json").write_text("[]")
+    assert "measure it again" in command("report", folder).stderr
+
+
 def test_asking_at_the_command_line(recorded: Experiment) -> None:
     result = command("ask", recorded.path, "--tree", "3x2x1", "--tree", "tree:12")
     assert result.exit_code == 0, result.output
     assert "3x2x1 T=0.9" in result.stdout
+    for rule in ("match", "rejection", "block"):
+        for more in ((), ("--candidates", "best")):
+            result = command("ask", recorded.path, "--tree", "chain:2", "--verifier", rule, *more)
+            assert result.exit_code == 0, result.output
+            assert result.stdout.count("chain:2") == 2
+    for rule in ("rrs", "traversal", "typical", "nonsense"):
+        result = command("ask", recorded.path, "--tree", "chain:2", "--verifier", rule)
+        assert (result.exit_code, result.stderr.count("decode for real")) == (2, 1), result.output
     assert command("compare", recorded.path, recorded.path).stdout.count("too few prompts to say") > 10
 
 
@@ -356,8 +456,15 @@ class Server(BaseHTTPRequestHandler):
         if body["model"] == "broken":
             self.send_error(404, "no such model")
             return
+        if body["model"] == "old" and "draft_metrics" in body:
+            self.send_error(400, "unknown field")
+            return
         self.send_response(200)
         self.end_headers()
+        if body["model"] in ("fails", "odd"):
+            said: Any = {"error": {"message": "out of memory"}} if body["model"] == "fails" else ["what?"]
+            self.wfile.write(f"data: {json.dumps(said)}\n\n".encode())
+            return
         chunks: list[Any] = [{"choices": [{"delta": {"role": "assistant", "content": ""}}]}]
         chunks += [{"choices": [{"delta": {"content": "x"}}]} for _ in range(3)]
         last: dict[str, Any] = {"choices": [{"delta": {}, "finish_reason": "length"}]}
@@ -404,9 +511,45 @@ def test_other_engines(url: str, prompts: str, tmp_path: Path) -> None:
     page = report.write_report(experiment, tmp_path / "report")
     assert "silent" in page.read_text()
 
+    assert all(body["draft_metrics"] for body in Server.bodies)
+    old = Experiment.begin(tmp_path / "old", Grid.of({**base, "model": "old"}).cases, {})
+    run_cases(old, "cpu")  # which takes no fields that it does not know
+    assert old.folders[0].frame("requests")["tokens"].tolist() == [11] * 5
+    for model, message in (("fails", "failed at prompt .*: out of memory"), ("odd", "no chat completion")):
+        case = Grid.of({**base, "model": model}).cases[0]
+        with pytest.raises(EngineError, match=message):
+            run_case(CaseFolder(tmp_path / model, case), Engines("cpu"), lambda done, total: None)
+
     broken = Experiment.begin(tmp_path / "broken", Grid.of({**base, "model": "broken"}).cases, {})
     with pytest.raises(EngineError, match="answered 404"):
         run_cases(broken, "cpu")
     gone = Grid.of({**base, "engine": "openai:http://127.0.0.1:9/v1", "model": "x"}).cases[0]
     with pytest.raises(EngineError, match="is the server running"):
         run_case(CaseFolder(tmp_path, gone), Engines("cpu"), lambda done, total: None)
+
+
+def test_our_own_server(prompts: str, tmp_path: Path) -> None:
+    """Says of every request what the engine itself does: the same tokens in as many steps, side by side with it."""
+    base = {
+        "model": "mimo-nano",
+        "prompts": prompts,
+        "max_tokens": 12,
+        "temperature": [0.0, 0.9],
+        "seed": 4,
+        "batch": 3,
+    }
+    ours = Experiment.begin(tmp_path / "ours", Grid.of({**base, "tree": "chain:3", "threads": 1}).cases, {})
+    run_cases(ours, "cpu")
+    with engine() as running, serving(running) as url:
+        there = Experiment.begin(tmp_path / "there", Grid.of({**base, "engine": f"openai:{url}/v1"}).cases, {})
+        run_cases(there, "cpu")
+    for one, other in zip(ours.folders, there.folders, strict=True):
+        first, second = one.frame("requests"), other.frame("requests")
+        for name in ("prompt", "tokens", "steps", "emitted", "nodes", "finish_reason", "prompt_tokens"):
+            assert first[name].tolist() == second[name].tolist(), name
+        accepted = [[[n for n in row if n] for row in frame["accepted"]] for frame in (first, second)]
+        assert accepted[0] == accepted[1]
+        assert any(accepted[0])
+    found = analyse.compare(analyse.results(ours), analyse.results(there))
+    assert [row.name for row in found] == [f"chain:3 T={t}, openai:{url}/v1 T={t}" for t in ("0", "0.9")]
+    assert all(row.difference.value == 0 for row in found)

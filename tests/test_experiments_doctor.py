@@ -21,9 +21,9 @@ PROMPTS = 3
 
 
 @pytest.fixture(scope="module")
-def sound() -> Iterator[Engine]:
+def sound(request: pytest.FixtureRequest) -> Iterator[Engine]:
     config = EngineConfig(
-        tree=TreeShape((1, 1, 1)), dtype="fp32", draft_int8=False, max_context=512, prefill_chunk=512, max_batch=12,
+        tree=TreeShape((1, 1, 1)), dtype=request.param, draft_int8=False, max_context=512, prefill_chunk=512, max_batch=12,
         prefix_cache=False, threads=1,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:  # the faults are planted in MTPDrafter
@@ -108,11 +108,13 @@ def wrong_text(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "name"),
+    ("sound", "fault", "name"),
     [
-        (hidden_norm, "hidden norm"), (swapped_concat, "swapped concat"), (unused_layers, "unused layers"),
-        (shifted_positions, "shifted positions"), (stale_rows, "stale rows"), (wrong_text, "wrong text"),
+        ("int8", hidden_norm, "hidden norm"), ("int8", swapped_concat, "swapped concat"),
+        ("int8", unused_layers, "unused layers"), ("fp32", shifted_positions, "shifted positions"),
+        ("fp32", stale_rows, "stale rows"), ("int8", stale_rows, "stale rows"), ("int8", wrong_text, "wrong text"),
     ],
+    indirect=["sound"],
 )  # fmt: skip
 def test_a_fault_is_named(engine: Engine, fault: Callable[[Engine], None], name: str) -> None:
     fault(engine)
@@ -124,6 +126,7 @@ def test_a_fault_is_named(engine: Engine, fault: Callable[[Engine], None], name:
     assert name in diagnosis.lines[-1]
 
 
+@pytest.mark.parametrize("sound", ["fp32", "int8"], indirect=True)
 def test_a_healthy_drafter(engine: Engine) -> None:
     diagnosis = diagnose(engine, hub.locate("mimo-nano"), most=PROMPTS)
     assert not diagnosis.faults, diagnosis.lines

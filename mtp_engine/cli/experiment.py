@@ -95,6 +95,8 @@ def run(grid: Path | None, out: Path, devices: tuple[str, ...], **options: Any) 
             run_workers(found, devices, bar.tick)
         else:
             run_cases(found, devices[0] if devices else "auto", bar.waits, bar.tick)
+    if busy := sum(found.runs(each) and not each.finished for each in found.folders):
+        note(f"{busy} cases are still being decoded by another process")
     note(f"{len(found.folders)} cases in {out}; next: mtp-engine experiment report {out}")
 
 

@@ -7,6 +7,7 @@ over prompts: tokens of one prompt are not independent of each other.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, final
 
 import numpy as np
@@ -77,6 +78,11 @@ class Result:
         """Those of a category that have steps."""
         frame = self.frame[self.frame["steps"].notna()]
         return frame if category == ALL else frame[frame["category"] == category]
+
+    @property
+    def server(self) -> bool:
+        """Whether another process decoded it."""
+        return self.case.engine != "ours"
 
     @property
     def categories(self) -> list[str]:
@@ -242,34 +248,45 @@ class Difference:
 
 def compare(first: Sequence[Result], second: Sequence[Result]) -> list[Difference]:
     """Paired differences of accepted length by category, of settings that both have. What a comparison is about may
-    differ: model, MTP layers, engine, dtype, device settings, and the seed if each has one only.
+    differ: model, MTP layers, engine, dtype, device settings, and the seed if each has one only. Of a server it is not
+    known what it drafts: it is compared with everything.
 
     Raises EngineError where no setting is in both."""
     seeds = any(len({each.case.seed for each in results}) > 1 for results in (first, second))
-    others = {_setting(each, seeds): each for each in second}
-    pairs = [(each, others.get(_setting(each, seeds))) for each in first if not each.case.plain]
-    if not any(other for _, other in pairs):
+    pairs: dict[Any, tuple[Result, Result]] = {}
+    for (number, one), other in product(enumerate(first), second):
+        if _comparable(one, other, seeds):
+            pairs[number, _drafted(other), other.case.engine, other.server and other.case.model] = one, other
+    if not pairs:
         raise EngineError(
             "the two experiments have no setting in common: run both with the same trees, rules and prompts"
         )
-    return [row for one, other in pairs if other for row in _differences(one, other)]
+    return [row for pair in pairs.values() for row in _differences(*pair)]
 
 
-def _setting(result: Result, seeds: bool) -> Any:
+def _comparable(one: Result, other: Result, seeds: bool) -> bool:
+    cases = one.case, other.case
+    asked = [(c.temperature, c.prompts, c.limit, c.max_tokens, c.seed if seeds else 0) for c in cases]
+    alike = asked[0] == asked[1] and not any(case.plain for case in cases)
+    known = bool(len(one.rows()) and len(other.rows()))
+    return alike and known and (one.server or other.server or _drafted(one) == _drafted(other))
+
+
+def _drafted(result: Result) -> Any:
     case = result.case
-    return (case.drafter, case.tree, case.verifier, case.candidates, case.temperature, case.prompts, case.limit,
-            case.max_tokens, case.seed if seeds else 0)  # fmt: skip
+    return case.drafter, case.tree, case.verifier, case.candidates
 
 
 def _differences(one: Result, other: Result) -> Iterator[Difference]:
     loops = bool(one.rows()["clean_steps"].isna().any() or other.rows()["clean_steps"].isna().any())
     over, under = ("emitted", "steps") if loops else ("clean_tokens", "clean_steps")
+    name = f"{one.name}, {other.name}" if one.server or other.server else one.name
     joined = one.rows().merge(other.rows(), on="prompt", suffixes=("", "_other"))
     categories = sorted(set(joined["category"]))
     for category in [*categories, ALL] if len(categories) > 1 else [ALL]:
         rows = joined if category == ALL else joined[joined["category"] == category]
         if len(rows):
-            yield _difference(one.name, category, [rows[name].to_numpy(np.float64) for name in
+            yield _difference(name, category, [rows[name].to_numpy(np.float64) for name in
                               (over, under, f"{over}_other", f"{under}_other")])  # fmt: skip
 
 

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from mtp_engine.config import TreeShape
 from mtp_engine.errors import EngineError
-from mtp_engine.experiments.record import levels_of
 from mtp_engine.experiments.store import CaseFolder, extras
+from mtp_engine.experiments.wide import levels_of
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]

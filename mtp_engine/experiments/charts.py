@@ -130,19 +130,24 @@ def entropy(fits: Sequence[tuple[str, EntropyFit]]) -> Any:
     return figure
 
 
+Curves = Mapping[str, Mapping[int, float]]
+"""Speed-up by batch size, by what was drafted."""
+
+
 @_styled
-def predicted(series: Mapping[str, Mapping[int, float]], measured: Mapping[str, Mapping[int, float]]) -> Any:
-    """Speed-up against batch size, from step costs and accepted length; measured ones as crosses."""
+def predicted(timed: Curves, planned: Curves, measured: Curves) -> Any:
+    """Speed-up against batch size from accepted length and step costs, timed or the planner's; measured ones as crosses."""
     figure, axes = _figure()
-    for number, (name, points) in enumerate(series.items()):
-        colour = _COLOURS[number % 7]
-        axes.plot(list(points), list(points.values()), f"{_MARKERS[number % 7]}-", ms=4, lw=1, color=colour, label=name)
-        if name in measured:
-            axes.plot(list(measured[name]), list(measured[name].values()), "x", ms=7, color=colour)
+    for number, (name, points) in enumerate(timed.items()):
+        colour, mark = _COLOURS[number % 7], _MARKERS[number % 7]
+        axes.plot(list(points), list(points.values()), f"{mark}-", ms=4, lw=1, color=colour, label=name)
+        for others, style in ((planned, "--"), (measured, "x")):
+            if name in others:
+                axes.plot(list(others[name]), list(others[name].values()), style, ms=7, lw=1, color=colour)
     axes.axhline(1, color="#555555", lw=0.8)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set(xlabel="requests in a step", ylabel="speed-up over plain decoding")
-    axes.set_title("lines: predicted; crosses: measured")
+    axes.set_title("solid: by timed steps; dashed: by the planner; crosses: measured", fontsize=8)
     figure.legend(loc="outside upper center", ncols=3)
     return figure

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mtp_engine.assemble import make_loop, mtp_drafter
+from mtp_engine.assemble import load_main, make_loop, mtp_drafter
 from mtp_engine.config import EngineConfig, MTPConfig, SamplingParams, TreeShape
 from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
@@ -28,6 +28,7 @@ from mtp_engine.hub import hub
 from mtp_engine.models import loader
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Attention, Progress
+from mtp_engine.runtime.answer import Generation
 
 _PROMPTS, _LONGEST, _TOKENS = 12, 70, 40
 _SLACK = 0.02  # of the accepted drafts per step, by which float arithmetic may differ
@@ -85,11 +86,13 @@ class Text:
 
 
 def examine(name: str, mtp: str | None, device: str, progress: Progress = hub.silent) -> Diagnosis:
-    """Load a model in fp32 and `diagnose` it. Raises EngineError for models without MTP layers."""
+    """Load a model and `diagnose` it: on a CPU in the format that it is decoded in, on a GPU in fp32. Raises EngineError for
+    models without MTP layers."""
     depth = _depth(hub.locate(name, mtp=mtp, progress=progress))
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     config = EngineConfig(
-        tree=TreeShape((1,) * depth), dtype="fp32", draft_int8=False, device=device, max_context=512, prefill_chunk=512,
-        max_batch=_PROMPTS, prefix_cache=False,
+        tree=TreeShape((1,) * depth), dtype="fp32" if on_gpu else "auto", draft_int8=False, device=device,
+        max_context=512, prefill_chunk=512, max_batch=_PROMPTS, prefix_cache=False,
     )  # fmt: skip
     with Engine.load(name, config, mtp=mtp, progress=progress) as engine:
         return diagnose(engine, hub.locate(name, mtp=mtp), progress)
@@ -112,13 +115,17 @@ def diagnose(
         tokens for item in read_prompts("builtin", 120) if len(tokens := engine.encode(item.messages)) <= _LONGEST
     ]
     plain = engine.undrafted()
-    texts = [Text(each, answer) for each, answer in _answers(plain, prompts[:most], 0.0)]
+    texts = [
+        Text(each, answer.token_ids)
+        for each, answer in zip(prompts, _answers(plain, prompts[:most], 0.0), strict=False)
+    ]
     progress("drafting", 0, None)
-    checks = [_check_text(engine, plain, texts)]
+    drafted = _answers(engine, prompts[:most], 0.0)
+    checks = [_check_text(engine, plain, texts, drafted)]
     module = cast(MTPModule, cast(Any, engine.loop.work.drafter).module)
     progress("reading the texts as prompts", 0, None)
     forced = read(engine, module, texts)
-    checks.append(_check_drafting(engine, texts, forced))
+    checks.append(_check_drafting(texts, forced, drafted))
     for number, (name, fault, variant) in enumerate(variants(module, engine, files)):
         progress("trying other wirings", number, None)
         checks.append(_check_variant(engine, texts, forced, (name, fault, variant)))
@@ -128,31 +135,26 @@ def diagnose(
     return Diagnosis(tuple(checks))
 
 
-def _answers(engine: Engine, prompts: Sequence[list[int]], temperature: float) -> Iterator[tuple[list[int], list[int]]]:
-    params = SamplingParams(max_tokens=_TOKENS, temperature=temperature, seed=1)
-    for prompt, answer in zip(prompts, engine.generate(list(prompts), params), strict=True):
-        yield prompt, answer.token_ids
+def _answers(engine: Engine, prompts: Sequence[list[int]], temperature: float) -> list[Generation]:
+    return engine.generate(list(prompts), SamplingParams(max_tokens=_TOKENS, temperature=temperature, seed=1))
 
 
-def _check_text(engine: Engine, plain: Engine, texts: Sequence[Text]) -> Check:
-    """At temperature 0 and 0.8."""
-    prompts = [text.prompt for text in texts]
-    wrong = sum(said != text.answer for text, (_, said) in zip(texts, _answers(engine, prompts, 0.0), strict=True))
-    warm, drafted = (list(_answers(each, prompts, 0.8)) for each in (plain, engine))
-    wrong += sum(one != other for one, other in zip(warm, drafted, strict=True))
+def _check_text(engine: Engine, plain: Engine, texts: Sequence[Text], drafted: Sequence[Generation]) -> Check:
+    """At temperature 0, of which the answers are `drafted`, and 0.8."""
+    wrong = sum(said.token_ids != text.answer for text, said in zip(texts, drafted, strict=True))
+    warm = [_answers(each, [text.prompt for text in texts], 0.8) for each in (plain, engine)]
+    wrong += sum(one.token_ids != other.token_ids for one, other in zip(*warm, strict=True))
     total = 2 * len(texts)
     detail = f"{total - wrong} of {total} answers with drafting are plain decoding's (T = 0 and 0.8)"
     return Check("text", detail, "wrong text" if wrong else "")
 
 
-def _check_drafting(engine: Engine, texts: Sequence[Text], forced: Sequence[Forced]) -> Check:
+def _check_drafting(texts: Sequence[Text], forced: Sequence[Forced], drafted: Sequence[Generation]) -> Check:
     """Walk the finished texts in steps of what the teacher-forced layers get right; real steps must accept as much."""
     depth = forced[0].right.shape[1]
     real, ceiling = np.zeros(depth), np.zeros(depth)
     steps = should = 0
-    prompts = [text.prompt for text in texts]
-    answers = engine.generate(prompts, SamplingParams(max_tokens=_TOKENS))
-    for text, good, answer in zip(texts, forced, answers, strict=True):
+    for text, good, answer in zip(texts, forced, drafted, strict=True):
         steps += answer.stats.steps
         real[: len(answer.stats.accepted_per_depth)] += answer.stats.accepted_per_depth
         for count in walk(good.right, len(text.answer)):
@@ -305,7 +307,18 @@ def from_files(engine: Engine, files: hub.ModelFiles, config: MTPConfig) -> MTPM
             raw["mtp"] |= {"depth": _count(folder), "reused": False}
             (there / "config.json").write_text(json.dumps(raw), encoding="utf-8")
             folder = there
-        module = loader.load_mtp(folder, engine.model, len(_ids(engine)), hub.silent)
+        main = engine.model
+        if engine.config.dtype == "int8":  # the engine's own is the library's, of which no layers can be made
+            main = load_main(files, engine.config, engine.backend, hub.silent)
+        module = loader.load_mtp(
+            folder,
+            main,
+            len(_ids(engine)),
+            hub.silent,
+            dequantize=engine.config.dtype == "int8",
+            make=engine.backend.make,
+        )
+    module = engine.backend.fuse_mtp(module)
     depth = min(config.depth, module.config.depth)
     wired = replace(config, depth=depth, reused=False)
     return replace(module, config=wired, layers=list(module.layers)[:depth])

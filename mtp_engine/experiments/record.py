@@ -8,8 +8,7 @@ position each layer's distribution over the next token is known as it would be a
 rank and probability, within each of several draft vocabularies.
 
 The rivals. Whether tree:N holds a true token depends on the scores of all other nodes. So the layers grow a wide tree in
-every step, which holds the nodes of tree:1 to tree:32, and the best others beside them. It is not verified: the step is
-that of plain decoding, of one node.
+every step, which holds all nodes of tree:1 to tree:63. It is not verified: the step is that of plain decoding, of one node.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,15 +20,13 @@ import torch
 from torch import Tensor
 
 from mtp_engine.assemble import make_loop
-from mtp_engine.config import TreeShape
 from mtp_engine.drafters import LazyMTPDrafter, MTPDrafter, TorchDraftOps
-from mtp_engine.drafters.candidates import Candidates
-from mtp_engine.drafters.expand import Growth, Level, LevelRows, level_sizes
 from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
 from mtp_engine.experiments.grid import Case
 from mtp_engine.experiments.prompts import Encoded
 from mtp_engine.experiments.rows import Done, request_row
+from mtp_engine.experiments.wide import ROOM, WIDEST, WideOps, in_columns
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Attention, Verifier
 from mtp_engine.runtime.step import EagerRunner
@@ -38,21 +35,7 @@ from mtp_engine.sampling.sampler import gumbel, truncate
 from mtp_engine.training.data import in_loop
 from mtp_engine.tree import DraftTree, VerifyResult
 
-WIDEST = TreeShape(best=63)  # what the layers grow
-EXACT = 32  # the nodes of tree:1 to tree:32 are all among it
-BEAM = 8  # of MTPDrafter
 _SMALLEST_VOCAB = 1024
-
-
-def levels_of(tree: TreeShape, depth: int) -> list[tuple[int, int]]:
-    """How a tree grows: of each level how many candidates a node has, and how many nodes are kept."""
-    return level_sizes(tree, depth, BEAM)
-
-
-def growths(depth: int) -> list[list[tuple[int, int]]]:
-    """The different ways in which tree:1 to tree:32 grow: `level_sizes` of each."""
-    found = [levels_of(TreeShape(best=nodes), depth) for nodes in range(1, EXACT + 1)]
-    return list(map(list, dict.fromkeys(map(tuple, found))))
 
 
 def vocabularies(ids: Tensor) -> list[int]:
@@ -93,9 +76,10 @@ def recording(engine: Engine) -> tuple["Recorder", Engine]:
         raise EngineError("these MTP layers serve several depths each, which cannot be recorded: use --mode run")
     config = replace(engine.config, tree=WIDEST, prefix_cache=False, verifier="match", candidates="auto")
     probe = Probe(drafter.module)
-    ops = WideOps(drafter.module.config.depth)
+    on_cpu = drafter.module.draft_ids.device.type == "cpu"
+    ops = WideOps(drafter.module.config.depth, engine.backend.ops("noise") if on_cpu else TorchDraftOps("noise"))
     wide = MTPDrafter(
-        cast(MTPModule, probe), WIDEST, slots=config.max_batch + 1, beam=BEAM, attention=engine.backend.attention,
+        cast(MTPModule, probe), WIDEST, slots=config.max_batch + 1, beam=ROOM, attention=engine.backend.attention,
         ops=ops, ring_page=engine.backend.ring_page, ring_rows=engine.backend.ring_rows,
     )  # fmt: skip
     backend = replace(engine.backend, runner=lambda slots: EagerRunner, in_flight=1)
@@ -141,80 +125,11 @@ class Probe:
     def logits(self, level: int, output: Tensor) -> Tensor:
         return self.module.logits(level, output)
 
-    def along_the_text(self) -> Tensor:
-        """Each layer's logits after the newest token, [B, depth, n] fp32."""
-        return torch.stack([self.module.logits(level, self.outputs[level]) for level in sorted(self.outputs)], 1)
-
-
-@final
-class WideOps:
-    """DraftOps that grow a wide tree, note it, and have nothing but the root verified."""
-
-    def __init__(self, depth: int) -> None:
-        self._inner = TorchDraftOps("noise")
-        self._growths = growths(depth)
-        self._candidates: Candidates | None = None
-        self._members = torch.empty(0)  # [B, F, growths] bool: who has the frontier's nodes
-        self.tree: Growth | None = None  # the last one
-        self.missing = 0  # nodes of tree:1 to tree:32 for which there was no room, over all steps
-
-    def start(self, batch: Batch, levels: list[tuple[int, int]], ids: Tensor, vocab: int) -> Growth:
-        self._candidates = Candidates("noise", batch, ids, vocab)
-        self._members = torch.ones(
-            len(batch.slots), 1, len(self._growths), dtype=torch.bool, device=batch.tokens.device
-        )
-        return Growth.start(batch.tokens)
-
-    def grow(self, tree: Growth, batch: Batch, level: Level) -> Growth:
-        """Each growth's next level gets a place, and then the best others."""
-        assert self._candidates is not None
-        scores = self._candidates.rank(level.logits, tree)
-        best = scores.topk(min(level.width, scores.shape[-1]), dim=-1)
-        width, frontier = best.values.shape[-1], tree.frontier
-        joint = (best.values + tree.scores[:, -frontier:, None]).flatten(1)  # [B, F * width]
-        among = self._members.repeat_interleave(width, 1)  # [B, F * width, growths]
-        members = torch.zeros_like(among)
-        for number, sizes in enumerate(self._growths):
-            keep = min(sizes[tree.level][1], joint.shape[1])
-            top = joint.masked_fill(~among[..., number], -float("inf")).topk(keep, dim=-1)
-            members[..., number].scatter_(1, top.indices, top.values > -float("inf"))
-        needed = members.any(-1)
-        keep = min(level.keep, joint.shape[1])
-        self.missing += int((needed.sum(1) - keep).clamp(min=0).sum())
-        # every joint score is below 0, so the needed ones come first
-        kept = (joint.clamp(min=-1e9) + needed * 2e9).topk(keep, dim=-1).indices.sort(-1).values
-        first = tree.tokens.shape[1] - frontier
-        parents = (first + torch.arange(frontier, device=joint.device)).repeat_interleave(width).expand_as(joint)
-        tokens = level.ids[best.indices].flatten(1)
-        joint, tokens, parents = (value.gather(1, kept) for value in (joint, tokens, parents))
-        self._members = members.gather(1, kept[..., None].expand(-1, -1, members.shape[2]))
-        return Growth(
-            torch.cat([tree.tokens, tokens], 1), torch.cat([tree.parents, parents], 1),
-            torch.cat([tree.depths, torch.full_like(tokens, tree.level + 1)], 1),
-            torch.cat([tree.scores, joint], 1), keep, tree.level + 1,
-        )  # fmt: skip
-
-    def finish(self, tree: Growth, batch: Batch, level: Level, best: int, ready: Tensor) -> DraftTree:
-        self.tree = self.grow(tree, batch, level)
-        return DraftTree.root(batch.tokens)
-
-    def rows(self, tree: Growth, new: int, counts: Tensor, start: Tensor, first: Tensor, shift: int) -> LevelRows:
-        return self._inner.rows(tree, new, counts, start, first, shift)
-
-    def inputs(
-        self, tree: Growth, tokens: Tensor, embedding: Tensor, hidden: Tensor, above: Tensor, carry: Tensor, slots: Tensor,
-        counts: Tensor, *, deeper: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return self._inner.inputs(tree, tokens, embedding, hidden, above, carry, slots, counts, deeper=deeper)
-
-    def last(self, values: Tensor, counts: Tensor) -> Tensor:
-        return self._inner.last(values, counts)
-
-    def observe(
-        self, slots: Tensor, lengths: Tensor, result: VerifyResult, hidden: Tensor, tokens_table: Tensor,
-        hidden_table: Tensor, counts_table: Tensor, recent: Tensor,
-    ) -> None:  # fmt: skip
-        self._inner.observe(slots, lengths, result, hidden, tokens_table, hidden_table, counts_table, recent)
+    def along_the_text(self, first: Tensor) -> Tensor:
+        """Each layer's logits after the newest token, [B, depth, n] fp32. first: those of the first layer, [B, n], from
+        which the tree was begun."""
+        deeper = [self.module.logits(level, self.outputs[level]) for level in sorted(self.outputs) if level]
+        return torch.stack([first, *deeper], 1)
 
 
 @final
@@ -250,13 +165,12 @@ class Recorder:
         """logits: [B, V] of the main model; tokens: [B], what it chose."""
         tree = self.ops.tree
         assert tree is not None
-        drafted = self.probe.along_the_text()
+        drafted = self.probe.along_the_text(self.ops.first)
         noise, best, q = true_ranks(drafted, self.columns[tokens], batch, self.probe.draft_ids)
         p, entropy = true_probability(logits, tokens, batch)
         values = {
             "rank": noise.flatten(1).int(), "rank_best": best.flatten(1).int(), "q": q.flatten(1), "p": p,
-            "entropy": entropy, "nodes": tree.tokens[:, 1:].int(), "parents": tree.parents[:, 1:].to(torch.int16),
-            "scores": tree.scores[:, 1:],
+            "entropy": entropy, **in_columns(tree, drafted.shape[1]),
         }  # fmt: skip
         arrays = {name: value.cpu().numpy() for name, value in values.items()}
         for row, seed in enumerate(batch.sampling.seed.tolist()):

@@ -11,7 +11,7 @@ from mtp_engine.config import TreeShape
 from mtp_engine.errors import EngineError
 from mtp_engine.experiments import charts
 from mtp_engine.experiments.analyse import ALL, Result, entropy_fit, results, speed
-from mtp_engine.experiments.costs import Costs
+from mtp_engine.experiments.costs import PLANNER, Costs
 from mtp_engine.experiments.store import Experiment
 from mtp_engine.experiments.tables import TextTable
 from mtp_engine.hub.files import atomically
@@ -102,6 +102,8 @@ class Names:
 
     def __init__(self, found: Sequence[Result]) -> None:
         cases = [each.case for each in found]
+        decoded, computed = ({_setting(each) for each in found if each.recorded is kind} for kind in (False, True))
+        self._twice = decoded & computed
         self._models = len({(case.model, case.mtp) for case in cases}) > 1
         self._varied = [name for name in ("batch", "draft_vocab", "candidates", "prompts", "dtype")
                         if len({getattr(case, name) for case in cases if case.drafter == "mtp"}) > 1]  # fmt: skip
@@ -112,18 +114,28 @@ class Names:
         return " ".join(filter(None, [Path(case.model).name, Path(case.mtp).name])) if self._models else ""
 
     def __call__(self, result: Result) -> str:
-        varied = [f"{name} {Path(str(getattr(result.case, name))).name}" for name in self._varied]
-        return " ".join(filter(None, [self.model(result), result.name, *varied]))
+        case = result.case
+        varied = [f"{name} {Path(str(getattr(case, name))).name}" for name in self._varied]
+        twice = result.recorded and _setting(result) in self._twice
+        return " ".join(filter(None, [self.model(result), result.name, *varied, "computed" if twice else ""]))
 
 
 def _favourites(drafted: Sequence[Result]) -> list[Result]:
-    """A few that most people ask for, at the lowest temperature."""
+    """A few that most people ask for, at the lowest temperature; of the same setting the first."""
     coldest = min(each.case.temperature for each in drafted)
     ranked = sorted(
         (each for each in drafted if each.case.temperature == coldest),
         key=lambda each: _FAVOURITES.index(each.case.tree) if each.case.tree in _FAVOURITES else len(_FAVOURITES),
     )
-    return ranked[:_SHOWN]
+    found: dict[Any, Result] = {}
+    for each in ranked:
+        found.setdefault(_setting(each), each)
+    return list(found.values())[:_SHOWN]
+
+
+def _setting(result: Result) -> Any:
+    """What was asked, however it was found out."""
+    return result.case.label, result.case.model, result.case.mtp
 
 
 def _summary(found: Sequence[Result], names: Names) -> TextTable:
@@ -150,9 +162,9 @@ def _categories(drafted: Sequence[Result], names: Names) -> TextTable:
     categories = sorted({category for each in drafted for category in each.categories} - {ALL})
     rows = []
     for each in drafted:
-        cells = [str(each.accepted_length(c)) if c in each.categories else "" for c in (*categories, ALL)]
+        cells = [str(each.accepted_length(c)) if c in each.categories else "" for c in (ALL, *categories)]
         rows.append((names(each), *cells))
-    return TextTable("by-category", "Mean accepted length by category", ("setting", *categories, ALL), tuple(rows))
+    return TextTable("by-category", "Mean accepted length by category", ("setting", ALL, *categories), tuple(rows))
 
 
 def _depths(drafted: Sequence[Result], names: Names) -> TextTable:
@@ -208,8 +220,10 @@ def _speed(experiment: Experiment, found: Sequence[Result], names: Names) -> Ite
         if each.case.drafter != "mtp" or each.case.temperature != coldest:
             continue
         name = " ".join(filter(None, [names.model(each), each.case.tree]))
-        if points := costs.speedup(each.case.model, each.case.tree, each.accepted_length(loops=True).value):
-            series[name] = points
+        for source in ("", PLANNER):
+            length = each.accepted_length(loops=True).value
+            if points := costs.speedup(each.case.model, each.case.tree, length, source):
+                series[name + source] = points
         own = speed(each, found)
         if own and own.against_plain:
             measured.setdefault(name, {})[each.case.batch] = own.against_plain
@@ -221,11 +235,15 @@ def _speed(experiment: Experiment, found: Sequence[Result], names: Names) -> Ite
         for name, points in series.items()
     )
     table = TextTable("predicted", "Predicted speed-up by requests in a step", ("setting", *map(str, batches)), rows)
-    favourites = [name for name in series if name.split()[-1] in _FAVOURITES][:_SHOWN] or list(series)[:_SHOWN]
-    picture = charts.predicted({name: series[name] for name in favourites}, measured)
-    yield Section(
-        "Speed-up", "Predicted from accepted length and what steps cost here.", (("speed-up", picture),), (table,)
+    timed = {name: points for name, points in series.items() if not name.endswith(PLANNER)}
+    favourites = [name for name in timed if name.split()[-1] in _FAVOURITES][:_SHOWN] or list(timed)[:_SHOWN]
+    planned = {name: series[name + PLANNER] for name in favourites if name + PLANNER in series}
+    picture = charts.predicted({name: series[name] for name in favourites}, planned, measured)
+    text = (
+        "Predicted from accepted length and what steps cost here: steps that were timed, and what the engine's planner makes of "
+        "its own table, which it measures for one request and carries on along straight lines."
     )
+    yield Section("Speed-up", text, (("speed-up", picture),), (table,))
 
 
 def _html(experiment: Experiment, sections: Sequence[Section]) -> str:

@@ -1,10 +1,11 @@
 """The same prompts against a server with OpenAI's API, with the statistics that it gives of each request.
 
-vLLM's `metrics.speculative_decoding` (started with --per-request-spec-decode-metrics, vllm#48915; ours has it, too), and
-SGLang's `meta_info` (spec_verify_ct; asked for with return_meta_info). Without them the accepted length is unknown, and
-tokens per second are all there is.
+vLLM's `metrics.speculative_decoding` (started with --per-request-spec-decode-metrics, vllm#48915; ours where draft_metrics
+is asked for), and SGLang's `meta_info` (spec_verify_ct; asked for with return_meta_info). Without them the accepted length is
+unknown, and tokens per second are all there is.
 """
 
+import http.client
 import json
 import time
 import urllib.error
@@ -21,6 +22,8 @@ from mtp_engine.experiments.prompts import Encoded
 from mtp_engine.experiments.rows import Done
 
 _TIMEOUT = 600  # seconds without a word from the server
+_STATISTICS = {"draft_metrics": True, "return_meta_info": True}  # asked of servers that know such fields
+_REFUSALS = (400, 422)  # of servers that take no unknown fields
 _ADVICE = "is the server running, and does the URL end in /v1?"
 
 
@@ -51,7 +54,9 @@ class _Heard:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def hear(self, chunk: Mapping[str, Any], now: float) -> None:
-        """Take in a chunk of the stream."""
+        """Take in a chunk of the stream. Raises EngineError where it says that something failed."""
+        if error := chunk.get("error"):
+            raise EngineError(str(error.get("message", error)) if isinstance(error, dict) else str(error))
         self.usage = chunk.get("usage") or self.usage
         self.metrics = (chunk.get("metrics") or {}).get("speculative_decoding") or self.metrics
         self.meta = chunk.get("meta_info") or self.meta
@@ -69,22 +74,36 @@ def _answer(url: str, case: Case, own: Encoded) -> dict[str, Any]:
     body = {
         "model": case.model, "messages": list(own.item.messages), "max_tokens": params.max_tokens, "seed": params.seed,
         "temperature": params.temperature, "stream": True, "stream_options": {"include_usage": True},
-        "return_meta_info": True,
     }  # fmt: skip
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    heard, begin = _Heard(), time.perf_counter()
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-            for line in response:
-                data = line.decode("utf-8", "replace").removeprefix("data:").strip()
-                if line.startswith(b"data:") and data != "[DONE]":
-                    heard.hear(json.loads(data), time.perf_counter() - begin)
+        try:
+            heard, wall = _listen(url, body | _STATISTICS)
+        except urllib.error.HTTPError as error:
+            if error.code not in _REFUSALS:
+                raise
+            heard, wall = _listen(url, body)
     except urllib.error.HTTPError as error:
         said = " ".join(error.read()[:200].decode(errors="replace").split())
         raise EngineError(f"{url} answered {error.code} to prompt {own.item.id}: {said}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise EngineError(f"{url}: {error}; {_ADVICE}") from error
-    return _row(own, heard, time.perf_counter() - begin, params.seed or 0)
+    except (AttributeError, TypeError, LookupError) as error:
+        raise EngineError(f"{url} answered prompt {own.item.id} with what is no chat completion; {_ADVICE}") from error
+    except EngineError as error:
+        raise EngineError(f"{url} failed at prompt {own.item.id}: {error}") from error
+    return _row(own, heard, wall, params.seed or 0)
+
+
+def _listen(url: str, body: Mapping[str, Any]) -> tuple[_Heard, float]:
+    """What comes back, and after how many seconds it ended."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    heard, begin = _Heard(), time.perf_counter()
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+        for line in response:
+            data = line.decode("utf-8", "replace").removeprefix("data:").strip()
+            if line.startswith(b"data:") and data != "[DONE]":
+                heard.hear(json.loads(data), time.perf_counter() - begin)
+    return heard, time.perf_counter() - begin
 
 
 def _row(own: Encoded, heard: _Heard, wall: float, seed: int) -> dict[str, Any]:
@@ -110,7 +129,10 @@ def statistics(metrics: Mapping[str, Any], meta: Mapping[str, Any], tokens: int)
     accepted length is 1 + accepted drafts / steps in their terms and ours, with the steps' own tokens as `emitted`.
     """
     if steps := metrics.get("num_spec_steps"):
-        histogram = list(metrics.get("acceptance_histogram") or ())
+        counts = metrics.get("acceptance_histogram") or ()
+        if isinstance(counts, Mapping):  # by accepted drafts, without those that no step had
+            counts = [counts.get(str(accepted), 0) for accepted in range(max(map(int, counts)) + 1)]
+        histogram = list(counts)
         accepted = list(accumulate(reversed(histogram[1:])))[::-1]
         drafted, kept = metrics.get("num_draft_tokens"), metrics.get("num_accepted_draft_tokens", sum(accepted))
         nodes = None if drafted is None else drafted + steps

@@ -60,13 +60,14 @@ class CaseFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether all of its prompts are done."""
-        return (self.path / "finished.json").is_file()
+        """Whether all of its prompts are done, and still there."""
+        path = self.path / "finished.json"
+        return path.is_file() and len(self.done) >= int(_load(path)["prompts"])
 
     def add(self, **rows: Sequence[Mapping[str, Any]]) -> None:
         """Write a part: `requests`, and of the same prompts `steps` or `positions`. Raises EngineError for a full disk."""
         pyarrow, parquet, _ = extras()
-        number = len(self.parts("requests"))
+        number = 1 + max((int(path.stem.split("-")[1]) for path in self.parts("requests")), default=-1)
         for kind in sorted(rows, key=lambda kind: kind == "requests"):
             table = pyarrow.Table.from_pylist(list(rows[kind]))
             _write_table(parquet, table, self.path / f"{kind}-{number:05}.parquet")
