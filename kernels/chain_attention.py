@@ -39,30 +39,37 @@ def chain_plan(dtype: torch.dtype, nodes: int, heads: int, kv_heads: int, dim: i
 def chain_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, lengths: Tensor, first: Tensor | None, *, page_size: int,
     wrap: int, window: int, scale: float, sink: Tensor | None, plan: Plan | None = None,
+    counts: Tensor | None = None, most: int = 0,
 ) -> Tensor:  # fmt: skip
     """Attention of any number of new rows per request, row i at position lengths[b] + i, above row i + 1; all their keys and
     values are in the cache already.
 
-    Arguments as for `tree_attention`, but first may be None: 0 everywhere. scale must be positive.
-    Returns [B, N, Hq, Dv] in q's dtype.
+    Arguments as for `tree_attention`, but first may be None: 0 everywhere. scale must be positive. counts, [B] int64: where
+    rows are packed, q is [1, N, Hq, Dk], of whose rows counts[b], at most `most`, are request b's, one request behind the other.
+    Returns [B, N, Hq, Dv], or [1, N, Hq, Dv], in q's dtype.
     """
-    batch, nodes, heads, dim = q.shape
+    nodes, heads, dim = q.shape[1:]
+    batch, total = len(lengths), nodes
+    if counts is not None:
+        nodes = most
     kv_heads, v_dim = v_cache.shape[1:]
     group = heads // kv_heads
     plan = plan or chain_plan(q.dtype, nodes, heads, kv_heads, dim)
     assert group <= plan.rows, "a node's heads must fit into one block"
     assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (q, k_cache, v_cache, pages)), "last dimension"
-    out = torch.empty(batch, nodes, heads, v_dim, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape[0], total, heads, v_dim, dtype=q.dtype, device=q.device)
+    ends = lengths if counts is None else counts.cumsum(0)
     taken = min(plan.rows // group, plan.tile)
     per = triton.cdiv(min(nodes, plan.tile), taken)
     tiles = 1 + triton.cdiv(nodes - 1, plan.tile)  # of positions: the first row may stand anywhere in its own
     whole, rest = head_blocks(dim)
     chain_kernel[(tiles * per * kv_heads, batch)](
-        q, k_cache, v_cache, pages, lengths, lengths if first is None else first, out if sink is None else sink, out,
+        q, k_cache, v_cache, pages, lengths, lengths if first is None else first, ends, counts if counts is not None else ends,
+        out if sink is None else sink, out,
         *q.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2], pages.stride(0), wrap, nodes, per,
         scale * LOG2E.value, GROUP=group, KV_HEADS=kv_heads, DK=dim, DV=v_dim, D0=whole, D1=rest,
         DV_PAD=max(16, triton.next_power_of_2(v_dim)), PAGE=page_size, WINDOW=window, TILE=plan.tile, SPLITS=plan.splits,
-        ROWS=plan.rows, TAKEN=taken, DEPTH=plan.depth, FIRST=first is not None, SINK=sink is not None, PDL=overlap(batch * nodes),
-        launch_pdl=overlap(batch * nodes), num_warps=plan.warps, enable_fp_fusion=False,
+        ROWS=plan.rows, TAKEN=taken, DEPTH=plan.depth, FIRST=first is not None, SINK=sink is not None,
+        PACKED=counts is not None, PDL=overlap(q.shape[0] * total), launch_pdl=overlap(q.shape[0] * total), num_warps=plan.warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out

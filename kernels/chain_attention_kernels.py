@@ -16,19 +16,20 @@ from mtp_engine.kernels.tree_attention_kernels import (
 )
 
 
-@triton.jit(do_not_specialize=["page_stride", "wrap", "nodes", "per"], do_not_specialize_on_alignment=_SMALL)
+@triton.jit(do_not_specialize=["page_stride", "wrap", "nodes", "per"], do_not_specialize_on_alignment=[*_SMALL, "ends", "counts"])
 def chain_kernel(
-    q, k_cache, v_cache, pages, lengths, first, sink, out,
+    q, k_cache, v_cache, pages, lengths, first, ends, counts, sink, out,
     q_batch, q_node, q_head, k_row, k_head, v_row, v_head, page_stride, wrap, nodes, per, scale,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, TAKEN: tl.constexpr, DEPTH: tl.constexpr, FIRST: tl.constexpr,
-    SINK: tl.constexpr, PDL: tl.constexpr,
+    SINK: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of a chain: node i of request b is at position lengths[b] + i and sees what is there up to itself.
 
     A program serves at most TAKEN nodes, with all heads of one key head, of one tile of positions: their far keys are the
-    same. per: programs for a tile of positions. FIRST: whether there are positions that have no keys.
+    same. per: programs for a tile of positions. FIRST: whether there are positions that have no keys. PACKED: the requests'
+    rows stand one behind the other, those of request b end before row ends[b] and are counts[b].
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -37,6 +38,11 @@ def chain_kernel(
     kv_head, block = tl.program_id(0) % KV_HEADS, tl.num_programs(0) // KV_HEADS - 1 - tl.program_id(0) // KV_HEADS
     length = tl.load(lengths + b).to(tl.int32)
     begin = tl.load(first + b).to(tl.int32) if FIRST else 0
+    origin, line = b.to(tl.int64) * q_batch, b.to(tl.int64) * nodes
+    if PACKED:
+        nodes = tl.load(counts + b).to(tl.int32)
+        line = tl.load(ends + b) - nodes
+        origin = line * q_node
     tile = length // TILE + block // per
     low = tl.maximum(tile * TILE, length) + block % per * TAKEN
     high = tl.minimum(tl.minimum(low + TAKEN, (tile + 1) * TILE), length + nodes)  # positions low..high-1
@@ -47,7 +53,7 @@ def chain_kernel(
     valid = own < high
     head = kv_head * GROUP + r % GROUP
     node = own - length
-    queries = _queries(q + b.to(tl.int64) * q_batch + node.to(tl.int64) * q_node + head * q_head, valid, DK, D0, D1)
+    queries = _queries(q + origin + node.to(tl.int64) * q_node + head * q_head, valid, DK, D0, D1)
     pages += b * page_stride
     k_cache += kv_head * k_head
     v_cache += kv_head * v_head
@@ -88,6 +94,6 @@ def chain_kernel(
         )  # fmt: skip
     m, total, acc = _merge(state, run)
     y = _finish(m, total, acc, tl.load(sink + head, mask=valid, other=0.0).to(tl.float32) if SINK else total, SINK)
-    out += b.to(tl.int64) * nodes * (KV_HEADS * GROUP * DV)
+    out += line * (KV_HEADS * GROUP * DV)
     target = (node.to(tl.int64) * (KV_HEADS * GROUP) + head) * DV
     tl.store(out + target[:, None] + dv, y.to(out.dtype.element_ty), mask=valid[:, None] & (dv < DV))

@@ -38,6 +38,25 @@ def test_chains_have_the_bits_of_the_kernel_for_trees(lengths: list[int], first:
         assert torch.equal(torch.cat([chain(call, 0, 1), chain(call, 1, 4), chain(call, 4, 6)], 1), y)
 
 
+def packed(call: Any, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first counts[b] rows of each request, in one row, and what `chain` says of them."""
+    names = ("k_cache", "v_cache", "pages", "page_size", "wrap", "window", "scale", "sink", "lengths")
+    q, y = (torch.cat([x[b, :count] for b, count in enumerate(counts)])[None] for x in (call["q"], chain(call)))
+    heads, (_, kv_heads, _) = q.shape[2], call["k_cache"].shape
+    plan = replace(chain_plan(q.dtype, max(counts), heads, kv_heads, q.shape[3]), splits=call["plan"].splits)
+    first, table = call["first"] if int(call["first"][0]) else None, torch.tensor(counts, device=q.device)
+    given = {name: call[name] for name in names} | {"q": q, "first": first, "plan": plan}
+    return chain_attention(**given, counts=table, most=max(counts)), y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[0, 61, 190], [127, 3, 0]])
+def test_packed_chains_have_the_bits_of_each_alone(lengths: list[int], dtype: torch.dtype) -> None:
+    for heads in (TINY, replace(TINY, window=20, sink=True)):
+        call = make(heads, straight(6, 3), lengths, dtype=dtype)
+        assert torch.equal(*packed(call, [6, 1, 4]))
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("heads", REAL, ids=lambda h: f"{h.qk}-{h.v}-{h.query}-{h.kv}")
 @pytest.mark.parametrize("start", [0, 37, 5000])

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -350,9 +350,9 @@ class Reading:
         self.tokens, self._read = 0, loop.runner.read
         loop.runner.read = self.read  # type: ignore[method-assign]
 
-    def read(self, chunk: PromptChunk) -> Any:
-        self.tokens += chunk.stop - chunk.start
-        return self._read(chunk)
+    def read(self, chunks: Sequence[PromptChunk]) -> Any:
+        self.tokens += sum(chunk.stop - chunk.start for chunk in chunks)
+        return self._read(chunks)
 
 
 def run(loop: DecodeLoop, prompt: list[int], **params: Any) -> Request:
