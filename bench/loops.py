@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import final
@@ -87,13 +87,15 @@ class Timing:
         return self.wall - self.draft - self.verify
 
 
-def build(model: Model, tree: str | None, batch: int, context: int, config: EngineConfig) -> Bench:
-    """A loop with room for `batch` requests of `context` tokens. tree None: plain decoding."""
+def build(
+    model: Model, tree: str | None, batch: int, context: int, config: EngineConfig, *, packs: bool = True
+) -> Bench:
+    """A loop with room for `batch` requests of `context` tokens. tree None: plain decoding. packs: see Scheduler."""
     shape = TreeShape.parse(tree) if tree else None
     config = replace(config, tree=shape, max_batch=batch, max_context=0, kv_tokens=batch * (context + 2 * ROOM))
     device, recorders = model.main.embedding.device, []
     backend = replace(
-        make_backend(config, device, lambda *_: None), fuse_mtp=lambda module: module
+        make_backend(config, device, lambda *_: None), fuse_mtp=lambda module: module, packs=packs
     )  # it is fused already
 
     def runner(slots: int) -> Callable[..., Runner]:

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from mtp_engine.kernels.ancestry import MAX_NODES
-from mtp_engine.kernels.chain_attention_kernels import chain_kernel
+from mtp_engine.kernels.chain_attention_kernels import chain_kernel, forest_kernel
 from mtp_engine.kernels.launch import overlap
 from mtp_engine.kernels.tree_attention import Plan, head_blocks
 from mtp_engine.kernels.tree_attention_kernels import LOG2E
@@ -71,5 +71,33 @@ def chain_attention(
         DV_PAD=max(16, triton.next_power_of_2(v_dim)), PAGE=page_size, WINDOW=window, TILE=plan.tile, SPLITS=plan.splits,
         ROWS=plan.rows, TAKEN=taken, DEPTH=plan.depth, FIRST=first is not None, SINK=sink is not None,
         PACKED=counts is not None, PDL=overlap(q.shape[0] * total), launch_pdl=overlap(q.shape[0] * total), num_warps=plan.warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def forest_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, lengths: Tensor, positions: Tensor, paths: Tensor,
+    first: Tensor, *, page_size: int, wrap: int, window: int, scale: float, sink: Tensor | None, plan: Plan | None = None,
+) -> Tensor:  # fmt: skip
+    """`tree_attention` by programs that serve many nodes each, for batches that fill the GPU so. Arguments as there."""
+    batch, nodes, heads, dim = q.shape
+    kv_heads, v_dim = v_cache.shape[1:]
+    group = heads // kv_heads
+    plan = plan or chain_plan(q.dtype, nodes, heads, kv_heads, dim)
+    assert nodes <= MAX_NODES <= plan.tile, "more rows, or smaller tiles, and far keys would differ between rows"
+    assert group <= plan.rows, "a node's heads must fit into one block"
+    assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (q, k_cache, v_cache, pages, positions)), "last dimension"
+    assert all(x.is_contiguous() for x in (paths, lengths, first)), "paths come from ancestry()"
+    out = torch.empty(batch, nodes, heads, v_dim, dtype=q.dtype, device=q.device)
+    taken = plan.rows // group
+    blocks, tiles = triton.cdiv(nodes, taken), 1 if nodes == 1 else 2
+    whole, rest = head_blocks(dim)
+    forest_kernel[(tiles * blocks * kv_heads, batch)](
+        q, k_cache, v_cache, pages, lengths, positions, paths, first, out if sink is None else sink, out,
+        *q.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2], positions.stride(0), pages.stride(0), wrap, nodes,
+        blocks, scale * LOG2E.value, GROUP=group, KV_HEADS=kv_heads, DK=dim, DV=v_dim, D0=whole, D1=rest,
+        DV_PAD=max(16, triton.next_power_of_2(v_dim)), PAGE=page_size, WINDOW=window, TILE=plan.tile, SPLITS=plan.splits,
+        ROWS=plan.rows, TAKEN=taken, DEPTH=plan.depth, SINK=sink is not None, PDL=overlap(batch * nodes),
+        launch_pdl=overlap(batch * nodes), num_warps=plan.warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""The Triton kernel of kernels/chain_attention.py: all runs of a block of rows in one program, merged as they come."""
+"""The Triton kernels of kernels/chain_attention.py: all runs of a block of rows in one program, merged as they come."""
 
 import triton
 import triton.language as tl
@@ -14,6 +14,36 @@ from mtp_engine.kernels.tree_attention_kernels import (
     _queries,
     _split_start,
 )
+
+
+@triton.jit
+def _far_runs(
+    queries, pages, k, v, end, begin, scale, k_row, v_row,
+    DK: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """The far keys, positions begin..end-1, one split after the other. Returns what `_merge` calls the state."""
+    t = tl.arange(0, TILE)
+    state, run = _fresh(ROWS, DV_PAD), _fresh(ROWS, DV_PAD)
+    start, split = 0, 0
+    if FIRST:
+        while _split_start(split + 1, SPLITS) <= begin:
+            split += 1
+        start = begin // TILE * TILE
+    edge = _split_start(split + 1, SPLITS)
+    page = _page(pages, start, end, PAGE)
+    for base in tl.range(start, end, TILE, num_stages=1 + DEPTH):
+        exists = base + t >= begin if FIRST else t < TILE
+        run, page = _far_step(
+            run, queries, pages, page, k, v, base, end, exists, exists[None, :] if FIRST else None, scale, k_row, v_row,
+            DK, DV, D0, D1, DV_PAD, PAGE, TILE,
+        )  # fmt: skip
+        if (base + TILE >= edge) | (base + TILE >= end):
+            state = _merge(state, run)
+            run = _fresh(ROWS, DV_PAD)
+            split += 1
+            edge = _split_start(split + 1, SPLITS)
+    return state
 
 
 @triton.jit(do_not_specialize=["page_stride", "wrap", "nodes", "per"], do_not_specialize_on_alignment=[*_SMALL, "ends", "counts"])
@@ -60,25 +90,10 @@ def chain_kernel(
 
     state, run = _fresh(ROWS, DV_PAD), _fresh(ROWS, DV_PAD)
     if not WINDOW:
-        end = (tile - 1) * TILE
-        start, split = 0, 0
-        if FIRST:
-            while _split_start(split + 1, SPLITS) <= begin:
-                split += 1
-            start = begin // TILE * TILE
-        edge = _split_start(split + 1, SPLITS)
-        page = _page(pages, start, end, PAGE)
-        for base in tl.range(start, end, TILE, num_stages=1 + DEPTH):
-            exists = base + t >= begin if FIRST else t < TILE
-            run, page = _far_step(
-                run, queries, pages, page, k_cache, v_cache, base, end, exists, exists[None, :] if FIRST else None, scale,
-                k_row, v_row, DK, DV, D0, D1, DV_PAD, PAGE, TILE,
-            )  # fmt: skip
-            if (base + TILE >= edge) | (base + TILE >= end):
-                state = _merge(state, run)
-                run = _fresh(ROWS, DV_PAD)
-                split += 1
-                edge = _split_start(split + 1, SPLITS)
+        state = _far_runs(
+            queries, pages, k_cache, v_cache, (tile - 1) * TILE, begin, scale, k_row, v_row, DK, DV, D0, D1, DV_PAD, PAGE,
+            TILE, SPLITS, ROWS, DEPTH, FIRST,
+        )  # fmt: skip
 
     oldest = tl.maximum(own - WINDOW + 1 if WINDOW else (tile - 1) * TILE, tl.maximum(begin, 0))
     oldest = tl.minimum(oldest, own)
@@ -95,5 +110,81 @@ def chain_kernel(
     m, total, acc = _merge(state, run)
     y = _finish(m, total, acc, tl.load(sink + head, mask=valid, other=0.0).to(tl.float32) if SINK else total, SINK)
     out += line * (KV_HEADS * GROUP * DV)
+    target = (node.to(tl.int64) * (KV_HEADS * GROUP) + head) * DV
+    tl.store(out + target[:, None] + dv, y.to(out.dtype.element_ty), mask=valid[:, None] & (dv < DV))
+
+
+@triton.jit(
+    do_not_specialize=["position_stride", "page_stride", "wrap", "nodes", "blocks"], do_not_specialize_on_alignment=_SMALL
+)
+def forest_kernel(
+    q, k_cache, v_cache, pages, lengths, positions, paths, first, sink, out,
+    q_batch, q_node, q_head, k_row, k_head, v_row, v_head, position_stride, page_stride, wrap, nodes, blocks, scale,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, TAKEN: tl.constexpr, DEPTH: tl.constexpr, SINK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Rows of a forest (see tree_attention). A program serves those of TAKEN nodes that stand in one tile of positions.
+
+    Keys in tiles below that of `length` are the same for all of them. Of the tiles behind, each node has its own: they are
+    added up node by node, in the same block, in which the other nodes' rows see nothing. blocks: of nodes.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    b = tl.program_id(1)
+    kv_head, block = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
+    length = tl.load(lengths + b).to(tl.int32)
+    begin = tl.load(first + b).to(tl.int32)
+    tile = length // TILE + block // blocks
+    origin = block % blocks * TAKEN  # the first node
+    r, dv, t = tl.arange(0, ROWS), tl.arange(0, DV_PAD), tl.arange(0, TILE)
+    node, head = origin + r // GROUP, kv_head * GROUP + r % GROUP
+    inside = (r < TAKEN * GROUP) & (node < nodes)
+    own = tl.load(positions + b * position_stride + node, mask=inside, other=0).to(tl.int32)
+    valid = inside & (own // TILE == tile)
+    if tl.sum(valid.to(tl.int32), 0) == 0:
+        return
+    queries = _queries(q + b.to(tl.int64) * q_batch + node.to(tl.int64) * q_node + head * q_head, valid, DK, D0, D1)
+    pages += b * page_stride
+    paths += b * nodes * nodes
+    k_cache += kv_head * k_head
+    v_cache += kv_head * v_head
+
+    state, run = _fresh(ROWS, DV_PAD), _fresh(ROWS, DV_PAD)
+    if not WINDOW:
+        state = _far_runs(
+            queries, pages, k_cache, v_cache, (tile - 1) * TILE, begin, scale, k_row, v_row, DK, DV, D0, D1, DV_PAD, PAGE,
+            TILE, SPLITS, ROWS, DEPTH, True,
+        )  # fmt: skip
+    oldest = tl.maximum(own - WINDOW + 1 if WINDOW else (tile - 1) * TILE, tl.maximum(begin, 0))
+    oldest = tl.minimum(oldest, own)
+    lowest = tl.min(tl.where(valid, oldest, (tile + 1) * TILE), 0)
+    shared = length // TILE * TILE  # below it all keys are cached
+    for base in tl.range(lowest // TILE * TILE, shared, TILE, num_stages=1 + 2 * DEPTH):
+        pos = base + t
+        exists = pos >= lowest
+        number = tl.load(pages + (pos // PAGE % wrap if WINDOW else pos // PAGE), mask=exists, other=0)
+        run = _absorb(
+            run, queries, k_cache, v_cache, number.to(tl.int64) * PAGE + pos % PAGE, exists, pos >= oldest[:, None],
+            scale, k_row, v_row, DK, DV, D0, D1, DV_PAD,
+        )  # fmt: skip
+    here = tl.minimum(TAKEN, nodes - origin)
+    for i in tl.range(0, (tile + 1 - length // TILE) * here, num_stages=1 + 2 * DEPTH):
+        one, pos = origin + i % here, shared + i // here * TILE + t
+        ahead = pos - length
+        above = tl.load(paths + one * nodes + ahead, mask=(ahead >= 0) & (ahead < nodes), other=-1)
+        slot = tl.where(ahead < 0, pos, length + above)
+        exists = (pos >= lowest) & ((ahead < 0) | (above >= 0))
+        number = tl.load(pages + (slot // PAGE % wrap if WINDOW else slot // PAGE), mask=exists, other=0)
+        seen = (node == one)[:, None] & exists[None, :] & (pos >= oldest[:, None])
+        run = _absorb(
+            run, queries, k_cache, v_cache, number.to(tl.int64) * PAGE + slot % PAGE, exists, seen, scale, k_row, v_row,
+            DK, DV, D0, D1, DV_PAD,
+        )  # fmt: skip
+    m, total, acc = _merge(state, run)
+    y = _finish(m, total, acc, tl.load(sink + head, mask=valid, other=0.0).to(tl.float32) if SINK else total, SINK)
+    out += b.to(tl.int64) * nodes * (KV_HEADS * GROUP * DV)
     target = (node.to(tl.int64) * (KV_HEADS * GROUP) + head) * DV
     tl.store(out + target[:, None] + dv, y.to(out.dtype.element_ty), mask=valid[:, None] & (dv < DV))

@@ -100,7 +100,7 @@ def test_who_begins_alike_waits_for_the_first(families: dict[str, Family]) -> No
     loop = loop_of(families["llama"], RootDrafter(), slots=4, prefix_bytes=10**8, share_pages=True)
     finish(loop, [[*prompts[0][:11], 50 - i] for i in range(3)], [SamplingParams(max_tokens=1)] * 3)  # a junction
     reads = Reads(loop)
-    finish(loop, [[*prompts[0][:11], 50 + i, 3, 4] for i in range(3)], [SamplingParams(max_tokens=1)] * 3)
+    finish(loop, [[*prompts[0][:11], 40 + i, 3, 4] for i in range(3)], [SamplingParams(max_tokens=1)] * 3)
     assert reads.passes == [[(3, 11, 13), (4, 11, 13), (5, 11, 13)]]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mtp_engine.attention.rows import StepRows
 from mtp_engine.cache import HybridKV, WindowKV
 from mtp_engine.kernels.ancestry import MAX_NODES, ancestry
-from mtp_engine.kernels.chain_attention import chain_attention, suits_chain
+from mtp_engine.kernels.chain_attention import chain_attention, forest_attention, suits_chain
 from mtp_engine.kernels.kv import storage_rows
 from mtp_engine.kernels.tree_attention import tree_attention
 from mtp_engine.protocols import Attention
@@ -144,9 +144,13 @@ class ExactAttention:
             "scale": scale,
             "sink": sink,
         }
-        if not rows.spans and (not self._straight or not suits_chain(q.shape[0], q.shape[1], k.shape[1])):
+        if not rows.spans and not suits_chain(q.shape[0], q.shape[1], k.shape[1]):
             return tree_attention(
                 q, k, v, pages, rows.lengths, rows.positions, step.ancestry[0], step.first, bound=rows.bound, **given
+            )
+        if not self._straight:
+            return forest_attention(
+                q, k, v, pages, rows.lengths, rows.positions, step.ancestry[0], step.first, **given
             )
         y = chain_attention(q, k, v, pages, rows.lengths, rows.first, counts=rows.counts, most=self._most, **given)
         if layer in self._rooms:
