@@ -78,6 +78,7 @@ def chain_attention(
 def forest_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, lengths: Tensor, positions: Tensor, paths: Tensor,
     first: Tensor, *, page_size: int, wrap: int, window: int, scale: float, sink: Tensor | None, plan: Plan | None = None,
+    near: int = 5, taken: int = 0,
 ) -> Tensor:  # fmt: skip
     """`tree_attention` by programs that serve many nodes each, for batches that fill the GPU so. Arguments as there."""
     batch, nodes, heads, dim = q.shape
@@ -89,7 +90,7 @@ def forest_attention(
     assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (q, k_cache, v_cache, pages, positions)), "last dimension"
     assert all(x.is_contiguous() for x in (paths, lengths, first)), "paths come from ancestry()"
     out = torch.empty(batch, nodes, heads, v_dim, dtype=q.dtype, device=q.device)
-    taken = plan.rows // group
+    taken = taken or plan.rows // group
     blocks, tiles = triton.cdiv(nodes, taken), 1 if nodes == 1 else 2
     whole, rest = head_blocks(dim)
     forest_kernel[(tiles * blocks * kv_heads, batch)](
@@ -97,7 +98,7 @@ def forest_attention(
         *q.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2], positions.stride(0), pages.stride(0), wrap, nodes,
         blocks, scale * LOG2E.value, GROUP=group, KV_HEADS=kv_heads, DK=dim, DV=v_dim, D0=whole, D1=rest,
         DV_PAD=max(16, triton.next_power_of_2(v_dim)), PAGE=page_size, WINDOW=window, TILE=plan.tile, SPLITS=plan.splits,
-        ROWS=plan.rows, TAKEN=taken, DEPTH=plan.depth, SINK=sink is not None, PDL=overlap(batch * nodes),
+        ROWS=plan.rows, TAKEN=taken, DEPTH=plan.depth, NEAR=near, SINK=sink is not None, PDL=overlap(batch * nodes),
         launch_pdl=overlap(batch * nodes), num_warps=plan.warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out

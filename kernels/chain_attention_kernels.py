@@ -122,8 +122,8 @@ def forest_kernel(
     q_batch, q_node, q_head, k_row, k_head, v_row, v_head, position_stride, page_stride, wrap, nodes, blocks, scale,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, TAKEN: tl.constexpr, DEPTH: tl.constexpr, SINK: tl.constexpr,
-    PDL: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, TAKEN: tl.constexpr, DEPTH: tl.constexpr, NEAR: tl.constexpr,
+    SINK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of a forest (see tree_attention). A program serves those of TAKEN nodes that stand in one tile of positions.
 
@@ -171,13 +171,19 @@ def forest_kernel(
             scale, k_row, v_row, DK, DV, D0, D1, DV_PAD,
         )  # fmt: skip
     here = tl.minimum(TAKEN, nodes - origin)
-    for i in tl.range(0, (tile + 1 - length // TILE) * here, num_stages=1 + 2 * DEPTH):
+    page = length // PAGE
+    number0 = tl.load(pages + (page % wrap if WINDOW else page))
+    number1 = tl.load(pages + ((page + 1) % wrap if WINDOW else page + 1), mask=(page + 1) * PAGE < length + nodes, other=0)
+    for i in tl.range(0, (tile + 1 - length // TILE) * here, num_stages=NEAR):
         one, pos = origin + i % here, shared + i // here * TILE + t
         ahead = pos - length
         above = tl.load(paths + one * nodes + ahead, mask=(ahead >= 0) & (ahead < nodes), other=-1)
         slot = tl.where(ahead < 0, pos, length + above)
         exists = (pos >= lowest) & ((ahead < 0) | (above >= 0))
-        number = tl.load(pages + (slot // PAGE % wrap if WINDOW else slot // PAGE), mask=exists, other=0)
+        if PAGE % TILE == 0:
+            number = tl.where(slot // PAGE == page, number0, number1)
+        else:
+            number = tl.load(pages + (slot // PAGE % wrap if WINDOW else slot // PAGE), mask=exists, other=0)
         seen = (node == one)[:, None] & exists[None, :] & (pos >= oldest[:, None])
         run = _absorb(
             run, queries, k_cache, v_cache, number.to(tl.int64) * PAGE + slot % PAGE, exists, seen, scale, k_row, v_row,
