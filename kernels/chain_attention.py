@@ -14,9 +14,9 @@ import triton
 from torch import Tensor
 
 from mtp_engine.kernels.ancestry import MAX_NODES
-from mtp_engine.kernels.chain_attention_kernels import chain_kernel, forest_kernel
+from mtp_engine.kernels.chain_attention_kernels import chain_kernel, own_kernel, shared_kernel
 from mtp_engine.kernels.launch import overlap
-from mtp_engine.kernels.tree_attention import Plan, head_blocks
+from mtp_engine.kernels.tree_attention import Plan, Scratch, head_blocks
 from mtp_engine.kernels.tree_attention_kernels import LOG2E
 
 _PROGRAMS = 96  # fewer leave too much of the GPU idle
@@ -78,9 +78,13 @@ def chain_attention(
 def forest_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, lengths: Tensor, positions: Tensor, paths: Tensor,
     first: Tensor, *, page_size: int, wrap: int, window: int, scale: float, sink: Tensor | None, plan: Plan | None = None,
-    near: int = 5, taken: int = 0,
+    own: tuple[int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """`tree_attention` by programs that serve many nodes each, for batches that fill the GPU so. Arguments as there."""
+    """`tree_attention` for batches whose requests fill the GPU with a program per key head. Arguments as there.
+
+    Keys that all nodes of a request see are read once for all of them, run after run as in `chain_attention`; then each node's
+    own are added by a program per node. own: rows and warps of these, for measurements.
+    """
     batch, nodes, heads, dim = q.shape
     kv_heads, v_dim = v_cache.shape[1:]
     group = heads // kv_heads
@@ -90,15 +94,25 @@ def forest_attention(
     assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (q, k_cache, v_cache, pages, positions)), "last dimension"
     assert all(x.is_contiguous() for x in (paths, lengths, first)), "paths come from ancestry()"
     out = torch.empty(batch, nodes, heads, v_dim, dtype=q.dtype, device=q.device)
-    taken = taken or plan.rows // group
+    scratch = Scratch.empty(batch * nodes * heads, 2, v_dim, q.device)
+    taken = plan.rows // group
     blocks, tiles = triton.cdiv(nodes, taken), 1 if nodes == 1 else 2
     whole, rest = head_blocks(dim)
-    forest_kernel[(tiles * blocks * kv_heads, batch)](
-        q, k_cache, v_cache, pages, lengths, positions, paths, first, out if sink is None else sink, out,
-        *q.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2], positions.stride(0), pages.stride(0), wrap, nodes,
-        blocks, scale * LOG2E.value, GROUP=group, KV_HEADS=kv_heads, DK=dim, DV=v_dim, D0=whole, D1=rest,
-        DV_PAD=max(16, triton.next_power_of_2(v_dim)), PAGE=page_size, WINDOW=window, TILE=plan.tile, SPLITS=plan.splits,
-        ROWS=plan.rows, TAKEN=taken, DEPTH=plan.depth, NEAR=near, SINK=sink is not None, PDL=overlap(batch * nodes),
-        launch_pdl=overlap(batch * nodes), num_warps=plan.warps, enable_fp_fusion=False,
+    strides = (*q.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2], positions.stride(0), pages.stride(0))
+    shared = {
+        "GROUP": group, "KV_HEADS": kv_heads, "DK": dim, "DV": v_dim, "D0": whole, "D1": rest, "PAGE": page_size,
+        "DV_PAD": max(16, triton.next_power_of_2(v_dim)), "WINDOW": window, "TILE": plan.tile,
+        "PDL": overlap(batch * nodes), "launch_pdl": overlap(batch * nodes), "enable_fp_fusion": False,
+    }  # fmt: skip
+    shared_kernel[(tiles * blocks * kv_heads, batch)](
+        q, k_cache, v_cache, pages, lengths, positions, first, scratch.acc, scratch.stats, *strides, wrap, nodes, blocks,
+        scale * LOG2E.value, SPLITS=plan.splits, ROWS=plan.rows, TAKEN=taken, DEPTH=plan.depth, num_warps=plan.warps,
+        **shared,
+    )  # fmt: skip
+    rows, warps = own or (min(plan.rows, 64), min(plan.warps, 4) if plan.rows > 16 else plan.warps)
+    own_kernel[(nodes * kv_heads, batch)](
+        q, k_cache, v_cache, pages, lengths, positions, paths, first, out if sink is None else sink, out, scratch.acc,
+        scratch.stats, *strides, wrap, nodes, scale * LOG2E.value, ROWS=rows, SINK=sink is not None, num_warps=warps,
+        **shared,
     )  # fmt: skip
     return out
