@@ -43,7 +43,8 @@ def read(
     median = statistics.median(times[1:])
     rate = count * flops(model.config, tokens) / median / 1e9
     return {
-        "tokens": tokens, "prompts": count, "apart": apart, "tree": tree, "first_ms": round(times[0], 1), "ms": round(median, 2), "tflop_s": round(rate, 1)
+        "tokens": tokens, "prompts": count, "apart": apart, "tree": tree, "first_ms": round(times[0], 1),
+        "ms": round(median, 2), "tflop_s": round(rate, 1),
     }  # fmt: skip
 
 

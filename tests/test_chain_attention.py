@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_tree_attention import PAGE, REAL, SPLITS, TINY, Heads, error, forest, make
+from test_tree_attention import PAGE, REAL, SPLITS, TINY, Heads, error, make
 
 from mtp_engine.attention.exact import MOST_ROWS, exact_attention
 from mtp_engine.attention.rows import StepRows
 from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import AttentionConfig, RopeConfig
-from mtp_engine.kernels.chain_attention import chain_attention, chain_plan, forest_attention
+from mtp_engine.kernels.chain_attention import Packed, chain_attention, chain_plan
 from mtp_engine.kernels.tree_attention import Plan, tree_attention, tree_attention_twin
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,7 +50,7 @@ def packed(call: Any, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     plan = replace(chain_plan(q.dtype, max(counts), heads, kv_heads, q.shape[3]), splits=call["plan"].splits)
     first, table = call["first"] if int(call["first"][0]) else None, torch.tensor(counts, device=q.device)
     given = {name: call[name] for name in names} | {"q": q, "first": first, "plan": plan}
-    return chain_attention(**given, counts=table, most=max(counts)), y
+    return chain_attention(**given, packed=Packed.of(table, max(counts))), y
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -88,23 +88,6 @@ def test_packed_rows_over_pages_and_rings_have_the_bits_of_each_alone() -> None:
                 steps.append(torch.cat([part(layer, q[:, c], k[:, c], v[:, c], scale=0.3) for part, c in parts], 1))
         found.append(steps)
     assert all(torch.equal(*each) for each in zip(*found, strict=True))
-
-
-def blocks(call: Any) -> torch.Tensor:
-    """`forest_attention` of a call of `tree_attention`."""
-    q, (_, kv_heads, _) = call["q"], call["k_cache"].shape
-    plan = replace(chain_plan(q.dtype, q.shape[1], q.shape[2], kv_heads, q.shape[3]), splits=call["plan"].splits)
-    return forest_attention(**{name: value for name, value in call.items() if name != "bound"} | {"plan": plan})
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("lengths", "first"), [([0, 61], 0), ([190, 127], 70)])
-def test_blocks_of_nodes_have_the_bits_of_a_program_each(lengths: list[int], first: int, dtype: torch.dtype) -> None:
-    """Trees that stand in one tile of positions and in two, of more nodes than a block takes, and rows without parents."""
-    for heads in (Heads(8, 8, 12, 1), replace(TINY, window=20, sink=True)):
-        parents = torch.stack([forest(7, 1), forest(7, 2, roots=3)])
-        call = make(heads, parents, lengths, first=first, dtype=dtype)
-        assert torch.equal(blocks(call), tree_attention(**call))
 
 
 @pytest.mark.cuda

@@ -251,6 +251,8 @@ def test_prompts_that_are_read_together_have_the_bits_of_each_alone(model: Model
         positions = torch.cat([torch.arange(start, start + count, device=DEVICE) for _, start, count in spans])
         rows = StepRows.prompts(*table, owners, positions, spans)
         tokens = [prompts[slot][i] for slot, start, count in spans for i in range(start, start + count)]
-        for (slot, start, count), states in zip(spans, forward(cache, rows, tokens).split([c for *_, c in spans]), strict=True):
+        for (slot, start, count), states in zip(
+            spans, forward(cache, rows, tokens).split([c for *_, c in spans]), strict=True
+        ):
             assert torch.equal(states, alone[slot][start : start + count]), (turn, slot)
             at[slot] = start + count

@@ -11,7 +11,8 @@ from torch import Tensor
 from mtp_engine.attention.rows import StepRows
 from mtp_engine.cache import HybridKV, WindowKV
 from mtp_engine.kernels.ancestry import MAX_NODES, ancestry
-from mtp_engine.kernels.chain_attention import chain_attention, forest_attention, suits_chain
+from mtp_engine.kernels.chain_attention import Packed, chain_attention, suits_chain
+from mtp_engine.kernels.forest_attention import forest_attention, suits_forest
 from mtp_engine.kernels.kv import storage_rows
 from mtp_engine.kernels.tree_attention import tree_attention
 from mtp_engine.protocols import Attention
@@ -112,8 +113,8 @@ class ExactAttention:
 
     def __init__(self, cache: HybridKV, rows: StepRows) -> None:
         self._step, self._straight = DeviceRows(cache, rows), rows.chain or rows.straight
-        self._most = max((count for _, _, count in rows.spans), default=rows.positions.shape[1])
-        self._long = self._most > MOST_ROWS
+        most = max((count for _, _, count in rows.spans), default=rows.positions.shape[1])
+        self._long, self._packed = most > MOST_ROWS, None if rows.counts is None else Packed.of(rows.counts, most)
         assert self._straight or not self._long, "of other rows than a chain's there may be 64"
         self._stretches: dict[int, Stretch] = {}  # by cache group
         self._rooms: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, from `destination` to `attend`
@@ -144,19 +145,17 @@ class ExactAttention:
             "scale": scale,
             "sink": sink,
         }
-        if not rows.spans and not suits_chain(q.shape[0], q.shape[1], k.shape[1]):
-            return tree_attention(
-                q, k, v, pages, rows.lengths, rows.positions, step.ancestry[0], step.first, bound=rows.bound, **given
-            )
-        if not self._straight:
-            return forest_attention(
-                q, k, v, pages, rows.lengths, rows.positions, step.ancestry[0], step.first, **given
-            )
-        y = chain_attention(q, k, v, pages, rows.lengths, rows.first, counts=rows.counts, most=self._most, **given)
-        if layer in self._rooms:
-            for room, stored in zip(self._rooms.pop(layer), (group.k[member], group.v[member]), strict=True):
-                self._stretches[index].end(room, stored)
-        return y
+        batch, nodes = q.shape[:2]
+        if self._straight and (rows.spans or suits_chain(batch, nodes, k.shape[1])):
+            y = chain_attention(q, k, v, pages, rows.lengths, rows.first, packed=self._packed, **given)
+            if layer in self._rooms:
+                for room, stored in zip(self._rooms.pop(layer), (group.k[member], group.v[member]), strict=True):
+                    self._stretches[index].end(room, stored)
+            return y
+        tree = q, k, v, pages, rows.lengths, rows.positions, step.ancestry[0], step.first
+        if suits_forest(batch, nodes, k.shape[1], rows.bound):
+            return forest_attention(*tree, **given)
+        return tree_attention(*tree, bound=rows.bound, **given)
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, sink: Tensor | None = None
