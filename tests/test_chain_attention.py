@@ -73,10 +73,10 @@ def test_packed_rows_over_pages_and_rings_have_the_bits_of_each_alone() -> None:
             pages.reserve(slot, 150)
         steps = []
         for spans in (((0, 0, 70), (2, 0, 3), (1, 0, 25)), ((0, 70, 2), (1, 25, 66))):
-            table = [torch.tensor(column, device=DEVICE) for column in zip(*spans, strict=True)]
+            table = torch.tensor(spans, device=DEVICE).T.contiguous()
             owners = torch.arange(len(spans), device=DEVICE).repeat_interleave(table[2])
             positions = torch.cat([torch.arange(start, start + count, device=DEVICE) for _, start, count in spans])
-            rows = StepRows.prompts(*table, owners, positions, spans)
+            rows = StepRows.prompts(table, torch.stack([owners, positions]), spans)
             parts = [(exact_attention(cache, rows), slice(None))]
             if not packs:
                 ends = table[2].cumsum(0).tolist()

@@ -49,15 +49,13 @@ class StepRows:
         return cls(slots, lengths, start + index, index - 1, count - 1, start + count, chain=True)
 
     @classmethod
-    def prompts(
-        cls, slots: Tensor, starts: Tensor, counts: Tensor, owners: Tensor, positions: Tensor,
-        spans: tuple[tuple[int, int, int], ...],
-    ) -> "StepRows":  # fmt: skip
+    def prompts(cls, requests: Tensor, rows: Tensor, spans: tuple[tuple[int, int, int], ...]) -> "StepRows":
         """Packed: chains of several requests, one behind the other in one row of `positions`, [1, N].
 
-        slots, starts, counts: [B] int64, as in spans: of each request its slot, its cached tokens, and how many rows it
-        has. owners, positions: [N] int64, of each row.
+        spans: of each request its slot, its cached tokens, and how many rows it has; requests: [3, B] int64, the same on
+        the device. rows: [2, N] int64, the request's number and the position of each row.
         """
+        (slots, starts, counts), (owners, positions) = requests.unbind(), rows.unbind()
         longest, bound = max(count for _, _, count in spans), max(start + count for _, start, count in spans)
         parents = torch.where(positions == starts[owners], -1, torch.arange(len(owners), device=owners.device) - 1)
         return cls(

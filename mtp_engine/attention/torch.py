@@ -49,7 +49,7 @@ class TorchAttention:
         """q: [B, N, Hq, Dk]; k: [B, N, Hkv, Dk]; v: [B, N, Hkv, Dv] -> [B, N, Hq, Dv]."""
         if self._apart:
             counts = [count for _, _, count in self._rows.spans]
-            parts = zip(self._apart, *(x.split(counts, 1) for x in (q, k, v)), strict=True)
+            parts = zip(self._apart, *(torch.split(x, counts, 1) for x in (q, k, v)), strict=True)
             return torch.cat([each(layer, *qkv, scale=scale, sink=sink) for each, *qkv in parts], 1)
         index, member = self._cache.place[layer]
         group, bias = self._cache.groups[index], self._bias(index, q.shape[2] // k.shape[2])

@@ -39,13 +39,12 @@ class ModelStep:
         of it."""
         known = [chunk.request.known(chunk.start, chunk.stop + 1) for chunk in chunks]
         counts = [chunk.stop - chunk.start for chunk in chunks]
-        tokens = to_device([token for each in known for token in each], torch.int64, self.device).split(
-            [count + 1 for count in counts]
-        )
+        flat = to_device([token for each in known for token in each], torch.int64, self.device)
+        tokens = torch.split(flat, [count + 1 for count in counts])
         rows = self._prompt_rows(chunks)
         given = torch.cat([each[:-1] for each in tokens])[None]
         hidden = self.model.forward(given, rows.positions, self.attention(self.cache, rows))
-        for chunk, ids, states in zip(chunks, tokens, hidden.split(counts, 1), strict=True):
+        for chunk, ids, states in zip(chunks, tokens, torch.split(hidden, counts, 1), strict=True):
             if chunk.request.params.speculate:
                 self._observe_chunk(chunk, ids[None], states)
 
@@ -53,11 +52,12 @@ class ModelStep:
         spans = tuple((chunk.request.slot, chunk.start, chunk.stop - chunk.start) for chunk in chunks)
         if len(spans) == 1:
             return StepRows.prompt(*spans[0], self.device)
-        slots, starts, counts = zip(*spans, strict=True)
-        owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
+        owners = [owner for owner, (_, _, count) in enumerate(spans) for _ in range(count)]
         positions = [position for _, start, count in spans for position in range(start, start + count)]
-        tables = to_device([*slots, *starts, *counts, *owners, *positions], torch.int64, self.device)
-        return StepRows.prompts(*tables.split([len(spans)] * 3 + [len(owners)] * 2), spans)
+        columns = [each for column in zip(*spans, strict=True) for each in column]  # one transfer for all
+        tables = to_device([*columns, *owners, *positions], torch.int64, self.device)
+        each, rows = torch.split(tables, [3 * len(spans), 2 * len(owners)])
+        return StepRows.prompts(each.view(3, -1), rows.view(2, -1), spans)
 
     def _observe_chunk(self, chunk: PromptChunk, tokens: Tensor, hidden: Tensor) -> None:
         """tokens: [1, C + 1], hidden: [1, C, H] of a chunk of C tokens and, of tokens, the one behind it."""
