@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import torch
-import triton
 from torch import Tensor
 
 from mtp_engine.kernels.ancestry import MAX_NODES
 from mtp_engine.kernels.chain_attention_kernels import chain_kernel
-from mtp_engine.kernels.launch import overlap
+from mtp_engine.kernels.launch import cdiv, next_power_of_2, overlap
 from mtp_engine.kernels.tree_attention import Plan, head_blocks
 from mtp_engine.kernels.tree_attention_kernels import LOG2E
 
@@ -74,15 +73,15 @@ def chain_attention(
     out = torch.empty(*q.shape[:3], v_dim, dtype=q.dtype, device=q.device)
     early = overlap(q.shape[0] * q.shape[1])
     taken = min(plan.rows // group, plan.tile)
-    per = triton.cdiv(min(nodes, plan.tile), taken)
-    tiles = 1 + triton.cdiv(nodes - 1, plan.tile)  # of positions: the first row may stand anywhere in its own
+    per = cdiv(min(nodes, plan.tile), taken)
+    tiles = 1 + cdiv(nodes - 1, plan.tile)  # of positions: the first row may stand anywhere in its own
     whole, rest = head_blocks(dim)
     chain_kernel[(tiles * per * kv_heads, batch)](
         q, k_cache, v_cache, pages, lengths, lengths if first is None else first, packed.ends if packed else lengths,
         packed.counts if packed else lengths, out if sink is None else sink, out,
         *q.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2], pages.stride(0), wrap, nodes, per,
         scale * LOG2E.value, GROUP=group, KV_HEADS=kv_heads, DK=dim, DV=v_dim, D0=whole, D1=rest,
-        DV_PAD=max(16, triton.next_power_of_2(v_dim)), PAGE=page_size, WINDOW=window, TILE=plan.tile, SPLITS=plan.splits,
+        DV_PAD=max(16, next_power_of_2(v_dim)), PAGE=page_size, WINDOW=window, TILE=plan.tile, SPLITS=plan.splits,
         ROWS=plan.rows, TAKEN=taken, DEPTH=plan.depth, FIRST=first is not None, SINK=sink is not None,
         PACKED=packed is not None, PDL=early, launch_pdl=early, num_warps=plan.warps, enable_fp_fusion=False,
     )  # fmt: skip

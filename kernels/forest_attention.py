@@ -8,13 +8,12 @@ far state and an unfinished near run per row, where tree_attention writes a run 
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from mtp_engine.kernels.ancestry import MAX_NODES
 from mtp_engine.kernels.chain_attention import PROGRAMS, chain_plan
 from mtp_engine.kernels.forest_attention_kernels import own_kernel, shared_kernel
-from mtp_engine.kernels.launch import overlap
+from mtp_engine.kernels.launch import cdiv, next_power_of_2, overlap
 from mtp_engine.kernels.tree_attention import Plan, Scratch, head_blocks
 from mtp_engine.kernels.tree_attention_kernels import LOG2E
 
@@ -41,12 +40,12 @@ def forest_attention(
     out = torch.empty(batch, nodes, heads, v_dim, dtype=q.dtype, device=q.device)
     scratch = Scratch.empty(batch * nodes * heads, 2, v_dim, q.device)
     taken = plan.rows // group
-    blocks, tiles = triton.cdiv(nodes, taken), 1 if nodes == 1 else 2
+    blocks, tiles = cdiv(nodes, taken), 1 if nodes == 1 else 2
     whole, rest = head_blocks(dim)
     strides = (*q.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2], positions.stride(0), pages.stride(0))
     shared = {
         "GROUP": group, "KV_HEADS": kv_heads, "DK": dim, "DV": v_dim, "D0": whole, "D1": rest, "PAGE": page_size,
-        "DV_PAD": max(16, triton.next_power_of_2(v_dim)), "WINDOW": window, "TILE": plan.tile,
+        "DV_PAD": max(16, next_power_of_2(v_dim)), "WINDOW": window, "TILE": plan.tile,
         "PDL": overlap(batch * nodes), "launch_pdl": overlap(batch * nodes), "enable_fp_fusion": False,
     }  # fmt: skip
     shared_kernel[(tiles * blocks * kv_heads, batch)](

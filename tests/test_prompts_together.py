@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_decode_loop import check_empty, check_memory, nothing_noted
 from test_prefix import FAMILIES, Family, drafter_of, loop_of, prompt_of
 
@@ -47,34 +49,59 @@ def alone(family: Family, request: Request) -> list[int]:
     return plain.output
 
 
+asked = st.tuples(st.integers(0, 5), st.integers(0, 45), st.integers(1, 9), st.integers(1, 12), st.integers(0, 3))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(
-    ("drafter", "in_flight"), [("root", 1), ("chain:3", 3), ("3x2", 1), ("tree:6", 1), ("ngram", 3)]
+@settings(max_examples=5, deadline=None)
+@given(
+    drafter=st.sampled_from(["root", "chain:3", "3x2", "tree:6", "ngram"]),
+    slots=st.integers(2, 6),
+    chunk=st.sampled_from([8, 16, 64]),
+    tokens=st.sampled_from([220, 1000]),
+    in_flight=st.integers(1, 3),
+    kept=st.sampled_from([0, 10**8]),
+    asks=st.lists(asked, min_size=3, max_size=6),
 )
 def test_texts_are_those_of_each_prompt_alone(
-    families: dict[str, Family], name: str, drafter: str, in_flight: int
-) -> None:
-    """Short and long prompts, one token and one page, drafting or not; again as hits, and in a cache that is too small."""
+    families: dict[str, Family], name: str, drafter: str, slots: int, chunk: int, tokens: int, in_flight: int, kept: int,
+    asks: list[tuple[int, int, int, int, int]],
+) -> None:  # fmt: skip
+    """Prompts of any lengths and beginnings, T = 0 and 0.8, drafting or not; in little memory, and again as hits."""
     family = families[name]
-    prompts = [prompt_of(start, shared, 2) for start, shared in enumerate((3, 0, 30, 5, 6, 40, 1, 9))] + [[7]]
+    prompts = [prompt_of(start, shared, own) for start, shared, own, _, _ in asks]
     params = [
-        SamplingParams(max_tokens=9 + i, seed=i, temperature=0.8 * (i % 2), speculate=i != 4)
-        for i in range(len(prompts))
+        SamplingParams(max_tokens=most, seed=i, temperature=0.8 * (kind % 2), speculate=kind != 2)
+        for i, (*_, most, kind) in enumerate(asks)
     ]
-    expected: list[list[int]] = []
-    for tokens in (1000, 220):
-        loop = loop_of(
-            family, drafter_of(drafter, family, 5), slots=5, tokens=tokens, in_flight=in_flight, prefix_bytes=10**8,
-            share_pages=True,
-        )  # fmt: skip
-        reads = Reads(loop)
-        with nothing_noted():
-            requests = [*finish(loop, prompts, params), *finish(loop, prompts, params)]
-        assert max(map(len, reads.passes)) >= 3
-        assert all(sum(stop - start for _, start, stop in each) <= 16 for each in reads.passes)
-        expected = expected or [alone(family, request) for request in requests[: len(prompts)]]
-        assert [request.output for request in requests] == [*expected, *expected]
-        check_empty(loop)
+    loop = loop_of(
+        family, drafter_of(drafter, family, slots), slots=slots, chunk=chunk, tokens=tokens, in_flight=in_flight,
+        prefix_bytes=kept, share_pages=True,
+    )  # fmt: skip
+    reads = Reads(loop)
+    with nothing_noted():
+        requests = [*finish(loop, prompts, params), *finish(loop, prompts, params)]
+    assert all(sum(stop - start for _, start, stop in each) <= chunk for each in reads.passes)
+    expected = [alone(family, request) for request in requests[: len(prompts)]]
+    assert [request.output for request in requests] == [*expected, *expected]
+    check_empty(loop)
+
+
+@pytest.mark.parametrize("drafter", ["root", "chain:3", "ngram"])
+def test_preempted_requests_and_hits_among_prompts_read_together(families: dict[str, Family], drafter: str) -> None:
+    family, params = families["mimo_v2_flash"], SamplingParams(max_tokens=40, seed=3, temperature=0.8)
+    prompts = [prompt_of(start, length, 2) for start, length in enumerate((3, 1, 12, 5, 20))]
+    loop = loop_of(
+        family, drafter_of(drafter, family, 5), slots=5, tokens=150, prefix_bytes=10**8, share_pages=True, chunk=32
+    )
+    reads = Reads(loop)
+    requests = finish(loop, prompts, [params] * 5)
+    assert max(map(len, reads.passes)) >= 3
+    assert sum(request.stats.preemptions for request in requests)
+    again = finish(loop, prompts, [params] * 5)
+    assert any(request.stats.cached_tokens for request in again)
+    expected = [alone(family, request) for request in requests]
+    assert [request.output for request in [*requests, *again]] == [*expected, *expected]
 
 
 def test_a_step_reads_one_chunk_of_tokens_in_order(families: dict[str, Family]) -> None:
