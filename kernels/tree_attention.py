@@ -18,7 +18,7 @@ leaves the row's state as it was, bit for bit.
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -119,7 +119,12 @@ def tree_attention(
         scratch = Scratch.empty(batch * nodes * heads, 1 + splits, v_dim, q.device)
     acc, stats = (scratch.acc, scratch.stats) if splits and scratch else (out, out)
     assert not splits or acc.numel() >= batch * nodes * heads * (1 + splits) * v_dim, "the scratch is too small"
-    shared = {"GROUP": group, "KV_HEADS": kv_heads, "DV": v_dim, "DV_PAD": max(16, next_power_of_2(v_dim))}
+    shared: dict[str, Any] = {
+        "GROUP": group,
+        "KV_HEADS": kv_heads,
+        "DV": v_dim,
+        "DV_PAD": max(16, next_power_of_2(v_dim)),
+    }
     shared |= {"TILE": plan.tile, "SPLITS": plan.splits, "SINK": sink is not None, "PDL": pdl(), "launch_pdl": pdl()}
     shared |= {"enable_fp_fusion": False}
     whole, rest = head_blocks(dim)
