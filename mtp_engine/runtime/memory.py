@@ -87,12 +87,13 @@ class Memory:
 
     def gains(self, request: Request, others: Sequence[Request]) -> bool:
         """See scheduler.Room."""
-        if self.prefix is None:
+        page = self.pages.page_size
+        begins = request.known(0, page)
+        others = [other for other in others if other.known(0, page) == begins]
+        if self.prefix is None or request.length < page or not others:
             return False
-        known, page = as_tokens(request.known(0, request.length)), self.pages.page_size
+        known = as_tokens(request.known(0, request.length))
         alike = max(common(known, as_tokens(other.known(0, other.length))) for other in others)
-        if alike < page:
-            return False
         return alike >= page + self.prefix.find(known, alike, drafts=request.params.speculate).length
 
     def keep(self, request: Request, mark: Mark | None = None, *, apart: bool = False) -> None:
