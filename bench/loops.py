@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import final
@@ -41,8 +41,8 @@ class Recorder:
     def settle(self) -> None:
         self._inner.settle()
 
-    def read(self, chunk: PromptChunk) -> Launched:
-        return self._inner.read(chunk)
+    def read(self, chunks: Sequence[PromptChunk]) -> Launched:
+        return self._inner.read(chunks)
 
     def launch(self, members: Members, bound: int) -> Launched:
         begin, end = (torch.cuda.Event(enable_timing=True) if self._cuda else None for _ in range(2))
@@ -87,13 +87,15 @@ class Timing:
         return self.wall - self.draft - self.verify
 
 
-def build(model: Model, tree: str | None, batch: int, context: int, config: EngineConfig) -> Bench:
-    """A loop with room for `batch` requests of `context` tokens. tree None: plain decoding."""
+def build(
+    model: Model, tree: str | None, batch: int, context: int, config: EngineConfig, *, packs: bool = True
+) -> Bench:
+    """A loop with room for `batch` requests of `context` tokens. tree None: plain decoding. packs: see Scheduler."""
     shape = TreeShape.parse(tree) if tree else None
     config = replace(config, tree=shape, max_batch=batch, max_context=0, kv_tokens=batch * (context + 2 * ROOM))
     device, recorders = model.main.embedding.device, []
     backend = replace(
-        make_backend(config, device, lambda *_: None), fuse_mtp=lambda module: module
+        make_backend(config, device, lambda *_: None), fuse_mtp=lambda module: module, packs=packs
     )  # it is fused already
 
     def runner(slots: int) -> Callable[..., Runner]:
@@ -124,8 +126,8 @@ def pretend(loop: DecodeLoop, batch: int, context: int) -> list[Request]:
     vocab, params = loop.work.model.config.vocab_size, SamplingParams(max_tokens=context + ROOM, ignore_eos=True)
     prompts = [[(7919 * (index + 1)) % vocab, (104729 * (index + 1)) % vocab] for index in range(batch)]
     requests = [loop.add(prompt, params) for prompt in prompts]  # each reserves the room of its max_tokens
-    while (plan := loop.scheduler.plan(0.0, 0)) and plan.chunk:
-        loop.runner.read(plan.chunk)
+    while (plan := loop.scheduler.plan(0.0, 0)) and plan.chunks:
+        loop.runner.read(plan.chunks)
     for request in requests:
         last = request.prompt[-1]
         request.prompt = [0] * context + [last]

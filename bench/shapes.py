@@ -39,6 +39,10 @@ _MIMO_7B = {  # XiaomiMiMo/MiMo-7B-Base, config.json
     **TINY["mimo"], "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 36, "head_dim": 128,
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151680, "max_position_embeddings": 32768,
 }  # fmt: skip
+_SMOL = {  # the default model's sizes, where its files are not at hand
+    **TINY["mimo"], "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "head_dim": 64,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192,
+}  # fmt: skip
 _FLASH = {  # XiaomiMiMo/MiMo-V2-Flash, config.json
     **TINY["mimo_v2_flash"], **_fp8(128), "hidden_size": 4096, "intermediate_size": 16384, "moe_intermediate_size": 2048,
     "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 192, "v_head_dim": 128,
@@ -72,6 +76,7 @@ class Shape:
 FLASH = Shape(_FLASH, 3, (1024, 16384, 65536))  # 312 GB: for figures on paper
 SHAPES = {
     "mimo-7b": Shape(_MIMO_7B, 1, (1024, 16384)),
+    "smol": Shape(_SMOL, 1, (1024, 4096)),
     # layer 0, a global and five sliding MoE layers, three MTP layers, embedding and head: 44 GB
     "mimo-slice": Shape(
         {**_FLASH, "num_hidden_layers": 7, "hybrid_layer_pattern": [0, 0, 1, 1, 1, 1, 1], "moe_layer_freq": [0] + [1] * 6},

@@ -7,24 +7,38 @@ There is one program per key head and tile of positions: where these are too few
 programs are faster.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import final
 
 import torch
-import triton
 from torch import Tensor
 
 from mtp_engine.kernels.ancestry import MAX_NODES
 from mtp_engine.kernels.chain_attention_kernels import chain_kernel
-from mtp_engine.kernels.launch import overlap
+from mtp_engine.kernels.launch import cdiv, next_power_of_2, overlap
 from mtp_engine.kernels.tree_attention import Plan, head_blocks
 from mtp_engine.kernels.tree_attention_kernels import LOG2E
 
-_PROGRAMS = 96  # fewer leave too much of the GPU idle
+PROGRAMS = 96  # fewer leave too much of the GPU idle
+
+
+@final
+@dataclass(frozen=True)
+class Packed:
+    """How many of a row of rows are each request's."""
+
+    counts: Tensor  # [B] int64
+    ends: Tensor  # [B] int64, the row behind a request's last one
+    most: int  # of counts
+
+    @classmethod
+    def of(cls, counts: Tensor, most: int) -> "Packed":
+        return cls(counts, counts.cumsum(0), most)
 
 
 def suits_chain(batch: int, nodes: int, kv_heads: int) -> bool:
     """Whether `chain_attention` is the faster one for chains of so many nodes, or the only one."""
-    return nodes > MAX_NODES or batch * kv_heads >= _PROGRAMS
+    return nodes > MAX_NODES or batch * kv_heads >= PROGRAMS
 
 
 def chain_plan(dtype: torch.dtype, nodes: int, heads: int, kv_heads: int, dim: int) -> Plan:
@@ -39,30 +53,36 @@ def chain_plan(dtype: torch.dtype, nodes: int, heads: int, kv_heads: int, dim: i
 def chain_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, lengths: Tensor, first: Tensor | None, *, page_size: int,
     wrap: int, window: int, scale: float, sink: Tensor | None, plan: Plan | None = None,
+    packed: Packed | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of any number of new rows per request, row i at position lengths[b] + i, above row i + 1; all their keys and
     values are in the cache already.
 
-    Arguments as for `tree_attention`, but first may be None: 0 everywhere. scale must be positive.
-    Returns [B, N, Hq, Dv] in q's dtype.
+    Arguments as for `tree_attention`, but first may be None: 0 everywhere. scale must be positive. packed: q is
+    [1, N, Hq, Dk], with the rows of one request behind those of the other.
+    Returns [B, N, Hq, Dv], or [1, N, Hq, Dv], in q's dtype.
     """
-    batch, nodes, heads, dim = q.shape
+    (nodes, heads, dim), batch = q.shape[1:], len(lengths)
+    if packed:
+        nodes = packed.most
     kv_heads, v_dim = v_cache.shape[1:]
     group = heads // kv_heads
     plan = plan or chain_plan(q.dtype, nodes, heads, kv_heads, dim)
     assert group <= plan.rows, "a node's heads must fit into one block"
     assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (q, k_cache, v_cache, pages)), "last dimension"
-    out = torch.empty(batch, nodes, heads, v_dim, dtype=q.dtype, device=q.device)
+    out = torch.empty(*q.shape[:3], v_dim, dtype=q.dtype, device=q.device)
+    early = overlap(q.shape[0] * q.shape[1])
     taken = min(plan.rows // group, plan.tile)
-    per = triton.cdiv(min(nodes, plan.tile), taken)
-    tiles = 1 + triton.cdiv(nodes - 1, plan.tile)  # of positions: the first row may stand anywhere in its own
+    per = cdiv(min(nodes, plan.tile), taken)
+    tiles = 1 + cdiv(nodes - 1, plan.tile)  # of positions: the first row may stand anywhere in its own
     whole, rest = head_blocks(dim)
     chain_kernel[(tiles * per * kv_heads, batch)](
-        q, k_cache, v_cache, pages, lengths, lengths if first is None else first, out if sink is None else sink, out,
+        q, k_cache, v_cache, pages, lengths, lengths if first is None else first, packed.ends if packed else lengths,
+        packed.counts if packed else lengths, out if sink is None else sink, out,
         *q.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2], pages.stride(0), wrap, nodes, per,
         scale * LOG2E.value, GROUP=group, KV_HEADS=kv_heads, DK=dim, DV=v_dim, D0=whole, D1=rest,
-        DV_PAD=max(16, triton.next_power_of_2(v_dim)), PAGE=page_size, WINDOW=window, TILE=plan.tile, SPLITS=plan.splits,
-        ROWS=plan.rows, TAKEN=taken, DEPTH=plan.depth, FIRST=first is not None, SINK=sink is not None, PDL=overlap(batch * nodes),
-        launch_pdl=overlap(batch * nodes), num_warps=plan.warps, enable_fp_fusion=False,
+        DV_PAD=max(16, next_power_of_2(v_dim)), PAGE=page_size, WINDOW=window, TILE=plan.tile, SPLITS=plan.splits,
+        ROWS=plan.rows, TAKEN=taken, DEPTH=plan.depth, FIRST=first is not None, SINK=sink is not None,
+        PACKED=packed is not None, PDL=early, launch_pdl=early, num_warps=plan.warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -16,19 +16,53 @@ from mtp_engine.kernels.tree_attention_kernels import (
 )
 
 
-@triton.jit(do_not_specialize=["page_stride", "wrap", "nodes", "per"], do_not_specialize_on_alignment=_SMALL)
+@triton.jit
+def _far_runs(
+    queries, pages, k, v, end, begin, scale, k_row, v_row,
+    DK: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """The far keys, positions begin..end-1, one split after the other. Returns what `_merge` calls the state."""
+    t = tl.arange(0, TILE)
+    state, run = _fresh(ROWS, DV_PAD), _fresh(ROWS, DV_PAD)
+    start, split = 0, 0
+    if FIRST:
+        while _split_start(split + 1, SPLITS) <= begin:
+            split += 1
+        start = begin // TILE * TILE
+    edge = _split_start(split + 1, SPLITS)
+    page = _page(pages, start, end, PAGE)
+    for base in tl.range(start, end, TILE, num_stages=1 + DEPTH):
+        exists = base + t >= begin if FIRST else t < TILE
+        run, page = _far_step(
+            run, queries, pages, page, k, v, base, end, exists, exists[None, :] if FIRST else None, scale, k_row, v_row,
+            DK, DV, D0, D1, DV_PAD, PAGE, TILE,
+        )  # fmt: skip
+        if (base + TILE >= edge) | (base + TILE >= end):
+            state = _merge(state, run)
+            run = _fresh(ROWS, DV_PAD)
+            split += 1
+            edge = _split_start(split + 1, SPLITS)
+    return state
+
+
+@triton.jit(
+    do_not_specialize=["page_stride", "wrap", "nodes", "per"],
+    do_not_specialize_on_alignment=[*_SMALL, "ends", "counts"],
+)
 def chain_kernel(
-    q, k_cache, v_cache, pages, lengths, first, sink, out,
+    q, k_cache, v_cache, pages, lengths, first, ends, counts, sink, out,
     q_batch, q_node, q_head, k_row, k_head, v_row, v_head, page_stride, wrap, nodes, per, scale,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, TAKEN: tl.constexpr, DEPTH: tl.constexpr, FIRST: tl.constexpr,
-    SINK: tl.constexpr, PDL: tl.constexpr,
+    SINK: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of a chain: node i of request b is at position lengths[b] + i and sees what is there up to itself.
 
     A program serves at most TAKEN nodes, with all heads of one key head, of one tile of positions: their far keys are the
-    same. per: programs for a tile of positions. FIRST: whether there are positions that have no keys.
+    same. per: programs for a tile of positions. FIRST: whether there are positions that have no keys. PACKED: the requests'
+    rows stand one behind the other, those of request b end before row ends[b] and are counts[b].
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -37,6 +71,11 @@ def chain_kernel(
     kv_head, block = tl.program_id(0) % KV_HEADS, tl.num_programs(0) // KV_HEADS - 1 - tl.program_id(0) // KV_HEADS
     length = tl.load(lengths + b).to(tl.int32)
     begin = tl.load(first + b).to(tl.int32) if FIRST else 0
+    origin, line = b.to(tl.int64) * q_batch, b.to(tl.int64) * nodes
+    if PACKED:
+        nodes = tl.load(counts + b).to(tl.int32)
+        line = tl.load(ends + b) - nodes
+        origin = line * q_node
     tile = length // TILE + block // per
     low = tl.maximum(tile * TILE, length) + block % per * TAKEN
     high = tl.minimum(tl.minimum(low + TAKEN, (tile + 1) * TILE), length + nodes)  # positions low..high-1
@@ -47,32 +86,17 @@ def chain_kernel(
     valid = own < high
     head = kv_head * GROUP + r % GROUP
     node = own - length
-    queries = _queries(q + b.to(tl.int64) * q_batch + node.to(tl.int64) * q_node + head * q_head, valid, DK, D0, D1)
+    queries = _queries(q + origin + node.to(tl.int64) * q_node + head * q_head, valid, DK, D0, D1)
     pages += b * page_stride
     k_cache += kv_head * k_head
     v_cache += kv_head * v_head
 
     state, run = _fresh(ROWS, DV_PAD), _fresh(ROWS, DV_PAD)
     if not WINDOW:
-        end = (tile - 1) * TILE
-        start, split = 0, 0
-        if FIRST:
-            while _split_start(split + 1, SPLITS) <= begin:
-                split += 1
-            start = begin // TILE * TILE
-        edge = _split_start(split + 1, SPLITS)
-        page = _page(pages, start, end, PAGE)
-        for base in tl.range(start, end, TILE, num_stages=1 + DEPTH):
-            exists = base + t >= begin if FIRST else t < TILE
-            run, page = _far_step(
-                run, queries, pages, page, k_cache, v_cache, base, end, exists, exists[None, :] if FIRST else None, scale,
-                k_row, v_row, DK, DV, D0, D1, DV_PAD, PAGE, TILE,
-            )  # fmt: skip
-            if (base + TILE >= edge) | (base + TILE >= end):
-                state = _merge(state, run)
-                run = _fresh(ROWS, DV_PAD)
-                split += 1
-                edge = _split_start(split + 1, SPLITS)
+        state = _far_runs(
+            queries, pages, k_cache, v_cache, (tile - 1) * TILE, begin, scale, k_row, v_row, DK, DV, D0, D1, DV_PAD, PAGE,
+            TILE, SPLITS, ROWS, DEPTH, FIRST,
+        )  # fmt: skip
 
     oldest = tl.maximum(own - WINDOW + 1 if WINDOW else (tile - 1) * TILE, tl.maximum(begin, 0))
     oldest = tl.minimum(oldest, own)
@@ -88,6 +112,6 @@ def chain_kernel(
         )  # fmt: skip
     m, total, acc = _merge(state, run)
     y = _finish(m, total, acc, tl.load(sink + head, mask=valid, other=0.0).to(tl.float32) if SINK else total, SINK)
-    out += b.to(tl.int64) * nodes * (KV_HEADS * GROUP * DV)
+    out += line * (KV_HEADS * GROUP * DV)
     target = (node.to(tl.int64) * (KV_HEADS * GROUP) + head) * DV
     tl.store(out + target[:, None] + dv, y.to(out.dtype.element_ty), mask=valid[:, None] & (dv < DV))

@@ -11,13 +11,12 @@ from functools import lru_cache
 from typing import Any, final
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mtp_engine.kernels.dense_kernels import gated_kernel, linear_kernel, norm_kernel, place_kernel, qkv_kernel
 from mtp_engine.kernels.fp8 import BlockMatrix
-from mtp_engine.kernels.launch import hopper, overlap
+from mtp_engine.kernels.launch import cdiv, hopper, next_power_of_2, overlap
 
 Weight = Tensor | BlockMatrix
 """[out, in], last dimension contiguous: bf16 or fp32, or FP8 with scales."""
@@ -124,7 +123,7 @@ def _normed(x: Tensor, norm: Tensor, eps: float, tile: Tile) -> tuple[Tensor, Te
     """x * norm, rounded, and 1 / rms(x): [M, K] and [M] fp32. Some microseconds, while weights are fetched."""
     (m, k), y = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rms = torch.empty(m, dtype=torch.float32, device=x.device)
-    norm_kernel[(triton.cdiv(m, 8), 1 + triton.cdiv(k, 1024))](
+    norm_kernel[(cdiv(m, 8), 1 + cdiv(k, 1024))](
         x, x.stride(0), norm, eps, y, rms, m, K=k, BM=8, DEPTH=tile.depth, WARPS=tile.warps, COLUMNS=1024, PDL=overlap(m),
         launch_pdl=overlap(m), num_warps=tile.warps, num_stages=6,
     )  # fmt: skip
@@ -167,7 +166,7 @@ def _launch(
     ahead = min(k * itemsize, PREFETCH // data.shape[0]) // 128 * 128 // max(pieces, 1)
     aligned = data.data_ptr() % 16 == 0 and data.stride(0) * itemsize % 16 == 0
     first, second = inputs or (x, data)
-    kernel[(triton.cdiv(m, tokens), units)](
+    kernel[(cdiv(m, tokens), units)](
         first, x.stride(0) if m > 1 else k, norm, eps, second, data.stride(0), scale, table,
         0 if scale is None else scale.stride(0), m, ahead if aligned else 0, **own,
         K=k, ROWS=tile.rows, BM=tokens, DEPTH=tile.depth, WARPS=tile.warps, BLOCK=block, WIDE=tile.wide, BOXES=tile.boxes,
@@ -198,7 +197,7 @@ def linear(
     assert residual is None or residual.stride(1) == 1
     stride = 0 if residual is None else residual.stride(0) if len(x) > 1 else rows
     _launch(
-        linear_kernel, triton.cdiv(rows, tile.rows), x, norm, eps, weight, tile,
+        linear_kernel, cdiv(rows, tile.rows), x, norm, eps, weight, tile,
         bias=bias, residual=residual, residual_stride=stride, out=out, N=rows,
     )  # fmt: skip
     return out
@@ -210,7 +209,7 @@ def gated(
     """silu(gate) * up with [gate; up] = rmsnorm(x) W^T, rounded once. weight: [2I, K]; x: [M, K] -> [M, I] in x's type."""
     columns, tile = _matrix(weight).shape[0] // 2, tile or _tile(x, weight)
     out = x.new_empty(len(x), columns)
-    _launch(gated_kernel, triton.cdiv(columns, tile.rows // 2), x, norm, eps, weight, tile, out=out, N=columns)
+    _launch(gated_kernel, cdiv(columns, tile.rows // 2), x, norm, eps, weight, tile, out=out, N=columns)
     return out
 
 
@@ -254,12 +253,12 @@ def qkv(
     }  # fmt: skip
     if len(x) > _APART or tile.boxes:
         y = linear(x, weight, norm=norm, eps=eps, bias=bias, tile=tile)
-        pairs = triton.next_power_of_2(max(qk_dim, v_dim) // 2)
-        place_kernel[(triton.cdiv(len(x), 16), heads + 2 * kv_heads)](
+        pairs = next_power_of_2(max(qk_dim, v_dim) // 2)
+        place_kernel[(cdiv(len(x), 16), heads + 2 * kv_heads)](
             y, **shared, M=len(x), WIDTH=y.shape[1], P=pairs, BM=16
         )  # fmt: skip
         return q
     pairs = tile.rows // 2
-    units = (heads + kv_heads) * triton.cdiv(qk_dim // 2, pairs) + kv_heads * triton.cdiv(v_dim // 2, pairs)
+    units = (heads + kv_heads) * cdiv(qk_dim // 2, pairs) + kv_heads * cdiv(v_dim // 2, pairs)
     _launch(qkv_kernel, units, x, norm, eps, weight, tile, bias=bias, **shared)
     return q

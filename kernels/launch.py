@@ -6,6 +6,16 @@ from functools import cache
 import torch
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own is made for kernels and takes 8 us on the host; a prompt waits for hundreds."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest that is not below n, which is 1 or more. As for `cdiv`."""
+    return 1 << (n - 1).bit_length()
+
+
 def overlap(rows: int) -> bool:
     """Whether a launch of so many rows of activations uses programmatic dependent launch. With more of them a kernel's own
     work is long, and kernels that wait for it early only take its room (measured, see bench/LOG.md)."""

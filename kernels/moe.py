@@ -11,12 +11,11 @@ from math import gcd
 from typing import final
 
 import torch
-import triton
 from torch import Tensor
 
 from mtp_engine.kernels.experts import PlainStack
 from mtp_engine.kernels.fp8 import BlockMatrix
-from mtp_engine.kernels.launch import pdl
+from mtp_engine.kernels.launch import cdiv, next_power_of_2, pdl
 from mtp_engine.kernels.moe_kernels import (
     choose_kernel,
     choose_many_kernel,
@@ -72,23 +71,23 @@ def route(
     x: [M, H] bf16; norm: [H]; router: [E, H] fp32; bias: [E] fp32. Returns y: [M, H] bf16 and the routing.
     """
     tokens, hidden = x.shape
-    count, pieces = len(router), triton.cdiv(hidden, _ROUTER_COLUMNS)
+    count, pieces = len(router), cdiv(hidden, _ROUTER_COLUMNS)
     if x.dtype != torch.bfloat16 or router.dtype != torch.float32 or not x.is_contiguous():
         raise ValueError(f"route needs contiguous bf16 rows and an fp32 router, got {x.dtype} and {router.dtype}")
     y = torch.empty_like(x)
     partial = torch.empty(pieces, tokens, count, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(count, _ROUTER_ROWS), pieces, triton.cdiv(tokens, _ROUTER_TOKENS))
+    grid = (cdiv(count, _ROUTER_ROWS), pieces, cdiv(tokens, _ROUTER_TOKENS))
     router_kernel[grid](x, norm, router, y, partial, eps, tokens, hidden, count, _ROUTER_ROWS, _ROUTER_COLUMNS,
                   _ROUTER_TOKENS, pdl(), num_warps=4, launch_pdl=pdl())  # fmt: skip
     weights = torch.empty(tokens, per_token, dtype=torch.float32, device=x.device)
     experts, pairs = (torch.empty(s, dtype=torch.int32, device=x.device) for s in (weights.shape, (count, tokens)))
     slots = torch.empty(count, dtype=torch.int64, device=x.device)
-    padded = triton.next_power_of_2(count)
+    padded = next_power_of_2(count)
     if tokens <= _CHOICE_TOKENS:
         choose_kernel[(1,)](partial, bias, weights, experts, slots, pairs, scale, tokens, pieces, count, padded, per_token,
                       normalise, _CHOICE_TOKENS, pdl(), num_warps=_CHOICE_TOKENS, launch_pdl=pdl())  # fmt: skip
         return y, Routing(weights, experts, slots, pairs)
-    choose_many_kernel[(triton.cdiv(tokens, _CHOICE_TOKENS),)](
+    choose_many_kernel[(cdiv(tokens, _CHOICE_TOKENS),)](
         partial, bias, weights, experts, scale, tokens, pieces, count, padded, per_token, normalise, _CHOICE_TOKENS,
         num_warps=_CHOICE_TOKENS)  # fmt: skip
     counts = torch.empty(count, dtype=torch.int32, device=x.device)
@@ -128,7 +127,7 @@ def down(h: Tensor, routing: Routing, stack: Stack, residual: Tensor, tile: Tile
         4 if inner * weight.itemsize >= 512 else 1, pdl(),
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl())  # fmt: skip
     out = torch.empty_like(residual)
-    sum_kernel[(triton.cdiv(hidden, _SUM_COLUMNS), tokens)](
+    sum_kernel[(cdiv(hidden, _SUM_COLUMNS), tokens)](
         y, routing.weights, residual, out, hidden, per_token, _SUM_COLUMNS, pdl(), launch_pdl=pdl())  # fmt: skip
     return out
 
@@ -150,4 +149,4 @@ def _cut(columns: int, inner: int, tile: Tile, block: int) -> tuple[int, int]:
 
 def _tile_tokens(tokens: int, tile: Tile) -> int:
     """Padding costs shared memory and products; a second tile of the same expert reads its weights again."""
-    return tile.tokens or min(max(triton.next_power_of_2(tokens), 8), 32)
+    return tile.tokens or min(max(next_power_of_2(tokens), 8), 32)

@@ -18,14 +18,13 @@ leaves the row's state as it was, bit for bit.
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
-import triton
 from torch import Tensor
 
 from mtp_engine.kernels.ancestry import MAX_NODES
-from mtp_engine.kernels.launch import pdl
+from mtp_engine.kernels.launch import cdiv, next_power_of_2, pdl
 from mtp_engine.kernels.reference import attend, visible_bias
 from mtp_engine.kernels.tree_attention_kernels import LOG2E, merge_kernel, runs_kernel
 
@@ -87,7 +86,7 @@ class Scratch:
 def head_blocks(dim: int) -> tuple[int, int]:
     """Powers of two, at least 16, that cover a head's dimension: 192 = 128 + 64, 24 -> 16 + 16, 8 -> 16 + 0."""
     whole = max(16, 1 << dim.bit_length() - 1)
-    return whole, max(16, triton.next_power_of_2(dim - whole)) if dim > whole else 0
+    return whole, max(16, next_power_of_2(dim - whole)) if dim > whole else 0
 
 
 def tree_attention(
@@ -120,11 +119,16 @@ def tree_attention(
         scratch = Scratch.empty(batch * nodes * heads, 1 + splits, v_dim, q.device)
     acc, stats = (scratch.acc, scratch.stats) if splits and scratch else (out, out)
     assert not splits or acc.numel() >= batch * nodes * heads * (1 + splits) * v_dim, "the scratch is too small"
-    shared = {"GROUP": group, "KV_HEADS": kv_heads, "DV": v_dim, "DV_PAD": max(16, triton.next_power_of_2(v_dim))}
+    shared: dict[str, Any] = {
+        "GROUP": group,
+        "KV_HEADS": kv_heads,
+        "DV": v_dim,
+        "DV_PAD": max(16, next_power_of_2(v_dim)),
+    }
     shared |= {"TILE": plan.tile, "SPLITS": plan.splits, "SINK": sink is not None, "PDL": pdl(), "launch_pdl": pdl()}
     shared |= {"enable_fp_fusion": False}
     whole, rest = head_blocks(dim)
-    runs_kernel[splits * triton.cdiv(nodes * group, plan.rows) * kv_heads + nodes * kv_heads, batch](
+    runs_kernel[splits * cdiv(nodes * group, plan.rows) * kv_heads + nodes * kv_heads, batch](
         q, k_cache, v_cache, pages, lengths, positions, paths, first, out if sink is None else sink, out, acc, stats,
         *q.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2], positions.stride(0), pages.stride(0), wrap,
         nodes, splits, scale * LOG2E.value, DK=dim, D0=whole, D1=rest, PAGE=page_size, WINDOW=window, ROWS=plan.rows,

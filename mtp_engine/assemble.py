@@ -102,7 +102,7 @@ def make_loop(
         model, cache, drafter, backend.verifier(config.verifier), slots=slots, eos_token_ids=eos,
         max_context=config.max_context or model.config.max_context, max_waiting=config.max_waiting,
         prefill_chunk=min(config.prefill_chunk or backend.usual_chunk, backend.chunk_rows),
-        prefix_bytes=prefix_bytes(config), share_pages=backend.kernels,
+        packs=backend.packs, prefix_bytes=prefix_bytes(config), share_pages=backend.kernels,
         device=embedding.device, attention=backend.attention, runner=backend.runner(slots), kernels=backend.kernels,
         text=tokenizer.stream if tokenizer else None, spell=tokenizer.spellings if tokenizer else None,
         grammars=Grammars(tokenizer.folder, model.config.vocab_size, eos).start if tokenizer else None,
@@ -113,14 +113,14 @@ def make_loop(
 def decode_loop(
     model: TargetModel, cache: HybridKV, drafter: Drafter, verifier: Verifier, *, slots: int, max_context: int,
     eos_token_ids: Sequence[int], prefill_chunk: int, device: torch.device, max_waiting: int = 1024,
-    prefix_bytes: int = 0, share_pages: bool = False,
+    packs: bool = True, prefix_bytes: int = 0, share_pages: bool = False,
     attention: AttentionFactory = TorchAttention, runner: RunnerFactory = EagerRunner, kernels: bool = False,
     text: NewDecoder | None = None, spell: Callable[[str], Iterable[Sequence[int]]] | None = None,
     grammars: Callable[[Structure], Constraint] | None = None, clock: Callable[[], float] = time.monotonic,
     planner: TreePlanner | None = None,
 ) -> DecodeLoop:  # fmt: skip
-    """A loop of given parts. text, spell, grammars: see Intake. clock: seconds, for timeouts. prefix_bytes, share_pages: see
-    Memory. planner: the drafter's, if it has one."""
+    """A loop of given parts. text, spell, grammars: see Intake. clock: seconds, for timeouts. packs: see Scheduler.
+    prefix_bytes, share_pages: see Memory. planner: the drafter's, if it has one."""
     drafter.attach(cache.pages, cache.behind)
     processors = Processors(slots=slots + 1, eos_token_ids=eos_token_ids, device=device)
     state = SlotState(slots + 1, device, kernels=kernels)  # the last slot is scratch, with which runners pad batches
@@ -132,7 +132,7 @@ def decode_loop(
         shares=share_pages, ahead=rows + drafter.max_nodes * (runs.in_flight - 1),
     )  # fmt: skip
     intake = Intake(model.vocab_size, max_context, memory.capacity, frozenset(eos_token_ids), text, spell, grammars)
-    scheduler = Scheduler(memory, slots=slots, chunk=prefill_chunk, max_waiting=max_waiting, clock=clock)
+    scheduler = Scheduler(memory, slots=slots, chunk=prefill_chunk, max_waiting=max_waiting, packs=packs, clock=clock)
     return DecodeLoop(work, runs, scheduler, intake, memory)
 
 
@@ -252,7 +252,7 @@ def measured_costs(model: Decoder, module: MTPModule, config: EngineConfig, back
     )  # fmt: skip
     loop = decode_loop(
         model, cache, drafter, backend.verifier("match"), slots=1, max_context=tokens, eos_token_ids=(), prefill_chunk=64,
-        device=model.embedding.device, attention=backend.attention, planner=planner,
+        device=model.embedding.device, attention=backend.attention, packs=backend.packs, planner=planner,
     )  # fmt: skip
     request = loop.add(
         [number % model.vocab_size for number in range(7, 71)], SamplingParams(max_tokens=tokens - 100, ignore_eos=True)

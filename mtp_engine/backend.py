@@ -64,8 +64,8 @@ class Backend:
     make: what weights become. fuse, fuse_mtp: wrap the modules. kernels: caches move rows by kernels.
 
     in_flight: steps that may be queued at a time. ring_page, ring_rows: rings are whole pages and take at least so many
-    rows at a time. scratch_tokens: room that the scratch slot needs; 0 = there is none. usual_chunk, chunk_rows: rows of a
-    prompt that are read at once where the user says nothing, and at most.
+    rows at a time. scratch_tokens: room that the scratch slot needs; 0 = there is none. usual_chunk, chunk_rows: rows of
+    prompts that are read at once where the user says nothing, and at most. packs: whether they may be several prompts'.
     """
 
     attention: AttentionFactory = TorchAttention
@@ -82,6 +82,7 @@ class Backend:
     scratch_tokens: int = 0
     usual_chunk: int = 256
     chunk_rows: int = 1 << 30
+    packs: bool = True
     kernels: bool = False
 
 
@@ -188,6 +189,7 @@ def _native(config: EngineConfig) -> Backend:
         verifier=lambda rule: NativeMatchVerifier(team) if rule == "match" else _rule(rule),
         ops=lambda ranking: NativeDraftOps(team) if ranking == "noise" else TorchDraftOps(ranking),
         levels=lambda module: NativeLevels(cast(NativeMTP, module), team),
+        packs=False,  # beyond 16 rows the library's time is that of its rows
     )
 
 

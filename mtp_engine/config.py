@@ -305,8 +305,8 @@ class EngineConfig:
     draft_vocab is the number of most frequent tokens the MTP layers may propose; 0 means all. draft_int8 lets the MTP
     layers run in int8 on a CPU, which is faster and costs a little acceptance. max_context 0 means the model's own limit.
     max_batch is how many requests run at a time, and max_waiting how many more may wait for room; one beyond them is
-    refused as busy. prefill_chunk is how many tokens of a prompt are read at a time; 0 means 2,048 on a GPU with
-    our kernels, else 256.
+    refused as busy. prefill_chunk is how many tokens of prompts are read at a time; 0 means 2,048 on a GPU with our
+    kernels, else 256. Short prompts share it (not in int8): many that arrive together are read in one pass.
     device: cpu, cuda, cuda:1, ...; auto is the GPU if there is one. threads: of the CPU; 0 is one per core
     that this process may use, and more than that are never started.
 

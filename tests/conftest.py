@@ -16,7 +16,17 @@ if not torch.cuda.is_available():
 
         repair()
 
-KERNEL_TESTS = ("dense", "device_path", "draft_ops", "flashinfer", "moe_kernels", "tree_attention", "tree_kernels")
+KERNEL_TESTS = (
+    "chain_attention",
+    "dense",
+    "device_path",
+    "draft_ops",
+    "flashinfer",
+    "forest_attention",
+    "moe_kernels",
+    "tree_attention",
+    "tree_kernels",
+)
 collect_ignore = [] if importlib.util.find_spec("triton") else [f"test_{name}.py" for name in KERNEL_TESTS]
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)  # CI must not depend on luck

@@ -5,9 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_tree_attention import REAL, SPLITS, TINY, Heads, error, make
+from test_tree_attention import PAGE, REAL, SPLITS, TINY, Heads, error, make
 
-from mtp_engine.kernels.chain_attention import chain_attention, chain_plan
+from mtp_engine.attention.exact import MOST_ROWS, exact_attention
+from mtp_engine.attention.rows import StepRows
+from mtp_engine.cache import HybridKV, Pages
+from mtp_engine.config import AttentionConfig, RopeConfig
+from mtp_engine.kernels.chain_attention import Packed, chain_attention, chain_plan
 from mtp_engine.kernels.tree_attention import Plan, tree_attention, tree_attention_twin
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,6 +40,54 @@ def test_chains_have_the_bits_of_the_kernel_for_trees(lengths: list[int], first:
         assert error(y, tree_attention_twin(**call)) <= (1e-6 if dtype == torch.float32 else 1e-2)
         assert torch.equal(y, tree_attention(**call))
         assert torch.equal(torch.cat([chain(call, 0, 1), chain(call, 1, 4), chain(call, 4, 6)], 1), y)
+
+
+def packed(call: Any, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first counts[b] rows of each request, in one row, and what `chain` says of them."""
+    names = ("k_cache", "v_cache", "pages", "page_size", "wrap", "window", "scale", "sink", "lengths")
+    q, y = (torch.cat([x[b, :count] for b, count in enumerate(counts)])[None] for x in (call["q"], chain(call)))
+    heads, (_, kv_heads, _) = q.shape[2], call["k_cache"].shape
+    plan = replace(chain_plan(q.dtype, max(counts), heads, kv_heads, q.shape[3]), splits=call["plan"].splits)
+    first, table = call["first"] if int(call["first"][0]) else None, torch.tensor(counts, device=q.device)
+    given = {name: call[name] for name in names} | {"q": q, "first": first, "plan": plan}
+    return chain_attention(**given, packed=Packed.of(table, max(counts))), y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[0, 61, 190], [127, 3, 0]])
+def test_packed_chains_have_the_bits_of_each_alone(lengths: list[int], dtype: torch.dtype) -> None:
+    for heads in (TINY, replace(TINY, window=20, sink=True)):
+        call = make(heads, straight(6, 3), lengths, dtype=dtype)
+        assert torch.equal(*packed(call, [6, 1, 4]))
+
+
+def test_packed_rows_over_pages_and_rings_have_the_bits_of_each_alone() -> None:
+    """Of a step's attention, layer by layer: one chunk is longer than rings take at once, one is shorter than a window."""
+    kinds = [AttentionConfig(2, 1, 8, 8, RopeConfig(8, 1e4), window) for window in (None, 20)]
+    g = torch.Generator(DEVICE).manual_seed(0)
+    found = []
+    for packs in (True, False):
+        pages = Pages(slots=3, tokens=600, page_size=PAGE, device=torch.device(DEVICE))
+        cache = HybridKV(kinds, pages, max_nodes=MOST_ROWS, ring_page=PAGE, kernels=True, dtype=torch.float32)
+        for slot in range(3):
+            pages.reserve(slot, 150)
+        steps = []
+        for spans in (((0, 0, 70), (2, 0, 3), (1, 0, 25)), ((0, 70, 2), (1, 25, 66))):
+            table = torch.tensor(spans, device=DEVICE).T.contiguous()
+            owners = torch.arange(len(spans), device=DEVICE).repeat_interleave(table[2])
+            positions = torch.cat([torch.arange(start, start + count, device=DEVICE) for _, start, count in spans])
+            rows = StepRows.prompts(table, torch.stack([owners, positions]), spans)
+            parts = [(exact_attention(cache, rows), slice(None))]
+            if not packs:
+                ends = table[2].cumsum(0).tolist()
+                cuts = [slice(end - count, end) for end, (_, _, count) in zip(ends, spans, strict=True)]
+                parts = [(exact_attention(cache, each), cut) for each, cut in zip(rows.apart(), cuts, strict=True)]
+            g.manual_seed(len(spans))
+            for layer in range(2):
+                q, k, v = (torch.randn(1, len(owners), n, 8, generator=g, device=DEVICE) for n in (2, 1, 1))
+                steps.append(torch.cat([part(layer, q[:, c], k[:, c], v[:, c], scale=0.3) for part, c in parts], 1))
+        found.append(steps)
+    assert all(torch.equal(*each) for each in zip(*found, strict=True))
 
 
 @pytest.mark.cuda

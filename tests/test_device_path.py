@@ -216,3 +216,43 @@ def test_a_prompt_in_chunks_has_the_bits_of_single_rows(model: Model) -> None:
     single = read(1)
     for size in (2, 5, 17, 33, MOST_ROWS, MOST_ROWS + 1, 130, 200):
         assert torch.equal(read(size), single), size
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("sizes", [(64, 5, 17), (130, 33, 1)])
+@torch.inference_mode()
+def test_prompts_that_are_read_together_have_the_bits_of_each_alone(model: Model, sizes: tuple[int, ...]) -> None:
+    """In chunks of these sizes, turn by turn, until all are read; some rings turn, and some chunks are longer than rings."""
+    prompts = [[1 + (i * 7 + b) % 50 for i in range(200)] for b in range(3)]
+    layers = [layer.attention for layer in model.decoder.config.layers]
+
+    def fresh() -> HybridKV:
+        cache = HybridKV(
+            layers, Pages(slots=3, tokens=1200, page_size=PAGE, device=DEVICE), max_nodes=MOST_ROWS, ring_page=PAGE,
+            kernels=True, dtype=model.decoder.embedding.dtype,
+        )  # fmt: skip
+        for slot in range(3):
+            cache.pages.reserve(slot, 300)
+        return cache
+
+    def forward(cache: HybridKV, rows: StepRows, tokens: list[int]) -> torch.Tensor:
+        given = torch.tensor([tokens], device=DEVICE)
+        return model.decoder.forward(given, rows.positions, exact_attention(cache, rows))[0]
+
+    alone = []
+    for slot, prompt in enumerate(prompts):
+        cache = fresh()
+        alone.append(torch.cat([forward(cache, StepRows.prompt(slot, i, 1, DEVICE), [prompt[i]]) for i in range(200)]))
+    cache, at = fresh(), [0, 0, 0]
+    for turn in range(3):
+        spans = tuple((slot, at[slot], min(sizes[(slot + turn) % 3], 200 - at[slot])) for slot in range(3))
+        table = torch.tensor(spans, device=DEVICE).T.contiguous()
+        owners = torch.arange(3, device=DEVICE).repeat_interleave(table[2])
+        positions = torch.cat([torch.arange(start, start + count, device=DEVICE) for _, start, count in spans])
+        rows = StepRows.prompts(table, torch.stack([owners, positions]), spans)
+        tokens = [prompts[slot][i] for slot, start, count in spans for i in range(start, start + count)]
+        for (slot, start, count), states in zip(
+            spans, forward(cache, rows, tokens).split([c for *_, c in spans]), strict=True
+        ):
+            assert torch.equal(states, alone[slot][start : start + count]), (turn, slot)
+            at[slot] = start + count

@@ -37,8 +37,8 @@ class Queue:
     def prepare(self, members: Members, bound: int) -> None: ...
     def settle(self) -> None: ...
 
-    def read(self, chunk: PromptChunk) -> Launched:
-        return self._eager.read(chunk)
+    def read(self, chunks: Sequence[PromptChunk]) -> Launched:
+        return self._eager.read(chunks)
 
     def launch(self, members: Members, bound: int) -> Launched:
         done, owner = self._eager.launch(members, bound), self

@@ -236,7 +236,7 @@ def decode(
     )
     loop = decode_loop(
         model, cache, drafter, NativeMatchVerifier(team), slots=2, max_context=400, eos_token_ids=(), prefill_chunk=chunk,
-        device=CPU, attention=NativeAttention,
+        device=CPU, attention=NativeAttention, packs=False,
     )  # fmt: skip
     params = [SamplingParams(max_tokens=30), SamplingParams(max_tokens=30, temperature=1.0, seed=4)]
     requests = [loop.add(prompt, each) for each in params for prompt in prompts]

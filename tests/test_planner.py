@@ -144,7 +144,7 @@ def new_loop(
     )  # fmt: skip
     return decode_loop(
         model, cache, drafter, MatchVerifier(), slots=3, max_context=300, eos_token_ids=(), prefill_chunk=chunk, device=CPU,
-        attention=NativeAttention if team else TorchAttention, prefix_bytes=prefix,
+        attention=NativeAttention if team else TorchAttention, packs=not team, prefix_bytes=prefix,
     )  # fmt: skip
 
 

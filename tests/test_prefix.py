@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,7 +250,7 @@ def drafter_of(name: str, family: Family, slots: int) -> Drafter:
 
 def loop_of(
     family: Family, drafter: Drafter, *, slots: int = 3, tokens: int = 1000, in_flight: int = 1,
-    verifier: Verifier | None = None, **options: Any,
+    chunk: int = 16, verifier: Verifier | None = None, **options: Any,
 ) -> DecodeLoop:  # fmt: skip
     layers = [layer.attention for layer in family.main.config.layers]
     cache = HybridKV(
@@ -259,7 +259,7 @@ def loop_of(
     )  # fmt: skip
     return decode_loop(
         family.main, cache, drafter, verifier or MatchVerifier(), device=CPU, slots=slots, max_context=CONTEXT, eos_token_ids=[],
-        prefill_chunk=16, runner=lambda step: Ahead(step, in_flight), **options,
+        prefill_chunk=chunk, runner=lambda step: Ahead(step, in_flight), **options,
     )  # fmt: skip
 
 
@@ -350,9 +350,9 @@ class Reading:
         self.tokens, self._read = 0, loop.runner.read
         loop.runner.read = self.read  # type: ignore[method-assign]
 
-    def read(self, chunk: PromptChunk) -> Any:
-        self.tokens += chunk.stop - chunk.start
-        return self._read(chunk)
+    def read(self, chunks: Sequence[PromptChunk]) -> Any:
+        self.tokens += sum(chunk.stop - chunk.start for chunk in chunks)
+        return self._read(chunks)
 
 
 def run(loop: DecodeLoop, prompt: list[int], **params: Any) -> Request:

@@ -183,8 +183,8 @@ class Ahead:
     def prepare(self, members: Members, bound: int) -> None: ...
     def settle(self) -> None: ...
 
-    def read(self, chunk: PromptChunk) -> Launched:
-        return self._eager.read(chunk)
+    def read(self, chunks: Sequence[PromptChunk]) -> Launched:
+        return self._eager.read(chunks)
 
     def launch(self, members: Members, bound: int) -> Launched:
         assert members.plain or not self._flying, "it needs what the step before gives"
@@ -491,10 +491,10 @@ class Faults:
         work = loop.work
         read = loop.runner.read
 
-        def noted(chunk: PromptChunk) -> Launched:
-            self.reading = chunk.request
+        def noted(chunks: Sequence[PromptChunk]) -> Launched:
+            self.reading = chunks[0].request if len(chunks) == 1 else None  # several are read again, each alone
             try:
-                return read(chunk)
+                return read(chunks)
             finally:
                 self.reading = None
 

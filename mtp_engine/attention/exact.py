@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, final
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from mtp_engine.attention.rows import StepRows
 from mtp_engine.cache import HybridKV, WindowKV
 from mtp_engine.kernels.ancestry import MAX_NODES, ancestry
-from mtp_engine.kernels.chain_attention import chain_attention, suits_chain
+from mtp_engine.kernels.chain_attention import Packed, chain_attention, suits_chain
+from mtp_engine.kernels.forest_attention import forest_attention, suits_forest
 from mtp_engine.kernels.kv import storage_rows
 from mtp_engine.kernels.tree_attention import tree_attention
 from mtp_engine.protocols import Attention
@@ -50,8 +52,15 @@ class DeviceRows:
 
     @cached_property
     def targets(self) -> list[Tensor]:
-        """[B, N] int64 per cache group: the storage rows that keys and values of these rows go to."""
+        """[B, N], or [N, 1] where they are packed, int64 per cache group: the storage rows that keys and values of these rows
+        go to."""
         rows, count = self.rows, self.rows.positions.shape[1]
+        if rows.owners is not None:
+            slots, each = rows.slots[rows.owners], rows.positions[0]
+            return [
+                storage_rows(group.device_pages, each, 1, group.page_size, requests=slots)
+                for group in self.cache.groups
+            ]
         return [
             storage_rows(group.device_pages, rows.lengths, count, group.page_size, requests=rows.slots)
             for group in self.cache.groups
@@ -73,18 +82,19 @@ class Stretch:
     """
 
     def __init__(self, group: WindowKV, rows: StepRows) -> None:
-        batch, count = rows.positions.shape
-        size, device = group.page_size, rows.lengths.device
-        ring = -(-(group.window + count) // size)  # pages
+        batch, device = len(rows.lengths), rows.lengths.device
+        counts = [count for _, _, count in rows.spans] or [rows.positions.shape[1]] * batch
+        size, ring = group.page_size, -(-(group.window + max(counts)) // group.page_size)  # in tokens, in pages
         self.pages = torch.arange(batch * ring, dtype=torch.int32, device=device).view(batch, ring)
         self.rows = batch * ring * size
-        own = torch.arange(batch, device=device)
-        self.targets = storage_rows(self.pages, rows.lengths, count, size, requests=own)
+        own, positions = torch.arange(batch, device=device), rows.positions.flatten()
+        owners = own.repeat_interleave(counts[0]) if rows.owners is None else rows.owners
+        self.targets = storage_rows(self.pages, positions, 1, size, requests=owners)
         before = group.prefix_positions(rows.lengths).clamp(min=0)
         self._before = group.rows(rows.slots, before), own[:, None] * ring * size + before % (ring * size)
-        kept = min(count, group.size)
-        last = rows.lengths[:, None] + torch.arange(count - kept, count, device=device)
-        self._last = self.targets[:, -kept:], group.rows(rows.slots, last)
+        ends = zip(accumulate(counts), counts, strict=True)
+        kept = torch.cat([torch.arange(end - min(count, group.size), end, device=device) for end, count in ends])
+        self._last = self.targets[kept], group.rows(rows.slots[owners[kept]], positions[kept][:, None])
 
     def begin(self, stored: Tensor) -> Tensor:
         """stored: a layer's keys or values in the rings, [R, Hkv, D] -> the same of the stretch."""
@@ -103,7 +113,8 @@ class ExactAttention:
 
     def __init__(self, cache: HybridKV, rows: StepRows) -> None:
         self._step, self._straight = DeviceRows(cache, rows), rows.chain or rows.straight
-        self._long = rows.positions.shape[1] > MOST_ROWS
+        most = max((count for _, _, count in rows.spans), default=rows.positions.shape[1])
+        self._long, self._packed = most > MOST_ROWS, None if rows.counts is None else Packed.of(rows.counts, most)
         assert self._straight or not self._long, "of other rows than a chain's there may be 64"
         self._stretches: dict[int, Stretch] = {}  # by cache group
         self._rooms: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, from `destination` to `attend`
@@ -134,15 +145,17 @@ class ExactAttention:
             "scale": scale,
             "sink": sink,
         }
-        if not self._straight or not suits_chain(q.shape[0], q.shape[1], k.shape[1]):
-            return tree_attention(
-                q, k, v, pages, rows.lengths, rows.positions, step.ancestry[0], step.first, bound=rows.bound, **given
-            )
-        y = chain_attention(q, k, v, pages, rows.lengths, rows.first, **given)
-        if layer in self._rooms:
-            for room, stored in zip(self._rooms.pop(layer), (group.k[member], group.v[member]), strict=True):
-                self._stretches[index].end(room, stored)
-        return y
+        batch, nodes = q.shape[:2]
+        if self._straight and (rows.spans or suits_chain(batch, nodes, k.shape[1])):
+            y = chain_attention(q, k, v, pages, rows.lengths, rows.first, packed=self._packed, **given)
+            if layer in self._rooms:
+                for room, stored in zip(self._rooms.pop(layer), (group.k[member], group.v[member]), strict=True):
+                    self._stretches[index].end(room, stored)
+            return y
+        tree = q, k, v, pages, rows.lengths, rows.positions, step.ancestry[0], step.first
+        if suits_forest(batch, nodes, k.shape[1], rows.bound):
+            return forest_attention(*tree, **given)
+        return tree_attention(*tree, bound=rows.bound, **given)
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, sink: Tensor | None = None

@@ -37,6 +37,9 @@ class StepRows:
     chain: bool = False  # each row's parent is the row before it
     offsets: Tensor | None = None  # [B, N] int64, positions - lengths, where that is at hand
     straight: bool = False  # a chain but for padding at the end
+    spans: tuple[tuple[int, int, int], ...] = ()  # of packed rows, see `prompts`
+    counts: Tensor | None = None  # [B] int64, how many rows of packed ones a request has
+    owners: Tensor | None = None  # [N] int64, which request each packed row is of
 
     @classmethod
     def prompt(cls, slot: int, start: int, count: int, device: torch.device) -> "StepRows":
@@ -44,6 +47,25 @@ class StepRows:
         index = torch.arange(count, device=device)[None]
         slots, lengths = (torch.full((1,), value, device=device) for value in (slot, start))
         return cls(slots, lengths, start + index, index - 1, count - 1, start + count, chain=True)
+
+    @classmethod
+    def prompts(cls, requests: Tensor, rows: Tensor, spans: tuple[tuple[int, int, int], ...]) -> "StepRows":
+        """Packed: chains of several requests, one behind the other in one row of `positions`, [1, N].
+
+        spans: of each request its slot, its cached tokens, and how many rows it has; requests: [3, B] int64, the same on
+        the device. rows: [2, N] int64, the request's number and the position of each row.
+        """
+        (slots, starts, counts), (owners, positions) = requests.unbind(), rows.unbind()
+        longest, bound = max(count for _, _, count in spans), max(start + count for _, start, count in spans)
+        parents = torch.where(positions == starts[owners], -1, torch.arange(len(owners), device=owners.device) - 1)
+        return cls(
+            slots, starts, positions[None], parents[None], longest - 1, bound, chain=True, spans=spans, counts=counts,
+            owners=owners,
+        )  # fmt: skip
+
+    def apart(self) -> "list[StepRows]":
+        """Packed rows, request by request."""
+        return [StepRows.prompt(*span, self.positions.device) for span in self.spans]
 
     @cached_property
     def seen(self) -> Tensor:

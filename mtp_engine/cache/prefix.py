@@ -92,15 +92,15 @@ class PrefixCache:
         """Look for the beginning of `tokens`, of `most` tokens at most. drafts: only with the drafter's state."""
         chain = _chain(tokens, self._pages.page_size)
         best = self._longest(tokens, most, chain, (True,) if drafts else (True, False))
-        common = len(best.tokens) if best else 0
+        alike = len(best.tokens) if best else 0
         shared = next((page for page in range(len(chain) - 1, 0, -1) if chain[page] in self._through), 0)
         if shared:
             start = shared * self._pages.page_size
             latest = islice(reversed(self._through[chain[shared]]), _LOOKED_AT)
-            common = max(common, *(start + _common(entry.tokens[start:], tokens[start:]) for entry in latest))
+            alike = max(alike, *(start + common(entry.tokens[start:], tokens[start:]) for entry in latest))
         if best is not None:
             self._use(best)
-        return Hit(best, common)
+        return Hit(best, alike)
 
     def _longest(self, tokens: Tokens, most: int, chain: Sequence[bytes], drafts: Sequence[bool]) -> Entry | None:
         size = self._pages.page_size
@@ -200,7 +200,7 @@ class PrefixCache:
         self._pages.check([page for entry in entries for page in entry.pages])
 
 
-def _common(first: Tokens, second: Tokens) -> int:
+def common(first: Tokens, second: Tokens) -> int:
     """How many tokens two texts begin with alike."""
     shorter = min(len(first), len(second))
     differ = first[:shorter] != second[:shorter]

@@ -7,7 +7,7 @@ back through pinned memory, and the host waits for the oldest step in flight alo
 
 import gc
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, final
@@ -80,7 +80,7 @@ class Flight:
 
 @final
 class Reading:
-    """A prompt's chunk in flight (a Launched)."""
+    """Chunks of prompts in flight (a Launched)."""
 
     def __init__(self, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
         self._start, self._end = start, end
@@ -141,13 +141,13 @@ class GraphRunner:
         marks[3].record()
         return Flight(host[:count], marks)
 
-    def read(self, chunk: PromptChunk) -> Launched:
+    def read(self, chunks: Sequence[PromptChunk]) -> Launched:
         start, end = (
             torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             for _ in range(2)
         )
         start.record()
-        self._step.read(chunk)
+        self._step.read(chunks)
         end.record()
         return Reading(start, end)
 

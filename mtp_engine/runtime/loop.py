@@ -75,18 +75,18 @@ class DecodeLoop:
         return self.scheduler.take_outputs()
 
     def _launch(self) -> bool:
-        """Start a step: all who can, decode, and behind them one chunk of a prompt is read."""
+        """Start a step: all who can, decode, and behind them chunks of prompts are read."""
         plan = self.scheduler.plan(self._clock.now, len(self._flying))
         if plan is None:
             return False
         self._members = Members.of(plan.decoding, self._members, self.work.device)
         launched = self._decode(self._members) if self._members else None
-        if plan.chunk:
+        if plan.chunks:
             try:
-                read = self.runner.read(plan.chunk)
+                read = self.runner.read(plan.chunks)
                 launched = launched or read
             except Exception as error:
-                self.scheduler.end(plan.chunk.request, "error", explain(error))
+                self.scheduler.unread(plan.chunks, explain(error))
                 _LOG.error("reading a prompt failed", exc_info=error)
         if launched:
             self._flying.append((plan, self._members, launched))

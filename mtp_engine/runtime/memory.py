@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 
 from mtp_engine.cache import Entry, HybridKV, PrefixCache
-from mtp_engine.cache.prefix import as_tokens
+from mtp_engine.cache.prefix import as_tokens, common
 from mtp_engine.cache.prefix_file import StoredPrefix
 from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Drafter
@@ -84,6 +84,17 @@ class Memory:
     def fits(self, requests: Sequence[Request]) -> bool:
         pages = [self.pages.for_tokens(self._tokens(request, whole=True)) for request in requests]
         return sum(pages) * self.pages.page_size <= self.capacity + self.ahead
+
+    def gains(self, request: Request, others: Sequence[Request]) -> bool:
+        """See scheduler.Room."""
+        page = self.pages.page_size
+        begins = request.known(0, page)
+        others = [other for other in others if other.known(0, page) == begins]
+        if self.prefix is None or request.length < page or not others:
+            return False
+        known = as_tokens(request.known(0, request.length))
+        alike = max(common(known, as_tokens(other.known(0, other.length))) for other in others)
+        return alike >= page + self.prefix.find(known, alike, drafts=request.params.speculate).length
 
     def keep(self, request: Request, mark: Mark | None = None, *, apart: bool = False) -> None:
         """See scheduler.Room. A failure is noted in the log and costs nobody anything."""

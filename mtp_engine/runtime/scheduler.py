@@ -32,6 +32,9 @@ class Room(Protocol):
     def fits(self, requests: Sequence[Request]) -> bool:
         """Whether there is memory for the whole answers of all of them."""
 
+    def gains(self, request: Request, others: Sequence[Request]) -> bool:
+        """Whether a request would have less to read once one of the others has read its prompt."""
+
     def keep(self, request: Request, mark: Mark | None = None, *, apart: bool = False) -> None:
         """Keep what its slot holds: at a mark, else of all it has read and said. apart: without keeping its pages from
         others."""
@@ -42,10 +45,10 @@ class Room(Protocol):
 @final
 @dataclass(frozen=True)
 class StepPlan:
-    """One step: those who decode, and at most one chunk of a prompt that is read behind it."""
+    """One step: those who decode, and the chunks of prompts that are read behind it, one a request."""
 
     decoding: tuple[Request, ...]
-    chunk: PromptChunk | None
+    chunks: tuple[PromptChunk, ...]
 
 
 def _rank(request: Request) -> tuple[int, int]:
@@ -56,22 +59,25 @@ def _rank(request: Request) -> tuple[int, int]:
 class Scheduler:
     """Requests wait by priority and arrival until a slot and memory are free; nobody overtakes the first of them.
 
-    Every step all who have read their prompts decode, and one chunk of the first unread prompt is read. What happens to
+    Every step all who have read their prompts decode, and a chunk of the first unread prompts is read. What happens to
     a request, tokens or its end, is collected in `outputs` until `take_outputs`.
     """
 
     def __init__(
-        self, room: Room, *, slots: int, chunk: int, max_waiting: int, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """chunk: tokens of a prompt read in one step. max_waiting: requests that may wait beyond the free slots."""
+        self, room: Room, *, slots: int, chunk: int, max_waiting: int, packs: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        """chunk: tokens of prompts read in one step; packs: of several prompts, where one does not fill it. max_waiting:
+        requests that may wait beyond the free slots."""
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.outputs: list[StepOutput] = []
         self._room, self._slots, self._chunk, self._max_waiting, self._clock = room, slots, chunk, max_waiting, clock
+        self._packs = packs
         self._free = list(range(slots))[::-1]
         self._cancelled: deque[Request] = deque()
         self._arrivals = itertools.count()
-        self._reading: PromptChunk | None = None  # the last one planned
+        self._reading: tuple[PromptChunk, ...] = ()  # the last ones planned
 
     @property
     def busy(self) -> bool:
@@ -109,7 +115,7 @@ class Scheduler:
             self.end(request, "timeout")
 
     def plan(self, now: float, in_flight: int) -> StepPlan | None:
-        """The next step; None where nobody wants one, or it has to wait for those in flight. Its chunk counts as read from
+        """The next step; None where nobody wants one, or it has to wait for those in flight. Its chunks count as read from
         now on. now: of the loop's clock. in_flight: steps whose tokens are not known yet."""
         self._keep_what_was_read()
         self._admit(now)
@@ -120,21 +126,24 @@ class Scheduler:
             if not in_flight:  # what is said by then counts
                 self._preempt(crowded[0])
             return None
-        self._reading = chunk = self._next_chunk()
+        self._reading = chunks = self._next_chunks()
         for request in decoding:
             request.in_flight += 1
-        return StepPlan(decoding, chunk) if decoding or chunk else None
+        return StepPlan(decoding, chunks) if decoding or chunks else None
 
     def _keep_what_was_read(self) -> None:
-        chunk, self._reading = self._reading, None
-        if chunk and chunk.mark and chunk.request in self.running:
-            self._room.keep(chunk.request, chunk.mark)
+        chunks, self._reading = self._reading, ()
+        for chunk in chunks:
+            if chunk.mark and chunk.request in self.running:
+                self._room.keep(chunk.request, chunk.mark)
 
     def _admit(self, now: float) -> None:
-        """Let in who fits, and would read next: one after the other, so that each finds what those before it have read."""
+        """Let in who fits and would read next, but nobody before he can find what those before him are about to read."""
         while self.waiting and self._free:
             request = self.waiting[0]
-            if any(_rank(other) < _rank(request) for other in self.running if not other.decoding):
+            before = [other for other in self.running if not other.decoding and _rank(other) < _rank(request)]
+            full = not self._packs or sum(other.length - other.read for other in before) >= self._chunk
+            if before and (full or self._room.gains(request, before)):
                 break
             request.slot = self._free[-1]
             try:
@@ -168,15 +177,21 @@ class Scheduler:
             self._room.keep(last, apart=True)
         self._requeue(last)
 
-    def _next_chunk(self) -> PromptChunk | None:
-        """Of the first prompt that is not read."""
-        unread = [request for request in self.running if not request.decoding]
-        if not unread:
-            return None
-        request = min(unread, key=_rank)
+    def _next_chunks(self) -> tuple[PromptChunk, ...]:
+        """Of the first prompts that are not read. Who failed before is read alone, to find out whose failure it is."""
+        chunks, left = list[PromptChunk](), self._chunk
+        for request in sorted((each for each in self.running if not each.decoding), key=_rank):
+            if chunks and (not self._packs or request.failures or chunks[0].request.failures or left <= 0):
+                break
+            chunks.append(self._next_chunk(request, left))
+            left -= chunks[-1].stop - chunks[-1].start
+        return tuple(chunks)
+
+    def _next_chunk(self, request: Request, most: int) -> PromptChunk:
+        """most: tokens."""
         start = request.read
         ahead = [mark for mark in request.marks if mark.tokens > start]
-        request.read = stop = min(start + self._chunk, ahead[0].tokens)
+        request.read = stop = min(start + most, ahead[0].tokens)
         request.decoding = stop == request.length
         left = next(mark.tokens for mark in ahead if not mark.lean) - stop
         return PromptChunk(request, start, stop, left, ahead[0] if ahead[0].tokens == stop else None)
@@ -233,13 +248,23 @@ class Scheduler:
             self._drop(request)
         return True
 
+    def unread(self, chunks: Sequence[PromptChunk], error: str) -> None:
+        """Reading them failed. One request ends with the error; of several each waits again, to be read alone."""
+        if len(chunks) == 1:
+            self.end(chunks[0].request, "error", error)
+            return
+        self._reading = ()
+        for chunk in chunks:
+            chunk.request.failures += 1
+            self._requeue(chunk.request)
+
     def restart(self, error: str | None) -> bool:
         """Queue everybody again who runs, to go on from what they have said: a step was broken off somewhere. False if
         nobody ran, and nothing has come of the step.
 
         error: what failed, None for an interruption from outside. Who fails so in two steps in a row ends with it.
         """
-        self._reading = None
+        self._reading = ()
         half_way_in = [r for r in self.waiting if r.slot >= 0 or r.finish_reason]  # or out
         ran = list(dict.fromkeys((*self.running, *half_way_in)))
         for request in ran:

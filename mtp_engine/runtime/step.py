@@ -1,7 +1,7 @@
-"""The work of one step: draft a tree and verify it, or read a chunk of a prompt. Here at once; in cuda_graph.py as graphs."""
+"""The work of one step: draft a tree and verify it, or read chunks of prompts. Here at once; in cuda_graph.py as graphs."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, final
 
@@ -34,18 +34,39 @@ class ModelStep:
     device: torch.device
     planner: TreePlanner | None = None  # is told how long steps take
 
-    def read(self, chunk: PromptChunk) -> None:
-        """Read a chunk of a prompt: a chain whose path is known. The drafter sees it as a step that kept all of it."""
+    def read(self, chunks: Sequence[PromptChunk]) -> None:
+        """Read chunks of prompts in one pass: chains whose paths are known. The drafter sees each as a step that kept all
+        of it."""
+        known = [chunk.request.known(chunk.start, chunk.stop + 1) for chunk in chunks]
+        counts = [chunk.stop - chunk.start for chunk in chunks]
+        flat = to_device([token for each in known for token in each], torch.int64, self.device)
+        tokens = torch.split(flat, [count + 1 for count in counts])
+        rows = self._prompt_rows(chunks)
+        given = torch.cat([each[:-1] for each in tokens])[None]
+        hidden = self.model.forward(given, rows.positions, self.attention(self.cache, rows))
+        for chunk, ids, states in zip(chunks, tokens, torch.split(hidden, counts, 1), strict=True):
+            if chunk.request.params.speculate:
+                self._observe_chunk(chunk, ids[None], states)
+
+    def _prompt_rows(self, chunks: Sequence[PromptChunk]) -> StepRows:
+        spans = tuple((chunk.request.slot, chunk.start, chunk.stop - chunk.start) for chunk in chunks)
+        if len(spans) == 1:
+            return StepRows.prompt(*spans[0], self.device)
+        owners = [owner for owner, (_, _, count) in enumerate(spans) for _ in range(count)]
+        positions = [position for _, start, count in spans for position in range(start, start + count)]
+        columns = [each for column in zip(*spans, strict=True) for each in column]  # one transfer for all
+        tables = to_device([*columns, *owners, *positions], torch.int64, self.device)
+        each, rows = torch.split(tables, [3 * len(spans), 2 * len(owners)])
+        return StepRows.prompts(each.view(3, -1), rows.view(2, -1), spans)
+
+    def _observe_chunk(self, chunk: PromptChunk, tokens: Tensor, hidden: Tensor) -> None:
+        """tokens: [1, C + 1], hidden: [1, C, H] of a chunk of C tokens and, of tokens, the one behind it."""
         request, count = chunk.request, chunk.stop - chunk.start
-        tokens = to_device(request.known(chunk.start, chunk.stop + 1), torch.int64, self.device)[None]
-        rows = StepRows.prompt(request.slot, chunk.start, count, self.device)
-        hidden = self.model.forward(tokens[:, :-1], rows.positions, self.attention(self.cache, rows))
-        if not request.params.speculate:
-            return
+        slots, lengths = (torch.full((1,), value, device=self.device) for value in (request.slot, chunk.start))
         path = torch.arange(count, device=self.device)[None]
-        result = VerifyResult(path, tokens[:, 1:], torch.full_like(rows.slots, count))
+        result = VerifyResult(path, tokens[:, 1:], torch.full_like(slots, count))
         sampling = SamplingBatch.build([request.params], [request.seed], self.device)
-        batch = Batch(rows.slots, tokens[:, 0], rows.lengths, chunk.stop, sampling, prompt_left=chunk.left)
+        batch = Batch(slots, tokens[:, 0], lengths, chunk.stop, sampling, prompt_left=chunk.left)
         self.drafter.observe(batch, result, hidden)
 
     def draft(self, members: Members, bound: int) -> tuple[Batch, DraftTree]:
@@ -103,7 +124,7 @@ class Runner(Protocol):
     def launch(self, members: Members, bound: int) -> Launched:
         """If members are not plain, no step is in flight when this is called."""
 
-    def read(self, chunk: PromptChunk) -> Launched: ...
+    def read(self, chunks: Sequence[PromptChunk]) -> Launched: ...
 
     def settle(self) -> None:
         """Wait until all that was queued is done."""
@@ -150,8 +171,8 @@ class EagerRunner:
             self._step.planner.timed(tree.nodes, len(rows), done.draft_s, done.verify_s)
         return done
 
-    def read(self, chunk: PromptChunk) -> Launched:
-        self._step.read(chunk)
+    def read(self, chunks: Sequence[PromptChunk]) -> Launched:
+        self._step.read(chunks)
         return Done([], 0.0, 0.0)
 
 
