@@ -133,6 +133,7 @@ def ask(engine: Engine, jobs: Sequence[tuple[list[int], SamplingParams]], at_onc
                 loop._land(*loop._flying.popleft())
             if running := [request for request in loop.scheduler.running if request.decoding]:
                 loop.memory.keep(running[-1], apart=True)
+                running[-1].stats.preemptions += 1
                 loop.scheduler._requeue(running[-1])
     return requests
 
@@ -150,8 +151,9 @@ def equality(
             wrong = [n for n, (r, said) in enumerate(zip(requests, expected, strict=True)) if r.output != said]
             errors = sorted({request.error for request in requests if request.error})
             found[f"{name}/{batch}"] = {
-                "equal": len(jobs) - len(wrong), "of": len(jobs), "wrong": [names[n % len(names)] for n in wrong], "errors": errors,
-                "preempted": sum(r.stats.preemptions for r in requests), "cached": sum(r.stats.cached_tokens > 0 for r in requests),
+                "equal": len(jobs) - len(wrong), "of": len(jobs), "wrong": [names[n % len(names)] for n in wrong],
+                "errors": errors, "preempted": sum(r.stats.preemptions for r in requests),
+                "cached": sum(r.stats.cached_tokens > 0 for r in requests),
             }  # fmt: skip
     return found
 
