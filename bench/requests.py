@@ -164,7 +164,7 @@ def load(engine: Engine, prompts: Sequence[list[int]], steps: int, most: int) ->
     runner: Any = loop.runner
     before = counters(runner)
     compiled = compilations()
-    times, target, peak = list[float](), 1, 0
+    times, plain, target, peak = list[float](), list[float](), 1, 0
     for step in range(steps):
         if step % 40 == 0:
             target = rng.choice([1, 2, 5, 9, 16, 30, most])
@@ -173,10 +173,12 @@ def load(engine: Engine, prompts: Sequence[list[int]], steps: int, most: int) ->
             loop.add(rng.choice(prompts), params(kind, step, rng.choice([8, 30, 90]), ignore_eos=True))
         if not loop.requests:
             loop.add(prompts[0], params("greedy", step, 30))
-        peak = max(peak, len(loop.requests))
+        peak, reads = max(peak, len(loop.requests)), any(not request.decoding for request in loop.requests)
         begin = time.perf_counter()
         loop.step()
         times.append(1000 * (time.perf_counter() - begin))
+        if not reads:
+            plain.append(times[-1])
     for request in list(loop.requests):
         loop.remove(request)
     ordered, after = sorted(times), counters(runner)
@@ -184,6 +186,8 @@ def load(engine: Engine, prompts: Sequence[list[int]], steps: int, most: int) ->
         "steps": steps, "peak": peak, **{name: after[name] - before[name] for name in after}, "compilations": compiled(),
         "ms_median": round(ordered[steps // 2], 3), "ms_p99": round(ordered[steps * 99 // 100], 3),
         "ms_longest": [round(each, 3) for each in ordered[-3:]], "longest_at": times.index(ordered[-1]),
+        "steps_without_a_prompt": len(plain), "ms_median_without": round(statistics.median(plain), 3),
+        "ms_longest_without": [round(each, 3) for each in sorted(plain)[-5:]],
     }  # fmt: skip
 
 

@@ -179,14 +179,15 @@ def test_words_beyond_the_tables_are_recorded_anew(models: Models, caplog: pytes
 
 
 def test_what_is_captured_at_load(models: Models) -> None:
-    """All batch sizes up to the largest, all bounds, and for each four kinds of steps; a size between takes the next."""
+    """All batch sizes up to the largest, all bounds, and for each five kinds of steps."""
     loop = loop_of(models, drafter_of("3x2", models))
     said: list[tuple[str, int, int | None]] = []
     loop.runner.capture(SLOTS, 600, lambda *each: said.append(each))
     runner: Any = loop.runner
     assert set(runner._prepared) == {
-        Key(batch, bound, drafts, bare)
-        for batch in (1, 2, 3, 4) for bound in (512, 2048) for drafts in (True, False) for bare in (True, False)
+        Key(batch, bound, *kind)
+        for batch in (1, 2, 3, 4) for bound in (512, 2048)
+        for kind in ((False, True), (False, False), (True, True), (True, False), (True, False, True))
     }  # fmt: skip
-    assert said[0] == ("capturing CUDA graphs", 0, 32)
-    assert said[-1][1:] == (32, 32)
+    assert said[0] == ("capturing CUDA graphs", 0, 40)
+    assert said[-1][1:] == (40, 40)

@@ -156,7 +156,7 @@ def test_logprobs(vocab: int, most: int) -> None:
     theirs = twin.emitted_logprobs(logits, result, most).cpu()
     for row in (0, 2):
         asked, said = int(wanted[row]), tokens[row].tolist()
-        found, expected = (twin.read_logprobs(notes[row], said, asked) for notes in (ours, theirs))
+        found, expected = (twin.Notes(notes).read(row, said, asked) for notes in (ours, theirs))
         for a, b in zip(found, expected, strict=True):
             assert (a.token, a.rank, len(a.top)) == (b.token, b.rank, asked)
             assert a.logprob == pytest.approx(b.logprob, abs=1e-4)

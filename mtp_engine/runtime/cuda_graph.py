@@ -3,7 +3,7 @@
 Between two steps the host only queues the next graphs: lengths, last tokens, caches and what requests want of their
 logits are on the device. Results come back through pinned memory, and the host waits for the oldest step in flight
 alone. Only a structure needs the host in between: the drafts of its request are looked at, and what may follow each
-is written where the second graph reads it. A step is recorded twice, with what a request may want besides tokens and
+is written where the second graph reads it. A step is recorded twice, with what requests may want besides tokens and
 without. On a CPU the same steps run with the same padding, operation by operation.
 """
 
@@ -19,7 +19,6 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
-from mtp_engine.config import MAX_TREE_NODES
 from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Progress
 from mtp_engine.runtime.flight import Flight, HostMark, Mark, Reading
@@ -51,12 +50,16 @@ def bound_bucket(bound: int) -> int:
 @final
 @dataclass(frozen=True)
 class Key:
-    """What a step is recorded for. tables: Processors.grown, as a graph holds the tables that it was captured with."""
+    """What a step is recorded for. drafts: else its trees have one node. bare: nobody wants anything but tokens, chosen by the
+    model's logits. limited: somebody wants a smaller tree; never bare. tables: Processors.grown, as a graph holds the tables
+    that it was captured with.
+    """
 
     batch: int
     bound: int
     drafts: bool
     bare: bool
+    limited: bool = False
     tables: int = 0
 
 
@@ -146,12 +149,9 @@ class Prepared:
         held.slots[:count].copy_(members.slots)
         for ours, theirs in zip(_tensors(held.sampling), _tensors(members.sampling), strict=True):
             ours[:count].copy_(theirs)
-        if held.limits:
-            for ours, given in zip(_tensors(held.limits), _tensors(members.limits), strict=False):
-                ours[:count].copy_(given)
-            if not members.limits:
-                held.limits.widths.fill_(MAX_TREE_NODES)
-                held.limits.nodes.fill_(MAX_TREE_NODES)
+        if held.limits and members.limits:
+            held.limits.widths[:count].copy_(members.limits.widths)
+            held.limits.nodes[:count].copy_(members.limits.nodes)
 
 
 @final
@@ -185,11 +185,12 @@ class GraphRunner:
         sizes = sorted(
             {bucket(size) for size in range(1, batch + 1)}, reverse=True
         )  # the largest make room for the others
-        kinds = [(drafts, bare) for drafts in {self._step.drafter.max_nodes > 1, False} for bare in (True, False)]
-        tables = self._step.processors.grown
+        kinds, tables = [(False, True, False), (False, False, False)], self._step.processors.grown
+        if self._step.drafter.max_nodes > 1:
+            kinds += [(True, True, False), (True, False, False), (True, False, True)]
         keys = [
-            Key(size, bound, drafts, bare, 0 if bare else tables)
-            for size in sizes for bound in sorted(bounds, reverse=True) for drafts, bare in kinds
+            Key(size, bound, *kind, tables=0 if kind[1] else tables)
+            for size in sizes for bound in sorted(bounds, reverse=True) for kind in kinds
         ]  # fmt: skip
         with _no_collection():
             for number, key in enumerate(keys):
@@ -261,16 +262,18 @@ class GraphRunner:
         return guide.failed
 
     def _key(self, members: Members, bound: int) -> Key:
-        grown = 0 if members.bare else self._step.processors.grown
         drafts = members.speculates and self._step.drafter.max_nodes > 1
-        return Key(bucket(len(members.slots)), bound_bucket(bound), drafts, members.bare, grown)
+        limited = drafts and members.limits is not None
+        bare = members.sampling.bare and not limited
+        tables = 0 if bare else self._step.processors.grown
+        return Key(bucket(len(members.slots)), bound_bucket(bound), drafts, bare, limited, tables)
 
     def _record(self, key: Key) -> None:
         """Make a step ready for any members of that kind. Where it cannot be captured it will run slowly, which is said."""
         if not key.bare:  # graphs over tables that are too small by now are of no use
             self._prepared = {k: held for k, held in self._prepared.items() if k.bare or k.tables == key.tables}
         slots = torch.full((key.batch,), self._scratch, device=self._device)
-        limits = TreeLimits.none(key.batch, self._device) if key.drafts and not key.bare else None
+        limits = TreeLimits.none(key.batch, self._device) if key.limited else None
         sampling = SamplingBatch.room(key.batch, self._device, bare=key.bare)
         members = Members((), (), slots, sampling, limits=limits, speculates=key.drafts)
         mask = None if key.bare else self._mask(key.batch, self._step.drafter.max_nodes if key.drafts else 1)
@@ -332,7 +335,6 @@ def _no_collection() -> Iterator[None]:
         gc.enable()
 
 
-def _tensors(parameters: Any) -> list[Tensor]:
-    """The tensors of a dataclass; none of None."""
-    values = (getattr(parameters, field.name) for field in fields(parameters)) if parameters else ()
+def _tensors(sampling: SamplingBatch) -> list[Tensor]:
+    values = (getattr(sampling, field.name) for field in fields(sampling))
     return [value for value in values if isinstance(value, Tensor)]

@@ -7,6 +7,7 @@ from typing import Any, Protocol, final
 from torch import Tensor
 
 from mtp_engine.runtime.request import Landed
+from mtp_engine.sampling.logprobs import Notes
 
 
 class Mark(Protocol):
@@ -48,7 +49,8 @@ class Flight:
             start, drafted, end, landed = self._marks
             landed.synchronize()
             draft_s, verify_s = start.elapsed_time(drafted) / 1e3, drafted.elapsed_time(end) / 1e3
-            self._landed = Landed(self._table.tolist(), draft_s, verify_s, self._notes, self._failed)
+            notes = None if self._notes is None else Notes(self._notes)
+            self._landed = Landed(self._table.tolist(), draft_s, verify_s, notes, self._failed)
         return self._landed
 
 

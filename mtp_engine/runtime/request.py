@@ -12,7 +12,7 @@ from mtp_engine.config import MAX_TREE_NODES, SamplingParams
 from mtp_engine.errors import EngineError
 from mtp_engine.runtime.stats import GenerationStats
 from mtp_engine.sampling.batch import SamplingBatch, to_device
-from mtp_engine.sampling.logprobs import TokenLogprob, read_logprobs
+from mtp_engine.sampling.logprobs import Notes, TokenLogprob
 from mtp_engine.sampling.masks import Guide
 from mtp_engine.sampling.processors import NO_TOKEN
 from mtp_engine.sampling.stops import FinishReason, Trail
@@ -287,11 +287,6 @@ class Members:
     def longest(self) -> int:
         return max(request.length for request in self.requests)
 
-    @property
-    def bare(self) -> bool:
-        """Whether nobody wants anything but tokens, chosen by the model's logits alone, and over the engine's own tree."""
-        return self.sampling.bare and self.limits is None
-
 
 @final
 @dataclass(frozen=True)
@@ -301,13 +296,8 @@ class Landed:
     rows: list[list[int]]
     draft_s: float
     verify_s: float
-    notes: Tensor | None = None  # [B, D+1, K] int64, see emitted_logprobs; None where nobody wants log-probabilities
+    notes: Notes | None = None  # None where nobody wants log-probabilities
     failed: Mapping[tuple[int, tuple[int, ...]], str] = field(default_factory=dict)  # see Guide
-
-    def logprobs(self, row: int, tokens: list[int], most: int) -> list[TokenLogprob]:
-        """Of a request's tokens. most: how many best tokens to name."""
-        assert self.notes is not None
-        return read_logprobs(self.notes[row], tokens, most)
 
 
 class Launched(Protocol):

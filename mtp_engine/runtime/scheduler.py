@@ -187,8 +187,8 @@ class Scheduler:
             if request.finish_reason:
                 continue
             try:
-                if request.params.logprobs is not None:
-                    request.logprobs += landed.logprobs(row, tokens[:count], request.params.logprobs)
+                if request.params.logprobs is not None and landed.notes:
+                    request.logprobs += landed.notes.read(row, tokens[:count], request.params.logprobs)
                 failed = {path: why for (at, path), why in landed.failed.items() if at == row}
                 taken = request.take(tokens[:count], failed)
             except Exception as error:  # of its text: the others get theirs

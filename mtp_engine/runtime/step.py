@@ -14,7 +14,7 @@ from mtp_engine.protocols import Drafter, Progress, TargetModel, TreePlanner, Ve
 from mtp_engine.runtime.request import Landed, Launched, Members, PromptChunk, Request
 from mtp_engine.runtime.slots import SlotState
 from mtp_engine.sampling.batch import Batch, SamplingBatch, to_device
-from mtp_engine.sampling.logprobs import emitted_logprobs
+from mtp_engine.sampling.logprobs import Notes, emitted_logprobs
 from mtp_engine.sampling.processors import NO_TOKEN, Processors, stuck
 from mtp_engine.tree import DraftTree, VerifyResult
 
@@ -167,9 +167,8 @@ class EagerRunner:
         draft_s, verify_s = drafted - begin, time.perf_counter() - drafted
         if self._step.planner and members.speculates:
             self._step.planner.timed(tree.nodes, len(rows), draft_s, verify_s)
-        return Done(
-            Landed(rows, draft_s, verify_s, notes if notes is None else notes.cpu(), guide.failed if guide else {})
-        )
+        kept = None if notes is None else Notes(notes.cpu())
+        return Done(Landed(rows, draft_s, verify_s, kept, guide.failed if guide else {}))
 
     def read(self, chunk: PromptChunk) -> Launched:
         self._step.read(chunk)

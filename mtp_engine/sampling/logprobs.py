@@ -4,6 +4,7 @@ They come from the device as numbers of 64 bits: a log-probability (fp32) in the
 belongs to. So a step's notes are one table.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -38,11 +39,17 @@ def emitted_logprobs(logits: Tensor, result: VerifyResult, most: int) -> Tensor:
     return (values.view(torch.int32).long() << 32) | numbers
 
 
-def read_logprobs(notes: Tensor, tokens: list[int], most: int) -> list[TokenLogprob]:
-    """notes: rows of one request from `emitted_logprobs`, on the host. most: how many best tokens to name."""
-    wanted = notes[: len(tokens), : 1 + most]
-    numbers, values = (wanted & 0xFFFFFFFF).tolist(), (wanted >> 32).int().view(torch.float32).tolist()
-    return [
-        TokenLogprob(token, logprobs[0], ids[0], tuple(zip(ids[1:], logprobs[1:], strict=True)))
-        for token, ids, logprobs in zip(tokens, numbers, values, strict=True)
-    ]
+@final
+class Notes:
+    """What `emitted_logprobs` gave for a batch, on the host."""
+
+    def __init__(self, notes: Tensor) -> None:
+        self._numbers: list[list[list[int]]] = (notes & 0xFFFFFFFF).tolist()
+        self._values: list[list[list[float]]] = (notes >> 32).int().view(torch.float32).tolist()
+
+    def read(self, row: int, tokens: Sequence[int], most: int) -> list[TokenLogprob]:
+        """Of the first of a request's tokens. most: how many best tokens to name."""
+        return [
+            TokenLogprob(token, values[0], ids[0], tuple(zip(ids[1 : 1 + most], values[1 : 1 + most], strict=True)))
+            for token, ids, values in zip(tokens, self._numbers[row], self._values[row], strict=False)
+        ]
