@@ -13,7 +13,7 @@ from torch import Tensor
 from mtp_engine.kernels.arrival import check_contiguous
 from mtp_engine.kernels.launch import pdl
 
-_TILE, _WARPS = 4096, 16
+_TILE, _WARPS = 8192, 32
 
 
 @triton.jit

@@ -14,7 +14,9 @@ from mtp_engine.assemble import decode_loop
 from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import SamplingParams, Structure, TreeShape
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter, TorchDraftOps
+from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Drafter, Verifier
+from mtp_engine.runtime import cuda_graph
 from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner, Key
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request
@@ -191,3 +193,55 @@ def test_what_is_captured_at_load(models: Models) -> None:
     }  # fmt: skip
     assert said[0] == ("capturing CUDA graphs", 0, 40)
     assert said[-1][1:] == (40, 40)
+
+
+def test_a_full_memory_names_what_to_lower(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = loop_of(models, drafter_of("3x2", models))
+    recorded = GraphRunner._record
+
+    def record(self: GraphRunner, key: Key) -> None:
+        if key.batch < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        recorded(self, key)
+
+    monkeypatch.setattr(GraphRunner, "_record", record)
+    with pytest.raises(
+        EngineError, match=r"full after 10 of 20 CUDA graphs: lower max_batch, max_context or kv_tokens"
+    ):
+        loop.runner.capture(SLOTS, CONTEXT, lambda *_: None)
+
+
+def test_what_cannot_be_captured_says_so_once_and_runs(
+    models: Models, alone: list[Request], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Refused:
+        def __init__(self, *_: Any) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    loop = loop_of(models, drafter_of("3x2", models))
+    runner: Any = loop.runner
+    monkeypatch.setattr(cuda_graph, "Captured", Refused)
+    monkeypatch.setattr(runner, "_lane", "of a GPU")
+    request = solo(loop, 1, params()[1])
+    assert request.output == alone[1].output
+    assert (
+        caplog.text.count("without CUDA graphs, which is many times slower: operation not permitted") == runner.recorded
+    )
+    assert request.stats.steps > runner.recorded
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_a_structure_waits_for_the_host_and_nobody_else(models: Models, in_flight: int) -> None:
+    """Its masks are made of what steps in flight say, which is asked for its own request alone."""
+    loop = loop_of(models, drafter_of("3x2", models), in_flight=in_flight)
+    asked: list[Request] = []
+    said = loop._said
+    loop._said = lambda request: asked.append(request) or said(request)  # type: ignore[method-assign, func-returns-value]
+    most = 0
+    structured = loop.add(prompts()[0], SamplingParams(max_tokens=30, seed=1, structure=Structure(regex="any")))
+    loop.add(prompts()[1], SamplingParams(max_tokens=30, seed=2))
+    while loop.requests:
+        loop.step()
+        most = max(most, len(loop._flying))
+    assert set(asked) == {structured}
+    assert most == in_flight - 1

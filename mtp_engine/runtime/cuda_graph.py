@@ -3,18 +3,16 @@
 Between two steps the host only queues the next graphs: lengths, last tokens, caches and what requests want of their
 logits are on the device. Results come back through pinned memory, and the host waits for the oldest step in flight
 alone. Only a structure needs the host in between: the drafts of its request are looked at, and what may follow each
-is written where the second graph reads it. A step is recorded twice, with what requests may want besides tokens and
+is written where the second graph reads it. Every step is recorded with what requests may want besides tokens, and
 without. On a CPU the same steps run with the same padding, operation by operation.
 """
 
-import gc
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -22,10 +20,11 @@ from torch import Tensor
 from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Progress
 from mtp_engine.runtime.flight import Flight, HostMark, Mark, Reading
+from mtp_engine.runtime.recorded import Captured, Lane, Prepared, Recorded, Uncaptured, no_collection
 from mtp_engine.runtime.request import Launched, Members, PromptChunk, TreeLimits
 from mtp_engine.runtime.slots import SCRATCH_LENGTH
 from mtp_engine.runtime.step import ModelStep, Said
-from mtp_engine.sampling.batch import SamplingBatch, upload
+from mtp_engine.sampling.batch import SamplingBatch
 from mtp_engine.tree import DraftTree
 
 _LOG = logging.getLogger("mtp_engine")
@@ -64,97 +63,6 @@ class Key:
 
 
 @final
-class Uncaptured:
-    """A step that runs operation by operation (a Recorded): on a CPU, and where a GPU cannot capture it."""
-
-    def __init__(self, step: ModelStep, members: Members, bound: int, mask: Tensor | None) -> None:
-        self._step, self._members, self._bound, self._mask = step, members, bound, mask
-
-    def draft(self) -> DraftTree:
-        self._drafted = self._step.draft(self._members, self._bound)
-        return self._drafted[1]
-
-    def verify(self) -> tuple[Tensor, Tensor | None]:
-        return self._step.verify(self._members, *self._drafted, self._mask)
-
-
-@final
-class Lane:
-    """Where steps are captured: graphs share their memory, as only one runs at a time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.pool: Any = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-@final
-class Captured:
-    """A step as CUDA graphs (a Recorded). Operations run once before they are captured, so that kernels are compiled."""
-
-    def __init__(
-        self,
-        step: ModelStep,
-        members: Members,
-        bound: int,
-        mask: Tensor | None,
-        lane: "Lane",
-        refresh: Callable[[], None],
-    ) -> None:
-        self._draft, self._verify = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        before = torch.cuda.current_stream(members.slots.device)
-        lane.stream.wait_stream(before)
-        with torch.cuda.stream(lane.stream), _no_collection():
-            step.verify(members, *step.draft(members, bound), mask)
-            refresh()  # plans exist from now on; the first ones were made for nothing
-            lane.stream.synchronize()
-            with torch.cuda.graph(self._draft, pool=lane.pool, stream=lane.stream):
-                self._drafted = step.draft(members, bound)
-            with torch.cuda.graph(self._verify, pool=lane.pool, stream=lane.stream):
-                self._result = step.verify(members, *self._drafted, mask)
-        before.wait_stream(lane.stream)
-
-    def draft(self) -> DraftTree:
-        self._draft.replay()
-        return self._drafted[1]
-
-    def verify(self) -> tuple[Tensor, Tensor | None]:
-        self._verify.replay()
-        return self._result
-
-
-class Recorded(Protocol):
-    """The two halves of a step over fixed tensors. What they return is overwritten when they run again."""
-
-    def draft(self) -> DraftTree: ...
-
-    def verify(self) -> tuple[Tensor, Tensor | None]:
-        """See ModelStep.verify."""
-
-
-@final
-@dataclass
-class Prepared:
-    """A recorded step and the tensors that it reads: those of its members, and [B, N, W] int32 that structures allow."""
-
-    members: Members
-    mask: Tensor | None
-    halves: Recorded
-    loaded: Members | None = None  # whose slots and parameters are in there
-
-    def load(self, members: Members, scratch: int) -> None:
-        if self.loaded is members:
-            return
-        count, held, self.loaded = len(members.slots), self.members, members
-        held.slots.fill_(scratch)
-        held.slots[:count].copy_(members.slots)
-        for ours, theirs in zip(_tensors(held.sampling), _tensors(members.sampling), strict=True):
-            ours[:count].copy_(theirs)
-        if held.limits and members.limits:
-            held.limits.widths[:count].copy_(members.limits.widths)
-            held.limits.nodes[:count].copy_(members.limits.nodes)
-
-
-@final
 class GraphRunner:
     """Replays steps (a Runner). in_flight: steps queued before the host waits for the first of them.
 
@@ -175,7 +83,11 @@ class GraphRunner:
         self._prepared: dict[Key, Prepared] = {}
         self._lane = Lane(device) if self._cuda else None
         self._words = -(-step.model.vocab_size // 32)
-        self._masks: Tensor | None = None  # for the largest batch; all recorded steps read it
+        most = bucket(scratch) * step.drafter.max_nodes * self._words
+        self._masks = torch.full((most,), -1, dtype=torch.int32, device=device)  # all recorded steps read it
+        self._written = torch.full(
+            (most,), -1, dtype=torch.int32, pin_memory=self._cuda
+        )  # what goes there, on the host
 
     def capture(self, batch: int, longest: int, progress: Progress) -> str:
         """See Runner. Raises EngineError where memory is not enough."""
@@ -192,7 +104,7 @@ class GraphRunner:
             Key(size, bound, *kind, tables=0 if kind[1] else tables)
             for size in sizes for bound in sorted(bounds, reverse=True) for kind in kinds
         ]  # fmt: skip
-        with _no_collection():
+        with no_collection():
             for number, key in enumerate(keys):
                 progress("capturing CUDA graphs", number, len(keys))
                 try:
@@ -252,13 +164,16 @@ class GraphRunner:
         guide, drafted = members.guide, self._mark()
         assert guide is not None
         assert step.mask is not None
-        count = len(members.slots)
-        tokens, parents, size = (self._host(table[:count]) for table in (tree.tokens, tree.parents, tree.size))
+        count, nodes = len(members.slots), tree.nodes
+        outline = self._host(torch.cat([tree.tokens, tree.parents, tree.size[:, None]], 1)[:count])
         drafted.record()
-        drafted.synchronize()
+        drafted.synchronize()  # so what was written for the step before has been read, too
         guide.begin(members.requests, said)
-        for row, allowed in guide.masks(tokens, parents, size, self._words).items():
-            step.mask[row, : len(allowed)].copy_(upload(allowed, self._device))
+        tokens, parents, sizes = (part.tolist() for part in (outline[:, :nodes], outline[:, nodes:-1], outline[:, -1]))
+        written = self._written[: step.mask.numel()].view(step.mask.shape)
+        guide.fill(written, tokens, parents, sizes)
+        first, last = guide.rows[0], guide.rows[-1] + 1
+        step.mask[first:last].copy_(written[first:last], non_blocking=True)
         return guide.failed
 
     def _key(self, members: Members, bound: int) -> Key:
@@ -297,9 +212,6 @@ class GraphRunner:
 
     def _mask(self, batch: int, nodes: int) -> Tensor:
         """[batch, nodes, W] int32."""
-        if self._masks is None:
-            most = max(bucket(self._scratch), batch) * self._step.drafter.max_nodes * self._words
-            self._masks = torch.full((most,), -1, dtype=torch.int32, device=self._device)
         return self._masks[: batch * nodes * self._words].view(batch, nodes, self._words)
 
     def _bounds(self, members: Members, bound: int, padding: int) -> tuple[list[int], list[int]]:
@@ -319,22 +231,3 @@ class GraphRunner:
 
     def _free(self) -> int:
         return torch.cuda.mem_get_info(self._device)[0] if self._cuda else 0
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Garbage may hold graphs of other loops, and freeing one spoils a capture."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def _tensors(sampling: SamplingBatch) -> list[Tensor]:
-    values = (getattr(sampling, field.name) for field in fields(sampling))
-    return [value for value in values if isinstance(value, Tensor)]

@@ -159,8 +159,7 @@ class EagerRunner:
         drafted = time.perf_counter()
         if guide:
             mask = torch.zeros(*tree.tokens.shape, -(-self._step.model.vocab_size // 32), dtype=torch.int32)
-            for row, given in guide.masks(tree.tokens, tree.parents, tree.size, mask.shape[-1]).items():
-                mask[row, : len(given)] = given
+            guide.fill(mask, tree.tokens.tolist(), tree.parents.tolist(), tree.size.tolist())
             mask = mask.to(self._step.device)
         table, notes = self._step.verify(members, batch, tree, mask)
         rows = table.tolist()

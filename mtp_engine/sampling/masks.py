@@ -50,17 +50,19 @@ class Guide:
         """Another step. said: what steps in flight emit for a request, which its constraint has not been told yet."""
         self._said = {row: tuple(said(requests[row])) for row in self.rows}
 
-    def masks(self, tokens: Tensor, parents: Tensor, size: Tensor, words: int) -> dict[int, Tensor]:
-        """For the main model: by row, [size[row], words] int32 on the CPU, what may follow every node of a tree. tokens,
-        parents: [B, N]; size: [B]. After a node where nothing may follow all may; none may where the constraint raised.
+    def fill(self, masks: Tensor, tokens: list[list[int]], parents: list[list[int]], sizes: list[int]) -> None:
+        """For the main model: write into masks, [B, N, W] int32 on the CPU, what may follow the first sizes[b] nodes of a tree.
+
+        tokens, parents: [B, N]. After a node where nothing may follow all may; none may where the constraint raised.
         """
-        names, up, sizes = tokens.tolist(), parents.tolist(), size.tolist()
-        self.failed, found = {}, {}
+        self.failed = {}
         for row in self.rows:
-            nodes = [self._mask(row, _path(names[row], up[row], node)) for node in range(sizes[row])]
-            never = torch.zeros(words, dtype=torch.int32)
-            found[row] = torch.stack([never if each is None else each for each in nodes])
-        return found
+            for node, out in enumerate(masks[row, : sizes[row]].unbind()):
+                mask = self._mask(row, _path(tokens[row], parents[row], node))
+                if mask is None:
+                    out.zero_()
+                else:
+                    out.copy_(mask)
 
     def narrow(self, tokens: Tensor, parents: Tensor, logits: Tensor, ids: Tensor) -> Tensor:
         """For a drafter: -inf for what may not follow. tokens, parents: [B, n] of a growing tree; logits: [B, F, len(ids)] of
