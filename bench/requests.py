@@ -232,27 +232,25 @@ def main(**o: Any) -> None:
         click.echo(
             f"{options}, {most} at a time: {time.perf_counter() - begin:.1f} s to load; {engine.captured}", err=True
         )
-        record.setdefault("captured", {})[f"{options.get('tree', 'plain')}/{most}"] = engine.captured
+        name = options.get("tree") or options.get("verifier") or "plain"
+        record.setdefault("captured", {})[f"{name}/{most}"] = engine.captured
         return engine
 
     rows = read_prompts(Path(__file__).parent / "prompts/bench_core.jsonl", max(o["count"], *o["batches"]) * 2)
-    tree = TreeShape.parse(o["tree"])
+    most = max(*o["batches"], o["most"])
+    plain, drafted = loaded(most, drafter="root"), loaded(most, tree=TreeShape.parse(o["tree"]))
+    prompts = [ids for _, ids in encode(plain, rows, 300)]
     if "speed" in o["parts"]:
-        most = max(o["batches"])
-        engines = {"plain": loaded(most, drafter="root"), o["tree"]: loaded(most, tree=tree)}
+        engines = {"plain": plain, o["tree"]: drafted}
         for rule in o["rules"]:
-            engines[rule] = loaded(most, verifier=rule)
-        prompts = [ids for _, ids in encode(engines["plain"], rows, 150)]
-        record["speed"] = speed(engines, prompts, o["tokens"], o["batches"])
+            engines[rule] = loaded(max(o["batches"]), verifier=rule)
+        record["speed"] = speed(engines, [ids for ids in prompts if len(ids) <= 150], o["tokens"], o["batches"])
         del engines
-    if {"equality", "load"} & {*o["parts"]}:
-        plain, drafted = loaded(o["most"], drafter="root"), loaded(o["most"], tree=tree)
-        prompts = [ids for _, ids in encode(plain, rows, 300)][: o["count"]]
-        if "equality" in o["parts"]:
-            record["equality"] = equality(plain, drafted, prompts, o["tokens"], sorted({1, 8, o["most"]}))
-        if "load" in o["parts"]:
-            load(drafted, prompts, 200, o["most"])  # prompts of such lengths have been read
-            record["load"] = load(drafted, prompts, o["steps"], o["most"])
+    if "equality" in o["parts"]:
+        record["equality"] = equality(plain, drafted, prompts[: o["count"]], o["tokens"], sorted({1, 8, o["most"]}))
+    if "load" in o["parts"]:
+        load(drafted, prompts, 200, o["most"])  # prompts of such lengths have been read
+        record["load"] = load(drafted, prompts, o["steps"], o["most"])
     if o["device"].startswith("cuda"):
         record["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     click.echo(json.dumps(record))

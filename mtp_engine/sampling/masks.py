@@ -14,7 +14,7 @@ class Constraint(Protocol):
     """What one answer must match (structure.GrammarState)."""
 
     def mask(self, path: tuple[int, ...]) -> Tensor:
-        """Which tokens may follow the answer so far and then `path`: [W] int32 on the CPU, one bit per token."""
+        """Which tokens may follow the answer so far and then `path`: [W] int32 on the CPU, one bit per token. Never none."""
 
     def advance(self, tokens: Sequence[int]) -> None:
         """`tokens` now belong to the answer."""
@@ -53,7 +53,7 @@ class Guide:
     def fill(self, masks: Tensor, tokens: list[list[int]], parents: list[list[int]], sizes: list[int]) -> None:
         """For the main model: write into masks, [B, N, W] int32 on the CPU, what may follow the first sizes[b] nodes of a tree.
 
-        tokens, parents: [B, N]. After a node where nothing may follow all may; none may where the constraint raised.
+        tokens, parents: [B, N]. None may where the constraint raised.
         """
         self.failed = {}
         for row in self.rows:
@@ -84,11 +84,10 @@ class Guide:
         constraint = self._constraints[row]
         assert constraint is not None
         try:
-            mask = constraint.mask((*self._said[row], *path))
+            return constraint.mask((*self._said[row], *path))
         except Exception as error:
             self.failed[row, path] = str(error)
             return None
-        return mask if mask.any() else torch.full_like(mask, -1)
 
 
 def unpack(words: Tensor) -> Tensor:
