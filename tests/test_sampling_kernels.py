@@ -25,7 +25,7 @@ from mtp_engine.verifiers.distributions import keep
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
 VOCAB = 61
-FEW = settings(max_examples=60 if GPU else 12, deadline=None)
+FEW = settings(max_examples=60 if GPU else 6, deadline=None)
 
 
 def randn(*shape: int, seed: int, spread: float = 4.0) -> Tensor:
