@@ -16,10 +16,10 @@ from mtp_engine.assemble import make_loop, mtp_drafter
 from mtp_engine.backend import make_backend
 from mtp_engine.drafters import RootDrafter
 from mtp_engine.engine import Engine
-from mtp_engine.protocols import Launched, Verifier
+from mtp_engine.protocols import Progress, Verifier
 from mtp_engine.runtime.loop import DecodeLoop
-from mtp_engine.runtime.request import Members, PromptChunk, Request
-from mtp_engine.runtime.step import EagerRunner, ModelStep, Runner
+from mtp_engine.runtime.request import Launched, Members, PromptChunk, Request
+from mtp_engine.runtime.step import EagerRunner, ModelStep, Runner, Said
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.sampling.sampler import choose_scores
 
@@ -35,6 +35,9 @@ class Recorder:
         self.launched: list[Launched] = []
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
+    def capture(self, batch: int, longest: int, progress: Progress) -> str:
+        return self._inner.capture(batch, longest, progress)
+
     def prepare(self, members: Members, bound: int) -> None:
         self._inner.prepare(members, bound)
 
@@ -44,11 +47,11 @@ class Recorder:
     def read(self, chunks: Sequence[PromptChunk]) -> Launched:
         return self._inner.read(chunks)
 
-    def launch(self, members: Members, bound: int) -> Launched:
+    def launch(self, members: Members, bound: int, said: Said) -> Launched:
         begin, end = (torch.cuda.Event(enable_timing=True) if self._cuda else None for _ in range(2))
         if begin:
             begin.record()
-        launched = self._inner.launch(members, bound)
+        launched = self._inner.launch(members, bound, said)
         self.launched.append(launched)
         if begin and end:
             end.record()
@@ -146,7 +149,7 @@ def measure(bench: Bench, steps: int, warm: int = 8) -> Timing:
         marks.append(time.perf_counter())
     emitted = sum(len(r.output) for r in loop.requests) - before
     assert all(len(r.output) < ROOM for r in loop.requests), "fewer steps, or more ROOM"
-    timed = recorder.launched[warm : warm + steps]
+    timed = [step.wait() for step in recorder.launched[warm : warm + steps]]
     idle = [0.0]
     if recorder.events:
         torch.cuda.synchronize()

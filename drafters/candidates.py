@@ -34,7 +34,7 @@ class Candidates:
     def rank(self, logits: Tensor, tree: Growth) -> Tensor:
         """Scores that are log-probabilities given the noise. logits: [B, F, n] of the tree's frontier -> [B, F, n]."""
         if self._guide is not None:
-            logits = self._guide.apply(tree.tokens, tree.parents, logits, self._ids)
+            logits = self._guide.narrow(tree.tokens, tree.parents, logits, self._ids)
         if self._sampling.greedy or self._ranking == "best":
             if self._ranking == "drawn":
                 self._drawn_from.append(torch.zeros_like(logits))

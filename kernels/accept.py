@@ -63,7 +63,7 @@ def _walk(
 
 @triton.jit
 def _choose_kernel(
-    logits, positions, seed, temperature, partial, arrivals, choices,
+    logits, positions, seed, temperature, floors, partial, arrivals, choices,
     tokens, parents, depths, size, path, out, counts, vocab, ahead, stride_b, stride_n, splits,
     BY_DEPTH: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, SPAN: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr,
     DEPTH: tl.constexpr, DP: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr,
@@ -81,11 +81,15 @@ def _choose_kernel(
     first, second = noise_key(tl.load(seed + b), position + ahead)
     row = logits + b.to(tl.int64) * stride_b + n.to(tl.int64) * stride_n
     lane = tl.arange(0, BLOCK)
+    if floors is not None:
+        floor = tl.load(floors + b * N + n)
     best = tl.full([BLOCK], -float("inf"), tl.float32)
     at = split * SPAN + lane
     for start in range(0, SPAN, BLOCK):
         token = split * SPAN + start + lane
         x = tl.load(row + token, mask=token < vocab, other=-float("inf")).to(tl.float32)
+        if floors is not None:
+            x = tl.where(x < floor, -float("inf"), x)
         if heat > 0:
             x = tl.fma(gumbel_of(first, second, token.to(tl.uint32)), heat, x)
         at = tl.where(x > best, token, at)
@@ -144,7 +148,7 @@ def choose(
     being chosen; seed: [B] int64; temperature: [B] fp32; arrivals: [>= B] int32 zeros. The noise is never stored.
     """
     choices = torch.empty_like(positions)
-    _launch_choose(logits, positions, seed, temperature, arrivals, ahead, choices, None)
+    _launch_choose(logits, positions, seed, temperature, arrivals, ahead, None, choices, None)
     return choices
 
 
@@ -157,13 +161,15 @@ def verify(
     tree: Tree,
     *,
     ahead: int = 0,
+    floors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`choose`, then `accept`, in one launch.
 
-    positions: as for `choose`, or those of the roots, [B]; the nodes' are then their depths further on.
+    positions: as for `choose`, or those of the roots, [B]; the nodes' are then their depths further on. floors: [B, N] fp32,
+    logits below which no token may be chosen.
     """
     kept = _outputs(tree)
-    _launch_choose(logits, positions, seed, temperature, arrivals, ahead, None, (tree, kept))
+    _launch_choose(logits, positions, seed, temperature, arrivals, ahead, floors, None, (tree, kept))
     return kept
 
 
@@ -189,6 +195,7 @@ def _launch_choose(
     temperature: Tensor,
     arrivals: Tensor,
     ahead: int,
+    floors: Tensor | None,
     choices: Tensor | None,
     walk: tuple[Tree, tuple[Tensor, Tensor, Tensor]] | None,
 ) -> None:
@@ -209,7 +216,7 @@ def _launch_choose(
         tree = (walk[0].tokens, walk[0].parents, walk[0].depths, walk[0].size, *walk[1])
         sizes = _walk_sizes(walk[0])
     _choose_kernel[(splits, nodes, batch)](
-        logits, positions, seed, temperature, partial, arrivals, choices, *tree, vocab, ahead,
+        logits, positions, seed, temperature, floors, partial, arrivals, choices, *tree, vocab, ahead,
         logits.stride(0), logits.stride(1), splits, **sizes, BY_DEPTH=by_depth, N=nodes, NP=padded, SPAN=span,
         SP=triton.next_power_of_2(splits), BLOCK=_TILE, PDL=pdl(), launch_pdl=pdl(), num_warps=_TILE_WARPS,
     )  # fmt: skip

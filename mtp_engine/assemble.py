@@ -122,14 +122,16 @@ def decode_loop(
     """A loop of given parts. text, spell, grammars: see Intake. clock: seconds, for timeouts. packs: see Scheduler.
     prefix_bytes, share_pages: see Memory. planner: the drafter's, if it has one."""
     drafter.attach(cache.pages, cache.behind)
-    processors = Processors(slots=slots + 1, eos_token_ids=eos_token_ids, device=device)
+    processors = Processors(
+        slots=slots + 1, vocab=model.vocab_size, eos_token_ids=eos_token_ids, device=device, kernels=kernels
+    )
     state = SlotState(slots + 1, device, kernels=kernels)  # the last slot is scratch, with which runners pad batches
-    work = ModelStep(model, cache, drafter, verifier, processors, state, attention, device, planner)
+    work = ModelStep(model, cache, drafter, verifier, processors, state, attention, device, planner, kernels)
     runs = runner(work)
     rows = max(drafter.max_nodes, drafter.scratch_rows if drafter.cache and drafter.cache.paged else 0)
     memory = Memory(
-        cache, drafter, processors, state, vocab=model.vocab_size, chunk=prefill_chunk, prefix_bytes=prefix_bytes,
-        shares=share_pages, ahead=rows + drafter.max_nodes * (runs.in_flight - 1),
+        cache, drafter, processors, state, chunk=prefill_chunk, prefix_bytes=prefix_bytes, shares=share_pages,
+        ahead=rows + drafter.max_nodes * (runs.in_flight - 1),
     )  # fmt: skip
     intake = Intake(model.vocab_size, max_context, memory.capacity, frozenset(eos_token_ids), text, spell, grammars)
     scheduler = Scheduler(memory, slots=slots, chunk=prefill_chunk, max_waiting=max_waiting, packs=packs, clock=clock)

@@ -142,13 +142,10 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
         attention = FlashInferAttention(progress)
         refresh = attention.refresh
 
-    captures = config.verifier == "match" and config.ranking == "noise"  # the rest is torch operations
-    in_flight = config.steps_in_flight if captures else 1
+    in_flight = config.steps_in_flight
 
     def runner(slots: int) -> RunnerFactory:
-        return partial(
-            GraphRunner, in_flight=in_flight, scratch=slots, device=device, refresh=refresh, captures=captures
-        )
+        return partial(GraphRunner, in_flight=in_flight, scratch=slots, device=device, refresh=refresh)
 
     most = bucket(config.max_batch)
     return Backend(

@@ -328,7 +328,8 @@ class EngineConfig:
     On a GPU: attention exact is our kernel, whose rows are the same bits in every
     batch and tree, so that bf16 text does not depend on drafting; flashinfer is FlashInfer's; torch needs neither Triton
     nor FlashInfer, and runs without CUDA graphs. steps_in_flight is how many steps are queued before the host looks at
-    the first one's tokens: with 1 the GPU waits for the host after every step.
+    the first one's tokens: with 1 the GPU waits for the host after every step. capture: when steps become CUDA graphs: all at
+    load, which takes seconds and memory, and then nobody ever waits for one; or lazy, each when it first comes.
     """
 
     drafter: Literal["mtp", "ngram", "root"] = "mtp"
@@ -342,6 +343,7 @@ class EngineConfig:
     dtype: DType = "auto"
     attention: Literal["exact", "flashinfer", "torch"] = "exact"
     steps_in_flight: int = 2
+    capture: Literal["load", "lazy"] = "lazy"
     threads: int = 0
     max_batch: int = 8
     max_waiting: int = 1024

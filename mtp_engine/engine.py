@@ -64,6 +64,7 @@ class Engine:
         self._files = files
         self.lock = Turns()  # held while the loop is touched
         self.closed = False
+        self.captured = ""  # what capturing CUDA graphs took, in words
 
     @classmethod
     @gpu_errors()
@@ -108,7 +109,11 @@ class Engine:
         drafter = make_drafter(files, model, config, backend, progress)
         model = backend.fuse(model)
         loop = make_loop(model, drafter, config, backend, slots=config.max_batch, tokenizer=tokenizer)
-        return cls(model, loop, tokenizer, config, backend, files)
+        engine = cls(model, loop, tokenizer, config, backend, files)
+        if config.capture == "load":
+            with torch.inference_mode():
+                engine.captured = loop.runner.capture(config.max_batch, loop.intake.max_context, progress)
+        return engine
 
     @property
     def device_note(self) -> str:

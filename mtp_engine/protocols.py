@@ -116,18 +116,6 @@ class TreePlanner(Protocol):
         """Another request may take it."""
 
 
-class Launched(Protocol):
-    """A step that was started and may still run."""
-
-    def wait(self) -> list[list[int]]:
-        """Per request: tokens to emit, nodes and depth of its tree, then the tokens. Returns when the step is done."""
-
-    @property
-    def draft_s(self) -> float: ...  # seconds, after `wait`
-    @property
-    def verify_s(self) -> float: ...
-
-
 class Verifier(Protocol):
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         """logits: [B, N, V] fp32 of the main model at every node."""

@@ -1,20 +1,16 @@
 """What the engine runs on, and what is said when the GPU cannot."""
 
 import sys
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.backend import check_tree, gpu_errors, make_backend
-from mtp_engine.config import MAX_TREE_NODES, EngineConfig, SamplingParams, TreeShape
+from mtp_engine.config import EngineConfig, TreeShape
 from mtp_engine.errors import EngineError
-from mtp_engine.runtime.cuda_graph import GraphRunner, bound_bucket, bucket
-from mtp_engine.runtime.request import Members, TreeLimits
+from mtp_engine.runtime.cuda_graph import bound_bucket, bucket
 from mtp_engine.runtime.step import EagerRunner
-from mtp_engine.sampling.batch import SamplingBatch
 
 CUDA = torch.device("cuda")
 
@@ -73,27 +69,7 @@ def test_cuda_errors_become_one_line(error: RuntimeError, advice: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_trees_of_another_size_are_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step of smaller trees needs kernels and plans of its own: it first runs, in the scratch slot, with its limits."""
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    ran: list[int] = []
-
-    def draft(members: Members, bound: int) -> Any:
-        ran.append(members.limits.most if members.limits else MAX_TREE_NODES)
-        return None, None
-
-    device = torch.device("cpu")
-    step: Any = SimpleNamespace(draft=draft, verify=lambda *_: torch.zeros(1))
-    runner = GraphRunner(step, in_flight=1, scratch=4, device=device, captures=False)
-    for text in (None, "tree:7", "4", "tree:7", "chain:7", None):  # 64, 8, 5, 8, 8 and 64 nodes
-        params = SamplingParams(tree=TreeShape.parse(text) if text else None)
-        limits = TreeLimits.build([params], device)
-        slots, sampling = torch.zeros(1, dtype=torch.int64), SamplingBatch.build([params], [0], device)
-        runner.prepare(Members((), (), slots, sampling, limits=limits), 100)
-    assert ran == [64, 8, 5]
-
-
 def test_batches_and_bounds_fall_into_few_buckets() -> None:
     assert [bucket(n) for n in (1, 5, 8, 33, 500)] == [1, 6, 8, 48, 500]
     assert all(bucket(n) >= n for n in range(1, 200))
-    assert [bound_bucket(n) for n in (1, 512, 513, 70_000)] == [512, 512, 1024, 131_072]
+    assert [bound_bucket(n) for n in (1, 512, 513, 70_000)] == [512, 512, 2048, 131_072]

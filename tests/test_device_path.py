@@ -17,17 +17,18 @@ from mtp_engine.attention.exact import MOST_ROWS, exact_attention
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import SamplingParams, Structure, TreeShape
-from mtp_engine.drafters import MTPDrafter, RootDrafter
+from mtp_engine.drafters import MTPDrafter, RootDrafter, TorchDraftOps
 from mtp_engine.drafters.device import DeviceDraftOps
+from mtp_engine.drafters.expand import DraftOps
 from mtp_engine.models import loader
 from mtp_engine.models.fused import fuse, fuse_mtp
 from mtp_engine.models.make_tiny import make_tiny
-from mtp_engine.protocols import Drafter
+from mtp_engine.protocols import Drafter, Verifier
 from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request
 from mtp_engine.runtime.step import EagerRunner
-from mtp_engine.verifiers import DeviceMatchVerifier
+from mtp_engine.verifiers import BlockVerifier, DeviceMatchVerifier, RejectionVerifier, RRSVerifier, TraversalVerifier
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SLOTS, PAGE = 3, 16
@@ -56,27 +57,30 @@ class Model:
         module = loader.load_mtp(mtp, decoder, 0, lambda *_: None)
         self.decoder, self.module = fuse(decoder), fuse_mtp(module)
 
-    def drafter(self, shape: str) -> Drafter:
+    def drafter(self, shape: str, ops: DraftOps | None = None) -> Drafter:
         if shape == "root":
             return RootDrafter()
         return MTPDrafter(
             self.module, TreeShape.parse(shape), slots=SLOTS + 1, attention=exact_attention,
-            ops=DeviceDraftOps(4, DEVICE), ring_page=PAGE, ring_rows=MOST_ROWS,
+            ops=ops or DeviceDraftOps(4, DEVICE), ring_page=PAGE, ring_rows=MOST_ROWS,
         )  # fmt: skip
 
-    def loop(self, shape: str, attention: AttentionFactory = exact_attention, **options: Any) -> DecodeLoop:
-        drafter = self.drafter(shape)
+    def loop(
+        self, shape: str, attention: AttentionFactory = exact_attention, rule: Verifier | None = None, graphs: bool = GPU,
+        ops: DraftOps | None = None, **options: Any,
+    ) -> DecodeLoop:  # fmt: skip
+        drafter = self.drafter(shape, ops)
         layers = [layer.attention for layer in self.decoder.config.layers]
         cache = HybridKV(
             layers, Pages(slots=SLOTS + 1, tokens=2000, page_size=PAGE, device=DEVICE), max_nodes=MOST_ROWS, ring_page=PAGE,
             behind=2 * (drafter.depth + 1), kernels=True, dtype=self.decoder.embedding.dtype,
         )  # fmt: skip
         assert cache.pages.reserve(SLOTS, SCRATCH_TOKENS)
-        graphs = partial(GraphRunner, in_flight=2, scratch=SLOTS, device=DEVICE)
+        runner = partial(GraphRunner, in_flight=2, scratch=SLOTS, device=DEVICE)
         return decode_loop(
-            self.decoder, cache, drafter, DeviceMatchVerifier(4, DEVICE), slots=SLOTS, max_context=400,
+            self.decoder, cache, drafter, rule or DeviceMatchVerifier(4, DEVICE), slots=SLOTS, max_context=400,
             eos_token_ids=[], prefill_chunk=80, device=DEVICE, attention=attention,
-            kernels=True, runner=graphs if GPU else EagerRunner,
+            kernels=True, runner=runner if graphs else EagerRunner,
             grammars=lambda _: Sums(self.decoder.config.vocab_size), **options,
         )  # fmt: skip
 
@@ -85,6 +89,9 @@ def decode(loop: DecodeLoop, prompts: list[list[int]], params: list[SamplingPara
     requests = [loop.add(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
     while loop.requests:
         loop.step()
+    if isinstance(loop.runner, GraphRunner):
+        assert loop.runner.replayed > 0, "nothing ran as graphs"
+        assert loop.runner.slow == 0, "something did not run as graphs"
     return requests
 
 
@@ -109,8 +116,8 @@ def test_bf16_text_does_not_depend_on_the_tree(model: Model, temperature: float)
         assert [r.output for r in decode(model.loop(shape), PROMPTS, [params] * len(PROMPTS))] == plain, shape
 
 
-def test_steps_that_are_not_plain(model: Model) -> None:
-    """What the host or torch operations have a part in: the same tokens over trees as without."""
+def test_whatever_requests_want(model: Model) -> None:
+    """Penalties, bad words, log-probabilities, structures, trees of their own: the same tokens over trees as without."""
     tokens = 40 if GPU else 6
     shape, anything = TreeShape.parse("2x1"), Structure(regex="any")
     penalised = SamplingParams(
@@ -130,8 +137,8 @@ def test_steps_that_are_not_plain(model: Model) -> None:
 
 
 @pytest.mark.cuda
-def test_plain_and_other_steps_take_turns(model: Model) -> None:
-    """A request that is not plain joins while graphs are in flight, and leaves before the plain one ends."""
+def test_two_kinds_of_graphs_take_turns(model: Model) -> None:
+    """A request that wants more joins while steps are in flight, and leaves before the bare one ends."""
     params = [
         SamplingParams(max_tokens=60, temperature=0.7, seed=4),
         SamplingParams(max_tokens=12, temperature=0.7, seed=5, frequency_penalty=1.0, logprobs=0),
@@ -144,6 +151,23 @@ def test_plain_and_other_steps_take_turns(model: Model) -> None:
     while loop.requests:
         loop.step()
     assert [first.output, second.output] == alone
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rule", [RejectionVerifier, BlockVerifier, RRSVerifier, TraversalVerifier])
+def test_other_rules_say_in_graphs_what_they_say_without(model: Model, rule: Any) -> None:
+    shape = "chain:3" if rule in (RejectionVerifier, BlockVerifier) else "3x2"
+    params = [
+        SamplingParams(max_tokens=40, temperature=0.8, seed=1, frequency_penalty=0.5),
+        SamplingParams(max_tokens=40, temperature=0.8, seed=2),
+        SamplingParams(max_tokens=40, temperature=1.1, seed=3, top_p=0.9, logprobs=3),
+    ]
+
+    def said(graphs: bool) -> list[list[int]]:
+        loop = model.loop(shape, rule=rule(), graphs=graphs, ops=TorchDraftOps("drawn"))
+        return [request.output for request in decode(loop, PROMPTS, params)]
+
+    assert said(True) == said(False)
 
 
 @pytest.mark.cuda

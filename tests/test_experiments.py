@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from serving import engine, serving
 
 from mtp_engine.cli.main import main
-from mtp_engine.config import TreeShape
+from mtp_engine.config import SamplingParams, TreeShape
 from mtp_engine.errors import EngineError
 from mtp_engine.experiments import analyse, report, workers
 from mtp_engine.experiments.ask import Question, Recording
@@ -105,16 +105,7 @@ def test_rules_with_noise_of_their_own(rule: str, verifier: Any) -> None:
     tree = DraftTree.chain(torch.cat([torch.zeros(many, 1).long(), drafts], 1), torch.full((many,), 3))
     whole = torch.cat([q, torch.zeros(1, vocab)])[None].expand(many, -1, -1)
     tree = DraftTree(tree.tokens, tree.parents, tree.depths, tree.size, 2, draft=whole)
-    sampling = SamplingBatch(
-        torch.ones(many),
-        torch.zeros(many).long(),
-        torch.ones(many),
-        torch.zeros(many),
-        torch.arange(many),
-        False,
-        False,
-        0,
-    )
+    sampling = SamplingBatch.build([SamplingParams(temperature=1.0)] * many, range(many), torch.device("cpu"))
     batch = Batch(torch.arange(many), torch.zeros(many).long(), torch.full((many,), 5), 5, sampling)
     counts = verifier.verify(tree, p.log()[None].expand(many, -1, -1), batch).counts
     real = [float((counts > depth).float().mean()) for depth in (1, 2)]

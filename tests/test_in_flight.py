@@ -1,4 +1,4 @@
-"""Steps in flight: plain ones overlap, others wait for the host, and nothing that is emitted depends on it."""
+"""Steps in flight: whatever requests want, steps overlap, and nothing that is emitted depends on it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +9,9 @@ from tiny import Sums, new_request
 
 from mtp_engine.config import SamplingParams, Structure, TreeShape
 from mtp_engine.drafters import MTPDrafter, RootDrafter
-from mtp_engine.protocols import Launched
 from mtp_engine.runtime.loop import DecodeLoop
-from mtp_engine.runtime.request import Members, PromptChunk, Request
-from mtp_engine.runtime.step import EagerRunner, ModelStep
+from mtp_engine.runtime.request import Landed, Launched, Members, PromptChunk, Request
+from mtp_engine.runtime.step import EagerRunner, ModelStep, Said
 
 PLAIN = {"temperature": 0.7, "top_p": 0.9, "stop_token_ids": (5, 44)}
 OTHERS: dict[str, dict[str, Any]] = {
@@ -32,25 +31,26 @@ class Queue:
 
     def __init__(self, step: ModelStep) -> None:
         self._eager, self._flying = EagerRunner(step), 0
-        self.most: dict[bool, int] = {}  # by whether members were plain
+        self.most = 0
 
+    def capture(self, *_: Any) -> None: ...
     def prepare(self, members: Members, bound: int) -> None: ...
     def settle(self) -> None: ...
 
     def read(self, chunks: Sequence[PromptChunk]) -> Launched:
         return self._eager.read(chunks)
 
-    def launch(self, members: Members, bound: int) -> Launched:
-        done, owner = self._eager.launch(members, bound), self
-        assert members.plain or self._flying == 0, "it needs what the step before gives"
+    def launch(self, members: Members, bound: int, said: Said) -> Launched:
+        done, owner = self._eager.launch(members, bound, said), self
         self._flying += 1
-        self.most[members.plain] = max(self.most.get(members.plain, 0), self._flying)
+        self.most = max(self.most, self._flying)
 
         class Flight:
-            draft_s, verify_s = done.draft_s, done.verify_s
+            waited = False
 
-            def wait(self) -> list[list[int]]:
-                owner._flying -= 1
+            def wait(self) -> Landed:
+                owner._flying -= not self.waited
+                self.waited = True
                 return done.wait()
 
         return Flight()
@@ -76,7 +76,7 @@ def run(loop: DecodeLoop, waves: Sequence[Sequence[SamplingParams]]) -> list[Req
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_plain_steps_overlap_and_others_do_not(models: Models, name: str) -> None:
+def test_steps_overlap_whatever_requests_want(models: Models, name: str) -> None:
     """A request that wants more joins while steps are in flight, and leaves before the others."""
     waves = [
         [SamplingParams(max_tokens=40, seed=index, **PLAIN) for index in range(2)],
@@ -96,15 +96,7 @@ def test_plain_steps_overlap_and_others_do_not(models: Models, name: str) -> Non
     assert [request.output for request in found] == [request.output for request in expected]
     assert all(len(request.logprobs) == len(request.output) for request in found if request.params.logprobs)
     assert [[p.token for p in r.logprobs] for r in found] == [[p.token for p in r.logprobs] for r in expected]
-    assert runners[0].most == {True: 3, False: 1}
-
-
-def test_what_is_plain(models: Models) -> None:
-    loop = make_loop(models.main, RootDrafter(), grammars=lambda _: Sums())
-    for name, others in {"plain": PLAIN, **OTHERS}.items():
-        request = loop.add(prompts()[0], SamplingParams(max_tokens=20, **others))
-        assert Members.build([request], loop.work.device).plain == (name in ("plain", "no drafts")), name
-        loop.remove(request)
+    assert runners[0].most == 3
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 3])

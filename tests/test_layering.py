@@ -18,7 +18,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "config": ("checks errors", ""),
     "tree": ("", "torch"),
     "kernels": ("errors", "torch triton flashinfer tvm_ffi"),
-    "sampling": ("config errors tree", "torch llguidance"),
+    "sampling": ("config errors kernels tree", "torch llguidance"),
     "cache": ("kernels tree config errors", "torch numpy safetensors"),
     "protocols": ("cache sampling.batch tree", "torch"),
     "attention": ("cache kernels protocols tree", "torch"),

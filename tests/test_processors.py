@@ -29,7 +29,7 @@ from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Drafter
 from mtp_engine.runtime.request import Request, TreeLimits
-from mtp_engine.sampling.batch import Batch
+from mtp_engine.sampling.batch import Batch, SamplingBatch
 from mtp_engine.sampling.processors import Processors
 from mtp_engine.tree import DraftTree, VerifyResult
 from mtp_engine.verifiers import MatchVerifier
@@ -120,7 +120,7 @@ class Step:
 
     slots: Tensor
     lengths: Tensor
-    guide: None = None
+    sampling: SamplingBatch
 
 
 @settings(max_examples=80, deadline=None)
@@ -130,12 +130,12 @@ def test_every_node_is_processed_by_definition(
 ) -> None:
     """Two requests in slots that others have used, answers that grow by several tokens, trees of any shape."""
     rng = random.Random(seed)
-    processors = Processors(slots=3, eos_token_ids=[EOS], device=CPU)
+    processors = Processors(slots=3, vocab=VOCAB, eos_token_ids=[EOS], device=CPU)
     texts: list[tuple[int, list[int], list[int], SamplingParams]] = []
     for slot, params in ((2, second), (1, first), (2, second)):
         prompt = [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 9))]
         texts = [text for text in texts if text[0] != slot] + [(slot, prompt, [], params)]
-        processors.start(slot, prompt, params, VOCAB)
+        processors.start(slot, prompt, params)
         for _ in range(4):
             check_step(processors, texts, nodes, rng)
 
@@ -146,7 +146,8 @@ def check_step(processors: Processors, texts: Sequence[tuple[int, list[int], lis
     tree.tokens[:, 0] = torch.tensor([(answer or prompt)[-1] for _, prompt, answer, _ in texts])
     logits = torch.tensor([[[rng.gauss(0, 3) for _ in range(VOCAB)] for _ in range(nodes)] for _ in texts])
     lengths = torch.tensor([len(prompt) + len(answer) - 1 for _, prompt, answer, _ in texts])
-    batch: Any = Step(torch.tensor([slot for slot, *_ in texts]), lengths)
+    sampling = SamplingBatch.build([params for *_, params in texts], [0] * len(texts), CPU)
+    batch: Any = Step(torch.tensor([slot for slot, *_ in texts]), lengths, sampling)
     found = processors.apply(tree, logits, batch)
     last = []
     for b, (_, prompt, answer, params) in enumerate(texts):

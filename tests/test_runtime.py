@@ -20,9 +20,9 @@ from torch import Tensor
 from mtp_engine.config import SamplingParams, Structure, TreeShape
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter
 from mtp_engine.errors import EngineBusy, EngineError
-from mtp_engine.protocols import Drafter, Launched
-from mtp_engine.runtime.request import Members, PromptChunk, Request, StepOutput
-from mtp_engine.runtime.step import EagerRunner, ModelStep, RunnerFactory
+from mtp_engine.protocols import Drafter
+from mtp_engine.runtime.request import Landed, Launched, Members, PromptChunk, Request, StepOutput
+from mtp_engine.runtime.step import EagerRunner, ModelStep, RunnerFactory, Said
 
 CONTEXT = 76  # less than the longest prompt and answer together
 drawn = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
@@ -180,20 +180,18 @@ class Ahead:
     def __init__(self, step: ModelStep, in_flight: int) -> None:
         self.in_flight, self._eager, self._flying = in_flight, EagerRunner(step), WeakSet[Any]()
 
+    def capture(self, *_: Any) -> None: ...
     def prepare(self, members: Members, bound: int) -> None: ...
     def settle(self) -> None: ...
 
     def read(self, chunks: Sequence[PromptChunk]) -> Launched:
         return self._eager.read(chunks)
 
-    def launch(self, members: Members, bound: int) -> Launched:
-        assert members.plain or not self._flying, "it needs what the step before gives"
-        done, flying = self._eager.launch(members, bound), self._flying
+    def launch(self, members: Members, bound: int, said: Said) -> Launched:
+        done, flying = self._eager.launch(members, bound, said), self._flying
 
         class Flight:
-            draft_s, verify_s = done.draft_s, done.verify_s
-
-            def wait(self) -> list[list[int]]:
+            def wait(self) -> Landed:
                 flying.discard(self)
                 return done.wait()
 
@@ -327,7 +325,7 @@ class World:
 
     def check(self) -> None:
         """What holds between any two steps."""
-        scheduler, work = self.loop.scheduler, self.loop.work
+        scheduler = self.loop.scheduler
         running, waiting = scheduler.running, scheduler.waiting
         taken = [request.slot for request in running]
         assert sorted([*taken, *scheduler._free]) == list(range(scheduler._slots))
@@ -341,7 +339,6 @@ class World:
         assert alive == {*running, *waiting}
         check_memory(self.loop)
         assert all(bool(pages) == (slot in taken) for slot, pages in enumerate(self.loop.memory.pages.table))
-        assert set(work.processors._wanted) <= set(taken)
         assert len(self.loop._flying) <= self.loop.runner.in_flight
         for request in self.followed:
             stats = request.stats

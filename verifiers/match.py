@@ -33,12 +33,15 @@ class DeviceMatchVerifier:
 
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         from mtp_engine.kernels.accept import verify
+        from mtp_engine.kernels.floors import floors
 
-        sampling = batch.sampling
-        logits = truncate(logits, sampling)
+        given = batch.sampling
+        least = floors(logits, given.temperature, given.top_k, given.top_p, given.min_p) if given.truncated else None
         return VerifyResult(
-            *verify(logits, batch.lengths, sampling.seed, sampling.temperature, self._arrivals, tree, ahead=1)
-        )
+            *verify(
+                logits, batch.lengths, given.seed, given.temperature, self._arrivals, tree, ahead=1, floors=least
+            )
+        )  # fmt: skip
 
 
 @final

@@ -22,6 +22,12 @@ _ROOM = settings(
         "Tokens that the KV cache holds; 0 is max-batch full contexts.",
         kind=click.IntRange(0),
     ),
+    click.option(
+        "--capture",
+        type=click.Choice(["load", "lazy"]),
+        default="load",
+        help="When steps become CUDA graphs, on a GPU.",
+    ),
     setting(EngineConfig, "prefix_cache_gb", "How much of the beginnings of texts is kept (1e9 bytes)."),
 )
 _NET = settings(
@@ -75,6 +81,8 @@ def serve(**options: Any) -> None:
         engine = answers.load_engine(options["model"], config, options["mtp"], waits)
         waits.close()
         if not options["quiet"]:
+            if engine.captured:
+                note(engine.captured)
             note(f"{options['model']} on {engine.device_note}; http://{listening.address} serves it, Ctrl-C ends that")
         hosts = {options["host"].lower(), "localhost", "127.0.0.1", "[::1]"} if not options["api_keys"] else set()
         runner.serve(

@@ -1,29 +1,35 @@
 """A step as two CUDA graphs, drafting and verifying, captured once per batch size and context bound and then replayed.
 
-Between two steps the host only queues the next graphs: lengths, last tokens and caches are on the device. Results come
-back through pinned memory, and the host waits for the oldest step in flight alone. Steps that are not plain run eagerly
-(see runtime.request.plain).
+Between two steps the host only queues the next graphs: lengths, last tokens, caches and what requests want of their
+logits are on the device. Results come back through pinned memory, and the host waits for the oldest step in flight
+alone. Only a structure needs the host in between: the drafts of its request are looked at, and what may follow each
+is written where the second graph reads it. Every step is recorded with what requests may want besides tokens, and
+without. On a CPU the same steps run with the same padding, operation by operation.
 """
 
-import gc
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from mtp_engine.config import MAX_TREE_NODES
-from mtp_engine.protocols import Launched
-from mtp_engine.runtime.request import Members, PromptChunk
+from mtp_engine.errors import EngineError
+from mtp_engine.protocols import Progress
+from mtp_engine.runtime.flight import Flight, HostMark, Mark, Reading
+from mtp_engine.runtime.recorded import Captured, Lane, Prepared, Recorded, Uncaptured, no_collection
+from mtp_engine.runtime.request import Launched, Members, PromptChunk, TreeLimits
 from mtp_engine.runtime.slots import SCRATCH_LENGTH
-from mtp_engine.runtime.step import EagerRunner, ModelStep
+from mtp_engine.runtime.step import ModelStep, Said
 from mtp_engine.sampling.batch import SamplingBatch
+from mtp_engine.tree import DraftTree
 
+_LOG = logging.getLogger("mtp_engine")
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # a batch is padded up to one of these
-_SMALLEST_BOUND = 512
+_SMALLEST_BOUND, _BOUND_STEP = 512, 4
 SCRATCH_TOKENS = SCRATCH_LENGTH + 128  # room the scratch slot needs in the caches
 
 
@@ -36,143 +42,177 @@ def bound_bucket(bound: int) -> int:
     """The context bound to capture for: kernels launch for the bound and leave at once what lies past the length."""
     wanted = _SMALLEST_BOUND
     while wanted < bound:
-        wanted *= 2
+        wanted *= _BOUND_STEP
     return wanted
 
 
 @final
-@dataclass
-class _Captured:
-    """The graphs of one batch size, and the tensors that they read and write."""
+@dataclass(frozen=True)
+class Key:
+    """What a step is recorded for. drafts: else its trees have one node. bare: nobody wants anything but tokens, chosen by the
+    model's logits. limited: somebody wants a smaller tree; never bare. tables: Processors.grown, as a graph holds the tables
+    that it was captured with.
+    """
 
-    slots: Tensor
-    sampling: SamplingBatch
-    draft: torch.cuda.CUDAGraph
-    verify: torch.cuda.CUDAGraph
-    table: Tensor  # [B, 3 + D+1] int64
-    members: Members | None = None  # whose slots and parameters are loaded
-
-    def load(self, members: Members, scratch: int) -> None:
-        if self.members is members:
-            return
-        count, self.members = len(members.slots), members
-        self.slots.fill_(scratch)
-        self.slots[:count].copy_(members.slots)
-        for held, given in zip(_tensors(self.sampling), _tensors(members.sampling), strict=True):
-            held[:count].copy_(given)
-
-
-@final
-class Flight:
-    """A step in flight (a Launched)."""
-
-    def __init__(self, rows: Tensor, marks: tuple[torch.cuda.Event, ...]) -> None:
-        self._rows, self._marks = rows, marks
-        self.draft_s = self.verify_s = 0.0
-
-    def wait(self) -> list[list[int]]:
-        start, drafted, end, landed = self._marks
-        landed.synchronize()
-        self.draft_s, self.verify_s = start.elapsed_time(drafted) / 1e3, drafted.elapsed_time(end) / 1e3
-        rows: list[list[int]] = self._rows.tolist()
-        return rows
-
-
-@final
-class Reading:
-    """Chunks of prompts in flight (a Launched)."""
-
-    def __init__(self, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
-        self._start, self._end = start, end
-        self.draft_s = self.verify_s = 0.0
-
-    def wait(self) -> list[list[int]]:
-        self._end.synchronize()
-        self.verify_s = self._start.elapsed_time(self._end) / 1e3
-        return []
+    batch: int
+    bound: int
+    drafts: bool
+    bare: bool
+    limited: bool = False
+    tables: int = 0
 
 
 @final
 class GraphRunner:
-    """Replays plain steps, and runs others at once (a Runner). in_flight: plain steps queued before the host waits for
-    the first of them."""
+    """Replays steps (a Runner). in_flight: steps queued before the host waits for the first of them.
+
+    recorded, late: steps that were recorded, and how many of them in the midst of the work after `capture`. replayed, slow:
+    steps that ran as graphs, and on a GPU operation by operation.
+    """
 
     def __init__(
         self, step: ModelStep, *, in_flight: int, scratch: int, device: torch.device,
-        refresh: Callable[[list[int], list[int]], None] | None = None, captures: bool = True,
+        refresh: Callable[[list[int], list[int]], None] | None = None,
     ) -> None:  # fmt: skip
         """scratch: the slot that pads batches. refresh: called before each step with the slots and the most tokens that
-        each may have. captures: False for steps of operations that graphs cannot hold; in_flight is 1 then."""
+        each may have."""
         self.in_flight = in_flight
-        self._step, self._scratch, self._device = step, scratch, device
-        self._refresh, self._captures = refresh, captures
-        self._eager = EagerRunner(step)
-        self._ready: set[tuple[int, int, int]] = set()  # batch sizes, bounds and largest trees that ran eagerly
-        self._captured: dict[tuple[int, int, bool, bool, bool], _Captured] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        self._pinned: deque[Tensor] = deque(maxlen=in_flight + 1)
+        self.recorded = self.late = self.replayed = self.slow = 0
+        self._step, self._scratch, self._device, self._refresh = step, scratch, device, refresh
+        self._cuda, self._complete = device.type == "cuda", False
+        self._prepared: dict[Key, Prepared] = {}
+        self._lane = Lane(device) if self._cuda else None
+        self._words = -(-step.model.vocab_size // 32)
+        most = bucket(scratch) * step.drafter.max_nodes * self._words
+        self._masks = torch.full((most,), -1, dtype=torch.int32, device=device)  # all recorded steps read it
+        self._written = torch.full(
+            (most,), -1, dtype=torch.int32, pin_memory=self._cuda
+        )  # what goes there, on the host
+
+    def capture(self, batch: int, longest: int, progress: Progress) -> str:
+        """See Runner. Raises EngineError where memory is not enough."""
+        begin, free = time.perf_counter(), self._free()
+        longest += (self.in_flight + 1) * self._step.drafter.max_nodes
+        bounds = {bound_bucket(bound) for bound in range(1, longest + 1, _SMALLEST_BOUND)} | {bound_bucket(longest)}
+        sizes = sorted(
+            {bucket(size) for size in range(1, batch + 1)}, reverse=True
+        )  # the largest make room for the others
+        kinds, tables = [(False, True, False), (False, False, False)], self._step.processors.grown
+        if self._step.drafter.max_nodes > 1:
+            kinds += [(True, True, False), (True, False, False), (True, False, True)]
+        keys = [
+            Key(size, bound, *kind, tables=0 if kind[1] else tables)
+            for size in sizes for bound in sorted(bounds, reverse=True) for kind in kinds
+        ]  # fmt: skip
+        with no_collection():
+            for number, key in enumerate(keys):
+                progress("capturing CUDA graphs", number, len(keys))
+                try:
+                    self._record(key)
+                except torch.OutOfMemoryError as error:
+                    raise EngineError(
+                        f"the GPU's memory is full after {number} of {len(keys)} CUDA graphs: lower max_batch, max_context or "
+                        'kv_tokens, or have them captured when they are needed (capture="lazy")'
+                    ) from error
+        self._complete = True
+        took, room = time.perf_counter() - begin, (free - self._free()) / 1e9
+        progress("capturing CUDA graphs", len(keys), len(keys))
+        return f"{len(keys)} CUDA graphs captured in {took:.1f} s, {room:.2f} GB"
 
     def prepare(self, members: Members, bound: int) -> None:
-        if not self._replays(members):
-            self._make_ready(members, bound)
-        elif (key := _key(members, bound)) not in self._captured:
-            self._captured[key] = self._capture(members, key[0], key[1])
+        key = self._key(members, bound)
+        if key not in self._prepared:
+            if self._complete:
+                self.late += 1
+                _LOG.warning("a step is recorded in the midst of the work, which holds all up: %s", key)
+            self._record(key)
 
-    def launch(self, members: Members, bound: int) -> Launched:
-        if not self._replays(members):
-            if self._refresh:
-                self._refresh(*self._bounds(members, bound, 0))
-            return self._eager.launch(members, bound_bucket(bound))
-        step, count = self._captured[_key(members, bound)], len(members.slots)
+    def launch(self, members: Members, bound: int, said: Said) -> Launched:
+        step, count = self._prepared[self._key(members, bound)], len(members.slots)
         step.load(members, self._scratch)
         if self._refresh:
-            self._refresh(*self._bounds(members, bound, len(step.slots) - count))
-        marks = tuple(
-            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            for _ in range(4)
-        )
+            self._refresh(*self._bounds(members, bound, len(step.members.slots) - count))
+        marks = [self._mark() for _ in range(4)]
         marks[0].record()
-        step.draft.replay()
+        tree = step.halves.draft()
         marks[1].record()
-        step.verify.replay()
+        failed = self._allow(step, tree, members, said) if members.guide else {}
+        table, notes = step.halves.verify()
         marks[2].record()
-        host = self._host(step.table)
-        host.copy_(step.table, non_blocking=True)
+        most = members.sampling.most_logprobs
+        kept = None if notes is None or most < 0 else self._host(notes[:count, :, : 1 + most])
+        rows = self._host(table[:count])
         marks[3].record()
-        return Flight(host[:count], marks)
+        self.replayed += isinstance(step.halves, Captured)
+        self.slow += self._cuda and isinstance(step.halves, Uncaptured)
+        return Flight(rows, kept, failed, marks)
 
     def read(self, chunks: Sequence[PromptChunk]) -> Launched:
-        start, end = (
-            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            for _ in range(2)
-        )
+        start, end = self._mark(), self._mark()
         start.record()
         self._step.read(chunks)
         end.record()
         return Reading(start, end)
 
     def settle(self) -> None:
-        torch.cuda.synchronize(self._device)
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
 
-    def _replays(self, members: Members) -> bool:
-        return self._captures and members.plain
+    def _allow(self, step: Prepared, tree: DraftTree, members: Members, said: Said) -> Any:
+        """Write what structures allow after each node. Waits for the drafts, and so for the steps before; asked behind them
+        is what those steps say, and nobody's tokens need to be handed out first."""
+        guide, drafted = members.guide, self._mark()
+        assert guide is not None
+        assert step.mask is not None
+        count, nodes = len(members.slots), tree.nodes
+        outline = self._host(torch.cat([tree.tokens, tree.parents, tree.size[:, None]], 1)[:count])
+        drafted.record()
+        drafted.synchronize()  # so what was written for the step before has been read, too
+        guide.begin(members.requests, said)
+        tokens, parents, sizes = (part.tolist() for part in (outline[:, :nodes], outline[:, nodes:-1], outline[:, -1]))
+        written = self._written[: step.mask.numel()].view(step.mask.shape)
+        guide.fill(written, tokens, parents, sizes)
+        first, last = guide.rows[0], guide.rows[-1] + 1
+        step.mask[first:last].copy_(written[first:last], non_blocking=True)
+        return guide.failed
 
-    def _make_ready(self, members: Members, bound: int) -> None:
-        """An eager step on the scratch slot, at first: kernels are compiled, and plans for `refresh` exist."""
-        count, bound, limits = len(members.slots), bound_bucket(bound), members.limits
-        key = (count, bound, limits.most if limits else MAX_TREE_NODES)
-        if key in self._ready:
-            return
-        self._ready.add(key)
-        scratch = replace(self._scratched(members, count), limits=limits)  # as many nodes as the step will have
+    def _key(self, members: Members, bound: int) -> Key:
+        drafts = members.speculates and self._step.drafter.max_nodes > 1
+        limited = drafts and members.limits is not None
+        bare = members.sampling.bare and not limited
+        tables = 0 if bare else self._step.processors.grown
+        return Key(bucket(len(members.slots)), bound_bucket(bound), drafts, bare, limited, tables)
+
+    def _record(self, key: Key) -> None:
+        """Make a step ready for any members of that kind. Where it cannot be captured it will run slowly, which is said."""
+        if not key.bare:  # graphs over tables that are too small by now are of no use
+            self._prepared = {k: held for k, held in self._prepared.items() if k.bare or k.tables == key.tables}
+        slots = torch.full((key.batch,), self._scratch, device=self._device)
+        limits = TreeLimits.none(key.batch, self._device) if key.limited else None
+        sampling = SamplingBatch.room(key.batch, self._device, bare=key.bare)
+        members = Members((), (), slots, sampling, limits=limits, speculates=key.drafts)
+        mask = None if key.bare else self._mask(key.batch, self._step.drafter.max_nodes if key.drafts else 1)
+        halves: Recorded = Uncaptured(self._step, members, key.bound, mask)
+        if self._lane:
+            try:
+                halves = Captured(self._step, members, key.bound, mask, self._lane, partial(self._plan, key.batch))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                if isinstance(error.__context__, torch.OutOfMemoryError):
+                    raise error.__context__ from None
+                _LOG.warning("steps run without CUDA graphs, which is many times slower: %s (%s)", error, key)
+        self.recorded += 1
+        self._prepared[key] = Prepared(members, mask, halves)
+
+    def _plan(self, batch: int) -> None:
+        """As `refresh` does, for a batch in the scratch slot."""
         if self._refresh:
-            self._refresh([self._scratch] * count, [SCRATCH_TOKENS] * count)
-        self._step.verify(scratch, *self._step.draft(scratch, bound))
+            self._refresh([self._scratch] * batch, [SCRATCH_TOKENS] * batch)
 
-    def _scratched(self, members: Members, batch: int) -> Members:
-        """Plain members that all sit in the scratch slot, with the first one's sampling parameters."""
-        slots = torch.full((batch,), self._scratch, device=self._device)
-        return Members((), (), slots, _enlarged(members.sampling, batch), speculates=members.speculates)
+    def _mask(self, batch: int, nodes: int) -> Tensor:
+        """[batch, nodes, W] int32."""
+        return self._masks[: batch * nodes * self._words].view(batch, nodes, self._words)
 
     def _bounds(self, members: Members, bound: int, padding: int) -> tuple[list[int], list[int]]:
         """Slots and the most tokens each may have, padding included; the longest request has `bound` at most."""
@@ -182,56 +222,12 @@ class GraphRunner:
         return slots, [r.length + margin for r in requests] + [SCRATCH_TOKENS] * padding
 
     def _host(self, table: Tensor) -> Tensor:
-        """Pinned memory that no step in flight still writes to."""
-        if len(self._pinned) == self._pinned.maxlen and self._pinned[0].numel() >= table.numel():
-            buffer = self._pinned.popleft()
-        else:
-            buffer = torch.empty(table.numel(), dtype=table.dtype, pin_memory=True)
-        self._pinned.append(buffer)
-        return buffer[: table.numel()].view(table.shape)
+        """A copy on the host, complete once what is queued on the device by now is done."""
+        copy = torch.empty(table.shape, dtype=table.dtype, pin_memory=self._cuda)
+        return copy.copy_(table, non_blocking=True)
 
-    def _capture(self, members: Members, batch: int, bound: int) -> _Captured:
-        """Run the step once, on the scratch slot, so that kernels are compiled, and record it."""
-        scratch = self._scratched(members, batch)
-        draft, verify = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side), _no_collection():
-            self._step.verify(scratch, *self._step.draft(scratch, bound))
-            if self._refresh:  # plans exist from now on; the first ones were made for nothing
-                self._refresh([self._scratch] * batch, [SCRATCH_TOKENS] * batch)
-            side.synchronize()
-            with torch.cuda.graph(draft, pool=self._pool, stream=side):
-                drafted = self._step.draft(scratch, bound)
-            with torch.cuda.graph(verify, pool=self._pool, stream=side):
-                table = self._step.verify(scratch, *drafted)
-        torch.cuda.current_stream(self._device).wait_stream(side)
-        return _Captured(scratch.slots, scratch.sampling, draft, verify, table)
+    def _mark(self) -> Mark:
+        return torch.cuda.Event(enable_timing=True) if self._cuda else HostMark()  # type: ignore[no-untyped-call]
 
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Garbage may hold graphs of other loops, and freeing one spoils a capture."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def _key(members: Members, bound: int) -> tuple[int, int, bool, bool, bool]:
-    sampling = members.sampling
-    return bucket(len(members.slots)), bound_bucket(bound), sampling.greedy, sampling.truncated, members.speculates
-
-
-def _tensors(sampling: SamplingBatch) -> list[Tensor]:
-    values = (getattr(sampling, field.name) for field in fields(sampling))
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _enlarged(sampling: SamplingBatch, batch: int) -> SamplingBatch:
-    """A copy with room for `batch` requests, all with the first one's parameters."""
-    values: dict[str, Any] = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
-    larger: dict[str, Any] = {n: v[:1].repeat(batch) for n, v in values.items() if isinstance(v, Tensor)}
-    return replace(sampling, **larger)
+    def _free(self) -> int:
+        return torch.cuda.mem_get_info(self._device)[0] if self._cuda else 0

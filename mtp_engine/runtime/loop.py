@@ -8,10 +8,9 @@ from typing import final
 import torch
 
 from mtp_engine.config import SamplingParams
-from mtp_engine.protocols import Launched
 from mtp_engine.runtime.intake import Intake
 from mtp_engine.runtime.memory import Memory
-from mtp_engine.runtime.request import Members, Request, StepOutput
+from mtp_engine.runtime.request import Launched, Members, Request, StepOutput
 from mtp_engine.runtime.scheduler import Scheduler, StepPlan
 from mtp_engine.runtime.stats import LoopClock
 from mtp_engine.runtime.step import ModelStep, Runner, explain
@@ -29,7 +28,7 @@ class DecodeLoop:
 
     def __init__(self, work: ModelStep, runner: Runner, scheduler: Scheduler, intake: Intake, memory: Memory) -> None:
         self.work, self.runner, self.scheduler, self.intake, self.memory = work, runner, scheduler, intake, memory
-        self._flying: deque[tuple[StepPlan, Members | None, Launched]] = deque()
+        self._flying: deque[tuple[StepPlan, Launched]] = deque()
         self._members: Members | None = None  # of the last step launched
         self._clock = LoopClock()
 
@@ -89,21 +88,30 @@ class DecodeLoop:
                 self.scheduler.unread(plan.chunks, explain(error))
                 _LOG.error("reading a prompt failed", exc_info=error)
         if launched:
-            self._flying.append((plan, self._members, launched))
+            self._flying.append((plan, launched))
         return launched is not None
 
     def _decode(self, members: Members) -> Launched:
         bound = members.longest + (self.runner.in_flight + 1) * self.work.drafter.max_nodes
         with self._clock.left_out():
             self.runner.prepare(members, bound)
-        return self.runner.launch(members, bound)
+        return self.runner.launch(members, bound, self._said)
 
-    def _land(self, plan: StepPlan, members: Members | None, launched: Launched) -> None:
-        """Wait for a step, the only synchronisation of plain ones, and hand its tokens out."""
-        table = launched.wait()
-        times = self._clock.land(launched.draft_s, launched.verify_s)
-        if members:
-            self.scheduler.commit(plan, table, members.failed, times)
+    def _said(self, request: Request) -> list[int]:
+        """What the steps in flight emit for a request."""
+        said = list[int]()
+        for plan, launched in self._flying:
+            if request in plan.decoding:
+                count, _, _, *tokens = launched.wait().rows[plan.decoding.index(request)]
+                said += tokens[:count]
+        return said
+
+    def _land(self, plan: StepPlan, launched: Launched) -> None:
+        """Wait for a step, the only synchronisation but for structures, and hand its tokens out."""
+        landed = launched.wait()
+        times = self._clock.land(landed.draft_s, landed.verify_s)
+        if plan.decoding:
+            self.scheduler.commit(plan, landed, times)
 
     def _restart(self, error: BaseException) -> None:
         """Everybody again, from what they have said. Raises what is no failure (Ctrl-C), and what nobody can end with."""

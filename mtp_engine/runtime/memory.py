@@ -27,8 +27,8 @@ class Memory:
     """
 
     def __init__(
-        self, cache: HybridKV, drafter: Drafter, processors: Processors, state: SlotState, *, vocab: int, ahead: int,
-        chunk: int, prefix_bytes: int = 0, shares: bool = False,
+        self, cache: HybridKV, drafter: Drafter, processors: Processors, state: SlotState, *, ahead: int, chunk: int,
+        prefix_bytes: int = 0, shares: bool = False,
     ) -> None:  # fmt: skip
         """ahead: tokens for which a request gets room beyond its last one, for steps that run past its end. chunk: tokens
         of a prompt that are read at a time. prefix_bytes: of the prefix cache, 0 = there is none. shares: whether slots use
@@ -41,7 +41,7 @@ class Memory:
         self.capacity = self.pages.unreserved - ahead
         self._caches = [cache, drafter.cache] if drafter.cache else [cache]
         self._token_bytes = sum(each.token_bytes for each in self._caches)
-        self._vocab, self._shares = vocab, shares
+        self._shares = shares
         self._refused: tuple[Request, int] | None = None  # who found no room, and what had been given back by then
         self.prefix: PrefixCache | None = None
         if not prefix_bytes:
@@ -74,7 +74,7 @@ class Memory:
             request.stats.cached_tokens = request.read
             self.prefix.asked_tokens += request.length
             self.prefix.hit_tokens += request.read
-        self.processors.start(request.slot, request.prompt, request.params, self._vocab, request.output)
+        self.processors.start(request.slot, request.prompt, request.params, request.output)
         self.state.set(request.slot, request.length, request.last)
         return True
 
@@ -124,7 +124,6 @@ class Memory:
             _LOG.warning("a beginning of %d tokens could not be kept (%s); nothing else is affected", tokens, error)
 
     def leave(self, slot: int) -> None:
-        self.processors.release(slot)
         self.pages.release(slot)
         self.drafter.release(slot)
 

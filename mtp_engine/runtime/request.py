@@ -3,8 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
@@ -13,9 +12,9 @@ from mtp_engine.config import MAX_TREE_NODES, SamplingParams
 from mtp_engine.errors import EngineError
 from mtp_engine.runtime.stats import GenerationStats
 from mtp_engine.sampling.batch import SamplingBatch, to_device
-from mtp_engine.sampling.logprobs import TokenLogprob
+from mtp_engine.sampling.logprobs import Notes, TokenLogprob
 from mtp_engine.sampling.masks import Guide
-from mtp_engine.sampling.processors import NO_TOKEN, processes
+from mtp_engine.sampling.processors import NO_TOKEN
 from mtp_engine.sampling.stops import FinishReason, Trail
 from mtp_engine.tree import DraftTree
 
@@ -210,6 +209,12 @@ class TreeLimits:
             most = max(most, min(nodes[-1] + 1, MAX_TREE_NODES))
         return cls(torch.tensor(rows, device=device), torch.tensor(nodes, device=device), most)
 
+    @classmethod
+    def none(cls, batch: int, device: torch.device) -> "TreeLimits":
+        """Limits that leave every tree as it is."""
+        widths = torch.full((batch, MAX_TREE_NODES), MAX_TREE_NODES, device=device)
+        return cls(widths, widths[:, 0].clone(), MAX_TREE_NODES)
+
     def apply(self, tree: DraftTree) -> DraftTree:
         """The tree without what is over the limits, cut to as many nodes as some request may have.
 
@@ -279,27 +284,24 @@ class Members:
         return cls(tuple(requests), trails, slots, sampling, guide, limits, speculates)
 
     @property
-    def failed(self) -> Mapping[tuple[int, tuple[int, ...]], str]:
-        """Where structures failed in the last step, by row and the tokens in front."""
-        return self.guide.failed if self.guide else {}
-
-    @property
     def longest(self) -> int:
         return max(request.length for request in self.requests)
 
-    @property
-    def logprobs(self) -> int:
-        """How many best tokens are to be named at most; -1 if nobody wants log-probabilities."""
-        return max((-1 if r.params.logprobs is None else r.params.logprobs for r in self.requests), default=-1)
 
-    @cached_property
-    def plain(self) -> bool:
-        """See the function `plain`."""
-        return self.limits is None and plain([request.params for request in self.requests])
+@final
+@dataclass(frozen=True)
+class Landed:
+    """What came of a step. rows: per request, tokens to emit, nodes and depth of its tree, then the tokens."""
+
+    rows: list[list[int]]
+    draft_s: float
+    verify_s: float
+    notes: Notes | None = None  # None where nobody wants log-probabilities
+    failed: Mapping[tuple[int, tuple[int, ...]], str] = field(default_factory=dict)  # see Guide
 
 
-def plain(params: Sequence[SamplingParams]) -> bool:
-    """Whether a step is the same operations on the device for any requests with such parameters, and needs nothing of the
-    host: then it can be a CUDA graph, and the next one can begin before its tokens are seen. Other steps run one by one."""
-    own_trees = any(p.speculate for p in params) and any(not p.speculate or p.tree for p in params)
-    return not own_trees and not any(processes(p) or p.structure or p.logprobs is not None for p in params)
+class Launched(Protocol):
+    """A step that was started and may still run."""
+
+    def wait(self) -> Landed:
+        """Returns when the step is done; may be asked again."""

@@ -5,12 +5,12 @@ import logging
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, final
 
 from mtp_engine.errors import EngineBusy
-from mtp_engine.runtime.request import Mark, PromptChunk, Request, StepOutput, plain
+from mtp_engine.runtime.request import Landed, Mark, PromptChunk, Request, StepOutput
 from mtp_engine.runtime.stats import StepTimes
 from mtp_engine.sampling.stops import FinishReason
 
@@ -120,8 +120,6 @@ class Scheduler:
         self._keep_what_was_read()
         self._admit(now)
         decoding = tuple(request for request in self.running if request.decoding)
-        if in_flight and not plain([request.params for request in decoding]):
-            return None
         if crowded := [request for request in decoding if not self._room.grow(request)]:
             if not in_flight:  # what is said by then counts
                 self._preempt(crowded[0])
@@ -196,27 +194,23 @@ class Scheduler:
         left = next(mark.tokens for mark in ahead if not mark.lean) - stop
         return PromptChunk(request, start, stop, left, ahead[0] if ahead[0].tokens == stop else None)
 
-    def commit(
-        self, plan: StepPlan, table: Sequence[Sequence[int]],
-        failed: Mapping[tuple[int, tuple[int, ...]], str], times: StepTimes,
-    ) -> None:  # fmt: skip
-        """Hand out a step's tokens. table: a row per request: tokens to emit, nodes and depth of its tree, then tokens.
-
-        failed: by row and tokens in front, where a structure failed. Who has ended since the step was launched gets
-        nothing.
-        """
+    def commit(self, plan: StepPlan, landed: Landed, times: StepTimes) -> None:
+        """Hand out a step's tokens. Who has ended since it was launched gets nothing."""
         for request in plan.decoding:
             request.in_flight -= 1
-        for row, (request, (count, nodes, depth, *tokens)) in enumerate(zip(plan.decoding, table, strict=True)):
+        for row, (request, (count, nodes, depth, *tokens)) in enumerate(zip(plan.decoding, landed.rows, strict=True)):
             if request.finish_reason:
                 continue
             try:
-                taken = request.take(tokens[:count], {path: why for (at, path), why in failed.items() if at == row})
+                if request.params.logprobs is not None and landed.notes:
+                    request.logprobs += landed.notes.read(row, tokens[:count], request.params.logprobs)
+                failed = {path: why for (at, path), why in landed.failed.items() if at == row}
+                taken = request.take(tokens[:count], failed)
             except Exception as error:  # of its text: the others get theirs
                 self.end(request, "error", str(error))
                 self._emit(request)  # where it had ended already
                 continue
-            self._record(request, taken, nodes, depth, times, len(table))
+            self._record(request, taken, nodes, depth, times, len(landed.rows))
             self._emit(request)
         for request in [r for r in self.running if r.finish_reason]:
             if request.finish_reason in ("stop", "length"):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, final
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.cache import HybridKV
-from mtp_engine.protocols import Drafter, Launched, TargetModel, TreePlanner, Verifier
-from mtp_engine.runtime.request import Members, PromptChunk
+from mtp_engine.protocols import Drafter, Progress, TargetModel, TreePlanner, Verifier
+from mtp_engine.runtime.request import Landed, Launched, Members, PromptChunk, Request
 from mtp_engine.runtime.slots import SlotState
 from mtp_engine.sampling.batch import Batch, SamplingBatch, to_device
-from mtp_engine.sampling.logprobs import emitted_logprobs
-from mtp_engine.sampling.processors import NO_TOKEN, Processors, forbids, stuck
+from mtp_engine.sampling.logprobs import Notes, emitted_logprobs
+from mtp_engine.sampling.processors import NO_TOKEN, Processors, stuck
 from mtp_engine.tree import DraftTree, VerifyResult
 
 
@@ -33,6 +33,7 @@ class ModelStep:
     attention: AttentionFactory
     device: torch.device
     planner: TreePlanner | None = None  # is told how long steps take
+    kernels: bool = False
 
     def read(self, chunks: Sequence[PromptChunk]) -> None:
         """Read chunks of prompts in one pass: chains whose paths are known. The drafter sees each as a step that kept all
@@ -70,30 +71,33 @@ class ModelStep:
         self.drafter.observe(batch, result, hidden)
 
     def draft(self, members: Members, bound: int) -> tuple[Batch, DraftTree]:
-        """bound: no member has more tokens than this."""
+        """bound: no member has more tokens than this. Where members have a guide, the drafter asks it."""
         batch = self.state.batch(members.slots, members.sampling, bound, members.guide)
         if not members.speculates:
             return batch, DraftTree.root(batch.tokens)
         tree = self.drafter.draft(batch)
         return batch, members.limits.apply(tree) if members.limits else tree
 
-    def verify(self, members: Members, batch: Batch, tree: DraftTree) -> Tensor:
-        """Returns SlotState.advance's table, with NO_TOKEN where a request's parameters forbid every token."""
+    def verify(
+        self, members: Members, batch: Batch, tree: DraftTree, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns SlotState.advance's table, with NO_TOKEN where a request's parameters forbid every token, and Landed.notes.
+        mask: see Processors.apply."""
+        sampling = members.sampling
         rows = self.rows(batch, tree)
         hidden = self.model.forward(tree.tokens, rows.positions, self.attention(self.cache, rows))
         logits = self.model.logits(hidden)
-        processed = logits if members.plain else self.processors.apply(tree, logits, batch)
+        processed = self.processors.apply(tree, logits, batch, mask)
         result = self.verifier.verify(tree, processed, batch)
         self.cache.commit(batch.slots, batch.lengths, result)
         if members.speculates:
             self.drafter.observe(batch, result, hidden)
-        if not members.plain:
-            self.processors.observe(batch, result)
-            self._note_logprobs(members, logits, result)
+        self.processors.observe(batch, result)
+        notes = self.logprobs(logits, result, sampling) if sampling.most_logprobs >= 0 else None
         table = self.state.advance(batch, tree, result)
-        if members.guide or any(forbids(request.params) for request in members.requests):
+        if processed is not logits:
             table[:, 3:].masked_fill_(stuck(processed, result), NO_TOKEN)
-        return table
+        return table, notes
 
     def rows(self, batch: Batch, tree: DraftTree) -> StepRows:
         positions = batch.lengths[:, None] + tree.depths
@@ -102,27 +106,33 @@ class ModelStep:
             straight=tree.straight,
         )  # fmt: skip
 
-    def _note_logprobs(self, members: Members, logits: Tensor, result: VerifyResult) -> None:
-        """For the requests that want them; those of tokens that are not emitted are dropped there (Request.take)."""
-        if members.logprobs < 0:
-            return
-        emitted = emitted_logprobs(logits, result, members.logprobs)
-        for request, entries in zip(members.requests, emitted, strict=True):
-            if request.params.logprobs is not None:
-                request.logprobs += [replace(each, top=each.top[: request.params.logprobs]) for each in entries]
+    def logprobs(self, logits: Tensor, result: VerifyResult, sampling: SamplingBatch) -> Tensor:
+        """See emitted_logprobs."""
+        if self.kernels:
+            from mtp_engine.kernels.logprobs import emitted_logprobs as kernel
+
+            return kernel(logits, result.path, result.tokens, sampling.logprobs, sampling.most_logprobs)
+        return emitted_logprobs(logits, result, sampling.most_logprobs)
+
+
+Said = Callable[[Request], Sequence[int]]
+"""What the steps in flight emit for a request. Waits for them, so it is asked for requests with a structure only."""
 
 
 class Runner(Protocol):
     """Runs steps, in the order in which they are launched."""
 
     @property
-    def in_flight(self) -> int: ...  # steps launched before the first is waited for, if members are plain
+    def in_flight(self) -> int: ...  # steps launched before the first is waited for
+
+    def capture(self, batch: int, longest: int, progress: Progress) -> str:
+        """Get ready for all steps of at most `batch` requests of at most `longest` tokens, so that none has to wait for it.
+        Returns what it took, in words; empty where there is nothing to do."""
 
     def prepare(self, members: Members, bound: int) -> None:
         """What a first use needs, such as compiling; not counted in any statistics."""
 
-    def launch(self, members: Members, bound: int) -> Launched:
-        """If members are not plain, no step is in flight when this is called."""
+    def launch(self, members: Members, bound: int, said: Said) -> Launched: ...
 
     def read(self, chunks: Sequence[PromptChunk]) -> Launched: ...
 
@@ -138,12 +148,10 @@ RunnerFactory = Callable[[ModelStep], Runner]
 class Done:
     """A step that ran at once (a Launched)."""
 
-    rows: list[list[int]]
-    draft_s: float
-    verify_s: float
+    landed: Landed
 
-    def wait(self) -> list[list[int]]:
-        return self.rows
+    def wait(self) -> Landed:
+        return self.landed
 
 
 @final
@@ -155,25 +163,36 @@ class EagerRunner:
     def __init__(self, step: ModelStep) -> None:
         self._step = step
 
+    def capture(self, batch: int, longest: int, progress: Progress) -> str:
+        return ""
+
     def prepare(self, members: Members, bound: int) -> None:
         pass
 
     def settle(self) -> None:
         pass
 
-    def launch(self, members: Members, bound: int) -> Launched:
-        begin = time.perf_counter()
+    def launch(self, members: Members, bound: int, said: Said) -> Launched:
+        begin, guide, mask = time.perf_counter(), members.guide, None
+        if guide:
+            guide.begin(members.requests, said)
         batch, tree = self._step.draft(members, bound)
         drafted = time.perf_counter()
-        rows = self._step.verify(members, batch, tree).tolist()
-        done = Done(rows, drafted - begin, time.perf_counter() - drafted)
+        if guide:
+            mask = torch.zeros(*tree.tokens.shape, -(-self._step.model.vocab_size // 32), dtype=torch.int32)
+            guide.fill(mask, tree.tokens.tolist(), tree.parents.tolist(), tree.size.tolist())
+            mask = mask.to(self._step.device)
+        table, notes = self._step.verify(members, batch, tree, mask)
+        rows = table.tolist()
+        draft_s, verify_s = drafted - begin, time.perf_counter() - drafted
         if self._step.planner and members.speculates:
-            self._step.planner.timed(tree.nodes, len(rows), done.draft_s, done.verify_s)
-        return done
+            self._step.planner.timed(tree.nodes, len(rows), draft_s, verify_s)
+        kept = None if notes is None else Notes(notes.cpu())
+        return Done(Landed(rows, draft_s, verify_s, kept, guide.failed if guide else {}))
 
     def read(self, chunks: Sequence[PromptChunk]) -> Launched:
         self._step.read(chunks)
-        return Done([], 0.0, 0.0)
+        return Done(Landed([], 0.0, 0.0))
 
 
 def explain(error: BaseException) -> str:

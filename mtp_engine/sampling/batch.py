@@ -1,7 +1,7 @@
 """The requests of a step as tensors. Slots are rows of every cache; a request keeps its slot while it runs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -11,11 +11,28 @@ from mtp_engine.config import SamplingParams
 from mtp_engine.sampling.masks import Guide
 
 _MOST = 1 << 60  # more than any vocabulary holds; what is shared by all who run must fit its tensor
+MOST_LOGPROBS = 64  # best tokens that are named at most, see SamplingParams
+BIAS, PENALTIES, EARLY, WORDS = 1, 2, 4, 8  # what a request's logits go through (processors.py)
+EVERYTHING = BIAS | PENALTIES | EARLY | WORDS
+
+
+def processes(params: SamplingParams) -> int:
+    """Which of BIAS, PENALTIES, EARLY and WORDS a request wants, as a sum. Its bad words are token ids."""
+    biased = params.logit_bias or params.allowed_token_ids is not None or any(len(w) == 1 for w in params.bad_words)
+    penalised = params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
+    wanted = (
+        (BIAS, biased), (PENALTIES, penalised), (EARLY, params.min_tokens), (WORDS, any(len(w) > 1 for w in params.bad_words)),
+    )  # fmt: skip
+    return sum(kind for kind, on in wanted if on)
 
 
 def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[n] tensor; to a GPU through pinned memory, as anything else would wait for all that is queued there."""
-    tensor = torch.tensor(values, dtype=dtype)
+    """[n] tensor; see `upload`."""
+    return upload(torch.tensor(values, dtype=dtype), device)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """To a GPU through pinned memory, as anything else would wait for all that is queued there."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
@@ -29,23 +46,54 @@ class SamplingBatch:
     top_p: Tensor  # [B] fp32, 1 = off
     min_p: Tensor  # [B] fp32, 0 = off
     seed: Tensor  # [B] int64
+    logprobs: Tensor  # [B] int64, best tokens to name, -1 = no log-probabilities
+    masked: Tensor  # [B] int64, 1 = a structure says what may follow
     greedy: bool  # every temperature is 0
     truncated: bool  # some request has top-k, top-p or min-p on
     widest_top_k: int
+    most_logprobs: int  # -1 = nobody wants any
+    processed: int  # what some request wants of `processes`
+    guided: bool  # some request has a structure
 
     @classmethod
     def build(cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device) -> "SamplingBatch":
         active = [p for p in params if p.temperature > 0]  # truncation never removes the argmax
+        logprobs = [-1 if p.logprobs is None else p.logprobs for p in params]
+        masked = [int(p.structure is not None) for p in params]
+        processed = 0
+        for p in params:
+            processed |= processes(p)
         return cls(
             temperature=to_device([p.temperature for p in params], torch.float32, device),
             top_k=to_device([min(p.top_k, _MOST) for p in params], torch.int64, device),
             top_p=to_device([p.top_p for p in params], torch.float32, device),
             min_p=to_device([p.min_p for p in params], torch.float32, device),
             seed=to_device(seeds, torch.int64, device),
+            logprobs=to_device(logprobs, torch.int64, device),
+            masked=to_device(masked, torch.int64, device),
             greedy=not active,
             truncated=any(p.top_k or p.top_p < 1 or p.min_p for p in active),
             widest_top_k=min(max((p.top_k for p in active), default=0), _MOST),
+            most_logprobs=max(logprobs, default=-1),
+            processed=processed,
+            guided=any(masked),
         )
+
+    @property
+    def bare(self) -> bool:
+        """Whether tokens are chosen by the model's logits, temperature and noise alone, and nothing else is to be told."""
+        return not (self.truncated or self.processed or self.guided or self.most_logprobs >= 0)
+
+    @classmethod
+    def room(cls, batch: int, device: torch.device, *, bare: bool) -> "SamplingBatch":
+        """For any `batch` requests that are bare, or any at all: what is off in a row costs that row nothing."""
+        rows = cls.build([SamplingParams()] * batch, [0] * batch, device)
+        if bare:
+            return replace(rows, greedy=False)
+        return replace(
+            rows, greedy=False, truncated=True, widest_top_k=_MOST, most_logprobs=MOST_LOGPROBS, processed=EVERYTHING,
+            guided=True,
+        )  # fmt: skip
 
 
 @final
@@ -62,5 +110,5 @@ class Batch:
     lengths: Tensor  # [B] int64, tokens whose KV is cached = position of `tokens`
     bound: int  # no request has more cached tokens than this; known on the host
     sampling: SamplingBatch
-    guide: Guide | None = None  # constraints on the text, where a request has one
+    guide: Guide | None = None  # constraints on the text, where a request has one and they are asked while drafting
     prompt_left: int | None = None  # None in steps that decode

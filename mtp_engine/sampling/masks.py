@@ -1,17 +1,20 @@
 """Masks from constraints on the text, for every node of a tree. Constraints live on the host, so this waits for the tree."""
 
-from collections.abc import Sequence
-from typing import Protocol, final
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar, final
 
 import torch
 from torch import Tensor
+
+_NEVER = -float("inf")
+T = TypeVar("T")
 
 
 class Constraint(Protocol):
     """What one answer must match (structure.GrammarState)."""
 
     def mask(self, path: tuple[int, ...]) -> Tensor:
-        """Which tokens may follow the answer so far and then `path`: [W] int32 on the CPU, one bit per token."""
+        """Which tokens may follow the answer so far and then `path`: [W] int32 on the CPU, one bit per token. Never none."""
 
     def advance(self, tokens: Sequence[int]) -> None:
         """`tokens` now belong to the answer."""
@@ -31,46 +34,66 @@ class Guide:
 
     def __init__(self, constraints: Sequence[Constraint | None]) -> None:
         self._constraints = constraints
+        self._said: dict[int, tuple[int, ...]] = {}
         self.failed: dict[tuple[int, tuple[int, ...]], str] = {}
 
     @classmethod
     def build(cls, constraints: Sequence[Constraint | None]) -> "Guide | None":
         return cls(constraints) if any(constraints) else None
 
-    def apply(self, tokens: Tensor, parents: Tensor, logits: Tensor, ids: Tensor | None = None) -> Tensor:
-        """-inf for what may not follow. tokens, parents: [B, n] of a tree, complete or growing; logits: [B, F, V] of its
-        last F nodes, or [B, F, len(ids)] of the tokens `ids`, where a drafter asks. A node after which none of them may
-        follow keeps its own; so does one whose constraint raises, but for the drafter only.
+    @property
+    def rows(self) -> list[int]:
+        """Of the requests that have a constraint."""
+        return [row for row, constraint in enumerate(self._constraints) if constraint is not None]
+
+    def begin(self, requests: Sequence[T], said: Callable[[T], Sequence[int]]) -> None:
+        """Another step. said: what steps in flight emit for a request, which its constraint has not been told yet."""
+        self._said = {row: tuple(said(requests[row])) for row in self.rows}
+
+    def fill(self, masks: Tensor, tokens: list[list[int]], parents: list[list[int]], sizes: list[int]) -> None:
+        """For the main model: write into masks, [B, N, W] int32 on the CPU, what may follow the first sizes[b] nodes of a tree.
+
+        tokens, parents: [B, N]. None may where the constraint raised.
         """
         self.failed = {}
-        asked = [
-            (row, _path(names, up, node))
-            for row, (names, up) in enumerate(zip(tokens.tolist(), parents.tolist(), strict=True))
-            for node in range(len(names) - logits.shape[1], len(names))
-        ]
-        masks = [self._mask(row, path) for row, path in asked]
-        if given := [mask for mask in masks if mask is not None]:
-            free = torch.full_like(given[0], -1)
-            packed = torch.stack([free if mask is None else mask for mask in masks])
-            bits = torch.arange(32, dtype=torch.int32, device=logits.device)
-            words = packed.to(logits.device, non_blocking=True)[..., None]
-            allowed = ((words >> bits) & 1).bool().view(*logits.shape[:2], -1)  # [B, F, 32 W]
-            allowed = allowed[..., : logits.shape[-1]] if ids is None else allowed[..., ids]
-            logits = logits.masked_fill(~allowed & allowed.any(-1, keepdim=True), -float("inf"))
-        if self.failed and ids is None:
-            never = torch.tensor([each in self.failed for each in asked], device=logits.device)
-            logits = logits.masked_fill(never.view(*logits.shape[:2], 1), -float("inf"))
+        for row in self.rows:
+            for node, out in enumerate(masks[row, : sizes[row]].unbind()):
+                mask = self._mask(row, _path(tokens[row], parents[row], node))
+                if mask is None:
+                    out.zero_()
+                else:
+                    out.copy_(mask)
+
+    def narrow(self, tokens: Tensor, parents: Tensor, logits: Tensor, ids: Tensor) -> Tensor:
+        """For a drafter: -inf for what may not follow. tokens, parents: [B, n] of a growing tree; logits: [B, F, len(ids)] of
+        its last F nodes. A node after which none of the `ids` may follow keeps its own; so does one whose constraint raises.
+        """
+        names, up, logits = tokens.tolist(), parents.tolist(), logits.clone()
+        first = tokens.shape[1] - logits.shape[1]
+        for row in self.rows:
+            for node in range(first, tokens.shape[1]):
+                mask = self._mask(row, _path(names[row], up[row], node))
+                if mask is None:
+                    continue
+                allowed = unpack(mask.to(logits.device))[ids]
+                logits[row, node - first].masked_fill_(~allowed & allowed.any(), _NEVER)
         return logits
 
     def _mask(self, row: int, path: tuple[int, ...]) -> Tensor | None:
+        """None where the constraint raised."""
         constraint = self._constraints[row]
-        if constraint is None:
-            return None
+        assert constraint is not None
         try:
-            return constraint.mask(path)
+            return constraint.mask((*self._said[row], *path))
         except Exception as error:
             self.failed[row, path] = str(error)
             return None
+
+
+def unpack(words: Tensor) -> Tensor:
+    """[..., W] int32 -> [..., 32 W] bool."""
+    bits = torch.arange(32, dtype=torch.int32, device=words.device)
+    return ((words[..., None] >> bits) & 1).bool().flatten(-2)
 
 
 def _path(tokens: Sequence[int], parents: Sequence[int], node: int) -> tuple[int, ...]:

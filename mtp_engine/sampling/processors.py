@@ -8,6 +8,7 @@ penalties; temperature, min-p, top-k and top-p come afterwards, in `mtp_engine.s
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -16,126 +17,141 @@ from torch import Tensor
 
 from mtp_engine.config import SamplingParams
 from mtp_engine.errors import EngineError
-from mtp_engine.sampling.batch import Batch
+from mtp_engine.sampling.batch import BIAS, EARLY, PENALTIES, WORDS, Batch, processes, to_device, upload
+from mtp_engine.sampling.masks import unpack
 from mtp_engine.tree import DraftTree, VerifyResult
 
 _NEVER = -float("inf")
+_NEUTRAL = (1.0, 0.0, 0.0)  # penalties: repetition, frequency, presence
+_ROOM = (32, 8)  # bad words of several tokens, and tokens of one, that the tables of a GPU hold at first
 NO_TOKEN = -1  # in a step's table: the parameters left nothing to choose here
 
 
 @final
+@dataclass
+class Tables:
+    """What the running requests want done to their logits, by slot. Only bad words may outgrow theirs."""
+
+    wanted: Tensor  # [S] int64, see `processes`
+    prompt_length: Tensor  # [S] int64
+    min_tokens: Tensor  # [S] int64
+    penalties: Tensor  # [S, 3] fp32: repetition, frequency, presence
+    bias: Tensor  # [S, V] fp32, -inf for what may never be chosen
+    counts: Tensor  # [S, V] fp32, of the tokens of the answer
+    prompt: Tensor  # [S, V] bool, whether the prompt has the token
+    early: Tensor  # [S, V] bool, what min_tokens forbids
+    words: Tensor  # [S, W, L] int64, bad words of several tokens; -1 stands in front of short ones
+    recent: Tensor  # [S, L - 1] int64, the newest tokens of the answer, -1 before its beginning
+
+    @classmethod
+    def empty(cls, slots: int, vocab: int, room: tuple[int, int], device: torch.device) -> "Tables":
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(slots, *shape, dtype=dtype, device=device)
+
+        number, longest = room
+        penalties = torch.tensor(_NEUTRAL, device=device).repeat(slots, 1)
+        wanted, prompt_length, min_tokens = (zeros(dtype=torch.int64) for _ in range(3))
+        bias, counts = zeros(vocab), zeros(vocab)
+        prompt, early = zeros(vocab, dtype=torch.bool), zeros(vocab, dtype=torch.bool)
+        words = zeros(number, longest, dtype=torch.int64) - 1
+        recent = zeros(max(0, longest - 1), dtype=torch.int64) - 1
+        return cls(wanted, prompt_length, min_tokens, penalties, bias, counts, prompt, early, words, recent)
+
+
+@final
 class Processors:
-    """What the running requests want done to their logits, by slot. Costs nothing while nobody wants anything."""
+    """Applies what `Tables` say, and keeps them up to date. Costs nothing while nobody in a step wants anything."""
 
-    def __init__(self, *, slots: int, eos_token_ids: Iterable[int], device: torch.device) -> None:
-        self._slots, self._eos, self._device = slots, tuple(eos_token_ids), device
-        self._wanted: dict[int, SamplingParams] = {}  # by slot; only those that want something
-        self._prompt_length = self._zeros(dtype=torch.int64)
-        self._min_tokens = self._zeros(dtype=torch.int64)
-        self._penalties = self._zeros(3) + torch.tensor(
-            [1.0, 0.0, 0.0], device=device
-        )  # repetition, frequency, presence
-        self._early = self._zeros(0, dtype=torch.int64) - 1  # ids that min_tokens forbids
-        self._words = self._zeros(0, 0, dtype=torch.int64) - 1  # bad words, padded in front
-        self._recent = self._zeros(0, dtype=torch.int64)  # the newest tokens of the answer, as long as a bad word
-        self._bias = self._counts = self._prompt = torch.empty(0, device=device)  # [slots, V] once somebody needs them
-
-    def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.zeros(self._slots, *shape, dtype=dtype, device=self._device)
-
-    def start(
-        self, slot: int, prompt: Sequence[int], params: SamplingParams, vocab: int, output: Sequence[int] = ()
+    def __init__(
+        self, *, slots: int, vocab: int, eos_token_ids: Iterable[int], device: torch.device, kernels: bool = False
     ) -> None:
+        self._vocab, self._eos, self._device, self._kernels = vocab, tuple(eos_token_ids), device, kernels
+        self._held = [0] * slots  # what each slot's rows hold that is not neutral
+        self.tables = Tables.empty(slots, vocab, _ROOM if kernels else (0, 0), device)
+        self.grown = 0  # times that tables were replaced by larger ones; who holds the old ones must take the new
+
+    def start(self, slot: int, prompt: Sequence[int], params: SamplingParams, output: Sequence[int] = ()) -> None:
         """A request takes `slot`, and has said `output` already. Raises EngineError, with nothing changed, for tokens
         outside the vocabulary."""
-        words = check_tokens(params, vocab)
-        self._reset(slot)
-        if not processes(params):
+        words = check_tokens(params, self._vocab)
+        wanted, held, tables = processes(params), self._held[slot], self.tables
+        self._held[slot] = wanted
+        if not wanted | held:
             return
-        self._wanted[slot] = params
-        self._prompt_length[slot], self._min_tokens[slot] = len(prompt), params.min_tokens
-        self._set_bias(slot, params, [word[0] for word in words if len(word) == 1], vocab)
-        self._set_penalties(slot, prompt, output, params, vocab)
-        self._set_words(slot, output, [word for word in words if len(word) > 1])
-        ends = (*params.stop_token_ids, *self._eos) if params.min_tokens else ()
-        early = [token for token in ends if 0 <= token < vocab]
-        self._early = F.pad(self._early, (0, max(0, len(early) - self._early.shape[1])), value=-1)
-        self._early[slot, : len(early)] = torch.tensor(early, dtype=torch.int64, device=self._device)
+        tables.wanted[slot] = wanted
+        if wanted & BIAS:
+            tables.bias[slot] = upload(self._bias(params, [word[0] for word in words if len(word) == 1]), self._device)
+        elif held & BIAS:
+            tables.bias[slot] = 0
+        if (wanted | held) & PENALTIES:
+            values = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+            tables.penalties[slot] = to_device(values, torch.float32, self._device)
+        if wanted & PENALTIES:
+            tables.counts[slot] = upload(_counts(output, self._vocab).float(), self._device)
+            tables.prompt[slot] = upload(_counts(prompt, self._vocab) > 0, self._device)
+        tables.min_tokens[slot], tables.prompt_length[slot] = params.min_tokens, len(prompt)
+        if wanted & EARLY:
+            ends = [token for token in (*params.stop_token_ids, *self._eos) if 0 <= token < self._vocab]
+            tables.early[slot] = upload(_counts(ends, self._vocab) > 0, self._device)
+        if (wanted | held) & WORDS:
+            self._set_words(slot, output, [word for word in words if len(word) > 1])
 
-    def release(self, slot: int) -> None:
-        self._wanted.pop(slot, None)
-
-    def _reset(self, slot: int) -> None:
-        """Back to wanting nothing, whatever was noted while others shared a batch with the slot."""
-        self._min_tokens[slot] = 0
-        self._early[slot] = self._words[slot] = self._recent[slot] = -1
-        self._penalties[slot] = torch.tensor([1.0, 0.0, 0.0], device=self._device)
-        for table in (self._bias, self._counts, self._prompt):
-            if len(table):
-                table[slot] = 0
-
-    def _set_bias(self, slot: int, params: SamplingParams, forbidden: Sequence[int], vocab: int) -> None:
-        if not (params.logit_bias or params.allowed_token_ids or forbidden):
-            return
-        if not len(self._bias):
-            self._bias = self._zeros(vocab)
-        row = torch.zeros(vocab)
+    def _bias(self, params: SamplingParams, forbidden: Sequence[int]) -> Tensor:
+        row = torch.zeros(self._vocab)
         if params.allowed_token_ids is not None:
             row.fill_(_NEVER)[list(params.allowed_token_ids)] = 0
         for token, bias in params.logit_bias.items():
             row[token] += bias
         row[list(forbidden)] = _NEVER
-        self._bias[slot] = row
-
-    def _set_penalties(
-        self, slot: int, prompt: Sequence[int], output: Sequence[int], params: SamplingParams, vocab: int
-    ) -> None:
-        values = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-        self._penalties[slot] = torch.tensor(values, device=self._device)
-        if not _penalises(params):
-            return
-        if not len(self._counts):
-            self._counts, self._prompt = self._zeros(vocab), self._zeros(vocab, dtype=torch.bool)
-        self._prompt[slot, list(prompt)] = True
-        self._counts[slot] = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=vocab).float()
+        return row
 
     def _set_words(self, slot: int, output: Sequence[int], words: Sequence[tuple[int, ...]]) -> None:
-        number, longest = self._words.shape[1:]
-        wide = max([longest, *map(len, words)])
-        # padding stands in front, so that the last token of every word is in the last column
-        self._words = F.pad(self._words, (wide - longest, 0, 0, max(0, len(words) - number)), value=-1)
-        for index, word in enumerate(words):
-            self._words[slot, index, wide - len(word) :] = torch.tensor(word, device=self._device)
-        self._recent = F.pad(self._recent, (max(0, wide - 1) - self._recent.shape[1], 0), value=-1)
-        if newest := list(output)[-self._recent.shape[1] :] if self._recent.shape[1] else []:
-            self._recent[slot, -len(newest) :] = torch.tensor(newest, device=self._device)
+        tables = self.tables
+        number, longest = tables.words.shape[1:]
+        wide, high = max([longest, *map(len, words)]), max(number, len(words))
+        if (wide, high) != (longest, number):
+            # padding stands in front, so that the last token of every word is in the last column
+            tables.words = F.pad(tables.words, (wide - longest, 0, 0, high - number), value=-1)
+            tables.recent = F.pad(tables.recent, (wide - 1 - tables.recent.shape[1], 0), value=-1)
+            self.grown += 1
+        rows = [[-1] * (wide - len(word)) + list(word) for word in words] + [[-1] * wide] * (high - len(words))
+        tables.words[slot] = upload(torch.tensor(rows), self._device)
+        newest = ([-1] * wide + list(output))[len(output) + 1 :]
+        tables.recent[slot] = to_device(newest, torch.int64, self._device)
 
-    def apply(self, tree: DraftTree, logits: Tensor, batch: Batch) -> Tensor:
-        """logits: [B, N, V] fp32 of the main model -> the same shape."""
-        if batch.guide is not None:
-            logits = batch.guide.apply(tree.tokens, tree.parents, logits)
-        wanted = self._wanted.values()
-        if not wanted:
+    def apply(self, tree: DraftTree, logits: Tensor, batch: Batch, mask: Tensor | None = None) -> Tensor:
+        """logits: [B, N, V] fp32 of the main model -> the same shape. mask: [B, N, W] int32, what structures allow, one bit
+        per token, for the requests that have one (SamplingBatch.masked)."""
+        processed, tables = batch.sampling.processed, self.tables
+        if not processed and mask is None:
             return logits
+        mask = None if mask is None else mask[:, : tree.nodes]
+        if self._kernels:
+            from mtp_engine.kernels.process import process
+
+            return process(logits, tree, batch.slots, batch.lengths, tables, mask, batch.sampling.masked)
         slots = batch.slots
-        if len(self._bias):
-            logits = logits + self._bias[slots][:, None]
-        if any(map(_penalises, wanted)):
+        if processed & BIAS:
+            logits = logits + tables.bias[slots][:, None]
+        if processed & PENALTIES:
             logits = self._penalise(tree, logits, slots)
-        if any(params.min_tokens for params in wanted):
-            answered = (batch.lengths + 1 - self._prompt_length[slots])[:, None] + tree.depths
-            soon = answered < self._min_tokens[slots][:, None]
-            logits = _forbid(logits, self._early[slots], soon[..., None])
-        if self._words.numel():
-            words = self._words[slots]  # [B, W, L]
+        if processed & EARLY:
+            answered = (batch.lengths + 1 - tables.prompt_length[slots])[:, None] + tree.depths
+            soon = answered < tables.min_tokens[slots][:, None]
+            logits = logits.masked_fill(soon[..., None] & tables.early[slots][:, None], _NEVER)
+        if processed & WORDS and tables.words.numel():
+            words = tables.words[slots]  # [B, W, L]
             before, path = words[:, None, :, :-1], self._path(tree, slots)[:, :, None]
             logits = _forbid(logits, words[..., -1], ((before == path) | (before < 0)).all(-1))
+        if mask is not None:
+            allowed = unpack(mask)[..., : logits.shape[-1]] | (batch.sampling.masked == 0)[:, None, None]
+            logits = logits.masked_fill(~allowed, _NEVER)
         return logits
 
     def _penalise(self, tree: DraftTree, logits: Tensor, slots: Tensor) -> Tensor:
         """All tokens by the committed answer, then those on a node's path anew, with the path's occurrences added."""
-        penalties = self._penalties[slots][:, :, None, None]  # [B, 3, 1, 1]
-        counts, prompt = self._counts[slots][:, None], self._prompt[slots][:, None]  # [B, 1, V]
+        penalties = self.tables.penalties[slots][:, :, None, None]  # [B, 3, 1, 1]
+        counts, prompt = self.tables.counts[slots][:, None], self.tables.prompt[slots][:, None]  # [B, 1, V]
         result = _penalty(logits, counts, prompt, penalties)
         if tree.nodes == 1:
             return result
@@ -148,7 +164,7 @@ class Processors:
 
     def _path(self, tree: DraftTree, slots: Tensor) -> Tensor:
         """The last tokens of the answer at every node, [B, N, L-1]; -1 where the answer is shorter."""
-        recent, found = self._recent[slots], []
+        recent, found = self.tables.recent[slots], []
         node = torch.arange(tree.nodes, device=tree.tokens.device).expand_as(tree.tokens)
         for back in range(recent.shape[1]):
             committed = recent.gather(1, (recent.shape[1] - 1 - back + tree.depths).clamp(max=recent.shape[1] - 1))
@@ -158,17 +174,23 @@ class Processors:
 
     def observe(self, batch: Batch, result: VerifyResult) -> None:
         """A step was kept: its tokens are part of the answers now."""
-        if not self._wanted:
+        processed, tables = batch.sampling.processed, self.tables
+        if not processed & (PENALTIES | WORDS):
             return
-        kept = torch.arange(result.tokens.shape[1], device=result.tokens.device) < result.counts[:, None]
-        if len(self._counts):
+        if self._kernels:
+            from mtp_engine.kernels.process import observe
+
+            observe(batch.slots, result.tokens, result.counts, tables)
+            return
+        if processed & PENALTIES:
+            kept = torch.arange(result.tokens.shape[1], device=result.tokens.device) < result.counts[:, None]
             tokens = torch.where(kept, result.tokens, 0)
             rows = batch.slots[:, None].expand_as(tokens)
-            self._counts.index_put_((rows, tokens), kept.float(), accumulate=True)
-        if width := self._recent.shape[1]:
-            text = torch.cat([self._recent[batch.slots], result.tokens], 1)
+            tables.counts.index_put_((rows, tokens), kept.float(), accumulate=True)
+        if processed & WORDS and (width := tables.recent.shape[1]):
+            text = torch.cat([tables.recent[batch.slots], result.tokens], 1)
             newest = result.counts[:, None] + torch.arange(width, device=text.device)
-            self._recent[batch.slots] = text.gather(1, newest)
+            tables.recent[batch.slots] = text.gather(1, newest)
 
 
 def check_tokens(params: SamplingParams, vocab: int) -> list[tuple[int, ...]]:
@@ -182,23 +204,14 @@ def check_tokens(params: SamplingParams, vocab: int) -> list[tuple[int, ...]]:
     return words
 
 
-def forbids(params: SamplingParams) -> bool:
-    """Whether it may forbid every token at once, if only together with a structure."""
-    return bool(params.bad_words or params.min_tokens or params.allowed_token_ids is not None)
-
-
 def stuck(logits: Tensor, result: VerifyResult) -> Tensor:
     """Which of result.tokens were chosen where nothing could be: [B, D+1] bool. logits: [B, N, V], processed."""
-    return (logits.amax(-1) == _NEVER).gather(1, result.path)
+    return logits.flatten(1).gather(1, result.path * logits.shape[2] + result.tokens) == _NEVER
 
 
-def _penalises(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
-
-
-def processes(params: SamplingParams) -> bool:
-    fixed = params.logit_bias or params.bad_words or params.min_tokens or params.allowed_token_ids is not None
-    return bool(fixed) or _penalises(params)
+def _counts(tokens: Sequence[int], vocab: int) -> Tensor:
+    """How often each token occurs: [V] int64 on the CPU."""
+    return torch.bincount(torch.tensor(tokens, dtype=torch.int64), minlength=vocab)
 
 
 def _penalty(logits: Tensor, counts: Tensor, prompt: Tensor, penalties: Tensor) -> Tensor:
@@ -211,7 +224,7 @@ def _penalty(logits: Tensor, counts: Tensor, prompt: Tensor, penalties: Tensor) 
 
 
 def _forbid(logits: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
-    """-inf for tokens [B, K] at the nodes `where` [B, N, K or 1] says; tokens of -1 are none."""
+    """-inf for tokens [B, K] at the nodes `where` [B, N, K] says; tokens of -1 are none."""
     where = where & (tokens >= 0)[:, None]
     # added, not written: the same token may stand in two columns of which one is off
     penalty = torch.where(where, _NEVER, 0.0)

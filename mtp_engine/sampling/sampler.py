@@ -106,6 +106,11 @@ def truncate(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """
     if not batch.truncated:
         return logits
+    return logits.masked_fill(logits < floors(logits, batch), -float("inf"))
+
+
+def floors(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """The smallest logit that `truncate` leaves: [B, N, 1] fp32. Tokens that tie with it stay, too."""
     temperature = batch.temperature.clamp(min=1e-6).view(-1, 1, 1)
     top_p, min_p, top_k = (value.view(-1, 1, 1) for value in (batch.top_p, batch.min_p, batch.top_k))
     vocab = logits.shape[-1]
@@ -115,8 +120,7 @@ def truncate(logits: Tensor, batch: SamplingBatch) -> Tensor:
     kth = best.gather(-1, (top_k - 1).clamp(0, wanted - 1).expand(*best.shape[:2], 1))
     floor = best[..., :1] + temperature * min_p.log()
     floor = torch.maximum(floor, kth.masked_fill(top_k == 0, -float("inf")))
-    logits = logits.masked_fill(logits < floor, -float("inf"))
-    total = (logits / temperature).logsumexp(-1, keepdim=True)
+    total = (logits.masked_fill(logits < floor, -float("inf")) / temperature).logsumexp(-1, keepdim=True)
     while True:
         probability = (best / temperature - total).exp()
         above = probability.cumsum(-1) - probability  # mass of the tokens sorted before this one
@@ -126,9 +130,8 @@ def truncate(logits: Tensor, batch: SamplingBatch) -> Tensor:
         best = logits.topk(wanted, dim=-1).values
     kept = (above < top_p) | (top_p >= 1)
     kept[..., 0] = True
-    # tokens that tie with the last one kept stay too, wherever the sort put them
-    floor = best.masked_fill(~kept, float("inf")).amin(-1, keepdim=True)
-    return logits.masked_fill((logits < floor) & (top_p < 1), -float("inf"))
+    last = best.masked_fill(~kept, float("inf")).amin(-1, keepdim=True)
+    return torch.where(top_p < 1, torch.maximum(floor, last), floor)
 
 
 def choose(logits: Tensor, depths: Tensor, max_depth: int, lengths: Tensor, batch: SamplingBatch) -> Tensor:

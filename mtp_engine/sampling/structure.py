@@ -87,11 +87,13 @@ class GrammarState:
     def __init__(self, matcher: Any, vocab: int, eos: Sequence[int], closer: "Closer | None" = None) -> None:
         self._matcher, self._eos, self._closer, self._said = matcher, frozenset(eos), closer, 0
         self._free = torch.full((-(-vocab // 32),), -1, dtype=torch.int32)
+        self._nothing = bytes(4 * len(self._free))
         self._known: dict[tuple[int, ...], Tensor] = {}
         self._over = False
 
     def mask(self, path: tuple[int, ...]) -> Tensor:
-        """[W] int32, one bit per token; all ones after the end and after a path that the grammar forbids."""
+        """[W] int32, one bit per token; all ones after the end, after a path that the grammar forbids, and where nothing may
+        follow."""
         if self._over or self._eos & set(path):
             return self._free
         if path not in self._known:
@@ -112,6 +114,8 @@ class GrammarState:
 
     def _read(self) -> Tensor:
         bits = bytearray(self._matcher.compute_bitmask())
+        if bits == self._nothing:
+            return self._free
         return torch.frombuffer(bits, dtype=torch.int32)[: len(self._free)]
 
     @property

@@ -9,7 +9,7 @@ from mtp_engine.async_engine import AsyncEngine
 from mtp_engine.attention.rows import StepRows
 from mtp_engine.engine import Engine
 from mtp_engine.runtime.loop import DecodeLoop
-from mtp_engine.sampling.logprobs import TokenLogprob, emitted_logprobs
+from mtp_engine.sampling.logprobs import Notes, TokenLogprob, emitted_logprobs
 from mtp_engine.serve.errors import ApiError
 from mtp_engine.tree import VerifyResult
 
@@ -46,4 +46,5 @@ def _score(engine: Engine, loop: DecodeLoop, tokens: Sequence[int], start: int, 
         hidden = work.model.forward(given[:, :-1], rows.positions, work.attention(work.cache, rows))
         path = torch.arange(count, device=work.device)[None]
         result = VerifyResult(path, given[:, 1:], torch.full_like(rows.slots, count))
-        return emitted_logprobs(work.model.logits(hidden), result, most)[0]
+        notes = Notes(emitted_logprobs(work.model.logits(hidden), result, most).cpu())
+        return notes.read(0, tokens[1:], most)

@@ -1,0 +1,99 @@
+"""The smallest logit that min-p, top-k and top-p leave, per node: one launch, without sorting.
+
+Twin: sampling.sampler.floors. A program looks for one row's floor by halving: what a value leaves above itself, tokens for
+top-k and probability for top-p, falls as the value rises. Every look at the row also tells the nearest logits on both
+sides, so that a few looks find the very logit. Sums are split at absolute indices and added in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mtp_engine.kernels.arrival import check_contiguous
+from mtp_engine.kernels.launch import pdl
+
+_TILE, _WARPS = 8192, 32
+
+
+@triton.jit
+def _look(row, vocab, at, base, top, heat, COUNT: tl.constexpr, TILE: tl.constexpr):
+    """Of the logits from `base` on: the weight of those above `at`, the nearest above it and the nearest not above it."""
+    weight = tl.zeros([TILE], tl.float32)
+    above, below = tl.full([TILE], float("inf"), tl.float32), tl.full([TILE], -float("inf"), tl.float32)
+    for start in range(0, vocab, TILE):
+        token = start + tl.arange(0, TILE)
+        x = tl.load(row + token, mask=token < vocab, other=-float("inf"))
+        over, under = (x > at) & (x >= base), (x <= at) & (x >= base)
+        if COUNT:
+            weight += tl.where(over, 1.0, 0.0)
+        else:
+            weight += tl.where(over, tl.exp((x - top) / heat), 0.0)
+        above = tl.where(over, tl.minimum(above, x), above)
+        below = tl.where(under, tl.maximum(below, x), below)
+    return tl.sum(weight, 0), tl.min(above, 0), tl.max(below, 0)
+
+
+@triton.jit
+def _search(row, vocab, base, top, heat, limit, COUNT: tl.constexpr, TILE: tl.constexpr):
+    """The smallest logit from `base` on that has less weight than `limit` above it. base, top: logits of the row."""
+    low, high, at = base, top, base
+    looking = low < high
+    while looking:
+        weight, above, below = _look(row, vocab, at, base, top, heat, COUNT, TILE)
+        kept = weight < limit
+        alone = (below <= low) & (at != base)  # no logit lies between what is known to go and here
+        # kept: all above, and the nearest below, which has as much above it; else all below goes
+        high = tl.where(kept, tl.where(alone, above, below), high)
+        looking = tl.where(kept, (at != base) & (alone == 0), above < high)
+        low = tl.where(kept, low, at)
+        middle = low + (high - low) / 2
+        at = tl.where(middle < high, middle, low)
+    return high
+
+
+@triton.jit
+def _floors_kernel(
+    logits, temperature, top_k, top_p, min_p, out, vocab, stride_b, stride_n, N, TILE: tl.constexpr, PDL: tl.constexpr
+):
+    """Program (node, request)."""
+    n, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    heat, k, p, m = tl.load(temperature + b), tl.load(top_k + b), tl.load(top_p + b), tl.load(min_p + b)
+    floor = heat * 0.0 - float("inf")
+    if (heat > 0) & ((k > 0) | (p < 1) | (m > 0)):
+        row = logits + b * stride_b + n.to(tl.int64) * stride_n
+        highest, lowest = tl.full([TILE], -float("inf"), tl.float32), tl.full([TILE], float("inf"), tl.float32)
+        for start in range(0, vocab, TILE):
+            token = start + tl.arange(0, TILE)
+            x = tl.load(row + token, mask=token < vocab, other=-float("inf"))
+            highest = tl.maximum(highest, x)
+            lowest = tl.where(x > -float("inf"), tl.minimum(lowest, x), lowest)
+        top, least = tl.max(highest, 0), tl.min(lowest, 0)
+        if top > -float("inf"):
+            if m > 0:
+                floor = top + heat * tl.log(m)
+            if k > 0:
+                floor = tl.maximum(floor, _search(row, vocab, least, top, heat, k.to(tl.float32), True, TILE))
+            if p < 1:
+                total, base, _ = _look(row, vocab, -float("inf"), tl.maximum(floor, least), top, heat, False, TILE)
+                floor = tl.maximum(floor, _search(row, vocab, base, top, heat, p * total, False, TILE))
+    tl.store(out + b * N + n, floor)
+
+
+def floors(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """[B, N] fp32; -inf where nothing is cut off: at temperature 0, and where all three are off.
+
+    logits: [B, N, V] fp32, last dimension contiguous; temperature, top_p, min_p: [B] fp32; top_k: [B] int64.
+    """
+    batch, nodes, vocab = logits.shape
+    assert logits.stride(2) == 1
+    check_contiguous(temperature, top_k, top_p, min_p)
+    out = torch.empty(batch, nodes, dtype=torch.float32, device=logits.device)
+    _floors_kernel[(nodes, batch)](
+        logits, temperature, top_k, top_p, min_p, out, vocab, logits.stride(0), logits.stride(1), nodes, TILE=_TILE,
+        PDL=pdl(), launch_pdl=pdl(), num_warps=_WARPS,
+    )  # fmt: skip
+    return out

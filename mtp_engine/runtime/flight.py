@@ -1,0 +1,66 @@
+"""Steps that run on a device while the host goes on, and the moments by which their halves are timed."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, final
+
+from torch import Tensor
+
+from mtp_engine.runtime.request import Landed
+from mtp_engine.sampling.logprobs import Notes
+
+
+class Mark(Protocol):
+    """A moment on the device's time line: a torch.cuda.Event, or HostMark."""
+
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+    def elapsed_time(self, end: Any) -> float: ...  # ms
+
+
+@final
+class HostMark:
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "HostMark") -> float:
+        return (end.at - self.at) * 1e3
+
+
+@final
+class Flight:
+    """A step in flight (a Launched). marks: when it began, had drafted, had verified, and was on the host."""
+
+    def __init__(
+        self,
+        table: Tensor,
+        notes: Tensor | None,
+        failed: Mapping[tuple[int, tuple[int, ...]], str],
+        marks: Sequence[Mark],
+    ) -> None:
+        self._table, self._notes, self._failed, self._marks = table, notes, failed, marks
+        self._landed: Landed | None = None
+
+    def wait(self) -> Landed:
+        if self._landed is None:
+            start, drafted, end, landed = self._marks
+            landed.synchronize()
+            draft_s, verify_s = start.elapsed_time(drafted) / 1e3, drafted.elapsed_time(end) / 1e3
+            notes = None if self._notes is None else Notes(self._notes)
+            self._landed = Landed(self._table.tolist(), draft_s, verify_s, notes, self._failed)
+        return self._landed
+
+
+@final
+class Reading:
+    """A prompt's chunk in flight (a Launched)."""
+
+    def __init__(self, start: Mark, end: Mark) -> None:
+        self._start, self._end = start, end
+
+    def wait(self) -> Landed:
+        self._end.synchronize()
+        return Landed([], 0.0, self._start.elapsed_time(self._end) / 1e3)

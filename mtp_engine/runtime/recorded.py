@@ -1,0 +1,125 @@
+"""A step recorded over fixed tensors: as two CUDA graphs, or as the operations themselves."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor
+
+from mtp_engine.runtime.request import Members
+from mtp_engine.runtime.step import ModelStep
+from mtp_engine.sampling.batch import SamplingBatch
+from mtp_engine.tree import DraftTree
+
+
+@final
+class Uncaptured:
+    """A step that runs operation by operation (a Recorded): on a CPU, and where a GPU cannot capture it."""
+
+    def __init__(self, step: ModelStep, members: Members, bound: int, mask: Tensor | None) -> None:
+        self._step, self._members, self._bound, self._mask = step, members, bound, mask
+
+    def draft(self) -> DraftTree:
+        self._drafted = self._step.draft(self._members, self._bound)
+        return self._drafted[1]
+
+    def verify(self) -> tuple[Tensor, Tensor | None]:
+        return self._step.verify(self._members, *self._drafted, self._mask)
+
+
+@final
+class Lane:
+    """Where steps are captured: graphs share their memory, as only one runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@final
+class Captured:
+    """A step as CUDA graphs (a Recorded). Operations run once before they are captured, so that kernels are compiled."""
+
+    def __init__(
+        self,
+        step: ModelStep,
+        members: Members,
+        bound: int,
+        mask: Tensor | None,
+        lane: "Lane",
+        refresh: Callable[[], None],
+    ) -> None:
+        self._draft, self._verify = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        before = torch.cuda.current_stream(members.slots.device)
+        lane.stream.wait_stream(before)
+        with torch.cuda.stream(lane.stream), no_collection():
+            step.verify(members, *step.draft(members, bound), mask)
+            refresh()  # plans exist from now on; the first ones were made for nothing
+            lane.stream.synchronize()
+            with torch.cuda.graph(self._draft, pool=lane.pool, stream=lane.stream):
+                self._drafted = step.draft(members, bound)
+            with torch.cuda.graph(self._verify, pool=lane.pool, stream=lane.stream):
+                self._result = step.verify(members, *self._drafted, mask)
+        before.wait_stream(lane.stream)
+
+    def draft(self) -> DraftTree:
+        self._draft.replay()
+        return self._drafted[1]
+
+    def verify(self) -> tuple[Tensor, Tensor | None]:
+        self._verify.replay()
+        return self._result
+
+
+class Recorded(Protocol):
+    """The two halves of a step over fixed tensors. What they return is overwritten when they run again."""
+
+    def draft(self) -> DraftTree: ...
+
+    def verify(self) -> tuple[Tensor, Tensor | None]:
+        """See ModelStep.verify."""
+
+
+@final
+@dataclass
+class Prepared:
+    """A recorded step and the tensors that it reads: those of its members, and [B, N, W] int32 that structures allow."""
+
+    members: Members
+    mask: Tensor | None
+    halves: Recorded
+    loaded: Members | None = None  # whose slots and parameters are in there
+
+    def load(self, members: Members, scratch: int) -> None:
+        if self.loaded is members:
+            return
+        count, held, self.loaded = len(members.slots), self.members, members
+        held.slots.fill_(scratch)
+        held.slots[:count].copy_(members.slots)
+        for ours, theirs in zip(_tensors(held.sampling), _tensors(members.sampling), strict=True):
+            ours[:count].copy_(theirs)
+        if held.limits and members.limits:
+            held.limits.widths[:count].copy_(members.limits.widths)
+            held.limits.nodes[:count].copy_(members.limits.nodes)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Garbage may hold graphs of other loops, and freeing one spoils a capture."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _tensors(sampling: SamplingBatch) -> list[Tensor]:
+    values = (getattr(sampling, field.name) for field in fields(sampling))
+    return [value for value in values if isinstance(value, Tensor)]

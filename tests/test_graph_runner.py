@@ -1,0 +1,247 @@
+"""The runner of CUDA graphs, on a CPU: the same padded steps over the same fixed tensors, operation by operation."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from test_decode_loop import CONTEXT, CPU, SLOTS, VOCAB, Models, prompts
+from tiny import Sums
+
+from mtp_engine.assemble import decode_loop
+from mtp_engine.cache import HybridKV, Pages
+from mtp_engine.config import SamplingParams, Structure, TreeShape
+from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter, TorchDraftOps
+from mtp_engine.errors import EngineError
+from mtp_engine.protocols import Drafter, Verifier
+from mtp_engine.runtime import cuda_graph
+from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner, Key
+from mtp_engine.runtime.loop import DecodeLoop
+from mtp_engine.runtime.request import Request
+from mtp_engine.runtime.step import EagerRunner
+from mtp_engine.verifiers import (
+    BlockVerifier,
+    MatchVerifier,
+    RejectionVerifier,
+    RRSVerifier,
+    TraversalVerifier,
+)
+
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 0.9, "stop_token_ids": (5, 44)},
+    "truncated": {"temperature": 1.2, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    "penalties": {"frequency_penalty": 0.6, "repetition_penalty": 1.2, "presence_penalty": 0.3, "temperature": 0.8},
+    "bias": {"logit_bias": {5: 3.0}, "bad_words": ((3,), (7, 9)), "allowed_token_ids": tuple(range(1, VOCAB))},
+    "early": {"min_tokens": 12, "stop_token_ids": tuple(range(30)), "temperature": 0.7},
+    "logprobs": {"logprobs": 3, "temperature": 0.5},
+    "structure": {"structure": Structure(regex="any"), "temperature": 0.8},
+    "no drafts": {"speculate": False, "temperature": 0.9},
+    "small tree": {"tree": TreeShape.parse("2x1"), "temperature": 0.9},
+    "all": {"structure": Structure(regex="any"), "logprobs": 1, "frequency_penalty": 0.5, "bad_words": ((8, 8), (4,)),
+            "temperature": 1.1, "top_p": 0.95, "tree": TreeShape.parse("chain:2")},
+    "stuck": {"allowed_token_ids": (3, 7, 9), "bad_words": ((9, 3), (9, 7), (9, 9)), "temperature": 2.0},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("graphs"))
+
+
+def loop_of(
+    models: Models, drafter: Drafter, verifier: Verifier | None = None, in_flight: int = 2, **changes: Any
+) -> DecodeLoop:
+    """One whose steps are recorded. in_flight 0: one whose steps are not."""
+    layers = [layer.attention for layer in models.main.config.layers]
+    cache = HybridKV(
+        [replace(layers[0], window=12), *layers[1:]],
+        Pages(slots=SLOTS + 1, tokens=changes.pop("tokens", 2048), page_size=8, device=CPU), max_nodes=drafter.max_nodes,
+        behind=3 * (drafter.depth + 1), dtype=torch.float32,
+    )  # fmt: skip
+    assert cache.pages.reserve(SLOTS, SCRATCH_TOKENS)
+    runner: Any = partial(GraphRunner, in_flight=in_flight, scratch=SLOTS, device=CPU) if in_flight else EagerRunner
+    given: dict[str, Any] = {
+        "slots": SLOTS,
+        "max_context": CONTEXT,
+        "prefill_chunk": 16,
+        "eos_token_ids": [],
+        **changes,
+    }
+    return decode_loop(
+        models.main,
+        cache,
+        drafter,
+        verifier or MatchVerifier(),
+        device=CPU,
+        runner=runner,
+        grammars=lambda _: Sums(),
+        **given,
+    )
+
+
+def drafter_of(name: str, models: Models) -> Drafter:
+    if name == "root":
+        return RootDrafter()
+    if name == "ngram":
+        return NgramDrafter(4, slots=SLOTS + 1, max_context=CONTEXT, device=CPU)
+    return MTPDrafter(models.mtp, TreeShape.parse(name), slots=SLOTS + 1)
+
+
+def waves(loop: DecodeLoop, params: Sequence[SamplingParams]) -> list[Request]:
+    """A request joins at every second step; the third is dropped and asked anew on the way, the fifth preempted."""
+    requests: list[Request] = []
+    for number, each in enumerate(params):
+        requests.append(loop.add(prompts()[number % SLOTS], each))
+        for _ in range(2):
+            loop.step()
+        if number == 2:
+            loop.remove(requests.pop())
+            requests.append(loop.add(prompts()[number], each))
+        if number == 4 and (running := [r for r in loop.scheduler.running if not r.finish_reason]):
+            while loop._flying:
+                loop._land(*loop._flying.popleft())
+            loop.scheduler._requeue(next((r for r in running if not r.finish_reason), running[0]))
+    while loop.requests:
+        loop.step()
+    return requests
+
+
+@pytest.fixture(scope="module")
+def alone(models: Models) -> list[Request]:
+    """Each kind alone, plain and not recorded."""
+    return [solo(loop_of(models, RootDrafter(), in_flight=0), number, each) for number, each in enumerate(params())]
+
+
+def solo(loop: DecodeLoop, number: int, params: SamplingParams) -> Request:
+    request = loop.add(prompts()[number % SLOTS], params)
+    while loop.requests:
+        loop.step()
+    return request
+
+
+def params() -> list[SamplingParams]:
+    return [SamplingParams(max_tokens=30, seed=50 + i, **kind) for i, kind in enumerate(KINDS.values())]
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+@pytest.mark.parametrize("name", ["root", "3x2", "tree:6", "ngram"])
+def test_all_kinds_together_say_what_each_says_alone(
+    models: Models, alone: list[Request], name: str, in_flight: int
+) -> None:
+    """Requests of all kinds join, leave, are dropped and preempted while steps are in flight; nothing is recorded late."""
+    loop = loop_of(models, drafter_of(name, models), in_flight=in_flight)
+    loop.work.processors.start(0, [1], SamplingParams(bad_words=((1, 2),) * 3))  # tables for all that comes
+    loop.runner.capture(SLOTS, CONTEXT, lambda *_: None)
+    runner: Any = loop.runner
+    recorded = runner.recorded
+    found = waves(loop, params())
+    for number, kind in enumerate(KINDS):
+        mine, theirs = found[number], alone[number]
+        assert (mine.output, mine.finish_reason, mine.error) == (theirs.output, theirs.finish_reason, theirs.error), (
+            kind
+        )
+        assert [(p.token, p.rank) for p in mine.logprobs] == [(p.token, p.rank) for p in theirs.logprobs]
+    assert (runner.late, runner.recorded) == (0, recorded)
+    bare = {key.bare for key, held in runner._prepared.items() if held.loaded}
+    assert bare == {True, False}, "both kinds of recorded steps ran"
+
+
+@pytest.mark.parametrize("rule", [RejectionVerifier, BlockVerifier, RRSVerifier, TraversalVerifier])
+def test_other_rules_are_recorded(models: Models, rule: Any) -> None:
+    """Padding and fixed tensors change nothing of what a rule says."""
+    shape = "chain:3" if rule in (RejectionVerifier, BlockVerifier) else "3x2"
+
+    def drafter() -> MTPDrafter:
+        return MTPDrafter(models.mtp, TreeShape.parse(shape), slots=SLOTS + 1, ops=TorchDraftOps("drawn"))
+
+    wanted = [each for each in params() if each.structure is None]  # a guide has no part in recorded drafts
+    found = waves(loop_of(models, drafter(), rule()), wanted)
+    expected = [solo(loop_of(models, drafter(), rule(), in_flight=0), *each) for each in enumerate(wanted)]
+    assert [r.output for r in found] == [r.output for r in expected]
+
+
+def test_words_beyond_the_tables_are_recorded_anew(models: Models, caplog: pytest.LogCaptureFixture) -> None:
+    """Tables that grow leave no step that reads the old ones; it is said, as it holds all up."""
+    loop = loop_of(models, drafter_of("3x2", models))
+    loop.runner.capture(SLOTS, CONTEXT, lambda *_: None)
+    wanted = [
+        SamplingParams(max_tokens=20, temperature=1.0, seed=1, bad_words=((4, 5),)),
+        SamplingParams(max_tokens=20, temperature=1.0, seed=2, bad_words=((9, 8, 7, 6), (1, 2))),
+    ]
+    found = waves(loop, wanted)
+    expected = [solo(loop_of(models, RootDrafter(), in_flight=0), *each) for each in enumerate(wanted)]
+    assert [r.output for r in found] == [r.output for r in expected]
+    runner: Any = loop.runner
+    assert runner.late > 0
+    assert "in the midst of the work" in caplog.text
+    assert {key.tables for key in runner._prepared if not key.bare} == {loop.work.processors.grown}
+
+
+def test_what_is_captured_at_load(models: Models) -> None:
+    """All batch sizes up to the largest, all bounds, and for each five kinds of steps."""
+    loop = loop_of(models, drafter_of("3x2", models))
+    said: list[tuple[str, int, int | None]] = []
+    loop.runner.capture(SLOTS, 600, lambda *each: said.append(each))
+    runner: Any = loop.runner
+    assert set(runner._prepared) == {
+        Key(batch, bound, *kind)
+        for batch in (1, 2, 3, 4) for bound in (512, 2048)
+        for kind in ((False, True), (False, False), (True, True), (True, False), (True, False, True))
+    }  # fmt: skip
+    assert said[0] == ("capturing CUDA graphs", 0, 40)
+    assert said[-1][1:] == (40, 40)
+
+
+def test_a_full_memory_names_what_to_lower(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = loop_of(models, drafter_of("3x2", models))
+    recorded = GraphRunner._record
+
+    def record(self: GraphRunner, key: Key) -> None:
+        if key.batch < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        recorded(self, key)
+
+    monkeypatch.setattr(GraphRunner, "_record", record)
+    with pytest.raises(
+        EngineError, match=r"full after 10 of 20 CUDA graphs: lower max_batch, max_context or kv_tokens"
+    ):
+        loop.runner.capture(SLOTS, CONTEXT, lambda *_: None)
+
+
+def test_what_cannot_be_captured_says_so_once_and_runs(
+    models: Models, alone: list[Request], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Refused:
+        def __init__(self, *_: Any) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    loop = loop_of(models, drafter_of("3x2", models))
+    runner: Any = loop.runner
+    monkeypatch.setattr(cuda_graph, "Captured", Refused)
+    monkeypatch.setattr(runner, "_lane", "of a GPU")
+    request = solo(loop, 1, params()[1])
+    assert request.output == alone[1].output
+    assert (
+        caplog.text.count("without CUDA graphs, which is many times slower: operation not permitted") == runner.recorded
+    )
+    assert request.stats.steps > runner.recorded
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_a_structure_waits_for_the_host_and_nobody_else(models: Models, in_flight: int) -> None:
+    """Its masks are made of what steps in flight say, which is asked for its own request alone."""
+    loop = loop_of(models, drafter_of("3x2", models), in_flight=in_flight)
+    asked: list[Request] = []
+    said = loop._said
+    loop._said = lambda request: asked.append(request) or said(request)  # type: ignore[method-assign, func-returns-value]
+    most = 0
+    structured = loop.add(prompts()[0], SamplingParams(max_tokens=30, seed=1, structure=Structure(regex="any")))
+    loop.add(prompts()[1], SamplingParams(max_tokens=30, seed=2))
+    while loop.requests:
+        loop.step()
+        most = max(most, len(loop._flying))
+    assert set(asked) == {structured}
+    assert most == in_flight - 1
