@@ -225,6 +225,19 @@ def test_slots_do_not_inherit(models: Models) -> None:
         assert found[pair.index(wishes)].output != alone.output
 
 
+def test_a_slot_forgets_how_long_prompts_were() -> None:
+    """A short prompt in a slot that had long ones, beside a request with min_tokens: nothing is too early in it."""
+    processors = Processors(slots=2, vocab=VOCAB, eos_token_ids=[EOS], device=CPU)
+    late, plain = SamplingParams(min_tokens=9), SamplingParams()
+    for prompt, params in (([1] * 60, late), ([1] * 60, plain), ([1], plain)):
+        processors.start(0, prompt, params)
+    processors.start(1, [1], late)
+    sampling = SamplingBatch.build([plain, late], [0, 0], CPU)
+    batch: Any = Step(torch.tensor([0, 1]), torch.tensor([0, 0]), sampling)
+    found = processors.apply(DraftTree.root(torch.tensor([1, 1])), torch.zeros(2, 1, VOCAB), batch)
+    assert found[:, 0, EOS].tolist() == [0, -math.inf]
+
+
 @pytest.mark.parametrize(
     "wrong", [{"logit_bias": {VOCAB: 1.0}}, {"bad_words": ("text",)}, {"allowed_token_ids": (-1,)}]
 )

@@ -85,9 +85,7 @@ class GraphRunner:
         self._words = -(-step.model.vocab_size // 32)
         most = bucket(scratch) * step.drafter.max_nodes * self._words
         self._masks = torch.full((most,), -1, dtype=torch.int32, device=device)  # all recorded steps read it
-        self._written = torch.full(
-            (most,), -1, dtype=torch.int32, pin_memory=self._cuda
-        )  # what goes there, on the host
+        self._written = torch.full((most,), -1, dtype=torch.int32, pin_memory=self._cuda)  # the same on the host
 
     def capture(self, batch: int, longest: int, progress: Progress) -> str:
         """See Runner. Raises EngineError where memory is not enough."""
@@ -96,7 +94,7 @@ class GraphRunner:
         bounds = {bound_bucket(bound) for bound in range(1, longest + 1, _SMALLEST_BOUND)} | {bound_bucket(longest)}
         sizes = sorted(
             {bucket(size) for size in range(1, batch + 1)}, reverse=True
-        )  # the largest make room for the others
+        )  # large ones make room for the rest
         kinds, tables = [(False, True, False), (False, False, False)], self._step.processors.grown
         if self._step.drafter.max_nodes > 1:
             kinds += [(True, True, False), (True, False, False), (True, False, True)]
@@ -185,8 +183,11 @@ class GraphRunner:
 
     def _record(self, key: Key) -> None:
         """Make a step ready for any members of that kind. Where it cannot be captured it will run slowly, which is said."""
-        if not key.bare:  # graphs over tables that are too small by now are of no use
-            self._prepared = {k: held for k, held in self._prepared.items() if k.bare or k.tables == key.tables}
+        stale = [k for k in self._prepared if not (k.bare or key.bare or k.tables == key.tables)]
+        if stale:  # they hold tables that are too small by now, and may be running
+            self.settle()
+        for each in stale:
+            del self._prepared[each]
         slots = torch.full((key.batch,), self._scratch, device=self._device)
         limits = TreeLimits.none(key.batch, self._device) if key.limited else None
         sampling = SamplingBatch.room(key.batch, self._device, bare=key.bare)

@@ -48,7 +48,7 @@ class Guide:
 
     def begin(self, requests: Sequence[T], said: Callable[[T], Sequence[int]]) -> None:
         """Another step. said: what steps in flight emit for a request, which its constraint has not been told yet."""
-        self._said = {row: tuple(said(requests[row])) for row in self.rows}
+        self._said, self.failed = {row: tuple(said(requests[row])) for row in self.rows}, {}
 
     def fill(self, masks: Tensor, tokens: list[list[int]], parents: list[list[int]], sizes: list[int]) -> None:
         """For the main model: write into masks, [B, N, W] int32 on the CPU, what may follow the first sizes[b] nodes of a tree.

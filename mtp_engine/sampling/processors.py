@@ -137,7 +137,8 @@ class Processors:
             logits = self._penalise(tree, logits, slots)
         if processed & EARLY:
             answered = (batch.lengths + 1 - tables.prompt_length[slots])[:, None] + tree.depths
-            soon = answered < tables.min_tokens[slots][:, None]
+            least = tables.min_tokens[slots][:, None]
+            soon = (answered < least) & (least > 0)  # of who wants none no prompt_length is kept
             logits = logits.masked_fill(soon[..., None] & tables.early[slots][:, None], _NEVER)
         if processed & WORDS and tables.words.numel():
             words = tables.words[slots]  # [B, W, L]
