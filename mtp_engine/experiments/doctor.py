@@ -19,11 +19,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mtp_engine.assemble import load_main, make_loop, mtp_drafter
+from mtp_engine.assemble import load_main, make_loop
 from mtp_engine.config import EngineConfig, MTPConfig, SamplingParams, TreeShape
 from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
 from mtp_engine.experiments.prompts import read_prompts
+from mtp_engine.experiments.record import watched
 from mtp_engine.hub import hub
 from mtp_engine.models import loader
 from mtp_engine.models.mtp import MTPModule
@@ -215,7 +216,7 @@ class _Reader:
 def read(engine: Engine, module: MTPModule, texts: Sequence[Text]) -> list[Forced]:
     """Have layers read finished texts as prompts."""
     reader, config = _Reader(module), replace(engine.config, max_batch=1)
-    drafter = mtp_drafter(cast(MTPModule, reader), config, replace(engine.backend, fuse_mtp=lambda same: same))
+    drafter = watched(engine, reader, config)
     loop = make_loop(engine.model, drafter, config, engine.backend, slots=1, tokenizer=engine.tokenizer)
     found = []
     for text in texts:

@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 from mtp_engine.assemble import make_loop
+from mtp_engine.config import EngineConfig
 from mtp_engine.drafters import LazyMTPDrafter, MTPDrafter, TorchDraftOps
+from mtp_engine.drafters.expand import DraftOps
 from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
 from mtp_engine.experiments.grid import Case
 from mtp_engine.experiments.prompts import Encoded
 from mtp_engine.experiments.rows import Done, request_row
-from mtp_engine.experiments.wide import ROOM, WIDEST, WideOps, in_columns
+from mtp_engine.experiments.wide import BEAM, ROOM, WIDEST, WideOps, in_columns
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Attention, Verifier
 from mtp_engine.runtime.step import EagerRunner
@@ -78,15 +80,24 @@ def recording(engine: Engine) -> tuple["Recorder", Engine]:
     probe = Probe(drafter.module)
     on_cpu = drafter.module.draft_ids.device.type == "cpu"
     ops = WideOps(drafter.module.config.depth, engine.backend.ops("noise") if on_cpu else TorchDraftOps("noise"))
-    wide = MTPDrafter(
-        cast(MTPModule, probe), WIDEST, slots=config.max_batch + 1, beam=ROOM, attention=engine.backend.attention,
-        ops=ops, ring_page=engine.backend.ring_page, ring_rows=engine.backend.ring_rows,
-    )  # fmt: skip
+    wide = watched(engine, probe, config, ops, ROOM)
     backend = replace(engine.backend, runner=lambda slots: EagerRunner, in_flight=1)
     loop = make_loop(engine.model, wide, config, backend, slots=config.max_batch, tokenizer=engine.tokenizer)
     recorder = Recorder(loop.work.verifier, probe, ops)
     loop.work.verifier = recorder
     return recorder, Engine(engine.model, loop, engine.tokenizer, config, engine.backend)
+
+
+def watched(
+    engine: Engine, module: Any, config: EngineConfig, ops: DraftOps | None = None, beam: int = BEAM
+) -> MTPDrafter:
+    """A drafter that runs an engine's layers one by one, so that what wraps them as `module` sees every row."""
+    assert config.tree is not None
+    backend = engine.backend
+    return MTPDrafter(
+        cast(MTPModule, module), config.tree, slots=config.max_batch + 1, beam=beam, attention=backend.attention,
+        ops=ops or backend.ops("noise"), ring_page=backend.ring_page, ring_rows=backend.ring_rows,
+    )  # fmt: skip
 
 
 @final
