@@ -22,13 +22,13 @@ from torch import Tensor
 from mtp_engine.assemble import make_loop
 from mtp_engine.config import EngineConfig
 from mtp_engine.drafters import LazyMTPDrafter, MTPDrafter, TorchDraftOps
-from mtp_engine.drafters.expand import DraftOps
+from mtp_engine.drafters.expand import BEAM, DraftOps
 from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
 from mtp_engine.experiments.grid import Case
 from mtp_engine.experiments.prompts import Encoded
 from mtp_engine.experiments.rows import Done, request_row
-from mtp_engine.experiments.wide import BEAM, ROOM, WIDEST, WideOps, in_columns
+from mtp_engine.experiments.wide import ROOM, WIDEST, WideOps, in_columns
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Attention, Verifier
 from mtp_engine.runtime.step import EagerRunner
