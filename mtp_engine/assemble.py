@@ -246,7 +246,8 @@ def measured_costs(model: Decoder, module: MTPModule, config: EngineConfig, back
     where a step takes long. model, module: fused."""
     depth, tokens, seconds = module.config.depth, 512, 2.0
     planner = Planner(Costs([0.0] * (depth + 1), {}))
-    drafter = mtp_drafter(module, replace(config, max_batch=1), backend, planner)
+    config = replace(config, max_batch=1, tree=TreeShape.parse("auto"), verifier="match", candidates="auto")
+    drafter = mtp_drafter(module, config, backend, planner)
     pages = Pages(slots=2, tokens=2 * tokens, page_size=16, device=model.embedding.device)
     cache = HybridKV(
         [layer.attention for layer in model.config.layers], pages, max_nodes=drafter.max_nodes, behind=drafter.depth + 1,

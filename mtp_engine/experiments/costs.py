@@ -101,8 +101,12 @@ def _planned(engine: Engine, trees: Sequence[str], batches: Sequence[int]) -> di
     rows = {PLAIN + PLANNER: {batch: table.draft[0] + table.verifying(batch) for batch in batches}}
     for shape in map(TreeShape.parse, trees):
         depth = min(module.config.depth, shape.best) if shape.best else len(shape.widths)
-        nodes = min(shape.max_nodes, 1 + sum(keep for _, keep in levels_of(shape, depth)))
-        rows[f"{shape}{PLANNER}"] = {batch: table.draft[depth] + table.verifying(batch * nodes) for batch in batches}
+        keeps = [keep for _, keep in levels_of(shape, depth)]
+        nodes, drafted_from = min(shape.max_nodes, 1 + sum(keeps)), 1 + sum(keeps[:-1])
+        rows[f"{shape}{PLANNER}"] = {
+            batch: table.drafting(depth, batch * drafted_from - depth) + table.verifying(batch * nodes)
+            for batch in batches
+        }
     return rows
 
 
