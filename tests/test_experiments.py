@@ -433,7 +433,7 @@ def test_asking_at_the_command_line(recorded: Experiment) -> None:
     for rule in ("rrs", "traversal", "typical", "nonsense"):
         result = command("ask", recorded.path, "--tree", "chain:2", "--verifier", rule)
         assert (result.exit_code, result.stderr.count("decode for real")) == (2, 1), result.output
-    assert command("compare", recorded.path, recorded.path).stdout.count("too few prompts to say") > 10
+    assert command("compare", recorded.path, recorded.path).stdout.count("too few") > 10  # in however wide a table
 
 
 class Server(BaseHTTPRequestHandler):

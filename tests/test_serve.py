@@ -337,7 +337,7 @@ def test_a_body_that_never_ends_is_given_up(url: str) -> None:
 
 
 def test_an_answer_that_takes_too_long_ends() -> None:
-    with engine() as slow, serving(slow, Limits(answer_s=1.0)) as url:
+    with engine() as slow, serving(slow, Limits(answer_s=0.1)) as url:
         reply = httpx.post(f"{url}/v1/chat/completions", json=chat(max_tokens=2000, ignore_eos=True)).json()
         assert reply["choices"][0]["finish_reason"] == "length"
         assert 0 < reply["usage"]["completion_tokens"] <= 1990
