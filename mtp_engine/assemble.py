@@ -221,7 +221,7 @@ def make_drafter(
         costs.write(path)
     if costs.hopeless:
         _LOG.info(
-            "nothing is drafted: plain decoding is faster here even if every draft is accepted; --tree chain:3 drafts"
+            "nothing is drafted: it would gain too little here even if every draft were accepted; --tree chain:3 drafts"
         )
         return RootDrafter()
     return mtp_drafter(module, config, backend, Planner(costs))

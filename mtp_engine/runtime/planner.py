@@ -22,6 +22,9 @@ _PRIOR = 4.0  # steps' worth of belief that the drafter's probabilities are righ
 _BELIEF = 3.0  # steps' worth of belief that a new request is like those before it
 _TRIALS = 0.015  # of the time of a request that drafting does not pay for, to try it again
 _SHORTEST_REST, _LONGEST_REST = 8, 500  # plain steps between two trials
+_LEAST_GAIN = (
+    1.75  # by drafts that are all accepted; about half of them are, and watching them costs every step something
+)
 _DRIFT = 0.15  # weight of the newest measurement of a cost
 _COLLAPSE = 6.0  # times as long as a step took at first: it is said once
 
@@ -71,10 +74,11 @@ class Costs:
 
     @property
     def hopeless(self) -> bool:
-        """Whether plain decoding of one request is faster even if every draft is accepted."""
+        """Whether drafting cannot be expected to pay for one request: even if every draft is accepted it gains too little."""
         plain = 1 / (self.draft[0] + self.verifying(1))
         return all(
-            (level + 1) / (self.draft[level] + self.verifying(level + 1)) < plain for level in range(1, len(self.draft))
+            (level + 1) / (self.draft[level] + self.verifying(level + 1)) < _LEAST_GAIN * plain
+            for level in range(1, len(self.draft))
         )
 
     @classmethod
