@@ -295,7 +295,7 @@ def test_costs_follow_what_steps_take() -> None:
 
 def test_where_no_draft_can_pay_nothing_is_drafted() -> None:
     assert Costs([0.0, 2.0, 4.0, 6.0], {1: 1.0, 4: 1.5}).hopeless
-    assert not Costs([0.0, 2.0, 4.0, 6.0], {1: 5.0, 4: 5.5}).hopeless
+    assert not Costs([0.0, 1.0, 2.0, 3.0], {1: 5.0, 4: 5.5}).hopeless
 
 
 def test_a_collapse_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
