@@ -183,6 +183,9 @@ def test_lossless_in_a_batch_across_the_window(small: Path, tree: str, temperatu
 _PLAIN: dict[float, Any] = {}  # plain answers are the same for every tree
 
 
+CHAIN = TreeShape.parse("chain:3")  # so small a model would draft nothing by itself
+
+
 def _answers(small: Path, params: list[SamplingParams], **options: Any) -> Any:
     temperature = params[0].temperature
     if options["drafter"] == "root" and temperature in _PLAIN:
@@ -195,7 +198,7 @@ def _answers(small: Path, params: list[SamplingParams], **options: Any) -> Any:
 
 
 def test_window_keys_reach_both_models(tiny: Setting) -> None:
-    engine = Engine.load(str(tiny.folder), EngineConfig(threads=1, max_context=64, window_keys=5))
+    engine = Engine.load(str(tiny.folder), EngineConfig(threads=1, max_context=64, window_keys=5, tree=CHAIN))
     assert engine.model.config.layers[1].attention.window == 5
     assert engine.loop.work.drafter.module.config.layer.attention.window == 5  # type: ignore[attr-defined]
 
@@ -203,7 +206,7 @@ def test_window_keys_reach_both_models(tiny: Setting) -> None:
 def test_fp8_folder_drafts_losslessly(tmp_path: Path) -> None:
     folder = make_tiny(tmp_path / "m", fp8=True)
     for dequantize in (False, True):
-        config = EngineConfig(threads=1, max_context=256, dequantize=dequantize)
+        config = EngineConfig(threads=1, max_context=256, dequantize=dequantize, tree=CHAIN)
         engine = Engine.load(str(folder), config)
         params = SamplingParams(60, ignore_eos=True, seed=1)
         [answer] = engine.generate([list(range(50, 80))], params)
