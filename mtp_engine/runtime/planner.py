@@ -22,9 +22,7 @@ _PRIOR = 4.0  # steps' worth of belief that the drafter's probabilities are righ
 _BELIEF = 3.0  # steps' worth of belief that a new request is like those before it
 _TRIALS = 0.015  # of the time of a request that drafting does not pay for, to try it again
 _SHORTEST_REST, _LONGEST_REST = 8, 500  # plain steps between two trials
-_LEAST_GAIN = (
-    1.75  # by drafts that are all accepted; about half of them are, and watching them costs every step something
-)
+_LEAST_GAIN = 1.75  # by drafts that are all accepted: half of them are, and watching costs every step something
 _DRIFT = 0.15  # weight of the newest measurement of a cost
 _COLLAPSE = 6.0  # times as long as a step took at first: it is said once
 
@@ -152,9 +150,7 @@ class Planner:
     """Decides for all requests of a step together; one for a loop."""
 
     costs: Costs
-    forced: tuple[int, int, int] | None = (
-        None  # while costs are measured: levels, the most nodes of each, and nodes to verify
-    )
+    forced: tuple[int, int, int] | None = None  # to measure costs: levels, the most nodes of each, nodes to verify
     tried: list[tuple[int, int, int, float, float]] = field(default_factory=list)  # what that took, see Costs.best_of
     _depths: list[_Depth] = field(default_factory=list)
     _own: dict[int, _Own] = field(default_factory=dict)  # by slot
