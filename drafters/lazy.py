@@ -285,7 +285,7 @@ class TorchLevels:
             work.number, module.embedding[tokens], self._states(work, level.positions), level.rotary,
             self._attention(self._cache, rows),
         )  # fmt: skip
-        if reads_outputs(module.config, work.number + 1) and work.number < len(past.outputs):
+        if work.number < len(past.outputs):  # the next level reads them
             ring = past.outputs[work.number]
             real = torch.arange(work.rows) < work.counts[:, None]
             places = level.positions[:, : work.rows] % ring.shape[1]
@@ -297,7 +297,7 @@ class TorchLevels:
         ring, lag = states_of(self.module.config, self._history, work.number)
         states = ring[work.slots[:, None], (positions - lag) % ring.shape[1]]
         parents = work.tree.parents[:, 1:]
-        if work.number == 0 or not reads_outputs(self.module.config, work.number) or self._above is None:
+        if not reads_outputs(self.module.config, work.number) or self._above is None:
             return states
         size = self._above.shape[1]  # nodes of the level before: the parents, but for the root
         if not size:
