@@ -271,9 +271,7 @@ def test_prompts_that_are_read_together_have_the_bits_of_each_alone(model: Model
     for turn in range(3):
         spans = tuple((slot, at[slot], min(sizes[(slot + turn) % 3], 200 - at[slot])) for slot in range(3))
         table = torch.tensor(spans, device=DEVICE).T.contiguous()
-        owners = torch.arange(3, device=DEVICE).repeat_interleave(table[2])
-        positions = torch.cat([torch.arange(start, start + count, device=DEVICE) for _, start, count in spans])
-        rows = StepRows.prompts(table, torch.stack([owners, positions]), spans)
+        rows = StepRows.prompts(table, sum(count for *_, count in spans), 300)
         tokens = [prompts[slot][i] for slot, start, count in spans for i in range(start, start + count)]
         for (slot, start, count), states in zip(
             spans, forward(cache, rows, tokens).split([c for *_, c in spans]), strict=True
