@@ -110,6 +110,7 @@ def chain_attention(
         scale * LOG2E.value, GROUP=group, KV_HEADS=kv_heads, DK=dim, DV=v_dim, D0=whole, D1=rest,
         DV_PAD=max(16, next_power_of_2(v_dim)), PAGE=page_size, WINDOW=window, TILE=plan.tile, SPLITS=plan.splits,
         ROWS=plan.rows, TAKEN=taken, DEPTH=plan.depth, FIRST=first is not None, SINK=sink is not None,
-        PACKED=packed is not None, FRESH=fresh is not None, PDL=early, launch_pdl=early, num_warps=plan.warps, enable_fp_fusion=False,
+        PACKED=packed is not None, FRESH=fresh is not None, PDL=early, launch_pdl=early, num_warps=plan.warps,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -145,7 +145,10 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
     in_flight = config.steps_in_flight
 
     def runner(slots: int) -> RunnerFactory:
-        return partial(GraphRunner, in_flight=in_flight, scratch=slots, device=device, refresh=refresh)
+        return partial(
+            GraphRunner, in_flight=in_flight, scratch=slots, device=device, refresh=refresh,
+            chunk=config.prefill_chunk or _GPU_CHUNK,
+        )  # fmt: skip
 
     most = bucket(config.max_batch)
     return Backend(

@@ -278,3 +278,23 @@ def test_prompts_that_are_read_together_have_the_bits_of_each_alone(model: Model
         ):
             assert torch.equal(states, alone[slot][start : start + count]), (turn, slot)
             at[slot] = start + count
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", ["root", "chain:3", "tree:6"])
+def test_prompts_as_graphs_are_those_read_operation_by_operation(model: Model, shape: str) -> None:
+    """The same texts in the same steps; all passes are replayed, of prompts alone and together, in chunks and behind hits."""
+    prompts = [[1 + (i * 7 + b) % 50 for i in range(length)] for b, length in enumerate((150, 30, 3, 99, 61, 40))]
+    params, found = SamplingParams(max_tokens=30, temperature=0.7, seed=2), []
+    for graphs in (True, False):
+        loop = model.loop(shape, graphs=graphs, prefix_bytes=10**8, share_pages=True)
+        runner: Any = loop.runner
+        if graphs:
+            runner.capture(SLOTS, 400, lambda *_: None)
+        requests = [*decode(loop, prompts, [params] * 6), *decode(loop, [p + [4] * 9 for p in prompts], [params] * 6)]
+        found.append([(r.output, r.stats.steps, r.stats.cached_tokens) for r in requests])
+        if graphs:
+            assert runner.prompts.replayed > 4
+            assert runner.prompts.slow == len({16, 32, 64, 128}), "each size once, when it was captured"
+    assert found[0] == found[1]
+    assert any(cached for *_, cached in found[0])

@@ -21,6 +21,7 @@ from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Progress
 from mtp_engine.runtime.flight import Flight, HostMark, Mark, Reading
 from mtp_engine.runtime.recorded import Captured, Lane, Prepared, Recorded, Uncaptured, no_collection
+from mtp_engine.runtime.recorded_prompts import RecordedPrompts
 from mtp_engine.runtime.request import Launched, Members, PromptChunk, TreeLimits
 from mtp_engine.runtime.slots import SCRATCH_LENGTH
 from mtp_engine.runtime.step import ModelStep, Said
@@ -72,16 +73,17 @@ class GraphRunner:
 
     def __init__(
         self, step: ModelStep, *, in_flight: int, scratch: int, device: torch.device,
-        refresh: Callable[[list[int], list[int]], None] | None = None,
+        refresh: Callable[[list[int], list[int]], None] | None = None, chunk: int = 2048,
     ) -> None:  # fmt: skip
         """scratch: the slot that pads batches. refresh: called before each step with the slots and the most tokens that
-        each may have."""
+        each may have. chunk: rows of prompts that are read at once, at most."""
         self.in_flight = in_flight
         self.recorded = self.late = self.replayed = self.slow = 0
         self._step, self._scratch, self._device, self._refresh = step, scratch, device, refresh
         self._cuda, self._complete = device.type == "cuda", False
         self._prepared: dict[Key, Prepared] = {}
         self._lane = Lane(device) if self._cuda else None
+        self.prompts = RecordedPrompts(step, scratch=scratch, position=SCRATCH_TOKENS - 1, most=chunk, lane=self._lane)
         self._words = -(-step.model.vocab_size // 32)
         most = bucket(scratch) * step.drafter.max_nodes * self._words
         self._masks = torch.full((most,), -1, dtype=torch.int32, device=device)  # all recorded steps read it
@@ -102,20 +104,22 @@ class GraphRunner:
             Key(size, bound, *kind, tables=0 if kind[1] else tables)
             for size in sizes for bound in sorted(bounds, reverse=True) for kind in kinds
         ]  # fmt: skip
-        with no_collection():
-            for number, key in enumerate(keys):
-                progress("capturing CUDA graphs", number, len(keys))
-                try:
+        number = 0
+        try:
+            prompts = self.prompts.capture(progress)
+            with no_collection():
+                for number, key in enumerate(keys):
+                    progress("capturing CUDA graphs", number, len(keys))
                     self._record(key)
-                except torch.OutOfMemoryError as error:
-                    raise EngineError(
-                        f"the GPU's memory is full after {number} of {len(keys)} CUDA graphs: lower max_batch, max_context or "
-                        'kv_tokens, or have them captured when they are needed (capture="lazy")'
-                    ) from error
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"the GPU's memory is full after {number} of {len(keys)} CUDA graphs: lower max_batch, max_context or "
+                'kv_tokens, or have them captured when they are needed (capture="lazy")'
+            ) from error
         self._complete = True
         took, room = time.perf_counter() - begin, (free - self._free()) / 1e9
         progress("capturing CUDA graphs", len(keys), len(keys))
-        return f"{len(keys)} CUDA graphs captured in {took:.1f} s, {room:.2f} GB"
+        return f"{len(keys) + prompts} CUDA graphs captured in {took:.1f} s, {room:.2f} GB"
 
     def prepare(self, members: Members, bound: int) -> None:
         key = self._key(members, bound)
@@ -148,7 +152,7 @@ class GraphRunner:
     def read(self, chunks: Sequence[PromptChunk]) -> Launched:
         start, end = self._mark(), self._mark()
         start.record()
-        self._step.read(chunks)
+        self.prompts.read(chunks)
         end.record()
         return Reading(start, end)
 

@@ -48,7 +48,9 @@ class ModelStep:
         if reader is None:
             self.show(chunks, states)
         elif entries := reader.outline(told(chunks)):
-            outline = to_device([each for column in zip(*entries, strict=True) for each in column], torch.int64, self.device)
+            outline = to_device(
+                [each for column in zip(*entries, strict=True) for each in column], torch.int64, self.device
+            )
             extent = Extent(sum(entry[-1] for entry in entries), bound + 1)
             reader.read(outline.view(-1, len(entries)), extent, tokens, states)
 
