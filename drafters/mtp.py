@@ -205,7 +205,8 @@ class MTPDrafter:
             hidden = torch.where(left[:, None], self._hidden[slots[own], 0], states[(at - 1).clamp(min=0)])
             self._read(rows, self.module.embedding[tokens[at]], hidden)
         newest = states[begins + counts - 1 + origins]
-        self._tokens[slots, 0], self._hidden[slots, 0], self._counts[slots] = behind, newest, 1
+        self._tokens[slots, 0], self._hidden[slots, 0] = behind, newest
+        self._counts[slots] = torch.ones_like(slots)
 
     def _read(self, rows: StepRows, embedded: Tensor, hidden: Tensor) -> None:
         """Packed rows through all layers: embedded, hidden [N, H]."""
