@@ -3,7 +3,8 @@
 Whose rows they are stands in tables on the device, so that a graph fits the chunks of any requests, padded up to its number
 of rows: a row's bits do not depend on others. Rows that are padded belong to the scratch slot, and are written to its last
 position. A size that comes for the first time runs operation by operation, over the same tables, and is recorded when it
-comes again, as many sizes come only once; `capture` records all. On a CPU all run operation by operation.
+comes again, as many sizes come only once; `capture` records all. Before a size's first pass its kernels are compiled
+together (kernels/ahead.py). On a CPU all run operation by operation.
 """
 
 import logging
@@ -55,19 +56,23 @@ class RecordedPrompts:
             self._step.read(chunks)
             return
         entries = self._reader.outline(told(chunks)) if self._reader else []
+        halves = [(self._main, rows_bucket(count))]
+        if entries:
+            halves.append((self._drafter, rows_bucket(sum(entry[-1] for entry in entries))))
+        if new := [each for each in halves if each not in self._graphs]:
+            self._compile(new)
         self._load(known(chunks), spans(chunks), entries)
-        self._run(self._main, rows_bucket(count))
+        for half, size in halves:
+            self._run(half, size)
         if self._reader is None:
             self._step.show(chunks, self._states)
-        elif entries:
-            self._run(self._drafter, rows_bucket(sum(entry[-1] for entry in entries)))
 
     def capture(self, progress: Progress) -> int:
         """Record all sizes, and return how many graphs that made. Raises torch.OutOfMemoryError."""
         halves = [self._main, self._drafter] if self._nothing else [self._main]
         sizes = sorted({rows_bucket(rows) for rows in range(1, self._most + 1)}, reverse=True)
         kinds, before = [(half, size) for half in halves for size in sizes], self.captured
-        self._load([], [], [])
+        self._compile(kinds)
         with no_collection():
             for number, (half, size) in enumerate(kinds):
                 progress("capturing passes over prompts", number, len(kinds))
@@ -76,6 +81,19 @@ class RecordedPrompts:
                     self._record(half, size)
         progress("capturing passes over prompts", len(kinds), len(kinds))
         return self.captured - before
+
+    def _compile(self, kinds: Sequence[tuple[Callable[[int], None], int]]) -> None:
+        """Compile what passes of these sizes need, all at once. The tables are nobody's then."""
+        self._load([], [], [])
+        if not self._lane:
+            return
+        from mtp_engine.kernels.ahead import compiling_ahead
+
+        with compiling_ahead() as missing:
+            for half, size in kinds:
+                half(size)
+        for half, size in kinds if missing else ():
+            half(size)  # over what was computed for nothing
 
     def _load(
         self, tokens: Sequence[int], chunks: Sequence[tuple[int, int, int]], entries: Sequence[tuple[int, ...]]
