@@ -41,7 +41,7 @@ class Lane:
 
 @final
 class Captured:
-    """A step as CUDA graphs (a Recorded). Operations run once before they are captured, so that kernels are compiled."""
+    """A step as CUDA graphs (a Recorded). Operations run before they are captured, so that kernels are compiled."""
 
     def __init__(
         self,
@@ -56,6 +56,7 @@ class Captured:
         before = torch.cuda.current_stream(members.slots.device)
         lane.stream.wait_stream(before)
         with torch.cuda.stream(lane.stream), no_collection():
+            self._compile(step, members, bound, mask)
             step.verify(members, *step.draft(members, bound), mask)
             refresh()  # plans exist from now on; the first ones were made for nothing
             lane.stream.synchronize()
@@ -64,6 +65,15 @@ class Captured:
             with torch.cuda.graph(self._verify, pool=lane.pool, stream=lane.stream):
                 self._result = step.verify(members, *self._drafted, mask)
         before.wait_stream(lane.stream)
+
+    def _compile(self, step: ModelStep, members: Members, bound: int, mask: Tensor | None) -> None:
+        """What the step needs, all at once; what was computed for nothing on the way is forgotten."""
+        from mtp_engine.kernels.ahead import compiling_ahead
+
+        with compiling_ahead() as missing:
+            step.verify(members, *step.draft(members, bound), mask)
+        for slot in set(members.slots.tolist()) if missing else ():
+            step.drafter.release(slot)
 
     def draft(self) -> DraftTree:
         self._draft.replay()

@@ -48,6 +48,7 @@ class RecordedPrompts:
         self._spans, self._outline = torch.split(outline.view(columns, -1), [3, columns - 3])
         self._states = torch.empty(0, device=step.device)  # [tokens, H], of the main model's last pass
         self._graphs: dict[tuple[Callable[[int], None], int], torch.cuda.CUDAGraph | None] = {}
+        self._refused = set[tuple[Callable[[int], None], int]]()
 
     def read(self, chunks: Sequence[PromptChunk]) -> None:
         """See ModelStep.read."""
@@ -122,8 +123,11 @@ class RecordedPrompts:
 
     def _run(self, half: Callable[[int], None], size: int) -> None:
         first, graph = (half, size) not in self._graphs, self._graphs.setdefault((half, size), None)
-        if graph is None and not first and self._lane:
-            graph = self._record(half, size)
+        if graph is None and not first and self._lane and (half, size) not in self._refused:
+            try:
+                graph = self._record(half, size)
+            except torch.OutOfMemoryError as error:
+                self._refuse(half, size, error)
         if graph:
             graph.replay()
         else:
@@ -132,7 +136,7 @@ class RecordedPrompts:
         self.slow += graph is None and self._lane is not None and half == self._main
 
     def _record(self, half: Callable[[int], None], size: int) -> torch.cuda.CUDAGraph | None:
-        """Of a size that has run before, so that its kernels are compiled. Where it cannot be captured, that is said."""
+        """Of a size that has run before, so that its kernels are compiled. Where it cannot be captured, that is said once."""
         assert self._lane
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._step.device)
         self._lane.stream.wait_stream(before)
@@ -144,10 +148,14 @@ class RecordedPrompts:
         except RuntimeError as error:
             if isinstance(error.__context__, torch.OutOfMemoryError):
                 raise error.__context__ from None
-            _LOG.warning("prompts are read without CUDA graphs, which is slower: %s (%d rows)", error, size)
+            self._refuse(half, size, error)
             return None
         finally:
             before.wait_stream(self._lane.stream)
         self.captured += 1
         self._graphs[half, size] = graph
         return graph
+
+    def _refuse(self, half: Callable[[int], None], size: int, error: Exception) -> None:
+        self._refused.add((half, size))
+        _LOG.warning("prompts of %d rows are read without CUDA graphs, which is slower: %s", size, error)
