@@ -56,8 +56,7 @@ class Captured:
         before = torch.cuda.current_stream(members.slots.device)
         lane.stream.wait_stream(before)
         with torch.cuda.stream(lane.stream), no_collection():
-            self._compile(step, members, bound, mask)
-            step.verify(members, *step.draft(members, bound), mask)
+            self._try(step, members, bound, mask)
             refresh()  # plans exist from now on; the first ones were made for nothing
             lane.stream.synchronize()
             with torch.cuda.graph(self._draft, pool=lane.pool, stream=lane.stream):
@@ -66,14 +65,16 @@ class Captured:
                 self._result = step.verify(members, *self._drafted, mask)
         before.wait_stream(lane.stream)
 
-    def _compile(self, step: ModelStep, members: Members, bound: int, mask: Tensor | None) -> None:
-        """What the step needs, all at once; what was computed for nothing on the way is forgotten."""
+    def _try(self, step: ModelStep, members: Members, bound: int, mask: Tensor | None) -> None:
+        """Run it. Kernels that are missing are compiled all at once, and what was computed without them is forgotten."""
         from mtp_engine.kernels.ahead import compiling_ahead
 
         with compiling_ahead() as missing:
             step.verify(members, *step.draft(members, bound), mask)
-        for slot in set(members.slots.tolist()) if missing else ():
-            step.drafter.release(slot)
+        if missing:
+            for slot in set(members.slots.tolist()):
+                step.drafter.release(slot)
+            step.verify(members, *step.draft(members, bound), mask)
 
     def draft(self) -> DraftTree:
         self._draft.replay()
