@@ -23,7 +23,9 @@ _BELIEF = 3.0  # steps' worth of belief that a new request is like those before 
 _TRIALS = 0.015  # of the time of a request that drafting does not pay for, to try it again
 _SHORTEST_REST, _LONGEST_REST = 8, 500  # plain steps between two trials
 _LEAST_GAIN = 1.75  # by drafts that are all accepted: half of them are, and watching costs every step something
-_DRIFT = 0.15  # weight of the newest measurement of a cost
+_DRIFT = 0.15  # weight of the newest measurement of what drafting costs
+_FADE = 0.97  # how much of what steps took is left after a step
+_TIED = 0.1
 _COLLAPSE = 6.0  # times as long as a step took at first: it is said once
 
 
@@ -36,8 +38,8 @@ class Costs:
     draft: list[float]
     verify: dict[int, float]
     widen: float = 0.0
-    drift: float = 1.0  # of verification, against what was measured first: contexts grow, machines get busy
-    draft_drift: float = 1.0  # and of drafting
+    draft_drift: float = 1.0  # of drafting, against what was measured first
+    verify_drift: "_Drift" = field(default_factory=lambda: _Drift())
 
     @classmethod
     def read(cls, path: Path) -> "Costs | None":
@@ -61,14 +63,19 @@ class Costs:
             )
 
     def verifying(self, rows: int) -> float:
+        """Seconds now; see `_measured`."""
+        one, more = self._measured(1), self._measured(rows) - self._measured(1)
+        return max(one * self.verify_drift.one + more * self.verify_drift.more, 1e-9)
+
+    def _measured(self, rows: int) -> float:
         """Between and beyond measured numbers of rows on straight lines."""
         known = sorted(self.verify)
         if len(known) == 1:
-            return self.verify[known[0]] * self.drift
+            return self.verify[known[0]]
         at = min(max(bisect.bisect_left(known, rows), 1), len(known) - 1)
         low, high = known[at - 1], known[at]
         slope = (self.verify[high] - self.verify[low]) / (high - low)
-        return max(self.verify[low] + slope * (rows - low), 1e-9) * self.drift
+        return max(self.verify[low] + slope * (rows - low), 1e-9)
 
     @property
     def hopeless(self) -> bool:
@@ -101,15 +108,40 @@ class Costs:
         return (self.draft[levels] + self.widen * further) * self.draft_drift
 
     def note(self, levels: int, further: int, rows: int, draft_s: float, verify_s: float) -> None:
-        """A step took so long. One that took several times as long was disturbed by something else, and counts a little. What
-        trees cost beside each other stays as it was measured: a tree that is seldom taken would not get over a bad time."""
-        self.drift = _follow(self.drift, verify_s / (self.verifying(rows) / self.drift))
+        """A step took so long. One that took several times as long was disturbed by something else, and counts a little."""
+        one = self._measured(1)
+        self.verify_drift.note(self._measured(rows) / one - 1, min(verify_s, 3 * self.verifying(rows)) / one)
         if levels:
             self.draft_drift = _follow(self.draft_drift, draft_s / (self.drafting(levels, further) / self.draft_drift))
 
 
 def _follow(drift: float, ratio: float) -> float:
     return drift + _DRIFT * (min(ratio, 3 * drift) - drift)
+
+
+@final
+@dataclass
+class _Drift:
+    """How verification now compares with what was measured first: a factor for its first row, and one for what further rows add
+    to that. Contexts grow, machines get busy, noise is drawn for every row. By least squares with a fading memory, drawn
+    towards what was measured.
+
+    Seconds over the measured ones of one row are `one` + `more` * x, where x is what further rows add, likewise."""
+
+    one: float = 1.0
+    more: float = 1.0
+    _sums: tuple[float, float, float, float, float] = (0.0, 0.0, 0.0, 0.0, 0.0)  # of 1, x, x * x, t, t * x
+
+    def note(self, x: float, t: float) -> None:
+        n, sx, sxx, st, stx = (
+            _FADE * total + new for total, new in zip(self._sums, (1.0, x, x * x, t, t * x), strict=True)
+        )
+        self._sums = n, sx, sxx, st, stx
+        # (one - 1)^2 + _TIED (more - one)^2 + the squares of what the line misses, at its least
+        a, b, c = n + 1 + _TIED, sx - _TIED, sxx + _TIED
+        right, lower = st + 1, stx
+        whole = a * c - b * b
+        self.one, self.more = (right * c - b * lower) / whole, max(0.0, (a * lower - b * right) / whole)
 
 
 @final
@@ -251,11 +283,11 @@ class Planner:
             self.tried.append((self._levels, self._further, nodes * batch, draft_s, verify_s))
             return
         self.costs.note(self._levels, self._further + self._late, nodes * batch, draft_s, verify_s)
-        if self.costs.drift > _COLLAPSE and not self._told:
+        if self.costs.verify_drift.one > _COLLAPSE and not self._told:
             self._told = True
             _LOG.warning(
                 "steps take %.0f times as long as they did when they were first timed here: other processes may need the cores "
-                "(--threads takes fewer of them), or contexts are long", self.costs.drift,
+                "(--threads takes fewer of them), or contexts are long", self.costs.verify_drift.one,
             )  # fmt: skip
 
     def release(self, slot: int) -> None:
