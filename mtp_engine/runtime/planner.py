@@ -17,16 +17,38 @@ from typing import final
 
 _LOG = logging.getLogger("mtp_engine")
 _MEMORY = 0.98  # how much of the evidence for a correction is left after a step
-_OWN = 0.9  # and for what a request gains
+_OWN = 0.95  # and for what a request gains
 _PRIOR = 4.0  # steps' worth of belief that the drafter's probabilities are right
-_BELIEF = 3.0  # steps' worth of belief that a new request is like those before it
+_BELIEF = 6.0  # steps' worth of belief that a new request is like those before it
 _TRIALS = 0.015  # of the time of a request that drafting does not pay for, to try it again
-_SHORTEST_REST, _LONGEST_REST = 8, 500  # plain steps between two trials
+_SHORTEST_REST, _LONGEST_REST = 4, 500  # plain steps between two trials
 _LEAST_GAIN = 1.75  # by drafts that are all accepted: half of them are, and watching costs every step something
 _DRIFT = 0.15  # weight of the newest measurement of what drafting costs
 _FADE = 0.97  # how much of what steps took is left after a step
-_TIED = 0.1
+_TIED = 0.02  # steps' worth of belief that what further rows add changes as the first row's time does
 _COLLAPSE = 6.0  # times as long as a step took at first: it is said once
+
+
+@final
+@dataclass
+class _Drift:
+    """How long verification takes now, against what was measured first: a factor for the first row, and one for what all
+    others add to it. Contexts grow, machines get busy, and above T = 0 every row draws its noise. A fit by least squares
+    over the newest steps, drawn towards what was measured. Times are in units of the measured time of one row."""
+
+    one: float = 1.0
+    more: float = 1.0
+    _sums: tuple[float, ...] = (0.0,) * 5  # over steps, the newest count most: of 1, x, x * x, t and t * x
+
+    def note(self, x: float, t: float) -> None:
+        """A step took t, to which its other rows would have added x when they were measured."""
+        new = (1.0, x, x * x, t, t * x)
+        self._sums = tuple(_FADE * total + each for total, each in zip(self._sums, new, strict=True))
+        n, sx, sxx, st, stx = self._sums
+        # least where (t - one - more * x)^2, summed, and (one - 1)^2 and _TIED * (more - one)^2 have no slope
+        a, b, c, right, lower = n + 1 + _TIED, sx - _TIED, sxx + _TIED, st + 1, stx
+        whole = a * c - b * b
+        self.one, self.more = (right * c - b * lower) / whole, max(0.0, (a * lower - b * right) / whole)
 
 
 @final
@@ -39,7 +61,7 @@ class Costs:
     verify: dict[int, float]
     widen: float = 0.0
     draft_drift: float = 1.0  # of drafting, against what was measured first
-    verify_drift: "_Drift" = field(default_factory=lambda: _Drift())
+    verify_drift: _Drift = field(default_factory=_Drift)
 
     @classmethod
     def read(cls, path: Path) -> "Costs | None":
@@ -63,9 +85,9 @@ class Costs:
             )
 
     def verifying(self, rows: int) -> float:
-        """Seconds now; see `_measured`."""
-        one, more = self._measured(1), self._measured(rows) - self._measured(1)
-        return max(one * self.verify_drift.one + more * self.verify_drift.more, 1e-9)
+        """Seconds, as they are now."""
+        one, drift = self._measured(1), self.verify_drift
+        return max(one * drift.one + (self._measured(rows) - one) * drift.more, 1e-9)
 
     def _measured(self, rows: int) -> float:
         """Between and beyond measured numbers of rows on straight lines."""
@@ -117,31 +139,6 @@ class Costs:
 
 def _follow(drift: float, ratio: float) -> float:
     return drift + _DRIFT * (min(ratio, 3 * drift) - drift)
-
-
-@final
-@dataclass
-class _Drift:
-    """How verification now compares with what was measured first: a factor for its first row, and one for what further rows add
-    to that. Contexts grow, machines get busy, noise is drawn for every row. By least squares with a fading memory, drawn
-    towards what was measured.
-
-    Seconds over the measured ones of one row are `one` + `more` * x, where x is what further rows add, likewise."""
-
-    one: float = 1.0
-    more: float = 1.0
-    _sums: tuple[float, float, float, float, float] = (0.0, 0.0, 0.0, 0.0, 0.0)  # of 1, x, x * x, t, t * x
-
-    def note(self, x: float, t: float) -> None:
-        n, sx, sxx, st, stx = (
-            _FADE * total + new for total, new in zip(self._sums, (1.0, x, x * x, t, t * x), strict=True)
-        )
-        self._sums = n, sx, sxx, st, stx
-        # (one - 1)^2 + _TIED (more - one)^2 + the squares of what the line misses, at its least
-        a, b, c = n + 1 + _TIED, sx - _TIED, sxx + _TIED
-        right, lower = st + 1, stx
-        whole = a * c - b * b
-        self.one, self.more = (right * c - b * lower) / whole, max(0.0, (a * lower - b * right) / whole)
 
 
 @final
