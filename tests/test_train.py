@@ -672,6 +672,54 @@ def test_a_finished_run_is_not_trained_again(world: World, tmp_path: Path) -> No
         assert_refused(invoke(*few_steps(world, out, *change)), "finished run", word)
 
 
+def own_text(text: Path, folder: Path) -> list[Any]:
+    return ["--text", text, "--row-length", ROW, "--data", folder / "corpus"]
+
+
+def test_a_recipe_trains_the_same_layers_again(world: World, tmp_path: Path) -> None:
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    assert (
+        invoke(*few_steps(world, first, "--steps", 3, "--non-chained", *own_text(world.text, tmp_path))).exit_code == 0
+    )
+    recipe = ["train", "--recipe", first / "recipe.toml"]
+    assert invoke(*recipe, "--out", again).exit_code == 0
+    assert invoke(*recipe, "--out", other, "--seed", 1).exit_code == 0
+    layers, same, different = (load_file(folder / "mtp.safetensors") for folder in (first, again, other))
+    assert all(torch.equal(layers[name], same[name]) for name in layers)
+    assert not all(torch.equal(layers[name], different[name]) for name in layers)
+    assert (again / "recipe.toml").read_text() == (first / "recipe.toml").read_text()
+    assert "--recipe recipe.toml" in (first / "README.md").read_text()
+
+
+def test_a_recipe_holds_for_the_files_that_it_was_written_for(world: World, tmp_path: Path) -> None:
+    text, recipe = tmp_path / "text.txt", tmp_path / "recipe.toml"
+    text.write_text(world.text.read_text())
+    assert invoke(*few_steps(world, tmp_path / "out", "--steps", 1, *own_text(text, tmp_path))).exit_code == 0
+    shutil.copy(tmp_path / "out" / "recipe.toml", recipe)
+    text.write_text(text.read_text() + "more")
+    again = ["train", "--recipe", recipe, "--dry-run", "--out", tmp_path / "again"]
+    assert_refused(invoke(*again), "text.txt", "--text")
+    assert invoke(*again, "--text", text).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("model = ", ("no TOML",)),
+        ("modle = 'x'", ("'modle'", "--help")),
+        ("model = 'x'\nsteps = 0", ("steps", "x>=1")),
+        ("steps = [1, 2]", ("one value",)),
+        ("text = 'a.txt'", ("a list",)),
+        ("model = 'x'\ntext = ['nowhere.txt']", ("nowhere.txt",)),
+        ("steps = 3", ("MODEL",)),
+        ("[steps]\nat = 3", ("one value",)),
+    ],
+)
+def test_a_recipe_that_is_none_is_one_line(tmp_path: Path, recipe: str, words: tuple[str, ...]) -> None:
+    (tmp_path / "recipe.toml").write_text(recipe)
+    assert_refused(invoke("train", "--recipe", tmp_path / "recipe.toml", "--dry-run"), *words)
+
+
 def test_a_folder_of_something_else_is_refused(world: World, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     assert_refused(invoke(*few_steps(world, tmp_path, "--steps", 2)), "not empty", "--out")

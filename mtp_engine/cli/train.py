@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from rich.table import Column, Table
 from mtp_engine.cli.options import settings
 from mtp_engine.cli.output import console, note, show
 from mtp_engine.cli.progress import Waits
+from mtp_engine.cli.recipe import check_files, recipe, recipe_option
 from mtp_engine.errors import EngineError
 
 if TYPE_CHECKING:
@@ -66,9 +68,13 @@ _TRAINING = settings(
     click.option("--eval-every", default=500, type=click.IntRange(1), help="Steps."),
     click.option("--device", default="cpu", help="cpu or cuda; several GPUs by torchrun."),
     click.option("--dtype", default="auto", type=click.Choice(["auto", "fp32", "bf16"])),
+    recipe_option("A run's options as a TOML file: each run leaves its own in OUT. Those that are given count more."),
     click.option("--dry-run", is_flag=True, help="Say what it would take, and stop."),
     click.option("-q", "--quiet", is_flag=True, help="Show no progress."),
 )
+
+
+_ONCE = ("out", "recipe", "dry-run", "quiet")  # what a recipe leaves out
 
 
 @click.command()
@@ -76,17 +82,20 @@ _TRAINING = settings(
 @_WHAT
 @_DATA
 @_TRAINING
-def train(model: str, dry_run: bool, quiet: bool, **options: Any) -> None:
+@click.pass_context
+def train(context: click.Context, /, model: str, dry_run: bool, quiet: bool, **options: Any) -> None:
     """Train MTP layers for MODEL, which stays as it is. The same command goes on with a run that was interrupted.
 
     \b
     Examples:
       mtp-engine train smollm2-135m-mtp3 --device cuda --prompts prompts.jsonl --out heads
       mtp-engine train ./my-llama --layers 2 --text book.txt --steps 500
+      mtp-engine train --recipe heads/recipe.toml --seed 2 --out heads-2
       torchrun --nproc-per-node 2 -m mtp_engine.cli train ./my-llama --device cuda --out heads
       mtp-engine generate --model ./my-llama --mtp heads "Once upon a time"
     """
-    job = _job(model, options)
+    check_files(context)
+    job = replace(_job(model, options), recipe=recipe(context, without=_ONCE))
     if dry_run:
         return _show_plan(job)
     first = os.environ.get("RANK", "0") == "0"

@@ -33,7 +33,7 @@ from mtp_engine.training.heads import FirstValues, plan_heads, save_heads
 from mtp_engine.training.plan import RunPlan, device_name, plan_run
 from mtp_engine.training.processes import join_processes, own_device
 from mtp_engine.training.prompts import read_prompts
-from mtp_engine.training.report import write_card, write_report
+from mtp_engine.training.report import RECIPE, write_card, write_report
 from mtp_engine.training.trainer import KEPT, LOG, STATE, Report, Trainer, TrainSettings
 
 _FINISHED = "finished.json"  # what was trained
@@ -69,6 +69,7 @@ class Job:
     device: str = "cpu"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     command: str = ""  # for the model card
+    recipe: str = ""  # the same as a file
 
 
 @final
@@ -147,7 +148,9 @@ class Training:
             "trained on": f"{seen:,} tokens in {report.step} steps",
             "speed": f"{report.tokens_per_s:,.0f} tokens/s on {self.process.world} device(s)",
         }
-        write_card(job.out, job.model, job.command, facts)
+        if job.recipe:
+            atomically(job.out / RECIPE, lambda path: path.write_text(job.recipe, encoding="utf-8"))
+        write_card(job.out, job.model, job.command, facts, recipe=bool(job.recipe))
 
     def _prompts(self) -> list[list[int]]:
         if self.job.evaluation is None or self.process.rank:
