@@ -491,6 +491,7 @@ def test_a_full_disk_is_one_line(world: World, tmp_path: Path, monkeypatch: pyte
         ("small corpus", ("--batch-tokens",)),
         ("features", ("--features",)),
         ("deep features", ("features",)),
+        ("temperatures", ("--temperatures",)),
         ("no model", ("nothing-here",)),
         ("text that is none", ("UTF-8",)),
     ],
@@ -535,6 +536,8 @@ def test_what_a_user_can_mend_is_one_line(world: World, tmp_path: Path, case: st
         options += ["--features", "one"]
     elif case == "deep features":
         options += ["--features", "7"]
+    elif case == "temperatures":
+        options += ["--temperatures", "0.5"]
     elif case == "no model":
         model = tmp_path / "nothing-here"
     else:
@@ -670,6 +673,23 @@ def test_a_finished_run_is_not_trained_again(world: World, tmp_path: Path) -> No
     assert contents(out) == before
     for change, word in ((["--steps", 3], "steps"), (["--steps", 2, "--layers", 2], "layers")):
         assert_refused(invoke(*few_steps(world, out, *change)), "finished run", word)
+
+
+def test_what_is_varied_is_trained_and_loaded(world: World, tmp_path: Path) -> None:
+    """Matrices by AdamW, and layers that read the main model's states after its norm."""
+    found = {}
+    for name, options in (("plain", []), ("adamw", ["--optimiser", "adamw"]), ("normed", ["--hidden", "post_norm"])):
+        assert invoke(*few_steps(world, tmp_path / name, "--steps", 3, *options)).exit_code == 0
+        found[name] = load_file(tmp_path / name / "mtp.safetensors")
+        config = EngineConfig(device="cpu", dtype="fp32", tree=TreeShape.parse("tree:7"), threads=1)
+        with Engine.load(str(world.model), config, mtp=str(tmp_path / name)) as engine:
+            assert loader.read_mtp_config(tmp_path / name).hidden == ("post_norm" if name == "normed" else "pre_norm")
+            params = SamplingParams(max_tokens=20, temperature=0.8, seed=1)
+            [answer] = engine.generate(["Anna bought"], params)
+            [plain] = engine.undrafted().generate(["Anna bought"], params)
+            assert answer.token_ids == plain.token_ids
+    for name in ("adamw", "normed"):
+        assert not all(torch.equal(found[name][key], found["plain"][key]) for key in found["plain"])
 
 
 def own_text(text: Path, folder: Path) -> list[Any]:

@@ -48,7 +48,7 @@ class Job:
     corpus: a folder of shards; what it lacks is written there, from `texts` if there are any, else by the model itself.
     window: keys that a row of the layers sees; 0 is all. width: of their FFN; 0 is the main model's. features: see
     MTPConfig. fp8: the FFNs are kept in FP8. init: a folder of earlier layers to begin with. evaluation: a file of
-    held-out prompts.
+    held-out prompts. hidden: see MTPConfig.
     """
 
     model: str
@@ -60,6 +60,7 @@ class Job:
     width: int = 0
     features: tuple[int, ...] = ()
     fp8: bool = False
+    hidden: Literal["pre_norm", "post_norm"] = "pre_norm"
     init: Path | None = None
     texts: Sequence[Path] = ()
     dialogues: DialogueSettings = field(default_factory=lambda: DialogueSettings(shards=12))
@@ -92,8 +93,9 @@ class Training:
         self.engine = Engine.load(job.model, config, progress=progress)
         main = self.engine.model
         self.config = plan_heads(
-            main.config, job.layers, chained=job.chained, window=job.window, width=job.width, features=job.features
-        )
+            main.config, job.layers, chained=job.chained, window=job.window, width=job.width, features=job.features,
+            hidden=job.hidden,
+        )  # fmt: skip
         if job.init:
             _check_init(job.init, self.config)
         self._write_corpus(progress)
@@ -231,7 +233,7 @@ def _described(job: Job) -> dict[str, Any]:
     settings = asdict(job.settings)
     for name in ("log_every", "evaluate_every", "checkpoint_s"):
         del settings[name]
-    names = ("layers", "chained", "window", "width", "features", "fp8")
+    names = ("layers", "chained", "window", "width", "features", "fp8", "hidden")
     described = {
         "model": job.model, **settings, **{name: getattr(job, name) for name in names}, "text": _hashes(job.texts),
         "init": str(job.init),
