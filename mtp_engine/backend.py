@@ -129,9 +129,11 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
         )
     from mtp_engine.attention.exact import MOST_ROWS, exact_attention
     from mtp_engine.drafters.device import DeviceDraftOps
+    from mtp_engine.kernels.compiling import wake
     from mtp_engine.models.fused import fuse, fuse_mtp
     from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner, bucket
 
+    wake()  # while weights are read
     attention: AttentionFactory = exact_attention
     refresh = None
     if config.attention == "flashinfer":
@@ -145,7 +147,9 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
     in_flight = config.steps_in_flight
 
     def runner(slots: int) -> RunnerFactory:
-        return partial(GraphRunner, in_flight=in_flight, scratch=slots, device=device, refresh=refresh)
+        return partial(
+            GraphRunner, in_flight=in_flight, scratch=slots, device=device, refresh=refresh, progress=progress
+        )
 
     most = bucket(config.max_batch)
     return Backend(

@@ -24,6 +24,7 @@ from mtp_engine.runtime.recorded import Captured, Lane, Prepared, Recorded, Unca
 from mtp_engine.runtime.request import Launched, Members, PromptChunk, TreeLimits
 from mtp_engine.runtime.slots import SCRATCH_LENGTH
 from mtp_engine.runtime.step import ModelStep, Said
+from mtp_engine.runtime.threads import usable_cores
 from mtp_engine.sampling.batch import SamplingBatch
 from mtp_engine.tree import DraftTree
 
@@ -72,14 +73,15 @@ class GraphRunner:
 
     def __init__(
         self, step: ModelStep, *, in_flight: int, scratch: int, device: torch.device,
-        refresh: Callable[[list[int], list[int]], None] | None = None,
+        refresh: Callable[[list[int], list[int]], None] | None = None, progress: Progress = lambda *_: None,
     ) -> None:  # fmt: skip
         """scratch: the slot that pads batches. refresh: called before each step with the slots and the most tokens that
-        each may have."""
+        each may have. progress: is told of kernels that are compiled, and of steps that cannot be captured."""
         self.in_flight = in_flight
         self.recorded = self.late = self.replayed = self.slow = 0
         self._step, self._scratch, self._device, self._refresh = step, scratch, device, refresh
-        self._cuda, self._complete = device.type == "cuda", False
+        self._progress = progress
+        self._cuda, self._complete, self._told = device.type == "cuda", False, False
         self._prepared: dict[Key, Prepared] = {}
         self._lane = Lane(device) if self._cuda else None
         self._words = -(-step.model.vocab_size // 32)
@@ -196,15 +198,44 @@ class GraphRunner:
         halves: Recorded = Uncaptured(self._step, members, key.bound, mask)
         if self._lane:
             try:
+                self._compile(
+                    self._lane, lambda: self._step.verify(members, *self._step.draft(members, key.bound), mask)
+                )
                 halves = Captured(self._step, members, key.bound, mask, self._lane, partial(self._plan, key.batch))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 if isinstance(error.__context__, torch.OutOfMemoryError):
                     raise error.__context__ from None
-                _LOG.warning("steps run without CUDA graphs, which is many times slower: %s (%s)", error, key)
+                self._say_slow(f"steps run without CUDA graphs, which is many times slower: {error} ({key})")
         self.recorded += 1
         self._prepared[key] = Prepared(members, mask, halves)
+
+    def _compile(self, lane: Lane, run: Callable[[], object]) -> None:
+        """Have all kernels of a pass compiled, side by side. Nothing runs: the pass goes into a graph that is thrown away."""
+        if self._refresh:
+            return  # its plans are made on the host, when it runs
+        from mtp_engine.kernels.compiling import Missing
+
+        missing = Missing()
+        try:
+            # as nothing of it runs, nothing that happens meanwhile can spoil it: modules may be loaded, memory taken
+            trial = torch.cuda.graph(
+                torch.cuda.CUDAGraph(), pool=lane.pool, stream=lane.stream, capture_error_mode="relaxed"
+            )
+            with no_collection(), missing, trial:
+                run()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return  # where it is captured in earnest it will be said why
+        missing.compile(self._device, usable_cores(), self._progress)
+
+    def _say_slow(self, why: str) -> None:
+        if not self._told:
+            self._told = True
+            _LOG.warning(why)
+            self._progress(why, 0, None)
 
     def _plan(self, batch: int) -> None:
         """As `refresh` does, for a batch in the scratch slot."""

@@ -48,6 +48,8 @@ class DecodeLoop:
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue what the intake made."""
+        for request in requests:
+            request.skipped = self._clock.skipped
         self.scheduler.add(requests, self._clock.standing)
 
     def remove(self, request: Request) -> bool:

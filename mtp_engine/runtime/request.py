@@ -44,6 +44,7 @@ class Request:
     others: "tuple[Request, ...]" = ()  # the further answers to the same prompt, where n > 1
     number: int = 0  # in order of arrival
     arrived: float = 0.0  # on the loop's clock
+    skipped: float = 0.0  # seconds that the clock had left out by then
     slot: int = -1  # its row in caches and tables while it runs
     read: int = 0  # tokens of prompt and output whose chunk was launched
     decoding: bool = False  # all of them are
