@@ -11,7 +11,7 @@ from torch import Tensor
 from mtp_engine.config import MAX_TREE_NODES, SamplingParams
 from mtp_engine.errors import EngineError
 from mtp_engine.runtime.stats import GenerationStats
-from mtp_engine.sampling.batch import SamplingBatch, to_device
+from mtp_engine.sampling.batch import Plan, SamplingBatch, to_device
 from mtp_engine.sampling.logprobs import Notes, TokenLogprob
 from mtp_engine.sampling.masks import Guide
 from mtp_engine.sampling.processors import NO_TOKEN
@@ -265,6 +265,7 @@ class Members:
     guide: Guide | None = None
     limits: TreeLimits | None = None
     speculates: bool = True  # False: nobody wants drafts, so nothing is drafted and one row each is verified
+    plan: Plan | None = None  # of the step, where steps are planned
 
     @classmethod
     def of(cls, requests: tuple[Request, ...], before: "Members | None", device: torch.device) -> "Members | None":
