@@ -30,7 +30,7 @@ from mtp_engine.drafters.expand import BEAM, DraftOps, Growth, Level, LevelRows,
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import StepPlanner
-from mtp_engine.sampling.batch import Batch, to_device
+from mtp_engine.sampling.batch import Batch, Chunk, Extent, to_device
 from mtp_engine.tree import DraftTree, VerifyResult
 
 
@@ -176,47 +176,86 @@ class MTPDrafter:
         return _NewRows(slots, tokens, hidden, counts, start, self._first[slots], bound)
 
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
-        if batch.prompt_left is not None:
-            self._read(batch, result.tokens, hidden, batch.prompt_left)
-            return
         states = self.module.main_hidden(hidden)
         stays = self._counts[batch.slots] if batch.plan and not batch.plan.shape else None
         self.ops.observe(
             batch.slots, batch.lengths, result, states, self._tokens, self._hidden, self._counts, self._recent, stays
         )
 
-    def _read(self, batch: Batch, tokens: Tensor, hidden: Tensor, left: int) -> None:
-        """Rows of a prompt's chunk: tokens [1, C] behind its first one, hidden [1, C, H] of the positions before them.
+    # ---- prompts (a PromptReader) ------------------------------------------------------------------------------------
+
+    @property
+    def prompts(self) -> "MTPDrafter":
+        return self
+
+    def keep(self, slots: Tensor, positions: Tensor, stops: Tensor, hidden: Tensor) -> Tensor:
+        """The main model's states. Where a chunk has more than `recent` holds, rows that would be overwritten bring what
+        would overwrite them: in which order rows are written does not matter then."""
+        states, ring = self.module.main_hidden(hidden[0]), self._recent.shape[1]
+        later = (stops - 1 - positions).clamp(min=0) // ring * ring
+        rows = torch.arange(len(states), device=states.device)
+        self._recent[slots, positions % ring] = states[rows + later]
+        return states
+
+    def outline(self, chunks: Sequence[Chunk]) -> list[tuple[int, ...]]:
+        """Per chunk its slot; what makes a position a row of the pass; positions of its first token and of the first row to
+        run; `_first`, 0 if that stays; the token that is drafted from; how many rows run.
 
         All but the newest row go through the layers; that one is drafted from, so it is left for `draft`, or for the
         next chunk. Rows too far from the prompt's end for any draft to see are left out.
         """
-        count, slots, ring = tokens.shape[1], batch.slots, self._recent.shape[1]
-        start = batch.bound - count  # position of the token in front of `tokens`
-        first = max(1, batch.bound + left + 1 - self.history)  # position of the first row that is needed
-        needed = min(count, max(0, batch.bound - first + 1))
-        latest = min(count, ring)
-        hidden = self.module.main_hidden(hidden[:, -max(latest, needed) :])
-        kept = torch.arange(batch.bound - latest, batch.bound, device=slots.device) % ring
-        self._recent[slots, kept] = hidden[:, -latest:]
-        if not needed:
-            return
-        tokens, hidden = tokens[:, -needed:], hidden[:, -needed:]
-        if start >= first:  # the row that the chunk before this one left
-            tokens = torch.cat([self._tokens[slots, :1], tokens], 1)
-            hidden = torch.cat([self._hidden[slots, :1], hidden], 1)
-        else:
-            self._first[slots] = first
-        self._tokens[slots, 0], self._hidden[slots, 0], self._counts[slots] = tokens[:, -1], hidden[:, -1], 1
-        if tokens.shape[1] > 1:
-            one = torch.ones_like(slots)
-            counts, begin = one * (tokens.shape[1] - 1), one * max(start, first)
-            rows = _NewRows(
-                slots, tokens[:, :-1], hidden[:, :-1], counts, begin, self._first[slots], batch.bound + 1, True
-            )
-            level = None
-            for number in range(min(self.depth, len(self.module.layers))):
-                level = self._run(number, rows, Growth.start(one), level)
+        found = list[tuple[int, ...]]()
+        for chunk in chunks:
+            first = max(1, chunk.stop + chunk.left + 1 - self.history)  # position of the first row that is needed
+            if chunk.stop < first:
+                continue
+            begin, fresh = max(chunk.start, first), first if chunk.start < first else 0
+            origin, rows = chunk.row - chunk.start, chunk.stop - begin
+            found.append((chunk.slot, origin, chunk.start, begin, fresh, chunk.behind, rows))
+        return found
+
+    def nothing(self, slot: int, position: int) -> tuple[int, ...]:
+        return slot, 1 - position, position, position, 0, 0, 0
+
+    def read(self, outline: Tensor, extent: Extent, tokens: Tensor, states: Tensor) -> None:
+        slots, origins, starts, begins, fresh, behind, counts = outline
+        self._first[slots] = torch.where(fresh > 0, fresh, self._first[slots])
+        if extent.rows:
+            requests = torch.stack([slots, begins, counts])
+            rows = StepRows.prompts(requests, extent.rows, extent.bound, padded=extent.padded)
+            assert rows.owners is not None
+            own, at = rows.owners, rows.positions[0] + origins[rows.owners]
+            left = rows.positions[0] == starts[own]  # the row that the chunk before this one left
+            hidden = torch.where(left[:, None], self._hidden[slots[own], 0], states[(at - 1).clamp(min=0)])
+            self._read(rows, self.module.embedding[tokens[at]], hidden)
+        newest = states[begins + counts - 1 + origins]
+        self._tokens[slots, 0], self._hidden[slots, 0] = behind, newest
+        self._counts[slots] = torch.ones_like(slots)
+
+    def _read(self, rows: StepRows, embedded: Tensor, hidden: Tensor) -> None:
+        """Packed rows through all layers: embedded, hidden [N, H]."""
+        own, slots, counts = rows.owners, rows.slots, rows.counts
+        assert self.cache, "the drafter is not attached to a loop"
+        assert counts is not None
+        assert own is not None
+        lasts, some = (counts.cumsum(0) - 1).clamp(min=0), (counts > 0)[:, None]
+        leads, reused = (rows.positions[0] == rows.lengths[own])[:, None], self.module.config.reused
+        passed = hidden
+        for number in range(min(self.depth, len(self.module.layers))):
+            if number:
+                carry, hidden = (
+                    self._carry[number],
+                    torch.where(leads, self._carry[number][slots[own]], passed.roll(1, 0)),
+                )
+                carry[slots] = torch.where(some, passed[lasts], carry[slots])
+            shift = 0 if reused else number  # see `_run`
+            step = replace(rows, first=self._first[slots] + shift)
+            output = self.module.forward(
+                number, embedded[None], hidden[None], rows.positions - 1 - shift, self.attention(self.cache, step)
+            )[0]
+            passed = output if self.module.config.chained or reused else hidden
+
+    # ---- levels ------------------------------------------------------------------------------------------------------
 
     def _run(self, number: int, rows: _NewRows, tree: Growth, before: "_Level | None") -> "_Level":
         """Level `number` over the new rows and the tree's nodes so far. `before`: what the level above passes on."""

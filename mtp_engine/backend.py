@@ -148,8 +148,9 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
 
     def runner(slots: int) -> RunnerFactory:
         return partial(
-            GraphRunner, in_flight=in_flight, scratch=slots, device=device, refresh=refresh, progress=progress
-        )
+            GraphRunner, in_flight=in_flight, scratch=slots, device=device, refresh=refresh,
+            chunk=config.prefill_chunk or _GPU_CHUNK, progress=progress,
+        )  # fmt: skip
 
     most = bucket(config.max_batch)
     return Backend(

@@ -192,7 +192,7 @@ def test_what_is_captured_at_load(models: Models) -> None:
         for batch in (1, 2, 3, 4) for bound in (512, 2048)
         for kind in ((False, True), (False, False), (True, True), (True, False), (True, False, True))
     }  # fmt: skip
-    assert said[0] == ("capturing CUDA graphs", 0, 40)
+    assert next(each for each in said if each[0] == "capturing CUDA graphs")[1:] == (0, 40)
     assert said[-1][1:] == (40, 40)
 
 
@@ -278,7 +278,7 @@ def test_a_real_model_with_a_real_grammar() -> None:
         SamplingParams(max_tokens=24, seed=3, temperature=0.8),
     ]
     with Engine.load(
-        "mimo-nano", EngineConfig(tree=TreeShape.parse("chain:3"), max_batch=4, max_context=128)
+        "mimo-nano", EngineConfig(dtype="fp32", tree=TreeShape.parse("chain:3"), max_batch=4, max_context=128)
     ) as engine:
         drafter = engine.loop.work.drafter
         runner: Any = lambda slots: partial(GraphRunner, in_flight=2, scratch=slots, device=CPU)  # noqa: E731

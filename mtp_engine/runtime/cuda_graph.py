@@ -21,6 +21,7 @@ from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Progress
 from mtp_engine.runtime.flight import Flight, HostMark, Mark, Reading
 from mtp_engine.runtime.recorded import Captured, Lane, Prepared, Recorded, Uncaptured, no_collection
+from mtp_engine.runtime.recorded_prompts import RecordedPrompts
 from mtp_engine.runtime.request import Landed, Launched, Members, PromptChunk, TreeLimits
 from mtp_engine.runtime.shapes import Watched
 from mtp_engine.runtime.slots import SCRATCH_LENGTH
@@ -75,10 +76,11 @@ class GraphRunner:
 
     def __init__(
         self, step: ModelStep, *, in_flight: int, scratch: int, device: torch.device,
-        refresh: Callable[[list[int], list[int]], None] | None = None, progress: Progress = lambda *_: None,
+        refresh: Callable[[list[int], list[int]], None] | None = None, chunk: int = 2048, progress: Progress = lambda *_: None,
     ) -> None:  # fmt: skip
         """scratch: the slot that pads batches. refresh: called before each step with the slots and the most tokens that
-        each may have. progress: is told of kernels that are compiled, and of steps that cannot be captured."""
+        each may have. chunk: rows of prompts that are read at once, at most. progress: is told of kernels that are compiled,
+        and of steps that cannot be captured."""
         self.in_flight = in_flight
         self.recorded = self.late = self.replayed = self.slow = 0
         self._step, self._scratch, self._device, self._refresh = step, scratch, device, refresh
@@ -89,6 +91,7 @@ class GraphRunner:
         self._shapes = step.shapes
         self._idle: float | None = None  # since when the host has worked for steps alone
         self._lane = Lane(device) if self._cuda else None
+        self.prompts = RecordedPrompts(step, scratch=scratch, position=SCRATCH_TOKENS - 1, most=chunk, lane=self._lane)
         self._words = -(-step.model.vocab_size // 32)
         most = bucket(scratch) * step.drafter.max_nodes * self._words
         self._masks = torch.full((most,), -1, dtype=torch.int32, device=device)  # all recorded steps read it
@@ -103,20 +106,22 @@ class GraphRunner:
             {bucket(size) for size in range(1, batch + 1)}, reverse=True
         )  # large ones make room for the rest
         keys = [key for size in sizes for bound in sorted(bounds, reverse=True) for key in self._keys(size, bound)]
-        with no_collection():
-            for number, key in enumerate(keys):
-                progress("capturing CUDA graphs", number, len(keys))
-                try:
+        number = 0
+        try:
+            prompts = self.prompts.capture(progress)
+            with no_collection():
+                for number, key in enumerate(keys):
+                    progress("capturing CUDA graphs", number, len(keys))
                     self._record(key)
-                except torch.OutOfMemoryError as error:
-                    raise EngineError(
-                        f"the GPU's memory is full after {number} of {len(keys)} CUDA graphs: lower max_batch, max_context or "
-                        'kv_tokens, or have them captured when they are needed (capture="lazy")'
-                    ) from error
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"the GPU's memory is full after {number} of {len(keys)} CUDA graphs: lower max_batch, max_context or "
+                'kv_tokens, or have them captured when they are needed (capture="lazy")'
+            ) from error
         self._complete = True
         took, room = time.perf_counter() - begin, (free - self._free()) / 1e9
         progress("capturing CUDA graphs", len(keys), len(keys))
-        return f"{len(keys)} CUDA graphs captured in {took:.1f} s, {room:.2f} GB"
+        return f"{len(keys) + prompts} CUDA graphs captured in {took:.1f} s, {room:.2f} GB"
 
     def _keys(self, batch: int, bound: int) -> list[Key]:
         """Of all steps that there may be."""
@@ -166,7 +171,7 @@ class GraphRunner:
         start, end = self._mark(), self._mark()
         start.record()
         self._idle = None
-        self._step.read(chunks)
+        self.prompts.read(chunks)
         end.record()
         return Reading(start, end)
 

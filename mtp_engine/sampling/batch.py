@@ -130,3 +130,26 @@ class Batch:
     guide: Guide | None = None  # constraints on the text, where a request has one and they are asked while drafting
     prompt_left: int | None = None  # None in steps that decode
     plan: Plan | None = None  # None: the drafter's one shape
+
+
+@final
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens start..stop-1 of the text in a slot, which a pass over prompts reads. Known on the host."""
+
+    slot: int
+    start: int
+    stop: int
+    left: int  # see Batch.prompt_left
+    behind: int  # the token at `stop`
+    row: int  # of its first token in the pass
+
+
+@final
+@dataclass(frozen=True)
+class Extent:
+    """How large a call over rows of prompts is. padded: rows and requests of nobody may stand behind the others'."""
+
+    rows: int
+    bound: int  # no request has more tokens
+    padded: bool = False
