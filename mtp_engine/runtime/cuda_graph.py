@@ -91,7 +91,9 @@ class GraphRunner:
         self._shapes = step.shapes
         self._idle: float | None = None  # since when the host has worked for steps alone
         self._lane = Lane(device) if self._cuda else None
-        self.prompts = RecordedPrompts(step, scratch=scratch, position=SCRATCH_TOKENS - 1, most=chunk, lane=self._lane)
+        self.prompts = RecordedPrompts(
+            step, scratch=scratch, position=SCRATCH_TOKENS - 1, most=chunk, lane=self._lane, compile=self._compile
+        )
         self._words = -(-step.model.vocab_size // 32)
         most = bucket(scratch) * step.drafter.max_nodes * self._words
         self._masks = torch.full((most,), -1, dtype=torch.int32, device=device)  # all recorded steps read it
@@ -145,6 +147,9 @@ class GraphRunner:
                 self.late += 1
                 _LOG.warning("a step is recorded in the midst of the work, which holds all up: %s", key)
             self._record(key)
+
+    def prepare_reading(self, chunks: Sequence[PromptChunk]) -> None:
+        self.prompts.prepare(chunks)
 
     def launch(self, members: Members, bound: int, said: Said) -> Launched:
         key, count = self._next, len(members.slots)
@@ -241,9 +246,7 @@ class GraphRunner:
         halves: Recorded = Uncaptured(self._step, members, key.bound, mask)
         if self._lane:
             try:
-                self._compile(
-                    self._lane, lambda: self._step.verify(members, *self._step.draft(members, key.bound), mask)
-                )
+                self._compile(lambda: self._step.verify(members, *self._step.draft(members, key.bound), mask))
                 halves = Captured(self._step, members, key.bound, mask, self._lane, partial(self._plan, key.batch))
             except torch.OutOfMemoryError:
                 raise
@@ -255,10 +258,11 @@ class GraphRunner:
         self._idle = None
         self._prepared[key] = Prepared(members, mask, halves)
 
-    def _compile(self, lane: Lane, run: Callable[[], object]) -> None:
+    def _compile(self, run: Callable[[], object]) -> None:
         """Have all kernels of a pass compiled, side by side. Nothing runs: the pass goes into a graph that is thrown away."""
-        if self._refresh:
-            return  # its plans are made on the host, when it runs
+        lane = self._lane
+        if lane is None or self._refresh:
+            return  # plans for FlashInfer are made on the host, when a pass runs
         from mtp_engine.kernels.compiling import Missing
 
         missing = Missing()

@@ -84,6 +84,8 @@ class DecodeLoop:
         launched = self._decode(self._members) if self._members else None
         if plan.chunks:
             try:
+                with self._clock.left_out():
+                    self.runner.prepare_reading(plan.chunks)
                 read = self.runner.read(plan.chunks)
                 launched = launched or read
             except Exception as error:

@@ -8,6 +8,7 @@ comes again, as many sizes come only once; `capture` records all. On a CPU all r
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import final
 
 import torch
@@ -34,10 +35,15 @@ def rows_bucket(rows: int) -> int:
 class RecordedPrompts:
     """captured: graphs. replayed, slow: passes of the main model that ran as a graph, and on a GPU without one."""
 
-    def __init__(self, step: ModelStep, *, scratch: int, position: int, most: int, lane: Lane | None) -> None:
-        """scratch: the slot, and `position` the one in it, that padding is written to. most: rows of a pass."""
+    def __init__(
+        self, step: ModelStep, *, scratch: int, position: int, most: int, lane: Lane | None,
+        compile: Callable[[Callable[[], object]], None] = lambda run: None,
+    ) -> None:  # fmt: skip
+        """scratch: the slot, and `position` the one in it, that padding is written to. most: rows of a pass. compile: has
+        the kernels of a pass compiled that runs for the first time."""
         self.captured = self.replayed = self.slow = 0
         self._step, self._lane, self._requests, self._most = step, lane, scratch + 1, most
+        self._compile = compile
         self._scratch = scratch, position
         self._reader, self._bound = step.drafter.prompts, step.cache.pages.count * step.cache.pages.page_size
         self._nothing = self._reader.nothing(*self._scratch) if self._reader else ()
@@ -47,6 +53,15 @@ class RecordedPrompts:
         self._spans, self._outline = torch.split(outline.view(columns, -1), [3, columns - 3])
         self._states = torch.empty(0, device=step.device)  # [tokens, H], of the main model's last pass
         self._graphs: dict[tuple[Callable[[int], None], int], torch.cuda.CUDAGraph | None] = {}
+
+    def prepare(self, chunks: Sequence[PromptChunk]) -> None:
+        """Have compiled what they need for the first time."""
+        entries = self._reader.outline(told(chunks)) if self._reader else []
+        rows = sum(chunk.stop - chunk.start for chunk in chunks)
+        halves = [(self._main, rows), (self._drafter, sum(entry[-1] for entry in entries))]
+        for half, count in halves[: 2 if entries else 1]:
+            if (half, rows_bucket(count)) not in self._graphs:
+                self._compile(partial(half, rows_bucket(count)))
 
     def read(self, chunks: Sequence[PromptChunk]) -> None:
         """See ModelStep.read."""
@@ -71,6 +86,7 @@ class RecordedPrompts:
         with no_collection():
             for number, (half, size) in enumerate(kinds):
                 progress("capturing passes over prompts", number, len(kinds))
+                self._compile(partial(half, size))
                 self._run(half, size)
                 if self._lane and self._graphs[half, size] is None:
                     self._record(half, size)

@@ -168,7 +168,10 @@ class Runner(Protocol):
         Returns what it took, in words; empty where there is nothing to do."""
 
     def prepare(self, members: Members, bound: int) -> None:
-        """What a first use needs, such as compiling; not counted in any statistics."""
+        """What a first use needs, such as compiling, which statistics count apart."""
+
+    def prepare_reading(self, chunks: Sequence[PromptChunk]) -> None:
+        """The same for `read`."""
 
     def launch(self, members: Members, bound: int, said: Said) -> Launched: ...
 
@@ -205,6 +208,9 @@ class EagerRunner:
         return ""
 
     def prepare(self, members: Members, bound: int) -> None:
+        pass
+
+    def prepare_reading(self, chunks: Sequence[PromptChunk]) -> None:
         pass
 
     def settle(self) -> None:
