@@ -66,6 +66,7 @@ class Backend:
     in_flight: steps that may be queued at a time. ring_page, ring_rows: rings are whole pages and take at least so many
     rows at a time. scratch_tokens: room that the scratch slot needs; 0 = there is none. usual_chunk, chunk_rows: rows of
     prompts that are read at once where the user says nothing, and at most. packs: whether they may be several prompts'.
+    bucket: the batch that is recorded for so many requests.
     """
 
     attention: AttentionFactory = TorchAttention
@@ -84,6 +85,7 @@ class Backend:
     chunk_rows: int = 1 << 30
     packs: bool = True
     kernels: bool = False
+    bucket: Callable[[int], int] = lambda size: size
 
 
 def find_device(name: str) -> torch.device:
@@ -166,6 +168,7 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
         scratch_tokens=SCRATCH_TOKENS,
         usual_chunk=_GPU_CHUNK,
         kernels=True,
+        bucket=bucket,
     )
 
 

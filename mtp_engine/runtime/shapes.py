@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from math import log2
+from math import inf, log2
 from pathlib import Path
 from typing import final
 
@@ -119,10 +119,12 @@ class ShapePlanner:
         largest tree on offer is taken. bucket: the batch that is recorded for so many requests."""
         self._plain, self._offers = Plan(), offers
         self._late = next(Plan(o.shape, o.nodes, late=True) for o in offers if len(o.shape.widths) == depth)
-        self.costs, self.forced = costs, list[Plan]()
+        self.costs, self.forced = costs, list[Plan]()  # forced: the plan that is taken whatever it costs, to time it
         self._depth, self._room, self._bucket = depth, room, bucket
         self._shapes = {o.shape: _Shape(likely(o.shape, depth) * _PRIOR) for o in offers}
-        self._drafted: dict[int, list[Plan]] = {}  # by recorded batch
+        self._tables: dict[
+            int, list[tuple[Plan, _Shape, float]]
+        ] = {}  # plans with drafts, and seconds, by recorded batch
         chains = [o.shape for o in offers if set(o.shape.widths) == {1}]
         self._parts = {chain: [each for each in chains if len(each.widths) <= len(chain.widths)] for chain in chains}
         self._own: dict[int, _Own] = {}  # by slot
@@ -164,28 +166,36 @@ class ShapePlanner:
         if not speculates:
             return self._plain
         batch = self._bucket(len(own))
-        if batch not in self._drafted:
-            self._drafted[batch] = self._offered(batch)
-        drafted = self._drafted[batch]
-        if limited or not self.costs.seconds:
-            return drafted[-1]
+        table = self._table(batch)
+        if limited or self._measured(batch, self._plain) == inf:
+            return table[-1][0]
         self._turn += 1
-        hopes, rates = sum(each.ratio for each in own), dict[Plan, float]()
-        for plan in drafted:
-            assert plan.shape is not None
-            shape = self._shapes[plan.shape]
+        hopes, more = sum(each.ratio for each in own), self._more.get((batch, bound), 0.0)
+        best, most, host = self._plain, 0.0, self._host.get(batch, 0.0)
+        for plan, shape, seconds in table:
             shape.known *= _FADING
             gain = shape.gain + _CREDIT / (1 + shape.known) ** 0.5
-            rates[plan] = (len(own) + hopes * gain) / self._seconds(batch, bound, plan)
-        best = max(rates, key=rates.__getitem__)
-        plain = len(own) / self._seconds(batch, bound, self._plain)
-        margin = 1 / _HYSTERESIS if self._drafting else _HYSTERESIS
-        self._drafting = rates[best] > margin * plain
+            rate = (len(own) + hopes * gain) / max(seconds + more, host)
+            best, most = (plan, rate) if rate > most else (best, most)
+        plain = len(own) / max(self._measured(batch, self._plain) + more, host)
+        self._drafting = most > plain * (1 / _HYSTERESIS if self._drafting else _HYSTERESIS)
         return best if self._drafting else self._plain
 
-    def _seconds(self, batch: int, bound: int, plan: Plan) -> float:
-        device = self.costs.seconds[batch, str(plan)] + self._more.get((batch, bound), 0.0)
-        return max(device, self._host.get(batch, 0.0), 1e-6)
+    def know(self, costs: ShapeCosts) -> None:
+        """These are the costs from now on."""
+        self.costs = costs
+        self._tables.clear()
+
+    def _table(self, batch: int) -> list[tuple[Plan, _Shape, float]]:
+        if batch not in self._tables:
+            plans = self._offered(batch)
+            self._tables[batch] = [
+                (plan, self._shapes[plan.shape], self._measured(batch, plan)) for plan in plans if plan.shape
+            ]
+        return self._tables[batch]
+
+    def _measured(self, batch: int, plan: Plan) -> float:
+        return self.costs.seconds.get((batch, str(plan)), inf)
 
     def learn(self, plan: Plan, slots: Sequence[int], accepted: Sequence[int]) -> None:
         """See StepPlanner. Of a large batch some requests must do, and others in the next step, to spare the host."""
