@@ -36,6 +36,7 @@ def read(
     for number in range(repeats + 1):
         generator = torch.Generator().manual_seed(number)
         prompts = torch.randint(10, vocab - 10, (count, tokens), generator=generator).tolist()
+        loop.runner.settle()  # of the prompts before
         begin = time.perf_counter()
         requests = [loop.add(prompt, SamplingParams(max_tokens=2, ignore_eos=True)) for prompt in prompts]
         while not all(request.output for request in requests):
@@ -61,12 +62,17 @@ def passes(model: Model, config: EngineConfig, tree: str | None) -> list[dict[st
     graphs = prompts.capture(lambda *_: None)
     took, room = time.perf_counter() - begin, (free - torch.cuda.mem_get_info()[0]) / 1e9
     print(json.dumps({"graphs": graphs, "capture_s": round(took, 2), "gb": round(room, 3)}))
-    for (half, size), graph in sorted(prompts._graphs.items(), key=lambda item: (item[0][0].__name__, item[0][1])):
+
+    def fill(size: int) -> None:
+        """Eight requests of `size` rows together."""
         rows = [(slot, 0, size // 8) for slot in range(8)]
         entries = [(slot, slot * (size // 8), 0, 1, 1, 9, size // 8 - 1) for slot in range(8)]
         for slot in range(8):
             bench.loop.memory.pages.reserve(slot, size)
         prompts._load([7] * size, rows, entries if prompts._nothing else [])
+
+    for (half, size), graph in sorted(prompts._graphs.items(), key=lambda item: (item[0][0].__name__, item[0][1])):
+        fill(size)
         case = {"half": half.__name__.strip("_"), "rows": size}
         for name, work in (("graph_ms", graph.replay), ("eager_ms", lambda half=half, size=size: half(size))):
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
@@ -78,7 +84,8 @@ def passes(model: Model, config: EngineConfig, tree: str | None) -> list[dict[st
             case[name] = round(statistics.median(a.elapsed_time(b) for a, b in pairwise(marks)), 3)
         found.append(case)
         print(json.dumps(case))
-    for size in (64, 1024):
+    for size in (64, 1024, 2048):
+        fill(size)
         kernels = profiled(prompts._graphs[prompts._main, size].replay)
         print(f"kernels of a pass of {size} rows, us and calls: {json.dumps(kernels)}")
     return found

@@ -104,12 +104,11 @@ def _store_kernel(
     row = tl.load(rows + i)
     if row < 0:
         return
+    c, d = tl.arange(0, KP), tl.arange(0, VP)
     if tl.program_id(1) == 0:
-        c = tl.arange(0, KP)
         tl.store(k + row * k_row + c, tl.load(k_new + i * k_width + c, mask=c < k_width), mask=c < k_width)
     else:
-        c = tl.arange(0, VP)
-        tl.store(v + row * v_row + c, tl.load(v_new + i * v_width + c, mask=c < v_width), mask=c < v_width)
+        tl.store(v + row * v_row + d, tl.load(v_new + i * v_width + d, mask=d < v_width), mask=d < v_width)
 
 
 def store_rows(k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> None:

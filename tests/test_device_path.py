@@ -289,12 +289,14 @@ def test_prompts_as_graphs_are_those_read_operation_by_operation(model: Model, s
     for graphs in (True, False):
         loop = model.loop(shape, graphs=graphs, prefix_bytes=10**8, share_pages=True)
         runner: Any = loop.runner
+        slow = 0
         if graphs:
             runner.capture(SLOTS, 400, lambda *_: None)
+            slow = runner.prompts.slow  # each size once, before it was captured
         requests = [*decode(loop, prompts, [params] * 6), *decode(loop, [p + [4] * 9 for p in prompts], [params] * 6)]
         found.append([(r.output, r.stats.steps, r.stats.cached_tokens) for r in requests])
         if graphs:
             assert runner.prompts.replayed > 4
-            assert runner.prompts.slow == len({16, 32, 64, 128}), "each size once, when it was captured"
+            assert runner.prompts.slow == slow, "all sizes were captured"
     assert found[0] == found[1]
     assert any(cached for *_, cached in found[0])
