@@ -111,10 +111,12 @@ class GraphRunner:
         number = 0
         try:
             prompts = self.prompts.capture(progress)
+            if self._lane:
+                self._compile(partial(self._run, [(key, *self._blank(key)) for key in keys]))
             with no_collection():
                 for number, key in enumerate(keys):
                     progress("capturing CUDA graphs", number, len(keys))
-                    self._record(key)
+                    self._record(key, compiled=True)
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 f"the GPU's memory is full after {number} of {len(keys)} CUDA graphs: lower max_batch, max_context or "
@@ -230,23 +232,33 @@ class GraphRunner:
         tables = 0 if bare else self._step.processors.grown
         return Key(bucket(len(members.slots)), bound, drafts, bare, limited, tables, plan)
 
-    def _record(self, key: Key) -> None:
-        """Make a step ready for any members of that kind. Where it cannot be captured it will run slowly, which is said."""
-        stale = [k for k in self._prepared if not (k.bare or key.bare or k.tables == key.tables)]
-        if stale:  # they hold tables that are too small by now, and may be running
-            self.settle()
-        for each in stale:
-            del self._prepared[each]
+    def _blank(self, key: Key) -> tuple[Members, Tensor | None]:
+        """Room for any members of that kind, and for what structures allow."""
         slots = torch.full((key.batch,), self._scratch, device=self._device)
         limits = TreeLimits.none(key.batch, self._device) if key.limited else None
         sampling = SamplingBatch.room(key.batch, self._device, bare=key.bare)
         members = Members((), (), slots, sampling, limits=limits, speculates=key.drafts, plan=key.plan)
         nodes = key.plan.nodes if key.plan else self._step.drafter.max_nodes if key.drafts else 1
-        mask = None if key.bare else self._mask(key.batch, nodes)
+        return members, None if key.bare else self._mask(key.batch, nodes)
+
+    def _run(self, steps: Sequence[tuple[Key, Members, Tensor | None]]) -> None:
+        for key, members, mask in steps:
+            self._step.verify(members, *self._step.draft(members, key.bound), mask)
+
+    def _record(self, key: Key, *, compiled: bool = False) -> None:
+        """Make a step ready for any members of that kind. Where it cannot be captured it will run slowly, which is said.
+        compiled: its kernels are."""
+        stale = [k for k in self._prepared if not (k.bare or key.bare or k.tables == key.tables)]
+        if stale:  # they hold tables that are too small by now, and may be running
+            self.settle()
+        for each in stale:
+            del self._prepared[each]
+        members, mask = self._blank(key)
         halves: Recorded = Uncaptured(self._step, members, key.bound, mask)
         if self._lane:
             try:
-                self._compile(lambda: self._step.verify(members, *self._step.draft(members, key.bound), mask))
+                if not compiled:
+                    self._compile(partial(self._run, [(key, members, mask)]))
                 halves = Captured(self._step, members, key.bound, mask, self._lane, partial(self._plan, key.batch))
             except torch.OutOfMemoryError:
                 raise
