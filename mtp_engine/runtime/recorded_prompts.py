@@ -78,7 +78,9 @@ class RecordedPrompts:
     ) -> tuple[list[tuple[Callable[[int], None], int]], list[tuple[int, ...]]]:
         """The passes that read them, with their sizes, and what the drafter's is told."""
         entries = self._reader.outline(told(chunks)) if self._reader else []
-        halves = [(self._main, rows_bucket(sum(chunk.stop - chunk.start for chunk in chunks)))]
+        halves: list[tuple[Callable[[int], None], int]] = [
+            (self._main, rows_bucket(sum(chunk.stop - chunk.start for chunk in chunks)))
+        ]
         if entries:
             halves.append((self._drafter, rows_bucket(sum(entry[-1] for entry in entries))))
         return halves, entries
