@@ -29,6 +29,7 @@ from mtp_engine.config import TreeShape
 from mtp_engine.drafters.expand import BEAM, DraftOps, Growth, Level, LevelRows, level_sizes
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.models.mtp import MTPModule
+from mtp_engine.protocols import StepPlanner
 from mtp_engine.sampling.batch import Batch, Chunk, Extent, to_device
 from mtp_engine.tree import DraftTree, VerifyResult
 
@@ -63,19 +64,25 @@ class MTPDrafter:
         ops: DraftOps | None = None,
         ring_page: int = 1,
         ring_rows: int = 1,
+        others: Sequence[TreeShape] = (),
+        late: int = 0,
+        planner: StepPlanner | None = None,
     ) -> None:
-        """shape: at most as deep as the module has levels.
+        """shape: at most as deep as the module has levels. others: that a step's plan may name. late: rows that may be to
+        come, where steps may be planned without drafts. planner: who plans them.
         beam: how many nodes of a level are given children when the shape is tree:N, or more (see level_sizes).
         ring_page: see HybridKV. ring_rows: a ring takes at least this many rows at a time."""
         self.module, self.shape, self.attention = module, shape, attention
         self.ops = ops or TorchDraftOps()
-        self.depth = min(module.config.depth, shape.best) if shape.best else len(shape.widths)
-        self._levels = level_sizes(shape, self.depth, beam)
-        drafted = sum(keep for _, keep in self._levels)
-        self.max_nodes = 1 + (min(shape.best, drafted) if shape.best else drafted)
+        self.planner = planner
+        depths = {each: min(module.config.depth, each.best) or len(each.widths) for each in (shape, *others)}
+        self.depth = max(depths.values())
+        self._levels = {each: level_sizes(each, depth, beam) for each, depth in depths.items()}
+        self.max_nodes = max(self.nodes(each) for each in depths)
         layer, embedding = module.config.layer.attention, module.embedding
-        rows = self._pending = self.depth + 1
-        self.scratch_rows = rows + sum(keep for _, keep in self._levels[:-1])
+        self.usual = self.depth + 1  # rows that are to come after a step with drafts
+        rows = max(self.usual, late)
+        self.scratch_rows = rows + max(sum(keep for _, keep in levels[:-1]) for levels in self._levels.values())
         self.cache: HybridKV | None = None
         self._ring_page, self._ring_rows = ring_page, ring_rows
         # a chained layer's rows need the whole window of the layer before, so windows add up
@@ -91,6 +98,11 @@ class MTPDrafter:
         self._carry = torch.zeros(self.depth, slots, hidden, dtype=embedding.dtype, device=device)
         self._recent = self._hidden[:, :0]  # [slots, R, H], the state of position p in row p % R
 
+    def nodes(self, shape: TreeShape) -> int:
+        """Of its tree, root included."""
+        drafted = sum(keep for _, keep in self._levels[shape])
+        return 1 + (min(shape.best, drafted) if shape.best else drafted)
+
     def attach(self, pages: Pages, behind: int) -> None:
         layer, embedding = self.module.config.layer.attention, self.module.embedding
         self.cache = HybridKV(
@@ -104,6 +116,8 @@ class MTPDrafter:
     def release(self, slot: int) -> None:
         self._first[slot], self._counts[slot] = 1, 0
         self._carry[:, slot] = 0.0
+        if self.planner:
+            self.planner.release(slot)
 
     def save(self, slot: int, tokens: int, *, lean: bool) -> list[Tensor]:
         """The main model's states of the last `reread` + 1 positions, or of all that drafting needs: [rows, H]."""
@@ -139,23 +153,33 @@ class MTPDrafter:
             ids, states = ids[:, 1:], level.passed[:, :-1]
 
     def draft(self, batch: Batch) -> DraftTree:
-        slots, counts = batch.slots, self._counts[batch.slots]
-        start, bound = batch.lengths - counts + 1, batch.bound + self.max_nodes
-        rows = _NewRows(slots, self._tokens[slots], self._hidden[slots], counts, start, self._first[slots], bound)
-        ids, last = self.module.draft_ids, len(self._levels) - 1
-        tree, level = self.ops.start(batch, self._levels, ids, len(self.module.embedding)), None
-        for number, (width, keep) in enumerate(self._levels):
+        shape = (batch.plan and batch.plan.shape) or self.shape
+        rows, levels = self._new_rows(batch), self._levels[shape]
+        ids, last = self.module.draft_ids, len(levels) - 1
+        tree, level = self.ops.start(batch, levels, ids, len(self.module.embedding)), None
+        for number, (width, keep) in enumerate(levels):
             level = self._run(number, rows, tree, level)
             grown = Level(self.module.logits(number, level.frontier), ids, number + 1, width, keep)
             if number < last:
                 tree = self.ops.grow(tree, batch, grown)
-        finished = self.ops.finish(tree, batch, grown, self.shape.best, counts)
-        return replace(finished, straight=set(self.shape.widths) == {1})
+        finished = self.ops.finish(tree, batch, grown, shape.best, rows.counts)
+        for number in range(len(levels), len(self.module.layers[: self.depth])):  # what later steps may ask of them
+            level = self._run(number, rows, Growth.start(batch.tokens), level)
+        return replace(finished, straight=set(shape.widths) == {1})
+
+    def _new_rows(self, batch: Batch) -> _NewRows:
+        """All that are to come; without a plan, or where nobody is late, these are few."""
+        count = self._tokens.shape[1] if batch.plan and batch.plan.late else self.usual
+        slots, counts = batch.slots, self._counts[batch.slots]
+        start, bound = batch.lengths - counts + 1, batch.bound + self.max_nodes
+        tokens, hidden = self._tokens[slots, :count], self._hidden[slots, :count]
+        return _NewRows(slots, tokens, hidden, counts, start, self._first[slots], bound)
 
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
         states = self.module.main_hidden(hidden)
+        stays = self._counts[batch.slots] if batch.plan and not batch.plan.shape else None
         self.ops.observe(
-            batch.slots, batch.lengths, result, states, self._tokens, self._hidden, self._counts, self._recent
+            batch.slots, batch.lengths, result, states, self._tokens, self._hidden, self._counts, self._recent, stays
         )
 
     # ---- prompts (a PromptReader) ------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mtp_engine.cache import HybridKV, Pages
-from mtp_engine.sampling.batch import Batch, Chunk, Extent
+from mtp_engine.sampling.batch import Batch, Chunk, Extent, Plan
 from mtp_engine.tree import DraftTree, VerifyResult
 
 
@@ -132,6 +132,30 @@ class TreePlanner(Protocol):
 
     def timed(self, nodes: int, batch: int, draft_s: float, verify_s: float) -> None:
         """A step with trees of so many nodes, roots included, took so long."""
+
+    def release(self, slot: int) -> None:
+        """Another request may take it."""
+
+
+class StepPlanner(Protocol):
+    """Chooses a step's shape, one for all its requests, before it is launched (runtime.shapes.ShapePlanner)."""
+
+    def plans(self, batch: int) -> Sequence[Plan]:
+        """Among which it chooses for so many requests: plain decoding, others, of which the last but one is taken where a
+        request wants a smaller tree, and at last the one for who is late."""
+
+    def choose(self, slots: Sequence[int], bound: int, *, limited: bool, speculates: bool) -> Plan:
+        """For a step of the requests in `slots`, which is launched next. bound: none of them has more tokens.
+        limited: one wants a smaller tree. speculates: whether one wants any."""
+
+    def learn(self, plan: Plan, slots: Sequence[int], accepted: Sequence[int]) -> None:
+        """How many drafts of each request's tree were accepted."""
+
+    def timed(self, plan: Plan, batch: int, bound: int, step_s: float, host_s: float | None) -> None:
+        """A step took the device so long, and the host beside it, where that is known."""
+
+    def rows(self) -> int | None:
+        """How many rows of prompts to read behind a step, so that it does not take twice as long; None: any."""
 
     def release(self, slot: int) -> None:
         """Another request may take it."""

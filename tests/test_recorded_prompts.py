@@ -216,22 +216,6 @@ def test_rows_are_stored_where_they_belong() -> None:
     assert all(torch.equal(*each) for each in zip(stored, expected, strict=True))
 
 
-@pytest.mark.cuda
-def test_kernels_are_compiled_before_they_are_launched() -> None:
-    """A launch that is left out writes nothing; afterwards there is nothing to compile, and the product is right."""
-    from mtp_engine.kernels import dense
-    from mtp_engine.kernels.ahead import compiling_ahead
-
-    x, weight = (torch.randn(rows, 176, device=DEVICE).bfloat16() for rows in (90, 80))
-    with compiling_ahead() as missing:
-        dense.linear(x, weight)
-    assert missing
-    with compiling_ahead() as again:
-        y = dense.linear(x, weight)
-    assert not again
-    assert (y.float() - x.float() @ weight.float().T).norm() / y.float().norm() < 1e-2
-
-
 @pytest.mark.parametrize("counts", [(3, 0, 70, 1, 0), (1,), (64, 64, 0)])
 def test_packed_rows_and_those_behind_them(counts: Sequence[int]) -> None:
     starts = [10 * i for i in range(len(counts))]

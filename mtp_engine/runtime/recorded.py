@@ -9,7 +9,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
-from mtp_engine.runtime.request import Members
+from mtp_engine.runtime.request import Members, TreeLimits
 from mtp_engine.runtime.step import ModelStep
 from mtp_engine.sampling.batch import SamplingBatch
 from mtp_engine.tree import DraftTree
@@ -56,7 +56,7 @@ class Captured:
         before = torch.cuda.current_stream(members.slots.device)
         lane.stream.wait_stream(before)
         with torch.cuda.stream(lane.stream), no_collection():
-            self._try(step, members, bound, mask)
+            step.verify(members, *step.draft(members, bound), mask)
             refresh()  # plans exist from now on; the first ones were made for nothing
             lane.stream.synchronize()
             with torch.cuda.graph(self._draft, pool=lane.pool, stream=lane.stream):
@@ -64,17 +64,6 @@ class Captured:
             with torch.cuda.graph(self._verify, pool=lane.pool, stream=lane.stream):
                 self._result = step.verify(members, *self._drafted, mask)
         before.wait_stream(lane.stream)
-
-    def _try(self, step: ModelStep, members: Members, bound: int, mask: Tensor | None) -> None:
-        """Run it. Kernels that are missing are compiled all at once, and what was computed without them is forgotten."""
-        from mtp_engine.kernels.ahead import compiling_ahead
-
-        with compiling_ahead() as missing:
-            step.verify(members, *step.draft(members, bound), mask)
-        if missing:
-            for slot in set(members.slots.tolist()):
-                step.drafter.release(slot)
-            step.verify(members, *step.draft(members, bound), mask)
 
     def draft(self) -> DraftTree:
         self._draft.replay()
@@ -112,9 +101,10 @@ class Prepared:
         held.slots[:count].copy_(members.slots)
         for ours, theirs in zip(_tensors(held.sampling), _tensors(members.sampling), strict=True):
             ours[:count].copy_(theirs)
-        if held.limits and members.limits:
-            held.limits.widths[:count].copy_(members.limits.widths)
-            held.limits.nodes[:count].copy_(members.limits.nodes)
+        if held.limits:
+            limits = members.limits or TreeLimits.none(count, members.slots.device)
+            held.limits.widths[:count].copy_(limits.widths)
+            held.limits.nodes[:count].copy_(limits.nodes)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Whose rows they are stands in tables on the device, so that a graph fits the chu
 of rows: a row's bits do not depend on others. Rows that are padded belong to the scratch slot, and are written to its last
 position. A size that comes for the first time runs operation by operation, over the same tables, and is recorded when it
 comes again, as many sizes come only once; `capture` records all. Before a size's first pass its kernels are compiled
-together (kernels/ahead.py). On a CPU all run operation by operation.
+together (kernels/compiling.py). On a CPU all run operation by operation.
 """
 
 import logging
@@ -35,10 +35,15 @@ def rows_bucket(rows: int) -> int:
 class RecordedPrompts:
     """captured: graphs. replayed, slow: passes of the main model that ran as a graph, and on a GPU without one."""
 
-    def __init__(self, step: ModelStep, *, scratch: int, position: int, most: int, lane: Lane | None) -> None:
-        """scratch: the slot, and `position` the one in it, that padding is written to. most: rows of a pass."""
+    def __init__(
+        self, step: ModelStep, *, scratch: int, position: int, most: int, lane: Lane | None,
+        compile: Callable[[Callable[[], object]], None] = lambda run: None,
+    ) -> None:  # fmt: skip
+        """scratch: the slot, and `position` the one in it, that padding is written to. most: rows of a pass. compile: has
+        the kernels of a pass compiled that runs for the first time."""
         self.captured = self.replayed = self.slow = 0
         self._step, self._lane, self._requests, self._most = step, lane, scratch + 1, most
+        self._compile = compile
         self._scratch = scratch, position
         self._reader, self._bound = step.drafter.prompts, step.cache.pages.count * step.cache.pages.page_size
         self._nothing = self._reader.nothing(*self._scratch) if self._reader else ()
@@ -50,30 +55,42 @@ class RecordedPrompts:
         self._graphs: dict[tuple[Callable[[int], None], int], torch.cuda.CUDAGraph | None] = {}
         self._refused = set[tuple[Callable[[int], None], int]]()
 
+    def prepare(self, chunks: Sequence[PromptChunk]) -> None:
+        """Have compiled what they need for the first time."""
+        if new := [each for each in self._halves(chunks)[0] if each not in self._graphs]:
+            self._ahead(new)
+
     def read(self, chunks: Sequence[PromptChunk]) -> None:
         """See ModelStep.read."""
         count, bound = sum(chunk.stop - chunk.start for chunk in chunks), max(chunk.stop for chunk in chunks)
         if count <= _FEW and bound > _FAR:
             self._step.read(chunks)
             return
-        entries = self._reader.outline(told(chunks)) if self._reader else []
-        halves = [(self._main, rows_bucket(count))]
-        if entries:
-            halves.append((self._drafter, rows_bucket(sum(entry[-1] for entry in entries))))
-        if new := [each for each in halves if each not in self._graphs]:
-            self._compile(new)
+        halves, entries = self._halves(chunks)
         self._load(known(chunks), spans(chunks), entries)
         for half, size in halves:
             self._run(half, size)
         if self._reader is None:
             self._step.show(chunks, self._states)
 
+    def _halves(
+        self, chunks: Sequence[PromptChunk]
+    ) -> tuple[list[tuple[Callable[[int], None], int]], list[tuple[int, ...]]]:
+        """The passes that read them, with their sizes, and what the drafter's is told."""
+        entries = self._reader.outline(told(chunks)) if self._reader else []
+        halves: list[tuple[Callable[[int], None], int]] = [
+            (self._main, rows_bucket(sum(chunk.stop - chunk.start for chunk in chunks)))
+        ]
+        if entries:
+            halves.append((self._drafter, rows_bucket(sum(entry[-1] for entry in entries))))
+        return halves, entries
+
     def capture(self, progress: Progress) -> int:
         """Record all sizes, and return how many graphs that made. Raises torch.OutOfMemoryError."""
         halves = [self._main, self._drafter] if self._nothing else [self._main]
         sizes = sorted({rows_bucket(rows) for rows in range(1, self._most + 1)}, reverse=True)
         kinds, before = [(half, size) for half in halves for size in sizes], self.captured
-        self._compile(kinds)
+        self._ahead(kinds)
         with no_collection():
             for number, (half, size) in enumerate(kinds):
                 progress("capturing passes over prompts", number, len(kinds))
@@ -83,18 +100,15 @@ class RecordedPrompts:
         progress("capturing passes over prompts", len(kinds), len(kinds))
         return self.captured - before
 
-    def _compile(self, kinds: Sequence[tuple[Callable[[int], None], int]]) -> None:
+    def _ahead(self, kinds: Sequence[tuple[Callable[[int], None], int]]) -> None:
         """Compile what passes of these sizes need, all at once. The tables are nobody's then."""
-        self._load([], [], [])
-        if not self._lane:
-            return
-        from mtp_engine.kernels.ahead import compiling_ahead
 
-        with compiling_ahead() as missing:
+        def run() -> None:
             for half, size in kinds:
                 half(size)
-        for half, size in kinds if missing else ():
-            half(size)  # over what was computed for nothing
+
+        self._load([], [], [])
+        self._compile(run)
 
     def _load(
         self, tokens: Sequence[int], chunks: Sequence[tuple[int, int, int]], entries: Sequence[tuple[int, ...]]

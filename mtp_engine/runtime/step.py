@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.cache import HybridKV
-from mtp_engine.protocols import Drafter, Progress, TargetModel, TreePlanner, Verifier
+from mtp_engine.protocols import Drafter, Progress, StepPlanner, TargetModel, TreePlanner, Verifier
 from mtp_engine.runtime.request import Landed, Launched, Members, PromptChunk, Request
 from mtp_engine.runtime.slots import SlotState
 from mtp_engine.sampling.batch import Batch, Chunk, Extent, SamplingBatch, to_device
@@ -34,6 +34,7 @@ class ModelStep:
     device: torch.device
     planner: TreePlanner | None = None  # is told how long steps take
     kernels: bool = False
+    shapes: StepPlanner | None = None  # chooses each step's shape, where a runner records several
 
     def read(self, chunks: Sequence[PromptChunk]) -> None:
         """Read chunks of prompts in one pass: chains whose paths are known. The drafter is told of those that want drafts."""
@@ -87,8 +88,8 @@ class ModelStep:
 
     def draft(self, members: Members, bound: int) -> tuple[Batch, DraftTree]:
         """bound: no member has more tokens than this. Where members have a guide, the drafter asks it."""
-        batch = self.state.batch(members.slots, members.sampling, bound, members.guide)
-        if not members.speculates:
+        batch = self.state.batch(members.slots, members.sampling, bound, members.guide, members.plan)
+        if not members.speculates or (members.plan and not members.plan.shape):
             return batch, DraftTree.root(batch.tokens)
         tree = self.drafter.draft(batch)
         return batch, members.limits.apply(tree) if members.limits else tree
@@ -167,7 +168,10 @@ class Runner(Protocol):
         Returns what it took, in words; empty where there is nothing to do."""
 
     def prepare(self, members: Members, bound: int) -> None:
-        """What a first use needs, such as compiling; not counted in any statistics."""
+        """What a first use needs, such as compiling, which statistics count apart."""
+
+    def prepare_reading(self, chunks: Sequence[PromptChunk]) -> None:
+        """The same for `read`."""
 
     def launch(self, members: Members, bound: int, said: Said) -> Launched: ...
 
@@ -204,6 +208,9 @@ class EagerRunner:
         return ""
 
     def prepare(self, members: Members, bound: int) -> None:
+        pass
+
+    def prepare_reading(self, chunks: Sequence[PromptChunk]) -> None:
         pass
 
     def settle(self) -> None:
