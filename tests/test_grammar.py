@@ -6,6 +6,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 from test_decode_loop import CPU, SLOTS, Models, decode, make_loop, prompts
 from tiny import Sums
 
@@ -14,6 +15,7 @@ from mtp_engine.config import Structure
 from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
+from mtp_engine.sampling.masks import Guide
 from mtp_engine.text.tool_calls import call_schema
 from mtp_engine.tree import DraftTree
 
@@ -157,6 +159,38 @@ def test_an_answer_knows_whether_it_matches() -> None:
         assert answer("yes|no", max_tokens=20) == ("stop", True)
         assert answer("ab[a-z]{90}", max_tokens=20, stop="b") == ("stop", False)
         assert answer("", max_tokens=5) == ("length", True)
+
+
+def test_masks_of_many_nodes_are_those_of_each_alone() -> None:
+    """Of three answers beside one without a structure; drafts that may not follow, ends of answers, and steps in flight."""
+    schema = json.dumps({"type": "array", "items": {"type": "string", "maxLength": 6}, "minItems": 2})
+    with Engine.load("mimo-nano", EngineConfig(device="cpu", threads=1, max_context=64)) as engine:
+        grammars, tokenizer = engine.loop.intake.grammars, engine.tokenizer
+        assert grammars is not None
+        structures = [Structure(regex="[a-z]{1,3}"), Structure(json=schema, within=40), Structure(json=schema)]
+        states = [grammars(each) for each in structures]
+        alone = [grammars(each) for each in structures]
+        said, end = tokenizer.encode('["a'), tokenizer.eos_ids[0]
+        words = -(-engine.model.vocab_size // 32)
+        a, z, quote = (tokenizer.encode(f'["{text}')[-1] for text in ("a", "z", '"'))
+    drafts = [[0, a, z, end, a, a], [0, said[0], said[0], a, a, z], [0, quote, a, end, a, z]]
+    parents = [[-1, 0, 1, 1, 3, 2], [-1, 0, 1, 0, 3, 3], [-1, 0, 0, 1, 2, 4]]
+    for state in (states[2], alone[2]):
+        state.advance(said[:1])
+    guide, asked = Guide([None, *states]), [(), (said[0],), tuple(said[1:])]
+    guide.begin([None, *asked], lambda each: each or ())
+    masks = torch.full((4, 6, words), 7, dtype=torch.int32)
+    guide.fill(masks, [[0] * 6, *drafts], [[-1] * 6, *parents], [1, 6, 5, 6])
+    assert (masks[0] == 7).all()
+    assert (masks[2, 5] == 7).all()
+    for row, (state, before) in enumerate(zip(alone, asked, strict=True)):
+        assert state.workers
+        for node in range(5 if row == 1 else 6):
+            path, at = list[int](), node
+            while at > 0:
+                path, at = [drafts[row][at], *path], parents[row][at]
+            assert torch.equal(masks[row + 1, node], state.mask((*before, *path))), (row, node)
+    assert len({tuple(mask.tolist()) for mask in masks.flatten(0, 1)}) > 8
 
 
 # ---- answers that end in time --------------------------------------------------------------------------------------

@@ -166,6 +166,10 @@ class Sums:
         return torch.tensor([word - (1 << 32) if word >> 31 else word for word in bits], dtype=torch.int32)
 
     complete = True
+    workers = None
+
+    def state(self, path: tuple[int, ...]) -> None:
+        pass
 
     def advance(self, tokens: Sequence[int]) -> None:
         for token in tokens:

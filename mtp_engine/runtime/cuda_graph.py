@@ -1,15 +1,15 @@
-"""A step as two CUDA graphs, drafting and verifying, captured once per batch size and context bound and then replayed.
+"""A step as CUDA graphs, of drafting and of verifying, captured once per batch size and context bound and then replayed.
 
 Between two steps the host only queues the next graphs: lengths, last tokens, caches and what requests want of their
 logits are on the device. Results come back through pinned memory, and the host waits for the oldest step in flight
-alone. Only a structure needs the host in between: the drafts of its request are looked at, and what may follow each
-is written where the second graph reads it. Every step is recorded with what requests may want besides tokens, and
-without. On a CPU the same steps run with the same padding, operation by operation.
+alone. Only a structure needs the host in between: while the model runs over the drafts of its request, the host works out
+what may follow each, and what is chosen is in a graph of its own, behind that. Every step is recorded with what requests
+may want besides tokens, and without. On a CPU the same steps run with the same padding, operation by operation.
 """
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Progress
-from mtp_engine.runtime.flight import Flight, HostMark, Mark, Reading
+from mtp_engine.runtime.flight import Flight, HostMark, Mark, Outline, Reading
 from mtp_engine.runtime.recorded import Captured, Lane, Prepared, Recorded, Uncaptured, no_collection
 from mtp_engine.runtime.request import Launched, Members, PromptChunk, TreeLimits
 from mtp_engine.runtime.slots import SCRATCH_LENGTH
@@ -86,6 +86,7 @@ class GraphRunner:
         most = bucket(scratch) * step.drafter.max_nodes * self._words
         self._masks = torch.full((most,), -1, dtype=torch.int32, device=device)  # all recorded steps read it
         self._written = torch.full((most,), -1, dtype=torch.int32, pin_memory=self._cuda)  # the same on the host
+        self._copied: Mark | None = None  # when that was last read
 
     def capture(self, batch: int, longest: int, progress: Progress) -> str:
         """See Runner. Raises EngineError where memory is not enough."""
@@ -132,17 +133,19 @@ class GraphRunner:
             self._refresh(*self._bounds(members, bound, len(step.members.slots) - count))
         marks = [self._mark() for _ in range(4)]
         marks[0].record()
-        tree = step.halves.draft()
+        tree = step.parts.draft()
         marks[1].record()
-        failed = self._allow(step, tree, members, said) if members.guide else {}
-        table, notes = step.halves.verify()
+        outline = self._outline(tree, count) if members.guide else None
+        step.parts.forward()
+        failed = self._allow(step, outline, members, said) if outline else {}
+        table, notes = step.parts.choose()
         marks[2].record()
         most = members.sampling.most_logprobs
         kept = None if notes is None or most < 0 else self._host(notes[:count, :, : 1 + most])
         rows = self._host(table[:count])
         marks[3].record()
-        self.replayed += isinstance(step.halves, Captured)
-        self.slow += self._cuda and isinstance(step.halves, Uncaptured)
+        self.replayed += isinstance(step.parts, Captured)
+        self.slow += self._cuda and isinstance(step.parts, Uncaptured)
         return Flight(rows, kept, failed, marks)
 
     def read(self, chunks: Sequence[PromptChunk]) -> Launched:
@@ -156,22 +159,30 @@ class GraphRunner:
         if self._cuda:
             torch.cuda.synchronize(self._device)
 
-    def _allow(self, step: Prepared, tree: DraftTree, members: Members, said: Said) -> Any:
-        """Write what structures allow after each node. Waits for the drafts, and so for the steps before; asked behind them
-        is what those steps say, and nobody's tokens need to be handed out first."""
-        guide, drafted = members.guide, self._mark()
+    def _outline(self, tree: DraftTree, count: int) -> Outline:
+        if tree.nodes == 1:
+            return Outline.roots(count)
+        table = self._host(torch.cat([tree.tokens, tree.parents, tree.size[:, None]], 1)[:count])
+        drafted = self._mark()
+        drafted.record()
+        return Outline(table, drafted)
+
+    def _allow(self, step: Prepared, outline: Outline, members: Members, said: Said) -> Mapping[tuple[int, Any], str]:
+        """Write what structures allow after each node, while the model runs. Waits for the drafts, and for what the steps before
+        say, which nobody needs to have handed out."""
+        guide = members.guide
         assert guide is not None
         assert step.mask is not None
-        count, nodes = len(members.slots), tree.nodes
-        outline = self._host(torch.cat([tree.tokens, tree.parents, tree.size[:, None]], 1)[:count])
-        drafted.record()
-        drafted.synchronize()  # so what was written for the step before has been read, too
         guide.begin(members.requests, said)
-        tokens, parents, sizes = (part.tolist() for part in (outline[:, :nodes], outline[:, nodes:-1], outline[:, -1]))
+        tokens, parents, sizes = outline.wait()
+        if self._copied:
+            self._copied.synchronize()  # what was written for an earlier step
         written = self._written[: step.mask.numel()].view(step.mask.shape)
         guide.fill(written, tokens, parents, sizes)
         first, last = guide.rows[0], guide.rows[-1] + 1
         step.mask[first:last].copy_(written[first:last], non_blocking=True)
+        self._copied = self._mark()
+        self._copied.record()
         return guide.failed
 
     def _key(self, members: Members, bound: int) -> Key:
@@ -193,10 +204,10 @@ class GraphRunner:
         sampling = SamplingBatch.room(key.batch, self._device, bare=key.bare)
         members = Members((), (), slots, sampling, limits=limits, speculates=key.drafts)
         mask = None if key.bare else self._mask(key.batch, self._step.drafter.max_nodes if key.drafts else 1)
-        halves: Recorded = Uncaptured(self._step, members, key.bound, mask)
+        parts: Recorded = Uncaptured(self._step, members, key.bound, mask)
         if self._lane:
             try:
-                halves = Captured(self._step, members, key.bound, mask, self._lane, partial(self._plan, key.batch))
+                parts = Captured(self._step, members, key.bound, mask, self._lane, partial(self._plan, key.batch))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -204,7 +215,7 @@ class GraphRunner:
                     raise error.__context__ from None
                 _LOG.warning("steps run without CUDA graphs, which is many times slower: %s (%s)", error, key)
         self.recorded += 1
-        self._prepared[key] = Prepared(members, mask, halves)
+        self._prepared[key] = Prepared(members, mask, parts)
 
     def _plan(self, batch: int) -> None:
         """As `refresh` does, for a batch in the scratch slot."""

@@ -1,4 +1,8 @@
-"""A step recorded over fixed tensors: as two CUDA graphs, or as the operations themselves."""
+"""A step recorded over fixed tensors: as CUDA graphs, or as the operations themselves.
+
+Where structures may have a say, what the model computes and what is chosen of it are apart: masks are made in between,
+while the model runs.
+"""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -26,8 +30,11 @@ class Uncaptured:
         self._drafted = self._step.draft(self._members, self._bound)
         return self._drafted[1]
 
-    def verify(self) -> tuple[Tensor, Tensor | None]:
-        return self._step.verify(self._members, *self._drafted, self._mask)
+    def forward(self) -> None:
+        self._passed = self._step.forward(*self._drafted)
+
+    def choose(self) -> tuple[Tensor, Tensor | None]:
+        return self._step.choose(self._members, *self._drafted, *self._passed, self._mask)
 
 
 @final
@@ -41,7 +48,10 @@ class Lane:
 
 @final
 class Captured:
-    """A step as CUDA graphs (a Recorded). Operations run once before they are captured, so that kernels are compiled."""
+    """A step as CUDA graphs (a Recorded). Operations run once before they are captured, so that kernels are compiled.
+
+    Without a mask, what the model computes and what is chosen of it are one graph.
+    """
 
     def __init__(
         self,
@@ -52,7 +62,8 @@ class Captured:
         lane: "Lane",
         refresh: Callable[[], None],
     ) -> None:
-        self._draft, self._verify = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self._draft, self._forward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self._choose = None if mask is None else torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream(members.slots.device)
         lane.stream.wait_stream(before)
         with torch.cuda.stream(lane.stream), no_collection():
@@ -61,26 +72,37 @@ class Captured:
             lane.stream.synchronize()
             with torch.cuda.graph(self._draft, pool=lane.pool, stream=lane.stream):
                 self._drafted = step.draft(members, bound)
-            with torch.cuda.graph(self._verify, pool=lane.pool, stream=lane.stream):
-                self._result = step.verify(members, *self._drafted, mask)
+            with torch.cuda.graph(self._forward, pool=lane.pool, stream=lane.stream):
+                passed = step.forward(*self._drafted)
+                if not self._choose:
+                    self._result = step.choose(members, *self._drafted, *passed, None)
+            if self._choose:
+                with torch.cuda.graph(self._choose, pool=lane.pool, stream=lane.stream):
+                    self._result = step.choose(members, *self._drafted, *passed, mask)
         before.wait_stream(lane.stream)
 
     def draft(self) -> DraftTree:
         self._draft.replay()
         return self._drafted[1]
 
-    def verify(self) -> tuple[Tensor, Tensor | None]:
-        self._verify.replay()
+    def forward(self) -> None:
+        self._forward.replay()
+
+    def choose(self) -> tuple[Tensor, Tensor | None]:
+        if self._choose:
+            self._choose.replay()
         return self._result
 
 
 class Recorded(Protocol):
-    """The two halves of a step over fixed tensors. What they return is overwritten when they run again."""
+    """The parts of a step over fixed tensors, in this order. What they return is overwritten when they run again."""
 
     def draft(self) -> DraftTree: ...
 
-    def verify(self) -> tuple[Tensor, Tensor | None]:
-        """See ModelStep.verify."""
+    def forward(self) -> None: ...
+
+    def choose(self) -> tuple[Tensor, Tensor | None]:
+        """See ModelStep.choose."""
 
 
 @final
@@ -90,7 +112,7 @@ class Prepared:
 
     members: Members
     mask: Tensor | None
-    halves: Recorded
+    parts: Recorded
     loaded: Members | None = None  # whose slots and parameters are in there
 
     def load(self, members: Members, scratch: int) -> None:

@@ -1,7 +1,7 @@
 """Masks from constraints on the text, for every node of a tree. Constraints live on the host, so this waits for the tree."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar, final
+from typing import Any, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -10,11 +10,25 @@ _NEVER = -float("inf")
 T = TypeVar("T")
 
 
+class Workers(Protocol):
+    """Threads that work out many masks at once (structure.Pool)."""
+
+    def write(self, states: list[tuple[Any, int]], masks: Tensor) -> None:
+        """The mask of each state into the row that stands with it. masks: [R, W] int32 on the CPU."""
+
+
 class Constraint(Protocol):
     """What one answer must match (structure.GrammarState)."""
 
+    @property
+    def workers(self) -> Workers | None:
+        """The same for all constraints of a loop; None where each mask is asked for by itself."""
+
+    def state(self, path: tuple[int, ...]) -> Any:
+        """What `workers` take in place of `mask(path)`; None where `mask` knows the answer, or nobody else does."""
+
     def mask(self, path: tuple[int, ...]) -> Tensor:
-        """Which tokens may follow the answer so far and then `path`: [W] int32 on the CPU, one bit per token. Never none."""
+        """Which tokens may follow the answer so far and then `path`: [W] int32 on the CPU, one bit per token."""
 
     def advance(self, tokens: Sequence[int]) -> None:
         """`tokens` now belong to the answer."""
@@ -55,14 +69,24 @@ class Guide:
 
         tokens, parents: [B, N]. None may where the constraint raised.
         """
-        self.failed = {}
+        self.failed, nodes = {}, masks.shape[1]
+        waiting, workers = list[tuple[Any, int]](), None
         for row in self.rows:
-            for node, out in enumerate(masks[row, : sizes[row]].unbind()):
-                mask = self._mask(row, _path(tokens[row], parents[row], node))
-                if mask is None:
-                    out.zero_()
+            constraint, paths = self._constraints[row], list[tuple[int, ...]]([()])
+            assert constraint is not None
+            workers = constraint.workers
+            for node in range(sizes[row]):
+                if node:
+                    paths.append((*paths[parents[row][node]], tokens[row][node]))
+                state = constraint.state((*self._said[row], *paths[node])) if workers else None
+                if state is not None:
+                    waiting.append((state, row * nodes + node))
+                elif (mask := self._mask(row, paths[node])) is None:
+                    masks[row, node].zero_()
                 else:
-                    out.copy_(mask)
+                    masks[row, node].copy_(mask)
+        if workers and waiting:
+            workers.write(waiting, masks.flatten(0, 1))
 
     def narrow(self, tokens: Tensor, parents: Tensor, logits: Tensor, ids: Tensor) -> Tensor:
         """For a drafter: -inf for what may not follow. tokens, parents: [B, n] of a growing tree; logits: [B, F, len(ids)] of

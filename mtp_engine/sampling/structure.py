@@ -19,6 +19,13 @@ from mtp_engine.errors import EngineError
 _LONGEST_REASON = 300  # characters
 _KEPT = 64  # compiled structures
 _LONGEST_END = 256  # tokens that are tried to close an answer
+# Sets of tokens that are let through as a whole where all of them may follow: characters of a JSON string, up to so many.
+# llguidance has {1,10}, {1,30} and all; in a string with a maxLength each step between halves what is tried one by one.
+_SLICES = [
+    r"[\x20\x0A\x0D\x09]+",
+    *(rf'[^"\\\x00-\x1F\x7F]{{1,{most}}}' for most in (3, 6, 10, 16, 30)),
+    r'[^"\\\x00-\x1F\x7F]+',
+]
 _SPARE = 24  # tokens kept for what a free choice may open, before an answer is closed
 
 
@@ -30,13 +37,14 @@ class Grammars:
         """folder: holds tokenizer.json. vocab: rows of the model's head. eos: tokens that may end a complete answer."""
         self._folder, self._vocab, self._eos = folder, vocab, tuple(eos)
         self._tokenizer: Any = None
+        self._pool: Pool | None = None
         self._compiled = lru_cache(_KEPT)(self._compile)
 
     def start(self, structure: Structure) -> "GrammarState":
         """A fresh answer's state. Raises EngineError if llguidance is missing or does not accept the structure."""
         matcher = self._compiled(replace(structure, within=0)).deep_copy()
         closer = Closer(self._tokenizer, structure.within) if structure.json and structure.within else None
-        return GrammarState(matcher, self._vocab, self._eos, closer)
+        return GrammarState(matcher, self._vocab, self._eos, closer, self._pool)
 
     def _compile(self, structure: Structure) -> Any:
         try:
@@ -46,9 +54,13 @@ class Grammars:
         if self._tokenizer is None:
             path = self._folder / "tokenizer.json"
             try:
-                self._tokenizer = llguidance.LLTokenizer(str(path), n_vocab=self._vocab, eos_token=list(self._eos))
+                self._tokenizer = llguidance.LLTokenizer(
+                    str(path), n_vocab=self._vocab, eos_token=list(self._eos), slices=_SLICES
+                )
             except ValueError as error:
                 raise EngineError(f"{path}: llguidance cannot use it: {' '.join(str(error).split())}") from error
+            if -(-self._tokenizer.vocab_size // 32) == -(-self._vocab // 32):  # else its masks are longer than ours
+                self._pool = Pool(llguidance.LLExecutor())
         try:
             matcher = llguidance.LLMatcher(self._tokenizer, _source(llguidance.LLMatcher, structure), log_level=0)
         except ValueError as error:
@@ -81,42 +93,66 @@ def _source(matcher: Any, structure: Structure) -> str:
 
 
 @final
-class GrammarState:
-    """Where one answer stands in its grammar. Masks are kept until the answer grows: drafting and verifying share them."""
+class Pool:
+    """llguidance's threads (Workers)."""
 
-    def __init__(self, matcher: Any, vocab: int, eos: Sequence[int], closer: "Closer | None" = None) -> None:
+    def __init__(self, executor: Any) -> None:
+        self._executor = executor
+
+    def write(self, states: list[tuple[Any, int]], masks: Tensor) -> None:
+        """states: matchers, none of them twice."""
+        assert masks.is_contiguous()
+        self._executor.unsafe_compute_mask_ptr(states, masks.data_ptr(), 4 * masks.shape[1], len(masks))
+
+
+@final
+class GrammarState:
+    """Where one answer stands in its grammar. Matchers and masks after drafts are kept until the answer grows."""
+
+    def __init__(
+        self, matcher: Any, vocab: int, eos: Sequence[int], closer: "Closer | None" = None, workers: Pool | None = None
+    ) -> None:
         self._matcher, self._eos, self._closer, self._said = matcher, frozenset(eos), closer, 0
+        self.workers = workers
         self._free = torch.full((-(-vocab // 32),), -1, dtype=torch.int32)
-        self._nothing = bytes(4 * len(self._free))
         self._known: dict[tuple[int, ...], Tensor] = {}
+        self._reached: dict[tuple[int, ...], Any] = {(): matcher}
         self._over = False
 
+    def state(self, path: tuple[int, ...]) -> Any:
+        """The matcher after `path`; None where its mask is known, a token is decided on, or any may follow."""
+        if path in self._known or (self._closer and self._closer.near(self._said + len(path))):
+            return None
+        return self._reach(path)
+
     def mask(self, path: tuple[int, ...]) -> Tensor:
-        """[W] int32, one bit per token; all ones after the end, after a path that the grammar forbids, and where nothing may
-        follow."""
-        if self._over or self._eos & set(path):
-            return self._free
+        """[W] int32, one bit per token; all ones after the end, and after a path that the grammar forbids."""
         if path not in self._known:
-            taken = self._matcher.try_consume_tokens(list(path)) if path else 0
-            self._known[path] = self._next(self._said + len(path)) if taken == len(path) else self._free
-            if taken:
-                self._matcher.rollback(taken)
+            matcher = self._reach(path)
+            self._known[path] = self._free if matcher is None else self._next(matcher, self._said + len(path))
         return self._known[path]
 
-    def _next(self, said: int) -> Tensor:
-        """The mask where the matcher stands, after `said` tokens of the answer."""
-        token = self._closer.next(self._matcher, said) if self._closer else None
+    def _reach(self, path: tuple[int, ...]) -> Any:
+        """The matcher after `path`; None after the end, and where the grammar forbids it."""
+        if self._over:
+            return None
+        if path not in self._reached:
+            matcher = self._reach(path[:-1]) if path[-1] not in self._eos else None
+            if matcher is not None:
+                matcher = matcher.deep_copy()
+                matcher = matcher if matcher.try_consume_tokens([path[-1]]) else None
+            self._reached[path] = matcher
+        return self._reached[path]
+
+    def _next(self, matcher: Any, said: int) -> Tensor:
+        """The mask where a matcher stands, after `said` tokens of the answer."""
+        token = self._closer.next(matcher, said) if self._closer else None
         if token is None:
-            return self._read()
+            bits = bytearray(matcher.compute_bitmask())
+            return torch.frombuffer(bits, dtype=torch.int32)[: len(self._free)]
         only = torch.zeros_like(self._free)
         only[token // 32] = 1 << token % 32 if token % 32 < 31 else -(1 << 31)
         return only
-
-    def _read(self) -> Tensor:
-        bits = bytearray(self._matcher.compute_bitmask())
-        if bits == self._nothing:
-            return self._free
-        return torch.frombuffer(bits, dtype=torch.int32)[: len(self._free)]
 
     @property
     def complete(self) -> bool:
@@ -125,7 +161,7 @@ class GrammarState:
 
     def advance(self, tokens: Sequence[int]) -> None:
         """`tokens` were emitted. Raises EngineError if the grammar forbids one: the masks were not obeyed."""
-        self._known.clear()
+        self._known, self._reached = {}, {(): self._matcher}
         for token in tokens:
             self._said += 1
             self._over = self._over or token in self._eos
@@ -150,11 +186,14 @@ class Closer:
 
     def next(self, matcher: Any, said: int) -> int | None:
         """The token that must follow after `said` tokens; None where there is time for any."""
-        left = self._within - said
-        if left > _LONGEST_END + _SPARE:
+        if not self.near(said):
             return None
         way = self._way(matcher.deep_copy())
-        return way[0] if way and len(way) + 1 + _SPARE >= left else None
+        return way[0] if way and len(way) + 1 + _SPARE >= self._within - said else None
+
+    def near(self, said: int) -> bool:
+        """Whether an end that is in reach could be due after `said` tokens."""
+        return self._within - said <= _LONGEST_END + _SPARE
 
     def _way(self, matcher: Any) -> list[int]:
         """Tokens to the nearest end; empty where it is over, or none is near. The matcher goes along."""
