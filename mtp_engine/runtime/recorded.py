@@ -7,7 +7,7 @@ while the model runs.
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, final
 
 import torch
@@ -71,19 +71,21 @@ class Captured:
             refresh()  # plans exist from now on; the first ones were made for nothing
             lane.stream.synchronize()
             with torch.cuda.graph(self._draft, pool=lane.pool, stream=lane.stream):
-                self._drafted = step.draft(members, bound)
+                drafted = step.draft(members, bound)
             with torch.cuda.graph(self._forward, pool=lane.pool, stream=lane.stream):
-                passed = step.forward(*self._drafted)
+                passed = step.forward(*drafted)
                 if not self._choose:
-                    self._result = step.choose(members, *self._drafted, *passed, None)
+                    self._result = step.choose(members, *drafted, *passed, None)
             if self._choose:
                 with torch.cuda.graph(self._choose, pool=lane.pool, stream=lane.stream):
-                    self._result = step.choose(members, *self._drafted, *passed, mask)
+                    self._result = step.choose(members, *drafted, *passed, mask)
+        # other steps' graphs may have the memory of all else
+        self._tree = replace(drafted[1], scores=None, draft=None)
         before.wait_stream(lane.stream)
 
     def draft(self) -> DraftTree:
         self._draft.replay()
-        return self._drafted[1]
+        return self._tree
 
     def forward(self) -> None:
         self._forward.replay()
