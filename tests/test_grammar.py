@@ -1,6 +1,7 @@
 """Constraints: every node's choice obeys them, drafts do too, and the text is that of plain decoding."""
 
 import json
+import random
 import re
 from typing import Any
 
@@ -15,7 +16,7 @@ from mtp_engine.config import Structure
 from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
-from mtp_engine.sampling.masks import Guide
+from mtp_engine.sampling.masks import Guide, unpack
 from mtp_engine.text.tool_calls import call_schema
 from mtp_engine.tree import DraftTree
 
@@ -238,6 +239,34 @@ def test_a_limit_changes_nothing_that_is_far_from_it() -> None:
             for each in (free, bounded)
         )
     assert one.token_ids == other.token_ids
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_what_must_follow_does_not_depend_on_what_was_asked(name: str) -> None:
+    """When an end is looked for again is decided by the answer: not by drafts, nor by how many tokens come at a time."""
+    with Engine.load(hub.NANO, EngineConfig(max_batch=1, threads=1)) as engine:
+        grammars = engine.loop.intake.grammars
+    assert grammars is not None
+    rng, only = random.Random(3), 0
+    for within in (40, 90):
+        one, other, ahead = (*(grammars(Structure(json=json.dumps(CLOSED[name]), within=within)) for _ in "ab"), [])
+        for _ in range(within):
+            bits = one.mask(())
+            assert torch.equal(bits, other.mask(tuple(ahead)))
+            allowed = unpack(bits).nonzero()[:, 0].tolist()
+            only += len(allowed) == 1
+            token = rng.choice(allowed)
+            for draft in rng.sample(allowed, min(2, len(allowed))):
+                other.mask((*ahead, draft))
+            one.advance([token])
+            ahead.append(token)
+            if len(ahead) > rng.randrange(6):
+                other.advance(ahead)
+                ahead = []
+            if one.complete:
+                break
+        assert one.complete
+    assert only
 
 
 def test_a_number_that_does_not_end_is_ended() -> None:

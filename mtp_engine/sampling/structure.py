@@ -5,7 +5,7 @@ Chosen over xgrammar (Apache-2.0), which brings transformers, pydantic, triton a
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, final
@@ -107,7 +107,7 @@ class Pool:
 
 @final
 class GrammarState:
-    """Where one answer stands in its grammar. Matchers and masks after drafts are kept until the answer grows."""
+    """Where one answer stands in its grammar. What is known of the states behind drafts is kept until the answer leaves them."""
 
     def __init__(
         self, matcher: Any, vocab: int, eos: Sequence[int], closer: "Closer | None" = None, workers: Pool | None = None
@@ -117,19 +117,20 @@ class GrammarState:
         self._free = torch.full((-(-vocab // 32),), -1, dtype=torch.int32)
         self._known: dict[tuple[int, ...], Tensor] = {}
         self._reached: dict[tuple[int, ...], Any] = {(): matcher}
+        self._looked: dict[tuple[int, ...], Look] = {}
+        self._due = 0  # as Look.due, of the token before
         self._over = False
 
     def state(self, path: tuple[int, ...]) -> Any:
         """The matcher after `path`; None where its mask is known, a token is decided on, or any may follow."""
-        if path in self._known or (self._closer and self._closer.near(self._said + len(path))):
-            return None
-        return self._reach(path)
+        matcher = None if path in self._known else self._reach(path)
+        return None if matcher is None or self._look(path).token is not None else matcher
 
     def mask(self, path: tuple[int, ...]) -> Tensor:
         """[W] int32, one bit per token; all ones after the end, and after a path that the grammar forbids."""
         if path not in self._known:
             matcher = self._reach(path)
-            self._known[path] = self._free if matcher is None else self._next(matcher, self._said + len(path))
+            self._known[path] = self._free if matcher is None else self._read(matcher, self._look(path).token)
         return self._known[path]
 
     def _reach(self, path: tuple[int, ...]) -> Any:
@@ -144,9 +145,17 @@ class GrammarState:
             self._reached[path] = matcher
         return self._reached[path]
 
-    def _next(self, matcher: Any, said: int) -> Tensor:
-        """The mask where a matcher stands, after `said` tokens of the answer."""
-        token = self._closer.next(matcher, said) if self._closer else None
+    def _look(self, path: tuple[int, ...]) -> "Look":
+        """Whether the answer must be closed after `path`, which the grammar allows."""
+        if self._closer is None:
+            return _NEVER
+        if path not in self._looked:
+            due, said = self._look(path[:-1]).due if path else self._due, self._said + len(path)
+            self._looked[path] = Look(due) if said < due else self._closer.look(self._reach(path), said)
+        return self._looked[path]
+
+    def _read(self, matcher: Any, token: int | None) -> Tensor:
+        """Its mask, or that of the only token that may follow."""
         if token is None:
             bits = bytearray(matcher.compute_bitmask())
             return torch.frombuffer(bits, dtype=torch.int32)[: len(self._free)]
@@ -161,12 +170,25 @@ class GrammarState:
 
     def advance(self, tokens: Sequence[int]) -> None:
         """`tokens` were emitted. Raises EngineError if the grammar forbids one: the masks were not obeyed."""
-        self._known, self._reached = {}, {(): self._matcher}
         for token in tokens:
-            self._said += 1
+            self._due = self._due if self._over else self._look(()).due
+            self._looked = {path[1:]: look for path, look in self._looked.items() if path[:1] == (token,)}
+            self._known, self._reached, self._said = {}, {(): self._matcher}, self._said + 1
             self._over = self._over or token in self._eos
             if not self._over and not self._matcher.consume_token(token):
                 raise EngineError(f"token {token} does not fit the structure: {self._matcher.get_error()}")
+
+
+@final
+@dataclass(frozen=True)
+class Look:
+    """What was found of an end in time. due: how many tokens the answer has when that is to be asked again."""
+
+    due: int = 0
+    token: int | None = None  # the only one that may follow
+
+
+_NEVER = Look()
 
 
 @final
@@ -180,37 +202,41 @@ class Closer:
     def __init__(self, tokenizer: Any, within: int) -> None:
         """tokenizer: llguidance's. within: tokens of the whole answer, end-of-text included."""
         self._within = within
-        tokens = {text: tokenizer.tokenize_str(text)[-1] for text in ("}", "]", '"', ",", "0", "1", "e")}
-        self._letter, self._quote, self._brace = [tokens.pop("e")], [tokens['"']], [tokens["}"]]
+        tokens: dict[str, int] = {
+            text: tokenizer.tokenize_str(text)[-1] for text in ("}", "]", '"', ",", "0", "1", "e")
+        }
+        self._letter, self._quote, self._brace = tokens.pop("e"), tokens['"'], tokens["}"]
         self._ends = list(tokens.values())
 
-    def next(self, matcher: Any, said: int) -> int | None:
-        """The token that must follow after `said` tokens; None where there is time for any."""
-        if not self.near(said):
-            return None
-        way = self._way(matcher.deep_copy())
-        return way[0] if way and len(way) + 1 + _SPARE >= self._within - said else None
+    def look(self, matcher: Any, said: int) -> Look:
+        """Where a matcher stands, after `said` tokens: the token that must follow, if there is no time for any other.
 
-    def near(self, said: int) -> bool:
-        """Whether an end that is in reach could be due after `said` tokens."""
-        return self._within - said <= _LONGEST_END + _SPARE
+        One token is taken to open at most what _SPARE tokens close; so where time is left it need not be asked each time.
+        """
+        left = self._within - said
+        if left > _LONGEST_END + _SPARE:
+            return Look(self._within - _LONGEST_END - _SPARE)
+        way = self._way(matcher.deep_copy())
+        spare = left - (len(way) + 1 + _SPARE)
+        if not way:
+            return Look(said + 1)
+        return Look(said + 1 + (spare - 1) // (_SPARE + 1)) if spare > 0 else Look(said + 1, way[0])
 
     def _way(self, matcher: Any) -> list[int]:
         """Tokens to the nearest end; empty where it is over, or none is near. The matcher goes along."""
         way: list[int] = []
         while not matcher.is_accepting():
-            step = matcher.compute_ff_tokens() or self._step(matcher)
-            if not step or len(way) + len(step) > _LONGEST_END or matcher.try_consume_tokens(step) < len(step):
+            step = matcher.compute_ff_tokens() or [self._step(matcher)]
+            if len(way) + len(step) > _LONGEST_END or matcher.try_consume_tokens(step) < len(step):
                 return []
             way += step
         return way
 
-    def _step(self, matcher: Any) -> list[int]:
-        """One token that ends what is open, or else any: in a string, where letters may follow, its quote."""
-        bits = bytes(matcher.compute_bitmask())
-
-        def allowed(tokens: Sequence[int]) -> list[int]:
-            return [token for token in tokens if bits[token // 8] >> token % 8 & 1][:1]
-
-        within_string = allowed(self._letter) and allowed(self._brace)
-        return allowed(self._quote if within_string else self._ends) or allowed(range(8 * len(bits)))
+    def _step(self, matcher: Any) -> int:
+        """A token that ends what is open, or else any: in a string, where letters may follow, its quote."""
+        within_string = matcher.validate_tokens([self._letter]) and matcher.validate_tokens([self._brace])
+        for token in [self._quote] if within_string else self._ends:
+            if matcher.validate_tokens([token]):
+                return token
+        bits = int.from_bytes(matcher.compute_bitmask(), "little")
+        return (bits & -bits).bit_length() - 1 if bits else self._quote  # which will not fit
