@@ -92,11 +92,11 @@ class DeviceDraftOps:
 
     def observe(
         self, slots: Tensor, lengths: Tensor, result: VerifyResult, hidden: Tensor, tokens_table: Tensor,
-        hidden_table: Tensor, counts_table: Tensor, recent: Tensor,
+        hidden_table: Tensor, counts_table: Tensor, recent: Tensor, behind: Tensor | None = None,
     ) -> None:  # fmt: skip
         state.observe(
             slots, lengths, result.path, result.tokens, result.counts, hidden, tokens_table, hidden_table, counts_table,
-            recent,
+            recent, behind,
         )  # fmt: skip
 
 

@@ -67,6 +67,7 @@ class Backend:
     in_flight: steps that may be queued at a time. ring_page, ring_rows: rings are whole pages and take at least so many
     rows at a time. scratch_tokens: room that the scratch slot needs; 0 = there is none. usual_chunk, chunk_rows: rows of
     prompts that are read at once where the user says nothing, and at most. packs: whether they may be several prompts'.
+    bucket: the batch that is recorded for so many requests.
     """
 
     attention: AttentionFactory = TorchAttention
@@ -85,6 +86,7 @@ class Backend:
     chunk_rows: int = 1 << 30
     packs: bool = True
     kernels: bool = False
+    bucket: Callable[[int], int] = lambda size: size
 
 
 def find_device(name: str) -> torch.device:
@@ -130,9 +132,11 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
         )
     from mtp_engine.attention.exact import MOST_ROWS, exact_attention
     from mtp_engine.drafters.device import DeviceDraftOps
+    from mtp_engine.kernels.compiling import wake
     from mtp_engine.models.fused import fuse, fuse_mtp
     from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner, bucket
 
+    wake()  # while weights are read
     attention: AttentionFactory = exact_attention
     refresh = None
     if config.attention == "flashinfer":
@@ -146,7 +150,10 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
     in_flight = config.steps_in_flight
 
     def runner(slots: int) -> RunnerFactory:
-        return partial(GraphRunner, in_flight=in_flight, scratch=slots, device=device, refresh=refresh)
+        return partial(
+            GraphRunner, in_flight=in_flight, scratch=slots, device=device, refresh=refresh,
+            chunk=config.prefill_chunk or _GPU_CHUNK, progress=progress,
+        )  # fmt: skip
 
     most = bucket(config.max_batch)
     rules: dict[str, Callable[[], Verifier]] = {
@@ -166,6 +173,7 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
         scratch_tokens=SCRATCH_TOKENS,
         usual_chunk=_GPU_CHUNK,
         kernels=True,
+        bucket=bucket,
     )
 
 

@@ -1,5 +1,6 @@
 """The runner of CUDA graphs, on a CPU: the same padded steps over the same fixed tensors, operation by operation."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -191,7 +192,7 @@ def test_what_is_captured_at_load(models: Models) -> None:
         for batch in (1, 2, 3, 4) for bound in (512, 2048)
         for kind in ((False, True), (False, False), (True, True), (True, False), (True, False, True))
     }  # fmt: skip
-    assert said[0] == ("capturing CUDA graphs", 0, 40)
+    assert next(each for each in said if each[0] == "capturing CUDA graphs")[1:] == (0, 40)
     assert said[-1][1:] == (40, 40)
 
 
@@ -218,16 +219,33 @@ def test_what_cannot_be_captured_says_so_once_and_runs(
         def __init__(self, *_: Any) -> None:
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    loop = loop_of(models, drafter_of("3x2", models))
+    loop, told = loop_of(models, drafter_of("3x2", models)), list[str]()
     runner: Any = loop.runner
     monkeypatch.setattr(cuda_graph, "Captured", Refused)
     monkeypatch.setattr(runner, "_lane", "of a GPU")
+    monkeypatch.setattr(runner, "_progress", lambda what, *_: told.append(what))
     request = solo(loop, 1, params()[1])
+    solo(loop, 3, params()[3])
     assert request.output == alone[1].output
-    assert (
-        caplog.text.count("without CUDA graphs, which is many times slower: operation not permitted") == runner.recorded
-    )
-    assert request.stats.steps > runner.recorded
+    assert caplog.text.count("without CUDA graphs, which is many times slower: operation not permitted") == 1
+    assert [said.split(":")[0] for said in told] == ["steps run without CUDA graphs, which is many times slower"]
+    assert request.stats.steps > runner.recorded > 1
+
+
+def test_getting_ready_has_a_time_of_its_own(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compiling and capturing takes is in none of the other times, of those alone who waited for it."""
+    loop = loop_of(models, drafter_of("3x2", models))
+    recorded = GraphRunner._record
+
+    def record(self: GraphRunner, key: Key) -> None:
+        time.sleep(0.3)
+        recorded(self, key)
+
+    monkeypatch.setattr(GraphRunner, "_record", record)
+    first, second = (solo(loop, 0, params()[0]).stats for _ in range(2))
+    assert first.compile_s >= 0.3
+    assert first.ttft_s < 0.3 > first.prefill_s
+    assert second.compile_s < 0.1
 
 
 @pytest.mark.parametrize("in_flight", [1, 2, 3])
@@ -260,7 +278,7 @@ def test_a_real_model_with_a_real_grammar() -> None:
         SamplingParams(max_tokens=24, seed=3, temperature=0.8),
     ]
     with Engine.load(
-        "mimo-nano", EngineConfig(tree=TreeShape.parse("chain:3"), max_batch=4, max_context=128)
+        "mimo-nano", EngineConfig(dtype="fp32", tree=TreeShape.parse("chain:3"), max_batch=4, max_context=128)
     ) as engine:
         drafter = engine.loop.work.drafter
         runner: Any = lambda slots: partial(GraphRunner, in_flight=2, scratch=slots, device=CPU)  # noqa: E731

@@ -21,10 +21,13 @@ from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Progress
 from mtp_engine.runtime.flight import Flight, HostMark, Mark, Outline, Reading
 from mtp_engine.runtime.recorded import Captured, Lane, Prepared, Recorded, Uncaptured, no_collection
-from mtp_engine.runtime.request import Launched, Members, PromptChunk, TreeLimits
+from mtp_engine.runtime.recorded_prompts import RecordedPrompts
+from mtp_engine.runtime.request import Landed, Launched, Members, PromptChunk, TreeLimits
+from mtp_engine.runtime.shapes import Watched
 from mtp_engine.runtime.slots import SCRATCH_LENGTH
 from mtp_engine.runtime.step import ModelStep, Said
-from mtp_engine.sampling.batch import SamplingBatch
+from mtp_engine.runtime.threads import usable_cores
+from mtp_engine.sampling.batch import Plan, SamplingBatch
 from mtp_engine.tree import DraftTree
 
 _LOG = logging.getLogger("mtp_engine")
@@ -51,7 +54,7 @@ def bound_bucket(bound: int) -> int:
 class Key:
     """What a step is recorded for. drafts: else its trees have one node. bare: nobody wants anything but tokens, chosen by the
     model's logits. limited: somebody wants a smaller tree; never bare. tables: Processors.grown, as a graph holds the tables
-    that it was captured with.
+    that it was captured with. plan: where steps are planned; late ones, which are rare, are recorded for whatever is wanted.
     """
 
     batch: int
@@ -60,6 +63,7 @@ class Key:
     bare: bool
     limited: bool = False
     tables: int = 0
+    plan: Plan | None = None
 
 
 @final
@@ -72,16 +76,24 @@ class GraphRunner:
 
     def __init__(
         self, step: ModelStep, *, in_flight: int, scratch: int, device: torch.device,
-        refresh: Callable[[list[int], list[int]], None] | None = None,
+        refresh: Callable[[list[int], list[int]], None] | None = None, chunk: int = 2048, progress: Progress = lambda *_: None,
     ) -> None:  # fmt: skip
         """scratch: the slot that pads batches. refresh: called before each step with the slots and the most tokens that
-        each may have."""
+        each may have. chunk: rows of prompts that are read at once, at most. progress: is told of kernels that are compiled,
+        and of steps that cannot be captured."""
         self.in_flight = in_flight
         self.recorded = self.late = self.replayed = self.slow = 0
         self._step, self._scratch, self._device, self._refresh = step, scratch, device, refresh
-        self._cuda, self._complete = device.type == "cuda", False
+        self._progress = progress
+        self._cuda, self._complete, self._told = device.type == "cuda", False, False
         self._prepared: dict[Key, Prepared] = {}
+        self._next = Key(0, 0, False, True)  # of the step that is launched next
+        self._shapes = step.shapes
+        self._idle: float | None = None  # since when the host has worked for steps alone
         self._lane = Lane(device) if self._cuda else None
+        self.prompts = RecordedPrompts(
+            step, scratch=scratch, position=SCRATCH_TOKENS - 1, most=chunk, lane=self._lane, compile=self._compile
+        )
         self._words = -(-step.model.vocab_size // 32)
         most = bucket(scratch) * step.drafter.max_nodes * self._words
         self._masks = torch.full((most,), -1, dtype=torch.int32, device=device)  # all recorded steps read it
@@ -96,38 +108,53 @@ class GraphRunner:
         sizes = sorted(
             {bucket(size) for size in range(1, batch + 1)}, reverse=True
         )  # large ones make room for the rest
-        kinds, tables = [(False, True, False), (False, False, False)], self._step.processors.grown
-        if self._step.drafter.max_nodes > 1:
-            kinds += [(True, True, False), (True, False, False), (True, False, True)]
-        keys = [
-            Key(size, bound, *kind, tables=0 if kind[1] else tables)
-            for size in sizes for bound in sorted(bounds, reverse=True) for kind in kinds
-        ]  # fmt: skip
-        with no_collection():
-            for number, key in enumerate(keys):
-                progress("capturing CUDA graphs", number, len(keys))
-                try:
+        keys = [key for size in sizes for bound in sorted(bounds, reverse=True) for key in self._keys(size, bound)]
+        number = 0
+        try:
+            prompts = self.prompts.capture(progress)
+            with no_collection():
+                for number, key in enumerate(keys):
+                    progress("capturing CUDA graphs", number, len(keys))
                     self._record(key)
-                except torch.OutOfMemoryError as error:
-                    raise EngineError(
-                        f"the GPU's memory is full after {number} of {len(keys)} CUDA graphs: lower max_batch, max_context or "
-                        'kv_tokens, or have them captured when they are needed (capture="lazy")'
-                    ) from error
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"the GPU's memory is full after {number} of {len(keys)} CUDA graphs: lower max_batch, max_context or "
+                'kv_tokens, or have them captured when they are needed (capture="lazy")'
+            ) from error
         self._complete = True
         took, room = time.perf_counter() - begin, (free - self._free()) / 1e9
         progress("capturing CUDA graphs", len(keys), len(keys))
-        return f"{len(keys)} CUDA graphs captured in {took:.1f} s, {room:.2f} GB"
+        return f"{len(keys) + prompts} CUDA graphs captured in {took:.1f} s, {room:.2f} GB"
+
+    def _keys(self, batch: int, bound: int) -> list[Key]:
+        """Of all steps that there may be."""
+        tables = self._step.processors.grown
+        if self._shapes:
+            plain, *drafted, late = self._shapes.plans(batch)
+            kinds = [(plan, bare, False) for plan in (plain, *drafted) for bare in (True, False)]
+            kinds += [(drafted[-1], False, True), (late, False, True)]
+            return [
+                Key(batch, bound, True, bare, limited, 0 if bare else tables, plan) for plan, bare, limited in kinds
+            ]
+        found = [(False, True, False), (False, False, False)]
+        if self._step.drafter.max_nodes > 1:
+            found += [(True, True, False), (True, False, False), (True, False, True)]
+        return [Key(batch, bound, *kind, tables=0 if kind[1] else tables) for kind in found]
 
     def prepare(self, members: Members, bound: int) -> None:
-        key = self._key(members, bound)
+        key = self._next = self._key(members, bound)
         if key not in self._prepared:
             if self._complete:
                 self.late += 1
                 _LOG.warning("a step is recorded in the midst of the work, which holds all up: %s", key)
             self._record(key)
 
+    def prepare_reading(self, chunks: Sequence[PromptChunk]) -> None:
+        self.prompts.prepare(chunks)
+
     def launch(self, members: Members, bound: int, said: Said) -> Launched:
-        step, count = self._prepared[self._key(members, bound)], len(members.slots)
+        key, count = self._next, len(members.slots)
+        step = self._prepared[key]
         step.load(members, self._scratch)
         if self._refresh:
             self._refresh(*self._bounds(members, bound, len(step.members.slots) - count))
@@ -146,12 +173,13 @@ class GraphRunner:
         marks[3].record()
         self.replayed += isinstance(step.parts, Captured)
         self.slow += self._cuda and isinstance(step.parts, Uncaptured)
-        return Flight(rows, kept, failed, marks)
+        return self._watched(Flight(rows, kept, failed, marks), members, key)
 
     def read(self, chunks: Sequence[PromptChunk]) -> Launched:
         start, end = self._mark(), self._mark()
         start.record()
-        self._step.read(chunks)
+        self._idle = None
+        self.prompts.read(chunks)
         end.record()
         return Reading(start, end)
 
@@ -185,12 +213,33 @@ class GraphRunner:
         self._copied.record()
         return guide.failed
 
+    def _watched(self, flight: Flight, members: Members, key: Key) -> Launched:
+        """A step of which the planner learns, if there is one."""
+        shapes, plan = self._shapes, key.plan
+        if shapes is None or plan is None:
+            return flight
+        count, alone = len(members.requests), members.guide is None
+
+        def learn(landed: Landed, begin: float, slots: list[int], accepted: list[int]) -> None:
+            shapes.learn(plan, slots, accepted)
+            host_s = None if self._idle is None else begin - self._idle
+            if alone:  # what structures wait for is no shape's
+                shapes.timed(plan, count, key.bound, landed.draft_s + landed.verify_s, host_s)
+            self._idle = time.perf_counter()
+
+        return Watched(flight, members.requests, [request.slot for request in members.requests], learn)
+
     def _key(self, members: Members, bound: int) -> Key:
-        drafts = members.speculates and self._step.drafter.max_nodes > 1
-        limited = drafts and members.limits is not None
+        bound, plan = bound_bucket(bound), None
+        drafts, limited = members.speculates and self._step.drafter.max_nodes > 1, members.limits is not None
+        if self._shapes:
+            slots = [request.slot for request in members.requests]
+            plan = self._shapes.choose(slots, bound, limited=limited, speculates=members.speculates)
+            drafts, limited = True, plan.late or (limited and plan.shape is not None)
+        limited = drafts and limited
         bare = members.sampling.bare and not limited
         tables = 0 if bare else self._step.processors.grown
-        return Key(bucket(len(members.slots)), bound_bucket(bound), drafts, bare, limited, tables)
+        return Key(bucket(len(members.slots)), bound, drafts, bare, limited, tables, plan)
 
     def _record(self, key: Key) -> None:
         """Make a step ready for any members of that kind. Where it cannot be captured it will run slowly, which is said."""
@@ -202,20 +251,50 @@ class GraphRunner:
         slots = torch.full((key.batch,), self._scratch, device=self._device)
         limits = TreeLimits.none(key.batch, self._device) if key.limited else None
         sampling = SamplingBatch.room(key.batch, self._device, bare=key.bare)
-        members = Members((), (), slots, sampling, limits=limits, speculates=key.drafts)
-        mask = None if key.bare else self._mask(key.batch, self._step.drafter.max_nodes if key.drafts else 1)
+        members = Members((), (), slots, sampling, limits=limits, speculates=key.drafts, plan=key.plan)
+        nodes = key.plan.nodes if key.plan else self._step.drafter.max_nodes if key.drafts else 1
+        mask = None if key.bare else self._mask(key.batch, nodes)
         parts: Recorded = Uncaptured(self._step, members, key.bound, mask)
         if self._lane:
             try:
+                self._compile(lambda: self._step.verify(members, *self._step.draft(members, key.bound), mask))
                 parts = Captured(self._step, members, key.bound, mask, self._lane, partial(self._plan, key.batch))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 if isinstance(error.__context__, torch.OutOfMemoryError):
                     raise error.__context__ from None
-                _LOG.warning("steps run without CUDA graphs, which is many times slower: %s (%s)", error, key)
+                self._say_slow(f"steps run without CUDA graphs, which is many times slower: {error} ({key})")
         self.recorded += 1
+        self._idle = None
         self._prepared[key] = Prepared(members, mask, parts)
+
+    def _compile(self, run: Callable[[], object]) -> None:
+        """Have all kernels of a pass compiled, side by side. Nothing runs: the pass goes into a graph that is thrown away."""
+        lane = self._lane
+        if lane is None or self._refresh:
+            return  # plans for FlashInfer are made on the host, when a pass runs
+        from mtp_engine.kernels.compiling import Missing
+
+        missing = Missing()
+        try:
+            # as nothing of it runs, nothing that happens meanwhile can spoil it: modules may be loaded, memory taken
+            trial = torch.cuda.graph(
+                torch.cuda.CUDAGraph(), pool=lane.pool, stream=lane.stream, capture_error_mode="relaxed"
+            )
+            with no_collection(), missing, trial:
+                run()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return  # where it is captured in earnest it will be said why
+        missing.compile(self._device, usable_cores(), self._progress)
+
+    def _say_slow(self, why: str) -> None:
+        if not self._told:
+            self._told = True
+            _LOG.warning(why)
+            self._progress(why, 0, None)
 
     def _plan(self, batch: int) -> None:
         """As `refresh` does, for a batch in the scratch slot."""

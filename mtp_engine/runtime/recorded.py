@@ -13,7 +13,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
-from mtp_engine.runtime.request import Members
+from mtp_engine.runtime.request import Members, TreeLimits
 from mtp_engine.runtime.step import ModelStep
 from mtp_engine.sampling.batch import SamplingBatch
 from mtp_engine.tree import DraftTree
@@ -125,9 +125,10 @@ class Prepared:
         held.slots[:count].copy_(members.slots)
         for ours, theirs in zip(_tensors(held.sampling), _tensors(members.sampling), strict=True):
             ours[:count].copy_(theirs)
-        if held.limits and members.limits:
-            held.limits.widths[:count].copy_(members.limits.widths)
-            held.limits.nodes[:count].copy_(members.limits.nodes)
+        if held.limits:
+            limits = members.limits or TreeLimits.none(count, members.slots.device)
+            held.limits.widths[:count].copy_(limits.widths)
+            held.limits.nodes[:count].copy_(limits.nodes)
 
 
 @contextmanager

@@ -219,7 +219,7 @@ class Scheduler:
 
     def _record(self, request: Request, taken: int, nodes: int, depth: int, times: StepTimes, sharers: int) -> None:
         stats, request.failures = request.stats, 0
-        stats.total_s = times.now - request.arrived
+        stats.total_s, stats.compile_s = times.now - request.arrived, times.left_out - request.skipped
         if not taken:
             return
         if not stats.steps:
