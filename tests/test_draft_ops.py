@@ -14,6 +14,7 @@ from mtp_engine.drafters.candidates import Ranking
 from mtp_engine.drafters.device import DeviceDraftOps
 from mtp_engine.drafters.expand import DraftOps, Growth, Level, level_sizes
 from mtp_engine.drafters.portable import TorchDraftOps
+from mtp_engine.kernels.state import force
 from mtp_engine.runtime.request import TreeLimits
 from mtp_engine.runtime.slots import SlotState
 from mtp_engine.sampling.batch import Batch, SamplingBatch
@@ -168,6 +169,30 @@ def test_whole_trees(case: tuple[Ranking, str], seed: int) -> None:
         assert (one.draft is None) == (two.draft is None) == (ranking != "drawn")
         if one.draft is not None:
             torch.testing.assert_close(two.draft, one.draft, rtol=2e-6, atol=1e-7)
+
+
+@FEW
+@given(tree=draft_trees(vocab=20, max_nodes=6), seed=st.integers(0, 99))
+def test_forced_chains(tree: DraftTree, seed: int) -> None:
+    """Chains in place of some trees: the kernel's are the twin's, and are whole trees."""
+    most, batch = min(tree.max_depth, tree.nodes - 1), len(tree.tokens)
+    chains = torch.cat([integers(seed, 0, most + 1, batch, 1), integers(seed, 0, 20, batch, most + 1)], 1)
+    moved = DraftTree(*(x.to(DEVICE) for x in (tree.tokens, tree.parents, tree.depths, tree.size)), tree.max_depth)
+    forced, ours = (
+        moved.forced(chains),
+        force(moved.tokens, moved.parents, moved.depths, moved.size, chains, tree.max_depth),
+    )
+    for name, kernels in zip(("tokens", "parents", "depths", "size"), ours, strict=True):
+        assert torch.equal(getattr(forced, name), kernels), name
+    for b, (count, *tokens) in enumerate(chains.tolist()):
+        nodes = int(forced.size[b])
+        if not count:
+            assert torch.equal(forced.tokens[b], moved.tokens[b])
+            assert nodes == tree.size[b]
+        else:
+            assert forced.tokens[b, :nodes].tolist() == [int(tree.tokens[b, 0]), *tokens[:count]]
+            assert forced.parents[b, :nodes].tolist() == list(range(-1, count))
+            assert forced.depths[b, :nodes].tolist() == list(range(nodes))
 
 
 @pytest.mark.cuda

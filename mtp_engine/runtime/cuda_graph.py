@@ -9,26 +9,26 @@ may want besides tokens, and without. On a CPU the same steps run with the same 
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Progress
-from mtp_engine.runtime.flight import Flight, HostMark, Mark, Outline, Reading
-from mtp_engine.runtime.recorded import Captured, Lane, Prepared, Recorded, Uncaptured, no_collection
+from mtp_engine.runtime.flight import Flight, HostMark, Mark, Reading
+from mtp_engine.runtime.recorded import Captured, Lane, Prepared, Recorded, Uncaptured, no_collection, whole
 from mtp_engine.runtime.recorded_prompts import RecordedPrompts
 from mtp_engine.runtime.request import Landed, Launched, Members, PromptChunk, TreeLimits
 from mtp_engine.runtime.shapes import Watched
 from mtp_engine.runtime.slots import SCRATCH_LENGTH
 from mtp_engine.runtime.step import ModelStep, Said
+from mtp_engine.runtime.structures import Structures
 from mtp_engine.runtime.threads import usable_cores
 from mtp_engine.sampling.batch import Plan, SamplingBatch
-from mtp_engine.tree import DraftTree
 
 _LOG = logging.getLogger("mtp_engine")
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # a batch is padded up to one of these
@@ -94,11 +94,10 @@ class GraphRunner:
         self.prompts = RecordedPrompts(
             step, scratch=scratch, position=SCRATCH_TOKENS - 1, most=chunk, lane=self._lane, compile=self._compile
         )
-        self._words = -(-step.model.vocab_size // 32)
-        most = bucket(scratch) * step.drafter.max_nodes * self._words
-        self._masks = torch.full((most,), -1, dtype=torch.int32, device=device)  # all recorded steps read it
-        self._written = torch.full((most,), -1, dtype=torch.int32, pin_memory=self._cuda)  # the same on the host
-        self._copied: Mark | None = None  # when that was last read
+        self._structures = Structures(
+            batch=bucket(scratch), nodes=step.drafter.max_nodes, depth=step.drafter.depth, vocab=step.model.vocab_size,
+            device=device, mark=self._mark,
+        )  # fmt: skip
 
     def capture(self, batch: int, longest: int, progress: Progress) -> str:
         """See Runner. Raises EngineError where memory is not enough."""
@@ -162,9 +161,9 @@ class GraphRunner:
         marks[0].record()
         tree = step.parts.draft()
         marks[1].record()
-        outline = self._outline(tree, count) if members.guide else None
+        drafted = self._structures.begin(tree, members, said)
         step.parts.forward()
-        failed = self._allow(step, outline, members, said) if outline else {}
+        failed = self._structures.allow(step.given, drafted, members, said) if drafted and step.given else {}
         table, notes = step.parts.choose()
         marks[2].record()
         most = members.sampling.most_logprobs
@@ -186,32 +185,6 @@ class GraphRunner:
     def settle(self) -> None:
         if self._cuda:
             torch.cuda.synchronize(self._device)
-
-    def _outline(self, tree: DraftTree, count: int) -> Outline:
-        if tree.nodes == 1:
-            return Outline.roots(count)
-        table = self._host(torch.cat([tree.tokens, tree.parents, tree.size[:, None]], 1)[:count])
-        drafted = self._mark()
-        drafted.record()
-        return Outline(table, drafted)
-
-    def _allow(self, step: Prepared, outline: Outline, members: Members, said: Said) -> Mapping[tuple[int, Any], str]:
-        """Write what structures allow after each node, while the model runs. Waits for the drafts, and for what the steps before
-        say, which nobody needs to have handed out."""
-        guide = members.guide
-        assert guide is not None
-        assert step.mask is not None
-        guide.begin(members.requests, said)
-        tokens, parents, sizes = outline.wait()
-        if self._copied:
-            self._copied.synchronize()  # what was written for an earlier step
-        written = self._written[: step.mask.numel()].view(step.mask.shape)
-        guide.fill(written, tokens, parents, sizes)
-        first, last = guide.rows[0], guide.rows[-1] + 1
-        step.mask[first:last].copy_(written[first:last], non_blocking=True)
-        self._copied = self._mark()
-        self._copied.record()
-        return guide.failed
 
     def _watched(self, flight: Flight, members: Members, key: Key) -> Launched:
         """A step of which the planner learns, if there is one."""
@@ -253,12 +226,12 @@ class GraphRunner:
         sampling = SamplingBatch.room(key.batch, self._device, bare=key.bare)
         members = Members((), (), slots, sampling, limits=limits, speculates=key.drafts, plan=key.plan)
         nodes = key.plan.nodes if key.plan else self._step.drafter.max_nodes if key.drafts else 1
-        mask = None if key.bare else self._mask(key.batch, nodes)
-        parts: Recorded = Uncaptured(self._step, members, key.bound, mask)
+        given = None if key.bare else self._structures.given(key.batch, nodes)
+        parts: Recorded = Uncaptured(self._step, members, key.bound, given)
         if self._lane:
             try:
-                self._compile(lambda: self._step.verify(members, *self._step.draft(members, key.bound), mask))
-                parts = Captured(self._step, members, key.bound, mask, self._lane, partial(self._plan, key.batch))
+                self._compile(lambda: whole(self._step, members, key.bound, given))
+                parts = Captured(self._step, members, key.bound, given, self._lane, partial(self._plan, key.batch))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -267,7 +240,7 @@ class GraphRunner:
                 self._say_slow(f"steps run without CUDA graphs, which is many times slower: {error} ({key})")
         self.recorded += 1
         self._idle = None
-        self._prepared[key] = Prepared(members, mask, parts)
+        self._prepared[key] = Prepared(members, given, parts)
 
     def _compile(self, run: Callable[[], object]) -> None:
         """Have all kernels of a pass compiled, side by side. Nothing runs: the pass goes into a graph that is thrown away."""
@@ -300,10 +273,6 @@ class GraphRunner:
         """As `refresh` does, for a batch in the scratch slot."""
         if self._refresh:
             self._refresh([self._scratch] * batch, [SCRATCH_TOKENS] * batch)
-
-    def _mask(self, batch: int, nodes: int) -> Tensor:
-        """[batch, nodes, W] int32."""
-        return self._masks[: batch * nodes * self._words].view(batch, nodes, self._words)
 
     def _bounds(self, members: Members, bound: int, padding: int) -> tuple[list[int], list[int]]:
         """Slots and the most tokens each may have, padding included; the longest request has `bound` at most."""

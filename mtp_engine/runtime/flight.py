@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, final
 
-import torch
 from torch import Tensor
 
 from mtp_engine.runtime.request import Landed
@@ -65,23 +64,3 @@ class Reading:
     def wait(self) -> Landed:
         self._end.synchronize()
         return Landed([], 0.0, self._start.elapsed_time(self._end) / 1e3)
-
-
-@final
-class Outline:
-    """The trees of a step that has drafted, on their way to the host."""
-
-    def __init__(self, table: Tensor, drafted: Mark) -> None:
-        """table: [B, 2 N + 1] int64: tokens, parents and size of each tree, once `drafted` is over."""
-        self._table, self._drafted = table, drafted
-
-    @classmethod
-    def roots(cls, batch: int) -> "Outline":
-        """Of trees with one node, whose token nobody asks for."""
-        return cls(torch.tensor([[0, -1, 1]] * batch), HostMark())
-
-    def wait(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
-        """Tokens and parents, [B, N], and sizes."""
-        self._drafted.synchronize()
-        nodes = self._table.shape[1] // 2
-        return self._table[:, :nodes].tolist(), self._table[:, nodes:-1].tolist(), self._table[:, -1].tolist()

@@ -1,7 +1,7 @@
 """A step recorded over fixed tensors: as CUDA graphs, or as the operations themselves.
 
 Where structures may have a say, what the model computes and what is chosen of it are apart: masks are made in between,
-while the model runs.
+while the model runs. And drafts are then what the host leaves of them.
 """
 
 import gc
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mtp_engine.runtime.request import Members, TreeLimits
 from mtp_engine.runtime.step import ModelStep
+from mtp_engine.runtime.structures import Given
 from mtp_engine.sampling.batch import SamplingBatch
 from mtp_engine.tree import DraftTree
 
@@ -23,18 +24,20 @@ from mtp_engine.tree import DraftTree
 class Uncaptured:
     """A step that runs operation by operation (a Recorded): on a CPU, and where a GPU cannot capture it."""
 
-    def __init__(self, step: ModelStep, members: Members, bound: int, mask: Tensor | None) -> None:
-        self._step, self._members, self._bound, self._mask = step, members, bound, mask
+    def __init__(self, step: ModelStep, members: Members, bound: int, given: Given | None) -> None:
+        self._step, self._members, self._bound, self._given = step, members, bound, given
 
     def draft(self) -> DraftTree:
-        self._drafted = self._step.draft(self._members, self._bound)
-        return self._drafted[1]
+        self._batch, self._tree = self._step.draft(self._members, self._bound)
+        return self._tree
 
     def forward(self) -> None:
-        self._passed = self._step.forward(*self._drafted)
+        self._tree = forced(self._step, self._tree, self._given)
+        self._passed = self._step.forward(self._batch, self._tree)
 
     def choose(self) -> tuple[Tensor, Tensor | None]:
-        return self._step.choose(self._members, *self._drafted, *self._passed, self._mask)
+        mask = self._given.mask if self._given else None
+        return self._step.choose(self._members, self._batch, self._tree, *self._passed, mask)
 
 
 @final
@@ -50,7 +53,7 @@ class Lane:
 class Captured:
     """A step as CUDA graphs (a Recorded). Operations run once before they are captured, so that kernels are compiled.
 
-    Without a mask, what the model computes and what is chosen of it are one graph.
+    Where nothing is given, what the model computes and what is chosen of it are one graph.
     """
 
     def __init__(
@@ -58,29 +61,30 @@ class Captured:
         step: ModelStep,
         members: Members,
         bound: int,
-        mask: Tensor | None,
+        given: Given | None,
         lane: "Lane",
         refresh: Callable[[], None],
     ) -> None:
         self._draft, self._forward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        self._choose = None if mask is None else torch.cuda.CUDAGraph()
+        self._choose = torch.cuda.CUDAGraph() if given else None
         before = torch.cuda.current_stream(members.slots.device)
         lane.stream.wait_stream(before)
         with torch.cuda.stream(lane.stream), no_collection():
-            step.verify(members, *step.draft(members, bound), mask)
+            whole(step, members, bound, given)
             refresh()  # plans exist from now on; the first ones were made for nothing
             lane.stream.synchronize()
             with torch.cuda.graph(self._draft, pool=lane.pool, stream=lane.stream):
-                drafted = step.draft(members, bound)
+                batch, drafted = step.draft(members, bound)
             with torch.cuda.graph(self._forward, pool=lane.pool, stream=lane.stream):
-                passed = step.forward(*drafted)
-                if not self._choose:
-                    self._result = step.choose(members, *drafted, *passed, None)
-            if self._choose:
+                tree = forced(step, drafted, given)
+                passed = step.forward(batch, tree)
+                if not given:
+                    self._result = step.choose(members, batch, tree, *passed, None)
+            if given and self._choose:
                 with torch.cuda.graph(self._choose, pool=lane.pool, stream=lane.stream):
-                    self._result = step.choose(members, *drafted, *passed, mask)
+                    self._result = step.choose(members, batch, tree, *passed, given.mask)
         # other steps' graphs may have the memory of all else
-        self._tree = replace(drafted[1], scores=None, draft=None)
+        self._tree = replace(drafted, scores=None, draft=None)
         before.wait_stream(lane.stream)
 
     def draft(self) -> DraftTree:
@@ -94,6 +98,17 @@ class Captured:
         if self._choose:
             self._choose.replay()
         return self._result
+
+
+def forced(step: ModelStep, tree: DraftTree, given: Given | None) -> DraftTree:
+    """The tree with what is forced of it."""
+    return tree if given is None or given.forced is None else step.force(tree, given.forced)
+
+
+def whole(step: ModelStep, members: Members, bound: int, given: Given | None) -> None:
+    """All of a step."""
+    batch, tree = step.draft(members, bound)
+    step.verify(members, batch, forced(step, tree, given), given.mask if given else None)
 
 
 class Recorded(Protocol):
@@ -110,10 +125,10 @@ class Recorded(Protocol):
 @final
 @dataclass
 class Prepared:
-    """A recorded step and the tensors that it reads: those of its members, and [B, N, W] int32 that structures allow."""
+    """A recorded step and the tensors that it reads: those of its members, and what the host gives."""
 
     members: Members
-    mask: Tensor | None
+    given: Given | None
     parts: Recorded
     loaded: Members | None = None  # whose slots and parameters are in there
 

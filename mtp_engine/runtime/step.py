@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, final
 
 import torch
@@ -93,6 +93,16 @@ class ModelStep:
             return batch, DraftTree.root(batch.tokens)
         tree = self.drafter.draft(batch)
         return batch, members.limits.apply(tree) if members.limits else tree
+
+    def force(self, tree: DraftTree, chains: Tensor) -> DraftTree:
+        """See DraftTree.forced."""
+        if not self.kernels:
+            return tree.forced(chains)
+        from mtp_engine.kernels.state import force
+
+        tables = force(tree.tokens, tree.parents, tree.depths, tree.size, chains, tree.max_depth)
+        tokens, parents, depths, size = tables
+        return replace(tree, tokens=tokens, parents=parents, depths=depths, size=size)
 
     def verify(
         self, members: Members, batch: Batch, tree: DraftTree, mask: Tensor | None = None

@@ -1,6 +1,7 @@
 """Masks from constraints on the text, for every node of a tree. Constraints live on the host, so this waits for the tree."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar, final
 
 import torch
@@ -26,6 +27,9 @@ class Constraint(Protocol):
 
     def state(self, path: tuple[int, ...]) -> Any:
         """What `workers` take in place of `mask(path)`; None where `mask` knows the answer, or nobody else does."""
+
+    def forced(self, path: tuple[int, ...]) -> list[int]:
+        """Tokens that must follow the answer so far and then `path`, as far as that is quickly known: good drafts."""
 
     def mask(self, path: tuple[int, ...]) -> Tensor:
         """Which tokens may follow the answer so far and then `path`: [W] int32 on the CPU, one bit per token."""
@@ -63,6 +67,17 @@ class Guide:
     def begin(self, requests: Sequence[T], said: Callable[[T], Sequence[int]]) -> None:
         """Another step. said: what steps in flight emit for a request, which its constraint has not been told yet."""
         self._said, self.failed = {row: tuple(said(requests[row])) for row in self.rows}, {}
+
+    def forced(self, rows: Sequence[int], most: int) -> dict[int, list[int]]:
+        """Of these requests, which have a constraint: the tokens that must come next, `most` at most, where there are any."""
+        found = dict[int, list[int]]()
+        for row in rows:
+            constraint = self._constraints[row]
+            assert constraint is not None
+            with suppress(Exception):  # `fill` will meet it, too
+                if chain := constraint.forced(self._said[row])[:most]:
+                    found[row] = chain
+        return found
 
     def fill(self, masks: Tensor, tokens: list[list[int]], parents: list[list[int]], sizes: list[int]) -> None:
         """For the main model: write into masks, [B, N, W] int32 on the CPU, what may follow the first sizes[b] nodes of a tree.

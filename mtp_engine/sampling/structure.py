@@ -124,13 +124,20 @@ class GrammarState:
     def state(self, path: tuple[int, ...]) -> Any:
         """The matcher after `path`; None where its mask is known, a token is decided on, or any may follow."""
         matcher = None if path in self._known else self._reach(path)
-        return None if matcher is None or self._look(path).token is not None else matcher
+        return None if matcher is None or self._look(path).way else matcher
+
+    def forced(self, path: tuple[int, ...]) -> list[int]:
+        """What the grammar has in one way only, such as the names of members, or the way to the end."""
+        matcher = self._reach(path)
+        if matcher is None:
+            return []
+        return list(self._look(path).way or matcher.compute_ff_tokens())
 
     def mask(self, path: tuple[int, ...]) -> Tensor:
         """[W] int32, one bit per token; all ones after the end, and after a path that the grammar forbids."""
         if path not in self._known:
             matcher = self._reach(path)
-            self._known[path] = self._free if matcher is None else self._read(matcher, self._look(path).token)
+            self._known[path] = self._free if matcher is None else self._read(matcher, self._look(path).way)
         return self._known[path]
 
     def _reach(self, path: tuple[int, ...]) -> Any:
@@ -154,12 +161,12 @@ class GrammarState:
             self._looked[path] = Look(due) if said < due else self._closer.look(self._reach(path), said)
         return self._looked[path]
 
-    def _read(self, matcher: Any, token: int | None) -> Tensor:
-        """Its mask, or that of the only token that may follow."""
-        if token is None:
+    def _read(self, matcher: Any, way: Sequence[int]) -> Tensor:
+        """Its mask; where there is one way only, that of its first token."""
+        if not way:
             bits = bytearray(matcher.compute_bitmask())
             return torch.frombuffer(bits, dtype=torch.int32)[: len(self._free)]
-        only = torch.zeros_like(self._free)
+        only, token = torch.zeros_like(self._free), way[0]
         only[token // 32] = 1 << token % 32 if token % 32 < 31 else -(1 << 31)
         return only
 
@@ -185,7 +192,7 @@ class Look:
     """What was found of an end in time. due: how many tokens the answer has when that is to be asked again."""
 
     due: int = 0
-    token: int | None = None  # the only one that may follow
+    way: tuple[int, ...] = ()  # the shortest one, where there is no time for another: its first token is the only one
 
 
 _NEVER = Look()
@@ -209,7 +216,7 @@ class Closer:
         self._ends = list(tokens.values())
 
     def look(self, matcher: Any, said: int) -> Look:
-        """Where a matcher stands, after `said` tokens: the token that must follow, if there is no time for any other.
+        """Where a matcher stands, after `said` tokens: the way to the end, if there is no time for any other.
 
         One token is taken to open at most what _SPARE tokens close; so where time is left it need not be asked each time.
         """
@@ -220,7 +227,7 @@ class Closer:
         spare = left - (len(way) + 1 + _SPARE)
         if not way:
             return Look(said + 1)
-        return Look(said + 1 + (spare - 1) // (_SPARE + 1)) if spare > 0 else Look(said + 1, way[0])
+        return Look(said + 1 + (spare - 1) // (_SPARE + 1)) if spare > 0 else Look(said + 1, tuple(way))
 
     def _way(self, matcher: Any) -> list[int]:
         """Tokens to the nearest end; empty where it is over, or none is near. The matcher goes along."""
