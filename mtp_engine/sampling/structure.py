@@ -118,7 +118,7 @@ class GrammarState:
         self._known: dict[tuple[int, ...], Tensor] = {}
         self._reached: dict[tuple[int, ...], Any] = {(): matcher}
         self._looked: dict[tuple[int, ...], Look] = {}
-        self._due = 0  # as Look.due, of the token before
+        self._before = Look(), -1  # what was found before the last token, and that token
         self._over = False
 
     def state(self, path: tuple[int, ...]) -> Any:
@@ -157,8 +157,11 @@ class GrammarState:
         if self._closer is None:
             return _NEVER
         if path not in self._looked:
-            due, said = self._look(path[:-1]).due if path else self._due, self._said + len(path)
-            self._looked[path] = Look(due) if said < due else self._closer.look(self._reach(path), said)
+            before, token = (self._look(path[:-1]), path[-1]) if path else self._before
+            look = Look(before.due, before.way[1:] if before.way[:1] == (token,) else ())
+            if not look.way and (said := self._said + len(path)) >= look.due:
+                look = self._closer.look(self._reach(path), said)
+            self._looked[path] = look
         return self._looked[path]
 
     def _read(self, matcher: Any, way: Sequence[int]) -> Tensor:
@@ -178,7 +181,7 @@ class GrammarState:
     def advance(self, tokens: Sequence[int]) -> None:
         """`tokens` were emitted. Raises EngineError if the grammar forbids one: the masks were not obeyed."""
         for token in tokens:
-            self._due = self._due if self._over else self._look(()).due
+            self._before = (Look() if self._over else self._look(())), token
             self._looked = {path[1:]: look for path, look in self._looked.items() if path[:1] == (token,)}
             self._known, self._reached, self._said = {}, {(): self._matcher}, self._said + 1
             self._over = self._over or token in self._eos
@@ -189,10 +192,11 @@ class GrammarState:
 @final
 @dataclass(frozen=True)
 class Look:
-    """What was found of an end in time. due: how many tokens the answer has when that is to be asked again."""
+    """What was found of an end in time. due: how many tokens the answer has when that is to be asked again. way: the shortest,
+    where there is no time for another: it is taken to its end."""
 
     due: int = 0
-    way: tuple[int, ...] = ()  # the shortest one, where there is no time for another: its first token is the only one
+    way: tuple[int, ...] = ()
 
 
 _NEVER = Look()
