@@ -243,10 +243,8 @@ class MTPDrafter:
         passed = hidden
         for number in range(min(self.depth, len(self.module.layers))):
             if number:
-                carry, hidden = (
-                    self._carry[number],
-                    torch.where(leads, self._carry[number][slots[own]], passed.roll(1, 0)),
-                )
+                carry = self._carry[number]
+                hidden = torch.where(leads, carry[slots[own]], passed.roll(1, 0))
                 carry[slots] = torch.where(some, passed[lasts], carry[slots])
             shift = 0 if reused else number  # see `_run`
             step = replace(rows, first=self._first[slots] + shift)

@@ -144,7 +144,10 @@ def decode_loop(
         ahead=rows + drafter.max_nodes * (runs.in_flight - 1),
     )  # fmt: skip
     intake = Intake(model.vocab_size, max_context, memory.capacity, frozenset(eos_token_ids), text, spell, grammars)
-    scheduler = Scheduler(memory, slots=slots, chunk=prefill_chunk, max_waiting=max_waiting, packs=packs, clock=clock)
+    scheduler = Scheduler(
+        memory, slots=slots, chunk=prefill_chunk, max_waiting=max_waiting, packs=packs, clock=clock,
+        pace=shapes.rows if shapes else lambda: None,
+    )  # fmt: skip
     return DecodeLoop(work, runs, scheduler, intake, memory)
 
 
@@ -279,7 +282,7 @@ def learn_costs(
     if known := ShapeCosts.read(path):
         planner.know(known)
         return
-    time_shapes(loop, planner, batches, progress)
+    time_shapes(loop, planner, batches, min(config.prefill_chunk, backend.chunk_rows), progress)
     planner.costs.write(path)
 
 

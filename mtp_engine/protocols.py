@@ -154,6 +154,9 @@ class StepPlanner(Protocol):
     def timed(self, plan: Plan, batch: int, bound: int, step_s: float, host_s: float | None) -> None:
         """A step took the device so long, and the host beside it, where that is known."""
 
+    def rows(self) -> int | None:
+        """How many rows of prompts to read behind a step, so that it does not take twice as long; None: any."""
+
     def release(self, slot: int) -> None:
         """Another request may take it."""
 

@@ -96,6 +96,31 @@ def test_inputs(tree: DraftTree, new: int, seed: int) -> None:
 
 @FEW
 @given(tree=draft_trees(vocab=20, max_nodes=6), seed=st.integers(0, 99))
+def test_rows_that_wait_stay(tree: DraftTree, seed: int) -> None:
+    """A plain step's row goes behind those of the steps before it, but for the scratch slot, the last one."""
+    batch, room = len(tree.tokens), 7
+    slots, behind = torch.randperm(batch + 1, device=DEVICE)[:batch], integers(seed, 0, room + 2, batch)
+    one = torch.ones(batch, dtype=torch.int64, device=DEVICE)
+    path, tokens = torch.zeros(batch, 1, dtype=torch.int64, device=DEVICE), integers(seed, 0, 20, batch, 1)
+    result, hidden = VerifyResult(path, tokens, one), floats(seed, batch, 1, 24)
+    kept = []
+    for ops in OPS:
+        tables = (
+            integers(3, 0, 9, batch + 1, room),
+            floats(3, batch + 1, room, 24),
+            integers(4, 0, 9, batch + 1),
+            floats(5, batch + 1, room, 24),
+        )
+        ops.observe(slots, integers(6, 0, 99, batch), result, hidden, *tables, behind)
+        kept.append(tables)
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+    counts = torch.where(slots < batch, (behind + 1).clamp(max=room), 1)
+    assert torch.equal(kept[0][2][slots], counts)
+    assert torch.equal(kept[0][0][slots, counts - 1], tokens[:, 0])
+
+
+@FEW
+@given(tree=draft_trees(vocab=20, max_nodes=6), seed=st.integers(0, 99))
 def test_what_a_step_leaves(tree: DraftTree, seed: int) -> None:
     """What the drafter and the slots keep, and the table that the host reads."""
     batch, depth = len(tree.tokens), tree.max_depth + 1

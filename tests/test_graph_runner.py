@@ -206,10 +206,10 @@ def test_a_full_memory_names_what_to_lower(models: Models, monkeypatch: pytest.M
     loop = loop_of(models, drafter_of("3x2", models))
     recorded = GraphRunner._record
 
-    def record(self: GraphRunner, key: Key) -> None:
+    def record(self: GraphRunner, key: Key, *, compiled: bool = False) -> None:
         if key.batch < 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        recorded(self, key)
+        recorded(self, key, compiled=compiled)
 
     monkeypatch.setattr(GraphRunner, "_record", record)
     with pytest.raises(

@@ -293,6 +293,18 @@ def test_costs_follow_what_steps_take() -> None:
     assert costs.verifying(1) < 20
 
 
+@pytest.mark.parametrize("rows", [(1, 2, 3, 4), (2, 3, 4, 5, 7)])
+def test_costs_follow_rows_that_cost_more_than_when_they_were_timed(rows: tuple[int, ...]) -> None:
+    """The table of a slow minute makes rows look cheap and plain steps dear; trees alone have to show that they are not."""
+    costs = Costs([0.0, 0.7], {1: 3.95, 4: 4.4, 8: 5.0})
+    generator = random.Random(0)
+    for _ in range(100):
+        count = generator.choice(rows)
+        costs.note(1, 0, count, 0.7, (3.2 + 0.3 * (count - 1)) * generator.gauss(1.0, 0.02))
+    assert costs.verifying(1) == pytest.approx(3.2, rel=0.06)
+    assert costs.verifying(5) == pytest.approx(4.4, rel=0.06)
+
+
 def test_where_no_draft_can_pay_nothing_is_drafted() -> None:
     assert Costs([0.0, 2.0, 4.0, 6.0], {1: 1.0, 4: 1.5}).hopeless
     assert not Costs([0.0, 1.0, 2.0, 3.0], {1: 5.0, 4: 5.5}).hopeless

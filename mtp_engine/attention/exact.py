@@ -61,7 +61,7 @@ class DeviceRows:
         """[B, N], or [N, 1] where they are packed, int64 per cache group: the storage rows that keys and values of these rows
         go to."""
         rows, count = self.rows, self.rows.positions.shape[1]
-        lengths, slots = (rows.lengths, rows.slots)
+        lengths, slots = rows.lengths, rows.slots
         if rows.owners is not None:
             lengths, count, slots = rows.positions[0], 1, slots[rows.owners]
         return [
@@ -72,13 +72,13 @@ class DeviceRows:
     @cached_property
     def kept(self) -> list[Tensor]:
         """`targets` of packed rows, [N] int64 per cache group, with -1 for those that later ones push out of their ring."""
-        rows, found = self.rows, list[Tensor]()
+        rows = self.rows
         assert rows.counts is not None
-        ends = (rows.lengths + rows.counts)[rows.owners]
-        for group, targets in zip(self.cache.groups, self.targets, strict=True):
-            size = group.size if isinstance(group, WindowKV) else 0
-            found.append(torch.where(rows.positions[0] + size >= ends, targets[:, 0], -1))
-        return found
+        left = (rows.lengths + rows.counts)[rows.owners] - rows.positions[0]
+        return [
+            torch.where(left <= group.size, targets[:, 0], -1) if isinstance(group, WindowKV) else targets[:, 0]
+            for group, targets in zip(self.cache.groups, self.targets, strict=True)
+        ]
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """See protocols.DeviceAttention."""

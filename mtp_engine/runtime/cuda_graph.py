@@ -26,7 +26,7 @@ from mtp_engine.runtime.request import Landed, Launched, Members, PromptChunk, T
 from mtp_engine.runtime.shapes import Watched
 from mtp_engine.runtime.slots import SCRATCH_LENGTH
 from mtp_engine.runtime.step import ModelStep, Said
-from mtp_engine.runtime.structures import Structures
+from mtp_engine.runtime.structures import Given, Structures
 from mtp_engine.runtime.threads import usable_cores
 from mtp_engine.sampling.batch import Plan, SamplingBatch
 
@@ -111,10 +111,12 @@ class GraphRunner:
         number = 0
         try:
             prompts = self.prompts.capture(progress)
+            if self._lane:
+                self._compile(partial(self._run, [(key, *self._blank(key)) for key in keys]))
             with no_collection():
                 for number, key in enumerate(keys):
                     progress("capturing CUDA graphs", number, len(keys))
-                    self._record(key)
+                    self._record(key, compiled=True)
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 f"the GPU's memory is full after {number} of {len(keys)} CUDA graphs: lower max_batch, max_context or "
@@ -214,23 +216,33 @@ class GraphRunner:
         tables = 0 if bare else self._step.processors.grown
         return Key(bucket(len(members.slots)), bound, drafts, bare, limited, tables, plan)
 
-    def _record(self, key: Key) -> None:
-        """Make a step ready for any members of that kind. Where it cannot be captured it will run slowly, which is said."""
-        stale = [k for k in self._prepared if not (k.bare or key.bare or k.tables == key.tables)]
-        if stale:  # they hold tables that are too small by now, and may be running
-            self.settle()
-        for each in stale:
-            del self._prepared[each]
+    def _blank(self, key: Key) -> tuple[Members, Given | None]:
+        """Room for any members of that kind, and for what structures allow."""
         slots = torch.full((key.batch,), self._scratch, device=self._device)
         limits = TreeLimits.none(key.batch, self._device) if key.limited else None
         sampling = SamplingBatch.room(key.batch, self._device, bare=key.bare)
         members = Members((), (), slots, sampling, limits=limits, speculates=key.drafts, plan=key.plan)
         nodes = key.plan.nodes if key.plan else self._step.drafter.max_nodes if key.drafts else 1
-        given = None if key.bare else self._structures.given(key.batch, nodes)
+        return members, None if key.bare else self._structures.given(key.batch, nodes)
+
+    def _run(self, steps: Sequence[tuple[Key, Members, Given | None]]) -> None:
+        for key, members, given in steps:
+            whole(self._step, members, key.bound, given)
+
+    def _record(self, key: Key, *, compiled: bool = False) -> None:
+        """Make a step ready for any members of that kind. Where it cannot be captured it will run slowly, which is said.
+        compiled: its kernels are."""
+        stale = [k for k in self._prepared if not (k.bare or key.bare or k.tables == key.tables)]
+        if stale:  # they hold tables that are too small by now, and may be running
+            self.settle()
+        for each in stale:
+            del self._prepared[each]
+        members, given = self._blank(key)
         parts: Recorded = Uncaptured(self._step, members, key.bound, given)
         if self._lane:
             try:
-                self._compile(lambda: whole(self._step, members, key.bound, given))
+                if not compiled:
+                    self._compile(partial(self._run, [(key, members, given)]))
                 parts = Captured(self._step, members, key.bound, given, self._lane, partial(self._plan, key.batch))
             except torch.OutOfMemoryError:
                 raise

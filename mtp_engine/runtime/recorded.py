@@ -51,7 +51,7 @@ class Lane:
 
 @final
 class Captured:
-    """A step as CUDA graphs (a Recorded). Operations run once before they are captured, so that kernels are compiled.
+    """A step as CUDA graphs (a Recorded). Operations run before they are captured, so that kernels are compiled.
 
     Where nothing is given, what the model computes and what is chosen of it are one graph.
     """

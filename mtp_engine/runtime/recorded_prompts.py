@@ -3,12 +3,12 @@
 Whose rows they are stands in tables on the device, so that a graph fits the chunks of any requests, padded up to its number
 of rows: a row's bits do not depend on others. Rows that are padded belong to the scratch slot, and are written to its last
 position. A size that comes for the first time runs operation by operation, over the same tables, and is recorded when it
-comes again, as many sizes come only once; `capture` records all. On a CPU all run operation by operation.
+comes again, as many sizes come only once; `capture` records all. Before a size's first pass its kernels are compiled
+together (kernels/compiling.py). On a CPU all run operation by operation.
 """
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import final
 
 import torch
@@ -53,15 +53,12 @@ class RecordedPrompts:
         self._spans, self._outline = torch.split(outline.view(columns, -1), [3, columns - 3])
         self._states = torch.empty(0, device=step.device)  # [tokens, H], of the main model's last pass
         self._graphs: dict[tuple[Callable[[int], None], int], torch.cuda.CUDAGraph | None] = {}
+        self._refused = set[tuple[Callable[[int], None], int]]()
 
     def prepare(self, chunks: Sequence[PromptChunk]) -> None:
         """Have compiled what they need for the first time."""
-        entries = self._reader.outline(told(chunks)) if self._reader else []
-        rows = sum(chunk.stop - chunk.start for chunk in chunks)
-        halves = [(self._main, rows), (self._drafter, sum(entry[-1] for entry in entries))]
-        for half, count in halves[: 2 if entries else 1]:
-            if (half, rows_bucket(count)) not in self._graphs:
-                self._compile(partial(half, rows_bucket(count)))
+        if new := [each for each in self._halves(chunks)[0] if each not in self._graphs]:
+            self._ahead(new)
 
     def read(self, chunks: Sequence[PromptChunk]) -> None:
         """See ModelStep.read."""
@@ -69,29 +66,49 @@ class RecordedPrompts:
         if count <= _FEW and bound > _FAR:
             self._step.read(chunks)
             return
-        entries = self._reader.outline(told(chunks)) if self._reader else []
+        halves, entries = self._halves(chunks)
         self._load(known(chunks), spans(chunks), entries)
-        self._run(self._main, rows_bucket(count))
+        for half, size in halves:
+            self._run(half, size)
         if self._reader is None:
             self._step.show(chunks, self._states)
-        elif entries:
-            self._run(self._drafter, rows_bucket(sum(entry[-1] for entry in entries)))
+
+    def _halves(
+        self, chunks: Sequence[PromptChunk]
+    ) -> tuple[list[tuple[Callable[[int], None], int]], list[tuple[int, ...]]]:
+        """The passes that read them, with their sizes, and what the drafter's is told."""
+        entries = self._reader.outline(told(chunks)) if self._reader else []
+        halves: list[tuple[Callable[[int], None], int]] = [
+            (self._main, rows_bucket(sum(chunk.stop - chunk.start for chunk in chunks)))
+        ]
+        if entries:
+            halves.append((self._drafter, rows_bucket(sum(entry[-1] for entry in entries))))
+        return halves, entries
 
     def capture(self, progress: Progress) -> int:
         """Record all sizes, and return how many graphs that made. Raises torch.OutOfMemoryError."""
         halves = [self._main, self._drafter] if self._nothing else [self._main]
         sizes = sorted({rows_bucket(rows) for rows in range(1, self._most + 1)}, reverse=True)
         kinds, before = [(half, size) for half in halves for size in sizes], self.captured
-        self._load([], [], [])
+        self._ahead(kinds)
         with no_collection():
             for number, (half, size) in enumerate(kinds):
                 progress("capturing passes over prompts", number, len(kinds))
-                self._compile(partial(half, size))
                 self._run(half, size)
                 if self._lane and self._graphs[half, size] is None:
                     self._record(half, size)
         progress("capturing passes over prompts", len(kinds), len(kinds))
         return self.captured - before
+
+    def _ahead(self, kinds: Sequence[tuple[Callable[[int], None], int]]) -> None:
+        """Compile what passes of these sizes need, all at once. The tables are nobody's then."""
+
+        def run() -> None:
+            for half, size in kinds:
+                half(size)
+
+        self._load([], [], [])
+        self._compile(run)
 
     def _load(
         self, tokens: Sequence[int], chunks: Sequence[tuple[int, int, int]], entries: Sequence[tuple[int, ...]]
@@ -120,8 +137,11 @@ class RecordedPrompts:
 
     def _run(self, half: Callable[[int], None], size: int) -> None:
         first, graph = (half, size) not in self._graphs, self._graphs.setdefault((half, size), None)
-        if graph is None and not first and self._lane:
-            graph = self._record(half, size)
+        if graph is None and not first and self._lane and (half, size) not in self._refused:
+            try:
+                graph = self._record(half, size)
+            except torch.OutOfMemoryError as error:
+                self._refuse(half, size, error)
         if graph:
             graph.replay()
         else:
@@ -130,7 +150,7 @@ class RecordedPrompts:
         self.slow += graph is None and self._lane is not None and half == self._main
 
     def _record(self, half: Callable[[int], None], size: int) -> torch.cuda.CUDAGraph | None:
-        """Of a size that has run before, so that its kernels are compiled. Where it cannot be captured, that is said."""
+        """Of a size that has run before, so that its kernels are compiled. Where it cannot be captured, that is said once."""
         assert self._lane
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._step.device)
         self._lane.stream.wait_stream(before)
@@ -142,10 +162,14 @@ class RecordedPrompts:
         except RuntimeError as error:
             if isinstance(error.__context__, torch.OutOfMemoryError):
                 raise error.__context__ from None
-            _LOG.warning("prompts are read without CUDA graphs, which is slower: %s (%d rows)", error, size)
+            self._refuse(half, size, error)
             return None
         finally:
             before.wait_stream(self._lane.stream)
         self.captured += 1
         self._graphs[half, size] = graph
         return graph
+
+    def _refuse(self, half: Callable[[int], None], size: int, error: Exception) -> None:
+        self._refused.add((half, size))
+        _LOG.warning("prompts of %d rows are read without CUDA graphs, which is slower: %s", size, error)

@@ -30,13 +30,15 @@ _FADING = 0.9995  # of how well a shape is known, that is left after a step with
 _CREDIT = 0.5  # accepted drafts that a shape of which nothing is known gets for that
 _HYSTERESIS = 1.03  # by which drafting must be better than not drafting, or the other way round, to change
 _DRIFT = 0.1  # weight of the newest measurement
+READING = "reading"  # in place of a plan: rows of prompts
 _WATCHED = 16  # requests of a step from which is learned
 
 
 @final
 @dataclass
 class ShapeCosts:
-    """Seconds of a step, drafting and verifying, by the batch that it was recorded for and the plan's name."""
+    """Seconds of a step, drafting and verifying, by the batch that it was recorded for and the plan's name; and of reading
+    so many rows of prompts."""
 
     seconds: dict[tuple[int, str], float] = field(default_factory=dict)
 
@@ -55,7 +57,7 @@ class ShapeCosts:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps([[*key, each] for key, each in self.seconds.items()]), encoding="utf-8")
 
-    def note(self, batch: int, plan: Plan, seconds: float) -> None:
+    def note(self, batch: int, plan: Plan | str, seconds: float) -> None:
         """A step took so long; the shortest of several counts, as the others were disturbed."""
         key = batch, str(plan)
         self.seconds[key] = min(seconds, self.seconds.get(key, seconds))
@@ -131,6 +133,8 @@ class ShapePlanner:
         self._ratio = 1.0  # of requests that have ended lately
         self._more: dict[tuple[int, int], float] = {}  # seconds beyond the table, by recorded batch and bound
         self._host: dict[int, float] = {}  # seconds that the host is busy with a step, by recorded batch
+        self._reading: list[tuple[int, float]] = []  # rows of prompts, and seconds that they take
+        self._step_s = 0.0  # of the last step
         self._drafting = True  # in the last step
         self._turn = 0
 
@@ -177,14 +181,17 @@ class ShapePlanner:
             gain = shape.gain + _CREDIT / (1 + shape.known) ** 0.5
             rate = (len(own) + hopes * gain) / max(seconds + more, host)
             best, most = (plan, rate) if rate > most else (best, most)
-        plain = len(own) / max(self._measured(batch, self._plain) + more, host)
-        self._drafting = most > plain * (1 / _HYSTERESIS if self._drafting else _HYSTERESIS)
-        return best if self._drafting else self._plain
+        plain_s = max(self._measured(batch, self._plain) + more, host)
+        self._drafting = most * plain_s > len(own) * (1 / _HYSTERESIS if self._drafting else _HYSTERESIS)
+        plan = best if self._drafting else self._plain
+        self._step_s = max(self._measured(batch, plan) + more, host)
+        return plan
 
     def know(self, costs: ShapeCosts) -> None:
         """These are the costs from now on."""
         self.costs = costs
         self._tables.clear()
+        self._reading = sorted((rows, each) for (rows, what), each in costs.seconds.items() if what == READING)
 
     def _table(self, batch: int) -> list[tuple[Plan, _Shape, float]]:
         if batch not in self._tables:
@@ -199,7 +206,7 @@ class ShapePlanner:
 
     def learn(self, plan: Plan, slots: Sequence[int], accepted: Sequence[int]) -> None:
         """See StepPlanner. Of a large batch some requests must do, and others in the next step, to spare the host."""
-        if plan.shape is None or self.forced:
+        if plan.shape is None or self.forced or not slots:
             return
         stride = -(-len(slots) // _WATCHED)
         begin = self._turn % stride
@@ -231,6 +238,11 @@ class ShapePlanner:
         if host_s is not None:
             busy = self._host.get(batch, 0.0)
             self._host[batch] = busy + _DRIFT * (min(host_s, 3 * busy + measured) - busy)
+
+    def rows(self) -> int | None:
+        """See StepPlanner."""
+        fitting = [rows for rows, seconds in self._reading if seconds <= self._step_s]
+        return max(fitting, default=self._reading[0][0]) if self._reading else None
 
     def release(self, slot: int) -> None:
         own = self._own.pop(slot, None)
