@@ -108,14 +108,14 @@ class Guide:
         its last F nodes. A node after which none of the `ids` may follow keeps its own; so does one whose constraint raises.
         """
         names, up, logits = tokens.tolist(), parents.tolist(), logits.clone()
-        first = tokens.shape[1] - logits.shape[1]
+        word, bit = ids // 32, (ids % 32).int()
+        frontier = range(tokens.shape[1] - logits.shape[1], tokens.shape[1])
         for row in self.rows:
-            for node in range(first, tokens.shape[1]):
-                mask = self._mask(row, _path(names[row], up[row], node))
-                if mask is None:
-                    continue
-                allowed = unpack(mask.to(logits.device))[ids]
-                logits[row, node - first].masked_fill_(~allowed & allowed.any(), _NEVER)
+            found = [self._mask(row, _path(names[row], up[row], node)) for node in frontier]
+            if masks := [mask for mask in found if mask is not None]:
+                words = torch.stack([torch.zeros_like(masks[0]) if mask is None else mask for mask in found])
+                allowed = ((words.to(logits.device)[:, word] >> bit) & 1).bool()
+                logits[row].masked_fill_(~allowed & allowed.any(1, keepdim=True), _NEVER)
         return logits
 
     def _mask(self, row: int, path: tuple[int, ...]) -> Tensor | None:
