@@ -264,9 +264,7 @@ class GraphRunner:
         missing = Missing()
         try:
             # as nothing of it runs, nothing that happens meanwhile can spoil it: modules may be loaded, memory taken
-            trial = torch.cuda.graph(
-                torch.cuda.CUDAGraph(), pool=lane.pool, stream=lane.stream, capture_error_mode="relaxed"
-            )
+            trial = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=lane.stream, capture_error_mode="relaxed")
             with no_collection(), missing, trial:
                 run()
         except torch.OutOfMemoryError:
