@@ -87,16 +87,16 @@ class Guide:
         self.failed, nodes = {}, masks.shape[1]
         waiting, workers = list[tuple[Any, int]](), None
         for row in self.rows:
-            constraint, paths = self._constraints[row], list[tuple[int, ...]]([()])
+            constraint, said, paths = self._constraints[row], len(self._said[row]), [self._said[row]]
             assert constraint is not None
             workers = constraint.workers
             for node in range(sizes[row]):
                 if node:
                     paths.append((*paths[parents[row][node]], tokens[row][node]))
-                state = constraint.state((*self._said[row], *paths[node])) if workers else None
+                state = constraint.state(paths[node]) if workers else None
                 if state is not None:
                     waiting.append((state, row * nodes + node))
-                elif (mask := self._mask(row, paths[node])) is None:
+                elif (mask := self._mask(row, paths[node][said:])) is None:
                     masks[row, node].zero_()
                 else:
                     masks[row, node].copy_(mask)
