@@ -1,7 +1,7 @@
 """What a step moves between its parts: rows of draft levels, hidden states, and the state of each slot. Launches count
 here more than bytes, so each function is one.
 
-Twins: drafters.portable.TorchDraftOps, and runtime.slots.SlotState without kernels.
+Twins: drafters.portable.TorchDraftOps, runtime.slots.SlotState without kernels, and tree.DraftTree.forced.
 """
 
 import torch
@@ -220,3 +220,39 @@ def advance(
         launch_pdl=pdl(), num_warps=1,
     )  # fmt: skip
     return table
+
+
+@triton.jit
+def _force(tokens, parents, depths, size, chains, out, B, N, K, stride, deepest, NP: tl.constexpr, PDL: tl.constexpr):
+    _wait(PDL)
+    b, n = tl.program_id(0), tl.arange(0, NP)
+    inside, here, there, count = n < N, b * stride + n, out + b * N + n, tl.load(chains + b * (K + 1))
+    on, plane = count > 0, B * N
+    token, parent = tl.load(tokens + here, mask=inside, other=0), tl.load(parents + here, mask=inside, other=0)
+    chained = inside & on & (n > 0) & (n <= count)
+    token = tl.where(chained, tl.load(chains + b * (K + 1) + n, mask=chained, other=0), token)
+    tl.store(there, token, mask=inside)
+    tl.store(there + plane, tl.where(on, (n - 1).to(tl.int64), parent), mask=inside)
+    depth = tl.load(depths + here, mask=inside, other=0)
+    tl.store(there + 2 * plane, tl.where(on, tl.minimum(n, deepest).to(tl.int64), depth), mask=inside)
+    tl.store(out + 3 * plane + b, tl.where(on, count + 1, tl.load(size + b)))
+
+
+def force(
+    tokens: Tensor, parents: Tensor, depths: Tensor, size: Tensor, chains: Tensor, deepest: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, parents and depths [B, N] and sizes [B] of trees with a chain in place of some; see DraftTree.forced.
+
+    chains: [B, 1 + K] int64; deepest: the trees' max_depth.
+    """
+    batch, nodes = tokens.shape
+    assert tokens.stride() == parents.stride() == depths.stride()
+    assert tokens.stride(1) == 1
+    check_contiguous(size, chains)
+    out = torch.empty(3 * batch * nodes + batch, dtype=torch.int64, device=tokens.device)
+    _force[(batch,)](
+        tokens, parents, depths, size, chains, out, batch, nodes, chains.shape[1] - 1, tokens.stride(0), deepest,
+        NP=triton.next_power_of_2(nodes), PDL=pdl(), launch_pdl=pdl(), num_warps=1,
+    )  # fmt: skip
+    table = out[: 3 * batch * nodes].view(3, batch, nodes)
+    return table[0], table[1], table[2], out[3 * batch * nodes :]

@@ -26,6 +26,7 @@ from mtp_engine.runtime.threads import pool_size
 from mtp_engine.verifiers import (
     BlockVerifier,
     DeviceMatchVerifier,
+    DeviceRRSVerifier,
     MatchVerifier,
     NativeMatchVerifier,
     RejectionVerifier,
@@ -155,13 +156,17 @@ def make_backend(config: EngineConfig, device: torch.device, progress: Progress)
         )  # fmt: skip
 
     most = bucket(config.max_batch)
+    rules: dict[str, Callable[[], Verifier]] = {
+        **_RULES, "match": lambda: DeviceMatchVerifier(most, device), "rrs": DeviceRRSVerifier,
+        "rejection": DeviceRRSVerifier,
+    }  # fmt: skip
     return Backend(
         attention=attention,
         runner=runner,
         fuse=fuse,
         fuse_mtp=fuse_mtp,
-        verifier=lambda rule: DeviceMatchVerifier(most, device) if rule == "match" else _rule(rule),
-        ops=lambda ranking: DeviceDraftOps(most, device) if ranking == "noise" else TorchDraftOps(ranking),
+        verifier=lambda rule: rules[rule](),
+        ops=lambda ranking: DeviceDraftOps(most, device, ranking),
         in_flight=in_flight,
         ring_page=config.page_size,
         ring_rows=MOST_ROWS,
@@ -216,7 +221,7 @@ def cannot_compile() -> str:
 def check_tree(shape: TreeShape, config: EngineConfig, device: str) -> None:
     """Raises EngineError for a tree that the drafting kernels cannot grow. device: its type, such as "cuda".
 
-    The kernels pick candidates ranked by noise; others are picked by torch operations, which take any tree.
+    Candidates ranked otherwise than by noise are picked by torch operations where a tree is too wide for the kernels.
     """
     kernels = device == "cuda" and config.attention != "torch" and config.ranking == "noise"
     widest = max(shape.widths, default=0)  # tree:N is made to fit, see level_sizes

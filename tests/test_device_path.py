@@ -17,7 +17,7 @@ from mtp_engine.attention.exact import MOST_ROWS, exact_attention
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import SamplingParams, Structure, TreeShape
-from mtp_engine.drafters import MTPDrafter, RootDrafter, TorchDraftOps
+from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.drafters.device import DeviceDraftOps
 from mtp_engine.drafters.expand import DraftOps
 from mtp_engine.models import loader
@@ -28,7 +28,7 @@ from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request
 from mtp_engine.runtime.step import EagerRunner
-from mtp_engine.verifiers import BlockVerifier, DeviceMatchVerifier, RejectionVerifier, RRSVerifier, TraversalVerifier
+from mtp_engine.verifiers import BlockVerifier, DeviceMatchVerifier, DeviceRRSVerifier, TraversalVerifier
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SLOTS, PAGE = 3, 16
@@ -154,9 +154,16 @@ def test_two_kinds_of_graphs_take_turns(model: Model) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("rule", [RejectionVerifier, BlockVerifier, RRSVerifier, TraversalVerifier])
-def test_other_rules_say_in_graphs_what_they_say_without(model: Model, rule: Any) -> None:
-    shape = "chain:3" if rule in (RejectionVerifier, BlockVerifier) else "3x2"
+@pytest.mark.parametrize(
+    ("rule", "shape"),
+    [
+        (DeviceRRSVerifier, "chain:3"),
+        (BlockVerifier, "chain:3"),
+        (DeviceRRSVerifier, "3x2"),
+        (TraversalVerifier, "3x2"),
+    ],
+)
+def test_other_rules_say_in_graphs_what_they_say_without(model: Model, rule: Any, shape: str) -> None:
     params = [
         SamplingParams(max_tokens=40, temperature=0.8, seed=1, frequency_penalty=0.5),
         SamplingParams(max_tokens=40, temperature=0.8, seed=2),
@@ -164,7 +171,7 @@ def test_other_rules_say_in_graphs_what_they_say_without(model: Model, rule: Any
     ]
 
     def said(graphs: bool) -> list[list[int]]:
-        loop = model.loop(shape, rule=rule(), graphs=graphs, ops=TorchDraftOps("drawn"))
+        loop = model.loop(shape, rule=rule(), graphs=graphs, ops=DeviceDraftOps(16, DEVICE, "drawn"))
         return [request.output for request in decode(loop, PROMPTS, params)]
 
     assert said(True) == said(False)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_decode_loop import CONTEXT, CPU, SLOTS, VOCAB, Models, prompts
-from tiny import Sums
+from tiny import Recites, Sums
 
 from mtp_engine import Engine, EngineConfig
 from mtp_engine.assemble import decode_loop, make_loop
@@ -23,6 +23,7 @@ from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner, Key
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request
 from mtp_engine.runtime.step import EagerRunner
+from mtp_engine.sampling.masks import Guide
 from mtp_engine.verifiers import (
     BlockVerifier,
     MatchVerifier,
@@ -40,6 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "early": {"min_tokens": 12, "stop_token_ids": tuple(range(30)), "temperature": 0.7},
     "logprobs": {"logprobs": 3, "temperature": 0.5},
     "structure": {"structure": Structure(regex="any"), "temperature": 0.8},
+    "recited": {"structure": Structure(regex="recite"), "temperature": 0.7},
     "no drafts": {"speculate": False, "temperature": 0.9},
     "small tree": {"tree": TreeShape.parse("2x1"), "temperature": 0.9},
     "all": {"structure": Structure(regex="any"), "logprobs": 1, "frequency_penalty": 0.5, "bad_words": ((8, 8), (4,)),
@@ -79,7 +81,7 @@ def loop_of(
         verifier or MatchVerifier(),
         device=CPU,
         runner=runner,
-        grammars=lambda _: Sums(),
+        grammars=lambda structure: Recites() if structure.regex == "recite" else Sums(),
         **given,
     )
 
@@ -148,6 +150,10 @@ def test_all_kinds_together_say_what_each_says_alone(
     assert (runner.late, runner.recorded) == (0, recorded)
     bare = {key.bare for key, held in runner._prepared.items() if held.loaded}
     assert bare == {True, False}, "both kinds of recorded steps ran"
+    recited = found[list(KINDS).index("recited")]
+    if isinstance(loop.work.drafter, MTPDrafter):
+        # a chain begins where a step does, and the model agrees with all of it
+        assert sum(recited.drafted) > len(recited.output) // 3
 
 
 @pytest.mark.parametrize("rule", [RejectionVerifier, BlockVerifier, RRSVerifier, TraversalVerifier])
@@ -265,7 +271,12 @@ def test_a_structure_waits_for_the_host_and_nobody_else(models: Models, in_fligh
     assert most == in_flight - 1
 
 
-def test_a_real_model_with_a_real_grammar() -> None:
+def found(forced: list[tuple[int, list[int]]], chains: dict[int, list[int]]) -> dict[int, list[int]]:
+    forced += chains.items()
+    return chains
+
+
+def test_a_real_model_with_a_real_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers that are closed before their limit, while steps are in flight that the grammar has not been told of."""
     schema = (
         '{"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "integer"}}, "required": ["a", "b"]}'
@@ -286,6 +297,8 @@ def test_a_real_model_with_a_real_grammar() -> None:
         config = replace(engine.config, prefix_cache=False)
         loop = make_loop(engine.model, drafter, config, backend, slots=4, tokenizer=engine.tokenizer)
         prompt = engine.encode("Once upon a time")
+        forced, force = list[tuple[int, list[int]]](), Guide.forced
+        monkeypatch.setattr(Guide, "forced", lambda *given: found(forced, force(*given)))
         requests = [loop.add(prompt, each) for each in wanted]
         while loop.requests:
             loop.step()
@@ -294,3 +307,5 @@ def test_a_real_model_with_a_real_grammar() -> None:
     assert requests[0].trail.constraint is not None
     assert requests[0].trail.constraint.complete
     assert max(r.stats.mean_accepted_length for r in requests) > 1
+    assert forced
+    assert all(set(chain) <= set(requests[row].output) for row, chain in forced if row == 0)

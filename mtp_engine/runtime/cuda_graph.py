@@ -1,10 +1,10 @@
-"""A step as two CUDA graphs, drafting and verifying, captured once per batch size and context bound and then replayed.
+"""A step as CUDA graphs, of drafting and of verifying, captured once per batch size and context bound and then replayed.
 
 Between two steps the host only queues the next graphs: lengths, last tokens, caches and what requests want of their
 logits are on the device. Results come back through pinned memory, and the host waits for the oldest step in flight
-alone. Only a structure needs the host in between: the drafts of its request are looked at, and what may follow each
-is written where the second graph reads it. Every step is recorded with what requests may want besides tokens, and
-without. On a CPU the same steps run with the same padding, operation by operation.
+alone. Only a structure needs the host in between: while the model runs over the drafts of its request, the host works out
+what may follow each, and what is chosen is in a graph of its own, behind that. Every step is recorded with what requests
+may want besides tokens, and without. On a CPU the same steps run with the same padding, operation by operation.
 """
 
 import logging
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -20,15 +20,15 @@ from torch import Tensor
 from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Progress
 from mtp_engine.runtime.flight import Flight, HostMark, Mark, Reading
-from mtp_engine.runtime.recorded import Captured, Lane, Prepared, Recorded, Uncaptured, no_collection
+from mtp_engine.runtime.recorded import Captured, Lane, Prepared, Recorded, Uncaptured, no_collection, whole
 from mtp_engine.runtime.recorded_prompts import RecordedPrompts
 from mtp_engine.runtime.request import Landed, Launched, Members, PromptChunk, TreeLimits
 from mtp_engine.runtime.shapes import Watched
 from mtp_engine.runtime.slots import SCRATCH_LENGTH
 from mtp_engine.runtime.step import ModelStep, Said
+from mtp_engine.runtime.structures import Given, Structures
 from mtp_engine.runtime.threads import usable_cores
 from mtp_engine.sampling.batch import Plan, SamplingBatch
-from mtp_engine.tree import DraftTree
 
 _LOG = logging.getLogger("mtp_engine")
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # a batch is padded up to one of these
@@ -94,10 +94,10 @@ class GraphRunner:
         self.prompts = RecordedPrompts(
             step, scratch=scratch, position=SCRATCH_TOKENS - 1, most=chunk, lane=self._lane, compile=self._compile
         )
-        self._words = -(-step.model.vocab_size // 32)
-        most = bucket(scratch) * step.drafter.max_nodes * self._words
-        self._masks = torch.full((most,), -1, dtype=torch.int32, device=device)  # all recorded steps read it
-        self._written = torch.full((most,), -1, dtype=torch.int32, pin_memory=self._cuda)  # the same on the host
+        self._structures = Structures(
+            batch=bucket(scratch), nodes=step.drafter.max_nodes, depth=step.drafter.depth, vocab=step.model.vocab_size,
+            device=device, mark=self._mark,
+        )  # fmt: skip
 
     def capture(self, batch: int, longest: int, progress: Progress) -> str:
         """See Runner. Raises EngineError where memory is not enough."""
@@ -161,17 +161,19 @@ class GraphRunner:
             self._refresh(*self._bounds(members, bound, len(step.members.slots) - count))
         marks = [self._mark() for _ in range(4)]
         marks[0].record()
-        tree = step.halves.draft()
+        tree = step.parts.draft()
         marks[1].record()
-        failed = self._allow(step, tree, members, said) if members.guide else {}
-        table, notes = step.halves.verify()
+        drafted = self._structures.begin(tree, members, said)
+        step.parts.forward()
+        failed = self._structures.allow(step.given, drafted, members, said) if drafted and step.given else {}
+        table, notes = step.parts.choose()
         marks[2].record()
         most = members.sampling.most_logprobs
         kept = None if notes is None or most < 0 else self._host(notes[:count, :, : 1 + most])
         rows = self._host(table[:count])
         marks[3].record()
-        self.replayed += isinstance(step.halves, Captured)
-        self.slow += self._cuda and isinstance(step.halves, Uncaptured)
+        self.replayed += isinstance(step.parts, Captured)
+        self.slow += self._cuda and isinstance(step.parts, Uncaptured)
         return self._watched(Flight(rows, kept, failed, marks), members, key)
 
     def read(self, chunks: Sequence[PromptChunk]) -> Launched:
@@ -185,24 +187,6 @@ class GraphRunner:
     def settle(self) -> None:
         if self._cuda:
             torch.cuda.synchronize(self._device)
-
-    def _allow(self, step: Prepared, tree: DraftTree, members: Members, said: Said) -> Any:
-        """Write what structures allow after each node. Waits for the drafts, and so for the steps before; asked behind them
-        is what those steps say, and nobody's tokens need to be handed out first."""
-        guide, drafted = members.guide, self._mark()
-        assert guide is not None
-        assert step.mask is not None
-        count, nodes = len(members.slots), tree.nodes
-        outline = self._host(torch.cat([tree.tokens, tree.parents, tree.size[:, None]], 1)[:count])
-        drafted.record()
-        drafted.synchronize()  # so what was written for the step before has been read, too
-        guide.begin(members.requests, said)
-        tokens, parents, sizes = (part.tolist() for part in (outline[:, :nodes], outline[:, nodes:-1], outline[:, -1]))
-        written = self._written[: step.mask.numel()].view(step.mask.shape)
-        guide.fill(written, tokens, parents, sizes)
-        first, last = guide.rows[0], guide.rows[-1] + 1
-        step.mask[first:last].copy_(written[first:last], non_blocking=True)
-        return guide.failed
 
     def _watched(self, flight: Flight, members: Members, key: Key) -> Launched:
         """A step of which the planner learns, if there is one."""
@@ -232,18 +216,18 @@ class GraphRunner:
         tables = 0 if bare else self._step.processors.grown
         return Key(bucket(len(members.slots)), bound, drafts, bare, limited, tables, plan)
 
-    def _blank(self, key: Key) -> tuple[Members, Tensor | None]:
+    def _blank(self, key: Key) -> tuple[Members, Given | None]:
         """Room for any members of that kind, and for what structures allow."""
         slots = torch.full((key.batch,), self._scratch, device=self._device)
         limits = TreeLimits.none(key.batch, self._device) if key.limited else None
         sampling = SamplingBatch.room(key.batch, self._device, bare=key.bare)
         members = Members((), (), slots, sampling, limits=limits, speculates=key.drafts, plan=key.plan)
         nodes = key.plan.nodes if key.plan else self._step.drafter.max_nodes if key.drafts else 1
-        return members, None if key.bare else self._mask(key.batch, nodes)
+        return members, None if key.bare else self._structures.given(key.batch, nodes)
 
-    def _run(self, steps: Sequence[tuple[Key, Members, Tensor | None]]) -> None:
-        for key, members, mask in steps:
-            self._step.verify(members, *self._step.draft(members, key.bound), mask)
+    def _run(self, steps: Sequence[tuple[Key, Members, Given | None]]) -> None:
+        for key, members, given in steps:
+            whole(self._step, members, key.bound, given)
 
     def _record(self, key: Key, *, compiled: bool = False) -> None:
         """Make a step ready for any members of that kind. Where it cannot be captured it will run slowly, which is said.
@@ -253,13 +237,13 @@ class GraphRunner:
             self.settle()
         for each in stale:
             del self._prepared[each]
-        members, mask = self._blank(key)
-        halves: Recorded = Uncaptured(self._step, members, key.bound, mask)
+        members, given = self._blank(key)
+        parts: Recorded = Uncaptured(self._step, members, key.bound, given)
         if self._lane:
             try:
                 if not compiled:
-                    self._compile(partial(self._run, [(key, members, mask)]))
-                halves = Captured(self._step, members, key.bound, mask, self._lane, partial(self._plan, key.batch))
+                    self._compile(partial(self._run, [(key, members, given)]))
+                parts = Captured(self._step, members, key.bound, given, self._lane, partial(self._plan, key.batch))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -268,7 +252,7 @@ class GraphRunner:
                 self._say_slow(f"steps run without CUDA graphs, which is many times slower: {error} ({key})")
         self.recorded += 1
         self._idle = None
-        self._prepared[key] = Prepared(members, mask, halves)
+        self._prepared[key] = Prepared(members, given, parts)
 
     def _compile(self, run: Callable[[], object]) -> None:
         """Have all kernels of a pass compiled, side by side. Nothing runs: the pass goes into a graph that is thrown away."""
@@ -299,10 +283,6 @@ class GraphRunner:
         """As `refresh` does, for a batch in the scratch slot."""
         if self._refresh:
             self._refresh([self._scratch] * batch, [SCRATCH_TOKENS] * batch)
-
-    def _mask(self, batch: int, nodes: int) -> Tensor:
-        """[batch, nodes, W] int32."""
-        return self._masks[: batch * nodes * self._words].view(batch, nodes, self._words)
 
     def _bounds(self, members: Members, bound: int, padding: int) -> tuple[list[int], list[int]]:
         """Slots and the most tokens each may have, padding included; the longest request has `bound` at most."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, final
 
 import torch
@@ -94,15 +94,34 @@ class ModelStep:
         tree = self.drafter.draft(batch)
         return batch, members.limits.apply(tree) if members.limits else tree
 
+    def force(self, tree: DraftTree, chains: Tensor) -> DraftTree:
+        """See DraftTree.forced."""
+        if not self.kernels:
+            return tree.forced(chains)
+        from mtp_engine.kernels.state import force
+
+        tables = force(tree.tokens, tree.parents, tree.depths, tree.size, chains, tree.max_depth)
+        tokens, parents, depths, size = tables
+        return replace(tree, tokens=tokens, parents=parents, depths=depths, size=size)
+
     def verify(
         self, members: Members, batch: Batch, tree: DraftTree, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`choose` after `forward`."""
+        return self.choose(members, batch, tree, *self.forward(batch, tree), mask)
+
+    def forward(self, batch: Batch, tree: DraftTree) -> tuple[Tensor, Tensor]:
+        """The main model's hidden states [B, N, H] and logits [B, N, V] at the nodes."""
+        rows = self.rows(batch, tree)
+        hidden = self.model.forward(tree.tokens, rows.positions, self.attention(self.cache, rows))
+        return hidden, self.model.logits(hidden)
+
+    def choose(
+        self, members: Members, batch: Batch, tree: DraftTree, hidden: Tensor, logits: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Returns SlotState.advance's table, with NO_TOKEN where a request's parameters forbid every token, and Landed.notes.
         mask: see Processors.apply."""
         sampling = members.sampling
-        rows = self.rows(batch, tree)
-        hidden = self.model.forward(tree.tokens, rows.positions, self.attention(self.cache, rows))
-        logits = self.model.logits(hidden)
         processed = self.processors.apply(tree, logits, batch, mask)
         result = self.verifier.verify(tree, processed, batch)
         self.cache.commit(batch.slots, batch.lengths, result)
