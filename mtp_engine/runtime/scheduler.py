@@ -163,6 +163,8 @@ class Scheduler:
             request.decoding = request.read == request.length
             if not request.stats.steps:
                 request.stats.queued_s = now - request.arrived
+            if request.read and any(other.decoding for other in self.running[:-1]):
+                break  # to take up what is kept holds up those who decode: one of them a step
 
     def _preempt(self, crowded: Request) -> None:
         """Memory is full: the last of those who run waits again, to go on from what it has said."""
