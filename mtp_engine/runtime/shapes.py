@@ -31,7 +31,7 @@ _CREDIT = 0.5  # accepted drafts that a shape of which nothing is known gets for
 _HYSTERESIS = 1.03  # by which drafting must be better than not drafting, or the other way round, to change
 _DRIFT = 0.1  # weight of the newest measurement
 READING = "reading"  # in place of a plan: rows of prompts
-_WATCHED = 16  # requests of a step from which is learned
+_WATCHED = 8  # requests of a step from which is learned
 
 
 @final
