@@ -9,6 +9,7 @@ import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, final
 
@@ -77,5 +78,10 @@ def _compile(function: Any, how: dict[str, Any], device: torch.device) -> None:
 
 def wake() -> None:
     """Have what Triton needs before the first kernel made ready beside other work; a C compiler makes its way to the driver."""
+
+    def find_driver() -> None:
+        with suppress(Exception):  # whoever launches a kernel will say what is wrong
+            driver.active.utils  # noqa: B018
+
     waking()
-    threading.Thread(target=lambda: driver.active.utils, name="triton's driver", daemon=True).start()
+    threading.Thread(target=find_driver, name="triton's driver", daemon=True).start()
