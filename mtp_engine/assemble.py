@@ -284,7 +284,7 @@ def learn_costs(
     batches = sorted({backend.bucket(size) for size in range(1, config.max_batch + 1)})
     names = [(batch, str(plan)) for batch in batches for plan in planner.plans(batch)]
     device = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else processor()
-    path = _plans(files, device, config.dtype, config.max_context, names)
+    path = _plans(files, device, config.dtype, config.max_context, config.draft_vocab, config.prefill_chunk, names)
     if known := ShapeCosts.read(path):
         planner.know(known)
         return
