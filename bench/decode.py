@@ -129,7 +129,7 @@ def read_all(contenders: dict[str, Decode], text: list[int], sizes: Sequence[int
 @click.option("--max-tokens", default=96, type=SOME, show_default=True)
 @click.option("--temperature", "temperatures", multiple=True, type=float, default=[0.0], show_default=True)
 @click.option("--repeats", default=2, type=SOME, show_default=True)
-@click.option("--draft-vocab", default=EngineConfig().draft_vocab, type=COUNT, show_default=True)
+@click.option("--draft-vocab", type=COUNT, help="Default: as in the engine.")
 @click.option("--draft-int8/--no-draft-int8", default=True, show_default=True)
 @click.option("--peer", "peers", type=click.Choice(PEERS), multiple=True, default=PEERS, show_default=True)
 @click.option("--no-peer", is_flag=True, help="Run no peers.")

@@ -10,6 +10,7 @@ as bench/floors.py counts bytes: two a weight and token, the head for one token,
 """
 
 import json
+import random
 import statistics
 import time
 from dataclasses import replace
@@ -69,7 +70,8 @@ def passes(model: Model, config: EngineConfig, tree: str | None) -> list[dict[st
         entries = [(slot, slot * (size // 8), 0, 1, 1, 9, size // 8 - 1) for slot in range(8)]
         for slot in range(8):
             bench.loop.memory.pages.reserve(slot, size)
-        prompts._load([7] * size, rows, entries if prompts._nothing else [])
+        tokens = random.Random(size).choices(range(10, model.config.vocab_size), k=size)  # alike ones are faster
+        prompts._load(tokens, rows, entries if prompts._nothing else [])
 
     for (half, size), graph in sorted(prompts._graphs.items(), key=lambda item: (item[0][0].__name__, item[0][1])):
         fill(size)

@@ -191,7 +191,7 @@ class MTPDrafter:
     def keep(self, slots: Tensor, positions: Tensor, stops: Tensor, hidden: Tensor) -> Tensor:
         """The main model's states. Where a chunk has more than `recent` holds, rows that would be overwritten bring what
         would overwrite them: in which order rows are written does not matter then."""
-        states, ring = self.module.main_hidden(hidden[0]), self._recent.shape[1]
+        states, ring = self.module.main_hidden(hidden)[0], self._recent.shape[1]
         later = (stops - 1 - positions).clamp(min=0) // ring * ring
         rows = torch.arange(len(states), device=states.device)
         self._recent[slots, positions % ring] = states[rows + later]
@@ -247,7 +247,7 @@ class MTPDrafter:
                 hidden = torch.where(leads, carry[slots[own]], passed.roll(1, 0))
                 carry[slots] = torch.where(some, passed[lasts], carry[slots])
             shift = 0 if reused else number  # see `_run`
-            step = replace(rows, first=self._first[slots] + shift)
+            step = replace(rows.single(), first=self._first[slots] + shift)
             output = self.module.forward(
                 number, embedded[None], hidden[None], rows.positions - 1 - shift, self.attention(self.cache, step)
             )[0]

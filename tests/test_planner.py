@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import write_llama, write_mtp
 
+from mtp_engine import assemble
 from mtp_engine.assemble import decode_loop
 from mtp_engine.attention.native import NativeAttention
 from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import HybridKV, Pages
-from mtp_engine.config import EngineConfig, SamplingParams, TreeShape
+from mtp_engine.config import DEFAULT_MODEL, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.drafters import LazyMTPDrafter, MTPDrafter, RootDrafter, TorchLevels, lazy
 from mtp_engine.drafters.lazy import Levels
 from mtp_engine.drafters.native import NativeLevels
@@ -331,9 +332,24 @@ def test_costs_are_kept_and_damaged_files_are_not_read(tmp_path: Path) -> None:
     costs.write(tmp_path / "plans")  # a folder: nothing happens
 
 
+def test_costs_belong_to_what_was_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what a draft costs is its head, which another draft vocabulary has of another size."""
+    timed = []
+
+    def measure(model: Any, module: MTPModule, *_: Any) -> Costs:
+        timed.append(len(module.draft_ids))
+        return Costs([0.0, 2.0, 4.0, 6.0], {1: 1.0, 4: 1.5})
+
+    monkeypatch.setattr(assemble, "cache_root", lambda: tmp_path)
+    monkeypatch.setattr(assemble, "measured_costs", measure)
+    for vocab in (1024, 1024, 512):
+        Engine.load(DEFAULT_MODEL, EngineConfig(device="cpu", threads=1, draft_vocab=vocab)).close()
+    assert timed == [1024, 512]
+
+
 def test_auto_is_the_default_on_a_cpu_and_for_the_match_rule_only() -> None:
     with Engine.load(hub.NANO, EngineConfig(device="cpu", threads=1)) as engine:
-        assert str(engine.config.tree) == "auto"
+        assert (str(engine.config.tree), engine.config.dtype, engine.config.draft_vocab) == ("auto", "int8", 8192)
         [answer] = engine.generate(["Once upon a time"], SamplingParams(max_tokens=30, ignore_eos=True))
         [plain] = engine.undrafted().generate(["Once upon a time"], SamplingParams(max_tokens=30, ignore_eos=True))
         assert answer.token_ids == plain.token_ids

@@ -73,6 +73,12 @@ class StepRows:
         own = torch.zeros_like(self.positions[0])
         return replace(self, owners=own, counts=torch.full_like(self.slots, len(own)))
 
+    def single(self) -> "StepRows":
+        """The same, where these are one request's: not packed, as not every attention takes several prompts."""
+        if len(self.slots) > 1 or self.padded:
+            return self
+        return replace(self, owners=None, counts=None)
+
     def apart(self) -> "list[StepRows]":
         """Packed rows, request by request. Waits for the device."""
         if self.owners is None or self.counts is None:
