@@ -121,20 +121,21 @@ class GrammarState:
     def state(self, path: tuple[int, ...]) -> Any:
         """The matcher after `path`; None where its mask is known, a token is decided on, or any may follow."""
         matcher = None if path in self._known else self._matchers.at(path)
-        return None if matcher is None or self._look(path).way else matcher
+        return None if matcher is None or self._look(path).closing else matcher
 
     def forced(self, path: tuple[int, ...]) -> list[int]:
         """What the grammar has in one way only, such as the names of members, or the way to the end."""
         matcher = self._matchers.at(path)
         if matcher is None:
             return []
-        return list(self._look(path).way or matcher.compute_ff_tokens())
+        look = self._look(path)
+        return list(look.way if look.closing else matcher.compute_ff_tokens())
 
     def mask(self, path: tuple[int, ...]) -> Tensor:
         """[W] int32, one bit per token; all ones after the end, and after a path that the grammar forbids."""
         if path not in self._known:
             matcher = self._matchers.at(path)
-            self._known[path] = self._free if matcher is None else self._read(matcher, self._look(path).way)
+            self._known[path] = self._free if matcher is None else self._read(matcher, self._look(path))
         return self._known[path]
 
     def _look(self, path: tuple[int, ...]) -> "Look":
@@ -143,18 +144,19 @@ class GrammarState:
             return _NEVER
         if path not in self._looked:
             before, token = (self._look(path[:-1]), path[-1]) if path else self._before
-            look = Look(before.due, before.way[1:] if before.way[:1] == (token,) else ())
-            if not look.way and (said := self._said + len(path)) >= look.due:
-                look = self._closer.look(self._matchers.at(path), said)
+            taken, said = before.way[:1] == (token,), self._said + len(path)
+            look = Look(before.due, before.way[taken:], before.closing and taken and len(before.way) > 1)
+            if not look.closing and said >= look.due:
+                look = self._closer.look(self._matchers.at(path), said, look.way)
             self._looked[path] = look
         return self._looked[path]
 
-    def _read(self, matcher: Any, way: Sequence[int]) -> Tensor:
+    def _read(self, matcher: Any, look: "Look") -> Tensor:
         """Its mask; where there is one way only, that of its first token."""
-        if not way:
+        if not look.closing:
             bits = bytearray(matcher.compute_bitmask())
             return torch.frombuffer(bits, dtype=torch.int32)[: len(self._free)]
-        only, token = torch.zeros_like(self._free), way[0]
+        only, token = torch.zeros_like(self._free), look.way[0]
         only[token // 32] = 1 << token % 32 if token % 32 < 31 else -(1 << 31)
         return only
 
@@ -177,11 +179,12 @@ class GrammarState:
 @final
 @dataclass(frozen=True)
 class Look:
-    """What was found of an end in time. due: how many tokens the answer has when that is to be asked again. way: the shortest,
-    where there is no time for another: it is taken to its end."""
+    """What was found of an end in time. due: how many tokens the answer has when that is to be asked again. way: a short one to
+    the end, as it was seen last. closing: there is no time for another, and this one is taken to its end."""
 
     due: int = 0
     way: tuple[int, ...] = ()
+    closing: bool = False
 
 
 _NEVER = Look()
@@ -204,19 +207,22 @@ class Closer:
         self._letter, self._quote, self._brace = tokens.pop("e"), tokens['"'], tokens["}"]
         self._ends = list(tokens.values())
 
-    def look(self, matcher: Any, said: int) -> Look:
-        """Where a matcher stands, after `said` tokens: the way to the end, if there is no time for any other.
+    def look(self, matcher: Any, said: int, known: tuple[int, ...]) -> Look:
+        """Where a matcher stands, after `said` tokens: the way to the end, and whether there is time for any other. known: a way
+        that may still be one.
 
         One token is taken to open at most what _SPARE tokens close; so where time is left it need not be asked each time.
         """
         left = self._within - said
         if left > _LONGEST_END + _SPARE:
             return Look(self._within - _LONGEST_END - _SPARE)
-        way = self._way(matcher.deep_copy())
+        trial = matcher.deep_copy()
+        holds = known and trial.try_consume_tokens(list(known)) == len(known) and trial.is_accepting()
+        way = known if holds else tuple(self._way(matcher.deep_copy()))
         spare = left - (len(way) + 1 + _SPARE)
         if not way:
             return Look(said + 1)
-        return Look(said + 1 + (spare - 1) // (_SPARE + 1)) if spare > 0 else Look(said + 1, tuple(way))
+        return Look(said + 1 + max(0, (spare - 1) // (_SPARE + 1)), way, spare <= 0)
 
     def _way(self, matcher: Any) -> list[int]:
         """Tokens to the nearest end; empty where it is over, or none is near. The matcher goes along."""
