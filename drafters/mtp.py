@@ -68,7 +68,7 @@ class MTPDrafter:
         beam: how many nodes of a level are given children when the shape is tree:N, or more (see level_sizes).
         ring_page: see HybridKV. ring_rows: a ring takes at least this many rows at a time."""
         self.module, self.shape, self.attention = module, shape, attention
-        self.ops = ops or TorchDraftOps()
+        self.ops = ops or TorchDraftOps(group=module.group)
         self.depth = min(module.config.depth, shape.best) if shape.best else len(shape.widths)
         self._levels = level_sizes(shape, self.depth, beam)
         drafted = sum(keep for _, keep in self._levels)

@@ -8,8 +8,10 @@ from typing import final
 import torch
 
 from mtp_engine.config import SamplingParams
+from mtp_engine.errors import EngineError
 from mtp_engine.runtime.intake import Intake
 from mtp_engine.runtime.memory import Memory
+from mtp_engine.runtime.ranks import Ranks
 from mtp_engine.runtime.request import Launched, Members, Request, StepOutput
 from mtp_engine.runtime.scheduler import Scheduler, StepPlan
 from mtp_engine.runtime.stats import LoopClock
@@ -26,8 +28,11 @@ class DecodeLoop:
     takes part in steps already launched, and what they give it is dropped. Not for several threads at once; Engine is.
     """
 
-    def __init__(self, work: ModelStep, runner: Runner, scheduler: Scheduler, intake: Intake, memory: Memory) -> None:
+    def __init__(
+        self, work: ModelStep, runner: Runner, scheduler: Scheduler, intake: Intake, memory: Memory, ranks: Ranks
+    ) -> None:
         self.work, self.runner, self.scheduler, self.intake, self.memory = work, runner, scheduler, intake, memory
+        self._ranks = ranks
         self._flying: deque[tuple[StepPlan, Launched]] = deque()
         self._members: Members | None = None  # of the last step launched
         self._clock = LoopClock()
@@ -49,10 +54,11 @@ class DecodeLoop:
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue what the intake made."""
         self.scheduler.add(requests, self._clock.standing)
+        self._ranks.added(requests, self.scheduler.cancel)
 
     def remove(self, request: Request) -> bool:
         """End a request with what it has said so far, and free its slot. False if it had ended already."""
-        return self.scheduler.end(request, "abort")
+        return self.scheduler.dismiss(request, "abort")
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
@@ -60,9 +66,14 @@ class DecodeLoop:
 
         A failure ends the request whose it is. If a whole step breaks off, all who ran are queued again and go on.
         """
+        with self._ranks.step():
+            return self._step()
+
+    def _step(self) -> list[StepOutput]:
         self._clock.start()
         try:
             self.scheduler.sweep()
+            self._ranks.begin(self.scheduler.running)
             while len(self._flying) < self.runner.in_flight and self._launch():
                 pass
             if self._flying:
@@ -85,6 +96,7 @@ class DecodeLoop:
                 read = self.runner.read(plan.chunks)
                 launched = launched or read
             except Exception as error:
+                self._ranks.failed(error)
                 self.scheduler.unread(plan.chunks, explain(error))
                 _LOG.error("reading a prompt failed", exc_info=error)
         if launched:
@@ -115,14 +127,16 @@ class DecodeLoop:
 
     def _restart(self, error: BaseException) -> None:
         """Everybody again, from what they have said. Raises what is no failure (Ctrl-C), and what nobody can end with."""
+        self._ranks.failed(error)
         self._flying.clear()
         anybody = self.scheduler.restart(explain(error) if isinstance(error, Exception) else None)
         if not anybody or not isinstance(error, Exception):
             raise error
-        _LOG.error("a step failed", exc_info=error)
+        _LOG.error("a step failed: %s", error, exc_info=None if isinstance(error, EngineError) else error)
 
     def close(self) -> None:
         """End all requests and wait for what is queued."""
         for request in self.requests:
             self.remove(request)
         self.runner.settle()
+        self._ranks.close()

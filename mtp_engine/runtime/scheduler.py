@@ -65,15 +65,15 @@ class Scheduler:
 
     def __init__(
         self, room: Room, *, slots: int, chunk: int, max_waiting: int, packs: bool = True,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, dismissed: Callable[[Request, FinishReason], None] = lambda *_: None,
     ) -> None:  # fmt: skip
         """chunk: tokens of prompts read in one step; packs: of several prompts, where one does not fill it. max_waiting:
-        requests that may wait beyond the free slots."""
+        requests that may wait beyond the free slots. dismissed: is told whom `dismiss` ended."""
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.outputs: list[StepOutput] = []
         self._room, self._slots, self._chunk, self._max_waiting, self._clock = room, slots, chunk, max_waiting, clock
-        self._packs = packs
+        self._packs, self._dismissed = packs, dismissed
         self._free = list(range(slots))[::-1]
         self._cancelled: deque[Request] = deque()
         self._arrivals = itertools.count()
@@ -109,10 +109,17 @@ class Scheduler:
     def sweep(self) -> None:
         """End what was cancelled and what has run out of time."""
         while self._cancelled:
-            self.end(self._cancelled.popleft(), "abort")
+            self.dismiss(self._cancelled.popleft(), "abort")
         now = self._clock()
         for request in [r for r in (*self.running, *self.waiting) if r.deadline <= now]:
-            self.end(request, "timeout")
+            self.dismiss(request, "timeout")
+
+    def dismiss(self, request: Request, reason: FinishReason) -> bool:
+        """End a request for a reason that does not lie in it, between two steps. False if it had ended already."""
+        if not self.end(request, reason):
+            return False
+        self._dismissed(request, reason)
+        return True
 
     def plan(self, now: float, in_flight: int) -> StepPlan | None:
         """The next step; None where nobody wants one, or it has to wait for those in flight. Its chunks count as read from

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.cache import HybridKV
+from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Drafter, Progress, TargetModel, TreePlanner, Verifier
 from mtp_engine.runtime.request import Landed, Launched, Members, PromptChunk, Request
 from mtp_engine.runtime.slots import SlotState
@@ -34,6 +35,7 @@ class ModelStep:
     device: torch.device
     planner: TreePlanner | None = None  # is told how long steps take
     kernels: bool = False
+    shares: bool = False  # the verifier chooses among ranks, each over its own logits, where nothing else decides
 
     def read(self, chunks: Sequence[PromptChunk]) -> None:
         """Read chunks of prompts in one pass: chains whose paths are known. The drafter sees each as a step that kept all
@@ -86,7 +88,8 @@ class ModelStep:
         sampling = members.sampling
         rows = self.rows(batch, tree)
         hidden = self.model.forward(tree.tokens, rows.positions, self.attention(self.cache, rows))
-        logits = self.model.logits(hidden)
+        own = self.shares and sampling.bare
+        logits = self.model.own_logits(hidden) if own else self.model.logits(hidden)
         processed = self.processors.apply(tree, logits, batch, mask)
         result = self.verifier.verify(tree, processed, batch)
         self.cache.commit(batch.slots, batch.lengths, result)
@@ -198,6 +201,8 @@ class EagerRunner:
 def explain(error: BaseException) -> str:
     """What torch says, as something the user can act on."""
     text = (str(error).splitlines() or [""])[0]
+    if isinstance(error, EngineError):
+        return text
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is full: lower kv_tokens, max_batch or max_context ({text})"
     if isinstance(error, torch.AcceleratorError):

@@ -1,0 +1,304 @@
+"""Rank 0 decides what comes in, and the other ranks follow it, step by step.
+
+What travels: requests that join, requests that are ended from outside (cancelled, out of time), and loops that are made or
+closed. All else follows from these and from the tokens, which every rank computes with the same bits: who runs, who is
+preempted, what the prefix cache keeps. Rank 0's times and seeds count, as they travel with the requests.
+"""
+
+import itertools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Any, Protocol, final
+from zlib import crc32
+
+from mtp_engine.config import SamplingParams
+from mtp_engine.parallel.group import Group
+from mtp_engine.parallel.launch import Children
+from mtp_engine.parallel.processes import Processes, RankLost
+from mtp_engine.runtime.loop import DecodeLoop
+from mtp_engine.runtime.ranks import Alone, Ranks
+from mtp_engine.runtime.request import Request
+from mtp_engine.sampling.stops import FinishReason
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@final
+@dataclass(frozen=True)
+class Joined:
+    """A request that was queued. params: with its seed; said: tokens that it begins with."""
+
+    prompt: list[int]
+    params: SamplingParams
+    said: list[int]
+
+    @classmethod
+    def of(cls, request: Request) -> "Joined":
+        return cls(request.prompt, replace(request.params, seed=request.seed, timeout=None), request.output)
+
+
+@final
+@dataclass(frozen=True)
+class Left:
+    """The number-th request was ended."""
+
+    number: int
+    reason: FinishReason
+
+
+@final
+@dataclass(frozen=True)
+class Step:
+    """Loop `loop` makes its step `number`, after these events. state: of rank 0's running requests, see `digest`."""
+
+    loop: int
+    number: int
+    events: tuple[Joined | Left, ...]
+    state: int
+
+
+@final
+@dataclass(frozen=True)
+class Open:
+    """Another loop over the same weights, see Engine.undrafted."""
+
+    loop: int
+    changes: Mapping[str, Any]
+
+
+@final
+@dataclass(frozen=True)
+class Shut:
+    """A loop is not used any more; after loop 0 there is none."""
+
+    loop: int
+
+
+class Team(Protocol):
+    """The ranks of an engine, as one of them sees them."""
+
+    @property
+    def group(self) -> Group: ...
+
+    @property
+    def lost(self) -> bool: ...  # another rank has ended, and nothing can go on
+
+    def ranks(self, **changes: Any) -> Ranks:
+        """For another loop of the engine, the first one of which has no changes."""
+
+    def close(self) -> None: ...
+
+
+@final
+class Solo:
+    """An engine of one process."""
+
+    group, lost = Group(), False
+
+    def ranks(self, **changes: Any) -> Ranks:
+        return Alone()
+
+    def close(self) -> None:
+        pass
+
+
+@final
+class Leader:
+    """Rank 0's Team. One step at a time, of whichever loop and thread."""
+
+    def __init__(self, processes: Processes, children: Children | None) -> None:
+        """children: the other ranks, where this process started them."""
+        self.group, self.lock = processes.group, threading.Lock()
+        self._processes, self._children, self._numbers = processes, children, itertools.count()
+        if children:
+            children.on_lost = processes.abort
+
+    @property
+    def lost(self) -> bool:
+        return self._children is not None and self._children.failed.is_set()
+
+    def ranks(self, **changes: Any) -> Ranks:
+        number = next(self._numbers)
+        if number:
+            with self.lock:
+                self.tell(Open(number, changes))
+        return LedLoop(self, number)
+
+    def tell(self, message: Step | Open | Shut) -> None:
+        if self.lost:
+            assert self._children is not None
+            raise RankLost(self._children.lost())
+        self._processes.tell(message)
+
+    def close(self) -> None:
+        """The others were told to end."""
+        self._processes.close()
+        if self._children:
+            self._children.close()
+
+
+@final
+class LedLoop:
+    """One loop of rank 0's (Ranks)."""
+
+    def __init__(self, leader: Leader, number: int) -> None:
+        self._leader, self._number, self._steps = leader, number, itertools.count()
+        self._events: list[Joined | Left] = []
+        self._closed = False
+
+    def added(self, requests: Sequence[Request], cancel: Callable[[Request], None]) -> None:
+        for request in requests:
+            self._events.append(Joined.of(request))
+            if request.sink:
+                request.sink = _careful(request, request.sink, cancel)
+
+    def ended(self, request: Request, reason: FinishReason) -> None:
+        self._events.append(Left(request.number, reason))
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        with self._leader.lock, uninterrupted():
+            yield
+
+    def begin(self, running: Sequence[Request]) -> None:
+        events, self._events = tuple(self._events), []
+        self._leader.tell(Step(self._number, next(self._steps), events, digest(running)))
+
+    def failed(self, error: BaseException) -> None:
+        if not isinstance(error, RankLost):
+            self._leader.close()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        with self._leader.lock:
+            with suppress(RankLost):  # then there is nobody to tell
+                self._leader.tell(Shut(self._number))
+            if not self._number:
+                self._leader.close()
+
+
+@final
+class Follower:
+    """The Team of another rank, which ends with its first failure: the others could not go on with it."""
+
+    lost = False
+
+    def __init__(self, processes: Processes) -> None:
+        self.group, self._processes = processes.group, processes
+
+    def ranks(self, **changes: Any) -> Ranks:
+        return Following()
+
+    def close(self) -> None:
+        self._processes.close()
+
+    def follow(self, first: DecodeLoop, another: Callable[..., DecodeLoop]) -> None:
+        """Do what rank 0 does, until it is done. another: makes a loop with some changes."""
+        loops = {0: first}
+        while loops:
+            match self._processes.hear():
+                case Step() as step:
+                    _follow(loops[step.loop], step)
+                case Open(number, changes):
+                    loops[number] = another(**changes)
+                case Shut(number):
+                    loops.pop(number).close()
+                    if not number:
+                        return
+
+
+@final
+class Following:
+    """One loop of another rank's (Ranks)."""
+
+    def added(self, requests: Sequence[Request], cancel: Callable[[Request], None]) -> None:
+        pass
+
+    def ended(self, request: Request, reason: FinishReason) -> None:
+        pass
+
+    def step(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def begin(self, running: Sequence[Request]) -> None:
+        pass
+
+    def failed(self, error: BaseException) -> None:
+        leave(error)
+
+    def close(self) -> None:
+        pass
+
+
+def leave(error: BaseException) -> None:
+    """End this process with one line, at once: nothing of it is of use to anybody."""
+    print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr, flush=True)  # noqa: T201
+    os._exit(1)
+
+
+def _follow(loop: DecodeLoop, step: Step) -> None:
+    for event in step.events:
+        if isinstance(event, Joined):
+            loop.submit(loop.intake.requests(event.prompt, event.params, said=event.said))
+        else:
+            request = next(each for each in loop.requests if each.number == event.number)
+            loop.scheduler.dismiss(request, event.reason)
+    if digest(loop.scheduler.running) != step.state:
+        raise RankLost(f"at step {step.number} of loop {step.loop} the ranks' requests are not the same")
+    loop.step()
+
+
+def digest(running: Sequence[Request]) -> int:
+    """What ranks must agree on before a step: who runs, how far each has come, and its last token."""
+    return crc32(repr([(each.number, each.slot, each.read, each.length, each.last) for each in running]).encode())
+
+
+def _careful(request: Request, sink: Callable[[Any], None], cancel: Callable[[Request], None]) -> Callable[[Any], None]:
+    """A sink whose failure ends its request before the next step, on all ranks, and not in the midst of one."""
+
+    def take(output: Any) -> None:
+        try:
+            sink(output)
+        except Exception:
+            request.sink = None
+            cancel(request)
+
+    return take
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A signal that comes inside is handled at the end: a step that is left half-way is lost on all ranks. The second one is
+    handled at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    came: list[tuple[int, FrameType | None]] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append((number, frame))
+        handler = handlers[signal.Signals(number)]
+        if len(came) > 1 and callable(handler):
+            handler(number, frame)
+
+    held = [number for number, handler in handlers.items() if callable(handler)]
+    for number in held:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number in held:
+            signal.signal(number, handlers[number])
+        for last, frame in came[:1]:
+            handler = handlers[signal.Signals(last)]
+            assert callable(handler)
+            handler(last, frame)

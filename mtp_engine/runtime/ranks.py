@@ -1,0 +1,54 @@
+"""What a loop tells the other ranks, the processes that run the same loop over their parts of the same model."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol, final
+
+from mtp_engine.runtime.request import Request
+from mtp_engine.sampling.stops import FinishReason
+
+
+class Ranks(Protocol):
+    """All ranks decide alike, since all compute the same tokens. So only what comes from outside need be told: requests that
+    join between two steps, and those that are ended there."""
+
+    def added(self, requests: Sequence[Request], cancel: Callable[[Request], None]) -> None:
+        """They were queued, in this order. cancel: ends a request before the next step."""
+
+    def ended(self, request: Request, reason: FinishReason) -> None: ...
+
+    def step(self) -> AbstractContextManager[None]:
+        """Around a step, which must not be left half-way."""
+
+    def begin(self, running: Sequence[Request]) -> None:
+        """A step begins with what was told so far. running: to find out whether all ranks are in the same state. Raises
+        EngineError if a rank is lost."""
+
+    def failed(self, error: BaseException) -> None:
+        """A step broke off here, and the other ranks are in the midst of it."""
+
+    def close(self) -> None:
+        """The loop is not used any more."""
+
+
+@final
+class Alone:
+    """There are no others."""
+
+    def added(self, requests: Sequence[Request], cancel: Callable[[Request], None]) -> None:
+        pass
+
+    def ended(self, request: Request, reason: FinishReason) -> None:
+        pass
+
+    def step(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def begin(self, running: Sequence[Request]) -> None:
+        pass
+
+    def failed(self, error: BaseException) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
