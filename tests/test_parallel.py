@@ -21,15 +21,15 @@ WIDE = {"moe_intermediate_size": 64, "intermediate_size": 128}  # whole blocks o
 KINDS = ["mimo", "mimo-fp8", "mimo-7b", "llama", "llama-untied"]
 
 
-def folders(kind: str, root: Path) -> tuple[Path, Path]:
-    """The main model's, and that of its MTP layers."""
+def folders(kind: str, root: Path, scale: float = 0.1) -> tuple[Path, Path]:
+    """The main model's, and that of its MTP layers. scale: of a Llama's weights."""
     if kind.startswith("llama"):
-        changes = {"vocab_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-        folder = write_llama(root / "main", scale=0.1, tie_word_embeddings=kind == "llama", **changes)
-        return folder, write_mtp(root / "mtp", scale=0.1)
+        changes = {"vocab_size": 264, "eos_token_id": 263}
+        folder = write_llama(root / "main", scale=scale, tie_word_embeddings=kind == "llama", **changes)
+        return folder, write_mtp(root / "mtp", scale=scale)
     if kind == "mimo-7b":
-        return (make_tiny(root, family="mimo", vocab_size=320),) * 2
-    return (make_tiny(root, fp8=kind == "mimo-fp8", vocab_size=320, **WIDE),) * 2
+        return (make_tiny(root, family="mimo", vocab_size=264),) * 2
+    return (make_tiny(root, fp8=kind == "mimo-fp8", vocab_size=264, **WIDE),) * 2
 
 
 def read(folder: Path, mtp: Path, group: Group, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
