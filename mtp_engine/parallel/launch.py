@@ -67,11 +67,11 @@ class Children:
             other.kill()
         self.on_lost()
 
-    def close(self) -> None:
-        """They were told to end: see that they do. Closing twice does no harm."""
+    def close(self, *, wait: bool = True) -> None:
+        """See that they end. Closing twice does no harm. wait: for a while, since they were told to."""
         with self._lock:
             self._ending = True
-        end = time.monotonic() + _LEAVE
+        end = time.monotonic() + (_LEAVE if wait else 0.0)
         for child in self._children:
             try:
                 child.wait(max(0.0, end - time.monotonic()))

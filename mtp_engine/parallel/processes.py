@@ -1,8 +1,6 @@
 """Ranks as processes: tensors over gloo on CPUs and over NCCL on GPUs, messages always over gloo."""
 
-import atexit
 import pickle
-import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, final
@@ -65,8 +63,6 @@ class Processes:
             raise RankLost(lost() or f"the processes of tensor_parallel did not all come: {_first(error)}") from None
         self._store: Store | None = store  # who holds it must outlive the others' use of it
         self._buffer = torch.empty(_USUAL, dtype=torch.uint8)
-        self._at_exit = weakref.WeakMethod(self.close)
-        atexit.register(_call, self._at_exit)  # what is left to the interpreter's end crashes it
 
     @property
     def group(self) -> Group:
@@ -115,12 +111,6 @@ class Processes:
     def close(self) -> None:
         """Let go of the others. Closing twice does no harm."""
         self._tensors = self._messages = self._store = None
-        atexit.unregister(_call)
-
-
-def _call(method: "weakref.WeakMethod[Callable[[], None]]") -> None:
-    if (close := method()) is not None:
-        close()
 
 
 def _bytes(data: bytes) -> Tensor:

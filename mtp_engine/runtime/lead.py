@@ -5,11 +5,13 @@ closed. All else follows from these and from the tokens, which every rank comput
 preempted, what the prefix cache keeps. Rank 0's times and seeds count, as they travel with the requests.
 """
 
+import atexit
 import itertools
 import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -116,8 +118,11 @@ class Leader:
         """children: the other ranks, where this process started them."""
         self.group, self.lock = processes.group, threading.Lock()
         self._processes, self._children, self._numbers = processes, children, itertools.count()
+        self.closed = False
         if children:
             children.on_lost = processes.abort
+        self._at_exit = _closing(weakref.ref(self))
+        atexit.register(self._at_exit)  # what the interpreter's end finds of process groups crashes it
 
     @property
     def lost(self) -> bool:
@@ -136,11 +141,18 @@ class Leader:
             raise RankLost(self._children.lost())
         self._processes.tell(message)
 
-    def close(self) -> None:
-        """The others were told to end."""
+    def close(self, *, tell: bool = True) -> None:
+        """End the others. Closing twice does no harm. tell: False where they are in the midst of a step."""
+        atexit.unregister(self._at_exit)
+        if self.closed:
+            return
+        self.closed = True
+        if tell:
+            with suppress(RankLost):  # then there is nobody to tell
+                self.tell(Shut(0))
         self._processes.close()
         if self._children:
-            self._children.close()
+            self._children.close(wait=tell)
 
 
 @final
@@ -172,17 +184,16 @@ class LedLoop:
 
     def failed(self, error: BaseException) -> None:
         if not isinstance(error, RankLost):
-            self._leader.close()
+            self._leader.close(tell=False)
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
         with self._leader.lock:
-            with suppress(RankLost):  # then there is nobody to tell
-                self._leader.tell(Shut(self._number))
             if not self._number:
                 self._leader.close()
+            elif not self._closed:
+                with suppress(RankLost):
+                    self._leader.tell(Shut(self._number))
+            self._closed = True
 
 
 @final
@@ -242,6 +253,14 @@ def leave(error: BaseException) -> None:
     """End this process with one line, at once: nothing of it is of use to anybody."""
     print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr, flush=True)  # noqa: T201
     os._exit(1)
+
+
+def _closing(leader: "weakref.ref[Leader]") -> Callable[[], None]:
+    def close() -> None:
+        if there := leader():
+            there.close(tell=there.lock.acquire(blocking=False))
+
+    return close
 
 
 def _follow(loop: DecodeLoop, step: Step) -> None:
