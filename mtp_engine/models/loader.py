@@ -15,7 +15,7 @@ from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.fields import Fields
 from mtp_engine.models.layers import RotaryEmbedding
 from mtp_engine.models.mtp import MTPModule
-from mtp_engine.models.plan import Plan, make_plan
+from mtp_engine.models.plan import Plan, Share, make_plan, make_share
 from mtp_engine.models.tensors import main_tensors, mtp_tensors
 from mtp_engine.models.weights import Makers, Weights
 from mtp_engine.parallel.group import Group
@@ -90,6 +90,11 @@ def assume_mtp_config(folder: Path) -> tuple[MTPConfig | None, Literal["config",
 def plan(folder: Path, config: ModelConfig, mtp: MTPConfig | None) -> Plan:
     """What the model of `folder` needs, from its configuration alone."""
     return make_plan(config, mtp, _family(folder)[0].MTP_NAMES)
+
+
+def share(folder: Path, config: ModelConfig, mtp: MTPConfig | None, ranks: int) -> Share:
+    """What each of so many processes would hold of the model of `folder`. Raises EngineError where it cannot be divided."""
+    return make_share(config, mtp, _family(folder)[0].MTP_NAMES, ranks)
 
 
 def expected_names(folder: Path) -> Iterator[str]:
