@@ -6,7 +6,8 @@
 Every prompt is decoded by each contender in turn, forth and then back, so that a noisy machine hurts all of them alike;
 of its --repeats the fastest counts, and short answers are repeated more often. Rates are emitted tokens over decoding time,
 prefill left out on every side. A speed-up is the ratio of total times per token; those of single prompts are in the JSON
-line as their lowest, their median and how many are below 0.98. The peers are greedy, and run where T = 0.
+line as their lowest, their median and how many are below 0.98. --control decodes plainly twice: by how much single prompts
+differ between two engines that do the same. The peers are greedy, and run where T = 0.
 """
 
 import json
@@ -128,10 +129,11 @@ def read_all(contenders: dict[str, Decode], text: list[int], sizes: Sequence[int
 @click.option("--max-tokens", default=96, type=SOME, show_default=True)
 @click.option("--temperature", "temperatures", multiple=True, type=float, default=[0.0], show_default=True)
 @click.option("--repeats", default=2, type=SOME, show_default=True)
-@click.option("--draft-vocab", default=EngineConfig().draft_vocab, type=COUNT, show_default=True)
+@click.option("--draft-vocab", type=COUNT, help="Default: as in the engine.")
 @click.option("--draft-int8/--no-draft-int8", default=True, show_default=True)
 @click.option("--peer", "peers", type=click.Choice(PEERS), multiple=True, default=PEERS, show_default=True)
 @click.option("--no-peer", is_flag=True, help="Run no peers.")
+@click.option("--control", is_flag=True, help="A second engine that decodes plainly.")
 @click.option("--gguf", type=click.Path(path_type=Path), help="For llama.cpp.  [default: the default model's own file]")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="fp32", show_default=True)
@@ -150,7 +152,7 @@ def main(**o: Any) -> None:
         config = EngineConfig(max_batch=1, max_context=most, prefix_cache=False, **shared, **options)
         return Engine.load(o["model"], config, mtp=o["mtp"])
 
-    engines = {"plain": load(drafter="root")}
+    engines = {name: load(drafter="root") for name in ("plain", "plain again")[: 1 + o["control"]]}
     for tree in o["trees"]:
         engines[tree] = load(tree=None if tree == "auto" else TreeShape.parse(tree), **drafting)
     peers = {} if o["no_peer"] else load_peers(o, most)

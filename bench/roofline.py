@@ -28,7 +28,7 @@ from rich.table import Table
 from shapes import FLASH, SHAPES, Model, load
 
 from mtp_engine import EngineConfig, TreeShape
-from mtp_engine.config import DEFAULT_MODEL
+from mtp_engine.config import DEFAULT_MODEL, DRAFT_VOCAB
 
 CONSOLE = Console(width=150)
 
@@ -237,7 +237,7 @@ def main(models: tuple[str, ...], contexts: tuple[int, ...], tree: str | None, s
     record: dict[str, Any] = {"bench": "roofline", "attention": attention, "dtype": dtype, "steps_in_flight": in_flight}
     record |= {"bandwidth_tb_s": {name: round(rate / 1e12, 4) for name, rate in rates.items()}, "models": {}}
     for name in models:
-        vocab = draft_vocab if draft_vocab is not None else EngineConfig().draft_vocab if name == "default" else 0
+        vocab = draft_vocab if draft_vocab is not None else DRAFT_VOCAB if name == "default" else 0
         config = EngineConfig(
             device=device, dtype=dtype, attention=attention, steps_in_flight=in_flight, draft_vocab=vocab, max_batch=1,
             max_context=1024, tree=TreeShape.parse("chain:3"),

@@ -14,6 +14,7 @@ from mtp_engine.backend import Backend, cannot_compile, check_tree
 from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import (
     AUTO_NODES,
+    DRAFT_VOCAB,
     MAX_TREE_NODES,
     DType,
     EngineConfig,
@@ -53,6 +54,7 @@ from mtp_engine.sampling.structure import Grammars
 from mtp_engine.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger("mtp_engine")
+_INT8_DRAFT_VOCAB = 8192  # there half of what a draft costs is its head
 _COSTS = 2  # version of what is kept of them
 _ROUNDS = 20  # of steps with each tree that are timed at most; the best ones count
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
@@ -163,6 +165,8 @@ def settle(config: EngineConfig, files: ModelFiles) -> EngineConfig:
     if config.tensor_parallel > 1:
         config = _settle_shared(config, device, model, mtp)
     config = replace(config, dtype=_dtype(config, device, model, mtp))
+    if config.draft_vocab is None:
+        config = replace(config, draft_vocab=_INT8_DRAFT_VOCAB if config.dtype == "int8" else DRAFT_VOCAB)
     if config.drafter == "root":
         return config
     defaults = _DEFAULT_TREES[device][config.drafter]
@@ -233,6 +237,7 @@ def make_drafter(
         length, device = len(config.tree.widths), model.embedding.device
         return NgramDrafter(length, slots=slots, max_context=config.max_context, device=device)
     assert files.mtp_folder is not None, "checked in settle"
+    assert config.draft_vocab is not None, "filled in by settle"
     rounds = config.draft_int8 and config.dtype == "fp32"
     module = loader.load_mtp(
         files.mtp_folder, model, config.draft_vocab, progress,
@@ -242,7 +247,8 @@ def make_drafter(
     module = backend.fuse_mtp(module)
     if not config.tree.auto:
         return mtp_drafter(module, config, backend)
-    key = (_COSTS, torch.__version__, processor(), weights_identity(files), config.dtype, config.threads)
+    drafting = len(module.draft_ids), config.draft_int8, config.window_keys
+    key = (_COSTS, torch.__version__, processor(), weights_identity(files), config.dtype, config.threads, *drafting)
     path = cache_root() / "plans" / f"{sha256(repr(key).encode()).hexdigest()[:16]}.json"
     costs = Costs.read(path)
     if costs is None:

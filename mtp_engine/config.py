@@ -13,6 +13,7 @@ DType = Literal["auto", "fp32", "bf16", "int8"]
 DEFAULT_MODEL = "smollm2-135m-mtp3"
 MOST_ANSWERS = 1024  # to one prompt
 MOST_BIAS = 1e6  # of a logit; OpenAI's API goes to 100
+DRAFT_VOCAB = 16384  # tokens that MTP layers may propose, where nothing else is said
 AUTO_NODES = 16  # at most, of a tree that is planned step by step
 MAX_TREE_NODES = 64  # a tree mask is 64 bits per node in the CUDA kernels
 MAX_THREADS = 1024  # with a hundred times as many torch crashes the process
@@ -302,8 +303,9 @@ class EngineConfig:
     """How the engine runs. Every field has a default that suits one user on one machine.
 
     tree None picks the shape that measured fastest for the device and drafter; it may be given as text, such as "chain:3".
-    draft_vocab is the number of most frequent tokens the MTP layers may propose; 0 means all. draft_int8 lets the MTP
-    layers run in int8 on a CPU, which is faster and costs a little acceptance. max_context 0 means the model's own limit.
+    draft_vocab is the number of most frequent tokens the MTP layers may propose; 0 means all, and None what measured fastest:
+    8,192 in int8 on a CPU, else 16,384. draft_int8 lets the MTP layers run in int8 on a CPU, which is faster and costs a
+    little acceptance. max_context 0 means the model's own limit.
     max_batch is how many requests run at a time, and max_waiting how many more may wait for room; one beyond them is
     refused as busy. prefill_chunk is how many tokens of prompts are read at a time; 0 means 2,048 on a GPU with our
     kernels, else 256. Short prompts share it (not in int8): many that arrive together are read in one pass.
@@ -337,7 +339,7 @@ class EngineConfig:
 
     drafter: Literal["mtp", "ngram", "root"] = "mtp"
     tree: TreeShape | None = None
-    draft_vocab: int = 16384
+    draft_vocab: int | None = None
     draft_int8: bool = True
     verifier: Literal["match", "rejection", "block", "rrs", "traversal", "typical"] = "match"
     candidates: Literal["auto", "noise", "drawn", "best"] = "auto"
@@ -367,7 +369,7 @@ class EngineConfig:
             (1, ("max_batch", "max_waiting", "page_size", "steps_in_flight", "tensor_parallel")),
         ):
             for name in names:
-                if not least <= getattr(self, name) < 1 << 31:
+                if getattr(self, name) is not None and not least <= getattr(self, name) < 1 << 31:
                     raise EngineError(f"{name} is {getattr(self, name)}; it must be at least {least} and below 2**31")
         if not 0 < self.prefix_cache_gb < 1e6:
             raise EngineError(

@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import write_llama, write_mtp
 
+from mtp_engine import assemble
 from mtp_engine.assemble import decode_loop
 from mtp_engine.attention.native import NativeAttention
 from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import HybridKV, Pages
-from mtp_engine.config import EngineConfig, SamplingParams, TreeShape
+from mtp_engine.config import DEFAULT_MODEL, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.drafters import LazyMTPDrafter, MTPDrafter, RootDrafter, TorchLevels, lazy
 from mtp_engine.drafters.lazy import Levels
 from mtp_engine.drafters.native import NativeLevels
@@ -293,6 +294,18 @@ def test_costs_follow_what_steps_take() -> None:
     assert costs.verifying(1) < 20
 
 
+@pytest.mark.parametrize("rows", [(1, 2, 3, 4), (2, 3, 4, 5, 7)])
+def test_costs_follow_rows_that_cost_more_than_when_they_were_timed(rows: tuple[int, ...]) -> None:
+    """The table of a slow minute makes rows look cheap and plain steps dear; trees alone have to show that they are not."""
+    costs = Costs([0.0, 0.7], {1: 3.95, 4: 4.4, 8: 5.0})
+    generator = random.Random(0)
+    for _ in range(100):
+        count = generator.choice(rows)
+        costs.note(1, 0, count, 0.7, (3.2 + 0.3 * (count - 1)) * generator.gauss(1.0, 0.02))
+    assert costs.verifying(1) == pytest.approx(3.2, rel=0.06)
+    assert costs.verifying(5) == pytest.approx(4.4, rel=0.06)
+
+
 def test_where_no_draft_can_pay_nothing_is_drafted() -> None:
     assert Costs([0.0, 2.0, 4.0, 6.0], {1: 1.0, 4: 1.5}).hopeless
     assert not Costs([0.0, 1.0, 2.0, 3.0], {1: 5.0, 4: 5.5}).hopeless
@@ -319,9 +332,24 @@ def test_costs_are_kept_and_damaged_files_are_not_read(tmp_path: Path) -> None:
     costs.write(tmp_path / "plans")  # a folder: nothing happens
 
 
+def test_costs_belong_to_what_was_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what a draft costs is its head, which another draft vocabulary has of another size."""
+    timed = []
+
+    def measure(model: Any, module: MTPModule, *_: Any) -> Costs:
+        timed.append(len(module.draft_ids))
+        return Costs([0.0, 2.0, 4.0, 6.0], {1: 1.0, 4: 1.5})
+
+    monkeypatch.setattr(assemble, "cache_root", lambda: tmp_path)
+    monkeypatch.setattr(assemble, "measured_costs", measure)
+    for vocab in (1024, 1024, 512):
+        Engine.load(DEFAULT_MODEL, EngineConfig(device="cpu", threads=1, draft_vocab=vocab)).close()
+    assert timed == [1024, 512]
+
+
 def test_auto_is_the_default_on_a_cpu_and_for_the_match_rule_only() -> None:
     with Engine.load(hub.NANO, EngineConfig(device="cpu", threads=1)) as engine:
-        assert str(engine.config.tree) == "auto"
+        assert (str(engine.config.tree), engine.config.dtype, engine.config.draft_vocab) == ("auto", "int8", 8192)
         [answer] = engine.generate(["Once upon a time"], SamplingParams(max_tokens=30, ignore_eos=True))
         [plain] = engine.undrafted().generate(["Once upon a time"], SamplingParams(max_tokens=30, ignore_eos=True))
         assert answer.token_ids == plain.token_ids

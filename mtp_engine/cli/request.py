@@ -78,7 +78,13 @@ ENGINE = settings(
     ),
     setting(EngineConfig, "verifier", "The rule that keeps drafts; all but match keep the distribution, not the text."),
     click.option("--allow-lossy", is_flag=True, help="Let a lossy --verifier run."),
-    setting(EngineConfig, "draft_vocab", "Most frequent tokens that MTP layers may propose; 0 is all.", kind=_COUNT),
+    setting(
+        EngineConfig,
+        "draft_vocab",
+        "Most frequent tokens that MTP layers may propose; 0 is all.",
+        kind=_COUNT,
+        unset="8192 in int8, else 16384",
+    ),
     setting(EngineConfig, "device", "cpu, cuda, cuda:1, ...; auto takes the GPU if there is one."),
     setting(
         EngineConfig,

@@ -17,14 +17,38 @@ from typing import final
 
 _LOG = logging.getLogger("mtp_engine")
 _MEMORY = 0.98  # how much of the evidence for a correction is left after a step
-_OWN = 0.9  # and for what a request gains
+_OWN = 0.95  # and for what a request gains
 _PRIOR = 4.0  # steps' worth of belief that the drafter's probabilities are right
-_BELIEF = 3.0  # steps' worth of belief that a new request is like those before it
+_BELIEF = 6.0  # steps' worth of belief that a new request is like those before it
 _TRIALS = 0.015  # of the time of a request that drafting does not pay for, to try it again
-_SHORTEST_REST, _LONGEST_REST = 8, 500  # plain steps between two trials
+_SHORTEST_REST, _LONGEST_REST = 4, 500  # plain steps between two trials
 _LEAST_GAIN = 1.75  # by drafts that are all accepted: half of them are, and watching costs every step something
-_DRIFT = 0.15  # weight of the newest measurement of a cost
+_DRIFT = 0.15  # weight of the newest measurement of what drafting costs
+_FADE = 0.97  # how much of what steps took is left after a step
+_TIED = 0.02  # steps' worth of belief that what further rows add changes as the first row's time does
 _COLLAPSE = 6.0  # times as long as a step took at first: it is said once
+
+
+@final
+@dataclass
+class _Drift:
+    """How long verification takes now, against what was measured first: a factor for the first row, and one for what all
+    others add to it. Contexts grow, machines get busy, and above T = 0 every row draws its noise. A fit by least squares
+    over the newest steps, drawn towards what was measured. Times are in units of the measured time of one row."""
+
+    one: float = 1.0
+    more: float = 1.0
+    _sums: tuple[float, ...] = (0.0,) * 5  # over steps, the newest count most: of 1, x, x * x, t and t * x
+
+    def note(self, x: float, t: float) -> None:
+        """A step took t, to which its other rows would have added x when they were measured."""
+        new = (1.0, x, x * x, t, t * x)
+        self._sums = tuple(_FADE * total + each for total, each in zip(self._sums, new, strict=True))
+        n, sx, sxx, st, stx = self._sums
+        # least where (t - one - more * x)^2, summed, and (one - 1)^2 and _TIED * (more - one)^2 have no slope
+        a, b, c, right, lower = n + 1 + _TIED, sx - _TIED, sxx + _TIED, st + 1, stx
+        whole = a * c - b * b
+        self.one, self.more = (right * c - b * lower) / whole, max(0.0, (a * lower - b * right) / whole)
 
 
 @final
@@ -36,8 +60,8 @@ class Costs:
     draft: list[float]
     verify: dict[int, float]
     widen: float = 0.0
-    drift: float = 1.0  # of verification, against what was measured first: contexts grow, machines get busy
-    draft_drift: float = 1.0  # and of drafting
+    draft_drift: float = 1.0  # of drafting, against what was measured first
+    verify_drift: _Drift = field(default_factory=_Drift)
 
     @classmethod
     def read(cls, path: Path) -> "Costs | None":
@@ -61,14 +85,19 @@ class Costs:
             )
 
     def verifying(self, rows: int) -> float:
+        """Seconds, as they are now."""
+        one, drift = self._measured(1), self.verify_drift
+        return max(one * drift.one + (self._measured(rows) - one) * drift.more, 1e-9)
+
+    def _measured(self, rows: int) -> float:
         """Between and beyond measured numbers of rows on straight lines."""
         known = sorted(self.verify)
         if len(known) == 1:
-            return self.verify[known[0]] * self.drift
+            return self.verify[known[0]]
         at = min(max(bisect.bisect_left(known, rows), 1), len(known) - 1)
         low, high = known[at - 1], known[at]
         slope = (self.verify[high] - self.verify[low]) / (high - low)
-        return max(self.verify[low] + slope * (rows - low), 1e-9) * self.drift
+        return max(self.verify[low] + slope * (rows - low), 1e-9)
 
     @property
     def hopeless(self) -> bool:
@@ -101,9 +130,9 @@ class Costs:
         return (self.draft[levels] + self.widen * further) * self.draft_drift
 
     def note(self, levels: int, further: int, rows: int, draft_s: float, verify_s: float) -> None:
-        """A step took so long. One that took several times as long was disturbed by something else, and counts a little. What
-        trees cost beside each other stays as it was measured: a tree that is seldom taken would not get over a bad time."""
-        self.drift = _follow(self.drift, verify_s / (self.verifying(rows) / self.drift))
+        """A step took so long. One that took several times as long was disturbed by something else, and counts a little."""
+        one = self._measured(1)
+        self.verify_drift.note(self._measured(rows) / one - 1, min(verify_s, 3 * self.verifying(rows)) / one)
         if levels:
             self.draft_drift = _follow(self.draft_drift, draft_s / (self.drafting(levels, further) / self.draft_drift))
 
@@ -251,11 +280,11 @@ class Planner:
             self.tried.append((self._levels, self._further, nodes * batch, draft_s, verify_s))
             return
         self.costs.note(self._levels, self._further + self._late, nodes * batch, draft_s, verify_s)
-        if self.costs.drift > _COLLAPSE and not self._told:
+        if self.costs.verify_drift.one > _COLLAPSE and not self._told:
             self._told = True
             _LOG.warning(
                 "steps take %.0f times as long as they did when they were first timed here: other processes may need the cores "
-                "(--threads takes fewer of them), or contexts are long", self.costs.drift,
+                "(--threads takes fewer of them), or contexts are long", self.costs.verify_drift.one,
             )  # fmt: skip
 
     def release(self, slot: int) -> None:

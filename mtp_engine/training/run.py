@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtp_engine.config import EngineConfig, MTPConfig
+from mtp_engine.config import DRAFT_VOCAB, EngineConfig, MTPConfig
 from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
@@ -192,7 +192,7 @@ def hidden_rms(main: Decoder, tokens: Tensor) -> float:
 def by_frequency(corpus: Corpus, vocab: int) -> Tensor:
     """The most frequent tokens of the answers, most frequent first, [n] int32."""
     counts = torch.bincount(corpus.tokens[corpus.kinds >= data.ANSWER].long(), minlength=vocab)
-    return counts.argsort(descending=True, stable=True)[: EngineConfig.draft_vocab].int()
+    return counts.argsort(descending=True, stable=True)[:DRAFT_VOCAB].int()
 
 
 def _check_init(folder: Path, wanted: MTPConfig) -> None:
