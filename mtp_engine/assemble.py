@@ -148,7 +148,7 @@ def decode_loop(
         max_waiting=max_waiting,
         packs=packs,
         clock=clock,
-        dismissed=ranks.ended,
+        dismissing=ranks.ending,
     )
     return DecodeLoop(work, runs, scheduler, intake, memory, ranks)
 

@@ -137,7 +137,8 @@ class Engine:
     def follow(cls, files: hub.ModelFiles, config: EngineConfig, team: Follower) -> None:
         """Be another rank of an engine, until rank 0 closes it."""
         engine = cls._build(files, config, team, hub.silent)
-        team.follow(engine.loop, lambda **changes: engine.undrafted(**changes).loop)
+        with torch.inference_mode():
+            team.follow(engine.loop, lambda **changes: engine.undrafted(**changes).loop)
 
     @property
     def device_note(self) -> str:
@@ -277,13 +278,14 @@ class Engine:
             self.loop.step()
 
     def drop(self, requests: Mapping[Request, Any]) -> None:
-        """End requests: now if the loop is free, else before its next step."""
+        """End requests: now if the loop is free and ours alone, else before its next step."""
         scheduler = self.scheduler
         if scheduler is None or not requests:
             return
         for request in requests:
             scheduler.cancel(request)
-        if self.lock.acquire(blocking=False):  # it may be this very thread that holds it, collecting garbage
+        alone = self.config.tensor_parallel == 1
+        if alone and self.lock.acquire(blocking=False):  # it may be this very thread that holds it, collecting garbage
             try:
                 scheduler.sweep()
             finally:

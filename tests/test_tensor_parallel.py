@@ -95,6 +95,15 @@ def test_who_leaves_takes_nothing_along(engine: Engine, alone: list[Generation])
     assert (late[0].finish_reason, broken[0].finish_reason) == ("timeout", "abort")
 
 
+def test_texts_are_scored(engine: Engine, alone: list[Generation]) -> None:
+    prompt, answer = PROMPTS[2], alone[2]
+    with engine.undrafted(max_batch=1) as plain:
+        scores = plain.loop.score([*prompt, *answer.token_ids], 0, 1)[len(prompt) - 1 :]
+    assert [each.token for each in scores] == answer.token_ids
+    for found, expected in zip(scores, answer.logprobs, strict=True):
+        assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
+
+
 def test_four_processes_repeat_key_heads(tmp_path: Path) -> None:
     folder, _ = folders("mimo-fp8", tmp_path / "model")
     with Engine.load(str(folder), replace(CONFIG, tensor_parallel=4, tree=TreeShape.parse("tree:6"))) as engine:
@@ -109,7 +118,7 @@ def test_four_processes_repeat_key_heads(tmp_path: Path) -> None:
     [
         ({}, 3, "3, which does not divide the model's 8 attention heads"),
         ({"vocab_size": 265}, 2, "2, which does not divide the model's 265 tokens of the vocabulary"),
-        ({"fp8": True}, 4, "4, which does not divide the model's 32 columns of an expert in blocks of 16"),
+        ({"fp8": True}, 4, "4, which does not divide the model's 96 columns of a feed-forward layer in blocks of 16"),
         ({"num_attention_heads": 12, "num_key_value_heads": 3, "swa_num_attention_heads": 12}, 2, "3 key heads"),
     ],
 )
@@ -175,6 +184,26 @@ def test_when_one_ends_all_do(running: subprocess.Popen[str], victim: str, code:
         [f"error: rank 1 (process {other}) was ended by SIGKILL; load the engine anew"] if code == 2 else []
     )
     assert "Traceback" not in errors
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes as Linux shows them")
+def test_a_server_ends_with_its_ranks() -> None:
+    """Also where nobody asks it anything at the time."""
+    command = [*COMMAND[:3], "serve", *COMMAND[4:12], "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        assert any("Ctrl-C ends that" in line for line in process.stderr)
+        [other] = children(process.pid)
+        os.kill(other, signal.SIGKILL)
+        _, errors = process.communicate(timeout=10)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, errors) == (
+        2,
+        f"error: rank 1 (process {other}) was ended by SIGKILL; load the engine anew\n",
+    )
 
 
 def test_torchrun() -> None:

@@ -24,9 +24,9 @@ class Children:
 
     def __init__(self, command: str, works: list[Any]) -> None:
         """Start `python -m command` for each of `works`, which it reads from its stdin (see `handed`)."""
-        self.failed = threading.Event()  # one ended that was not told to
-        self.on_lost: Callable[[], None] = lambda: None  # is called then
-        self._said, self._ending, self._lock = "", False, threading.Lock()
+        self.said = ""  # who has ended that was not told to, in one line
+        self.on_lost: Callable[[], None] = lambda: None  # is called when there is one
+        self._failed, self._ending, self._lock = threading.Event(), False, threading.Lock()
         root = str(Path(mtp_engine.__file__).parent.parent)
         paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         self._children = [
@@ -48,21 +48,21 @@ class Children:
                 pass  # `_watch` says why
 
     def lost(self) -> str:
-        """Who has ended, in one line; empty if nobody has, for all that is known after a short while."""
-        self.failed.wait(_TOLD)
-        return self._said
+        """What `said` is when an exchange has broken: a process that has ended is noticed a little later."""
+        self._failed.wait(0 if self._ending else _TOLD)
+        return self.said
 
     def _watch(self, rank: int, child: "subprocess.Popen[bytes]") -> None:
         assert child.stderr is not None
         last = deque((line.decode("utf-8", "replace").strip() for line in child.stderr), 1)
         code = child.wait()
         with self._lock:
-            if self._ending or self.failed.is_set():
+            if self._ending or self._failed.is_set():
                 return
             ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
             said = f": {last[0]}" if last and code > 0 else ""
-            self._said = f"rank {rank} (process {child.pid}) {ended}{said}; load the engine anew"
-            self.failed.set()
+            self.said = f"rank {rank} (process {child.pid}) {ended}{said}; load the engine anew"
+            self._failed.set()
         for other in self._children:
             other.kill()
         self.on_lost()

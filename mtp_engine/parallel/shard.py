@@ -4,7 +4,7 @@ Attention is divided by heads, gated FFNs (and every expert) by their inner widt
 over joined inputs by columns; embedding, norms and routers are whole everywhere.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -62,8 +62,9 @@ def check_divides(size: int, config: ModelConfig, mtp: MTPConfig | None) -> None
             )
 
 
-def _layers(config: ModelConfig, mtp: MTPConfig | None) -> set[LayerConfig]:
-    return {*config.layers, *([mtp.layer] if mtp else [])}
+def _layers(config: ModelConfig, mtp: MTPConfig | None) -> Iterable[LayerConfig]:
+    """Each kind once."""
+    return dict.fromkeys((*config.layers, *([mtp.layer] if mtp else [])))
 
 
 def _divided(config: ModelConfig, mtp: MTPConfig | None) -> Iterator[tuple[str, int, int]]:

@@ -48,8 +48,10 @@ class Joined:
 @final
 @dataclass(frozen=True)
 class Left:
-    """The number-th request was ended."""
+    """After these have joined loop `loop`, its request `number` is ended from outside."""
 
+    loop: int
+    joined: tuple[Joined, ...]
     number: int
     reason: FinishReason
 
@@ -57,12 +59,23 @@ class Left:
 @final
 @dataclass(frozen=True)
 class Step:
-    """Loop `loop` makes its step `number`, after these events. state: of rank 0's running requests, see `digest`."""
+    """Loop `loop` makes its step `number`, after these have joined. state: of rank 0's running requests, see `digest`."""
 
     loop: int
+    joined: tuple[Joined, ...]
     number: int
-    events: tuple[Joined | Left, ...]
     state: int
+
+
+@final
+@dataclass(frozen=True)
+class Score:
+    """Loop `loop` scores a text, see DecodeLoop.score."""
+
+    loop: int
+    tokens: tuple[int, ...]
+    start: int
+    most: int
 
 
 @final
@@ -89,7 +102,7 @@ class Team(Protocol):
     def group(self) -> Group: ...
 
     @property
-    def lost(self) -> bool: ...  # another rank has ended, and nothing can go on
+    def lost(self) -> str: ...  # why nothing can go on: which other rank has ended; empty if none has
 
     def ranks(self, **changes: Any) -> Ranks:
         """For another loop of the engine, the first one of which has no changes."""
@@ -101,7 +114,7 @@ class Team(Protocol):
 class Solo:
     """An engine of one process."""
 
-    group, lost = Group(), False
+    group, lost = Group(), ""
 
     def ranks(self, **changes: Any) -> Ranks:
         return Alone()
@@ -125,8 +138,8 @@ class Leader:
         atexit.register(self._at_exit)  # what the interpreter's end finds of process groups crashes it
 
     @property
-    def lost(self) -> bool:
-        return self._children is not None and self._children.failed.is_set()
+    def lost(self) -> str:
+        return self._children.said if self._children else ""
 
     def ranks(self, **changes: Any) -> Ranks:
         number = next(self._numbers)
@@ -135,10 +148,9 @@ class Leader:
                 self.tell(Open(number, changes))
         return LedLoop(self, number)
 
-    def tell(self, message: Step | Open | Shut) -> None:
+    def tell(self, message: Step | Left | Score | Open | Shut) -> None:
         if self.lost:
-            assert self._children is not None
-            raise RankLost(self._children.lost())
+            raise RankLost(self.lost)
         self._processes.tell(message)
 
     def close(self, *, tell: bool = True) -> None:
@@ -161,26 +173,41 @@ class LedLoop:
 
     def __init__(self, leader: Leader, number: int) -> None:
         self._leader, self._number, self._steps = leader, number, itertools.count()
-        self._events: list[Joined | Left] = []
-        self._closed = False
+        self._arrived: list[Joined] = []
+        self._inside = self._closed = False  # a step
 
     def added(self, requests: Sequence[Request], cancel: Callable[[Request], None]) -> None:
         for request in requests:
-            self._events.append(Joined.of(request))
+            self._arrived.append(Joined.of(request))
             if request.sink:
                 request.sink = _careful(request, request.sink, cancel)
 
-    def ended(self, request: Request, reason: FinishReason) -> None:
-        self._events.append(Left(request.number, reason))
+    def _joined(self) -> tuple[Joined, ...]:
+        """Those that were not told yet."""
+        arrived, self._arrived = tuple(self._arrived), []
+        return arrived
+
+    @contextmanager
+    def ending(self, request: Request, reason: FinishReason) -> Iterator[None]:
+        with nullcontext() if self._inside else self.step():
+            if not self._leader.lost:
+                self._leader.tell(Left(self._number, self._joined(), request.number, reason))
+            yield
 
     @contextmanager
     def step(self) -> Iterator[None]:
         with self._leader.lock, uninterrupted():
-            yield
+            self._inside = True
+            try:
+                yield
+            finally:
+                self._inside = False
 
     def begin(self, running: Sequence[Request]) -> None:
-        events, self._events = tuple(self._events), []
-        self._leader.tell(Step(self._number, next(self._steps), events, digest(running)))
+        self._leader.tell(Step(self._number, self._joined(), next(self._steps), digest(running)))
+
+    def scored(self, tokens: Sequence[int], start: int, most: int) -> None:
+        self._leader.tell(Score(self._number, tuple(tokens), start, most))
 
     def failed(self, error: BaseException) -> None:
         if not isinstance(error, RankLost):
@@ -200,7 +227,7 @@ class LedLoop:
 class Follower:
     """The Team of another rank, which ends with its first failure: the others could not go on with it."""
 
-    lost = False
+    lost = ""
 
     def __init__(self, processes: Processes) -> None:
         self.group, self._processes = processes.group, processes
@@ -216,8 +243,17 @@ class Follower:
         loops = {0: first}
         while loops:
             match self._processes.hear():
-                case Step() as step:
-                    _follow(loops[step.loop], step)
+                case Step(loop, joined, number, state):
+                    _join(loops[loop], joined)
+                    if digest(loops[loop].scheduler.running) != state:
+                        raise RankLost(f"before step {number} of loop {loop} the ranks' requests are not the same")
+                    loops[loop].step()
+                case Left(loop, joined, number, reason):
+                    _join(loops[loop], joined)
+                    request = next(each for each in loops[loop].requests if each.number == number)
+                    loops[loop].scheduler.dismiss(request, reason)
+                case Score(number, tokens, start, most):
+                    loops[number].score(tokens, start, most)
                 case Open(number, changes):
                     loops[number] = another(**changes)
                 case Shut(number):
@@ -233,13 +269,16 @@ class Following:
     def added(self, requests: Sequence[Request], cancel: Callable[[Request], None]) -> None:
         pass
 
-    def ended(self, request: Request, reason: FinishReason) -> None:
-        pass
+    def ending(self, request: Request, reason: FinishReason) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def step(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def begin(self, running: Sequence[Request]) -> None:
+        pass
+
+    def scored(self, tokens: Sequence[int], start: int, most: int) -> None:
         pass
 
     def failed(self, error: BaseException) -> None:
@@ -263,16 +302,9 @@ def _closing(leader: "weakref.ref[Leader]") -> Callable[[], None]:
     return close
 
 
-def _follow(loop: DecodeLoop, step: Step) -> None:
-    for event in step.events:
-        if isinstance(event, Joined):
-            loop.submit(loop.intake.requests(event.prompt, event.params, said=event.said))
-        else:
-            request = next(each for each in loop.requests if each.number == event.number)
-            loop.scheduler.dismiss(request, event.reason)
-    if digest(loop.scheduler.running) != step.state:
-        raise RankLost(f"at step {step.number} of loop {step.loop} the ranks' requests are not the same")
-    loop.step()
+def _join(loop: DecodeLoop, joined: Sequence[Joined]) -> None:
+    for each in joined:
+        loop.submit(loop.intake.requests(each.prompt, each.params, said=each.said))
 
 
 def digest(running: Sequence[Request]) -> int:

@@ -14,8 +14,10 @@ from mtp_engine.runtime.memory import Memory
 from mtp_engine.runtime.ranks import Ranks
 from mtp_engine.runtime.request import Launched, Members, Request, StepOutput
 from mtp_engine.runtime.scheduler import Scheduler, StepPlan
+from mtp_engine.runtime.score import score
 from mtp_engine.runtime.stats import LoopClock
 from mtp_engine.runtime.step import ModelStep, Runner, explain
+from mtp_engine.sampling.logprobs import TokenLogprob
 
 _LOG = logging.getLogger("mtp_engine")
 
@@ -133,6 +135,13 @@ class DecodeLoop:
         if not anybody or not isinstance(error, Exception):
             raise error
         _LOG.error("a step failed: %s", error, exc_info=None if isinstance(error, EngineError) else error)
+
+    @torch.inference_mode()
+    def score(self, tokens: Sequence[int], start: int, most: int) -> list[TokenLogprob]:
+        """See `score`. For loops in which nothing else runs."""
+        with self._ranks.step():
+            self._ranks.scored(tokens, start, most)
+            return score(self.work, tokens, start, most)
 
     def close(self) -> None:
         """End all requests and wait for what is queued."""

@@ -15,7 +15,8 @@ class Ranks(Protocol):
     def added(self, requests: Sequence[Request], cancel: Callable[[Request], None]) -> None:
         """They were queued, in this order. cancel: ends a request before the next step."""
 
-    def ended(self, request: Request, reason: FinishReason) -> None: ...
+    def ending(self, request: Request, reason: FinishReason) -> AbstractContextManager[None]:
+        """Around its end, at which the ranks may compute what is kept of it."""
 
     def step(self) -> AbstractContextManager[None]:
         """Around a step, which must not be left half-way."""
@@ -23,6 +24,9 @@ class Ranks(Protocol):
     def begin(self, running: Sequence[Request]) -> None:
         """A step begins with what was told so far. running: to find out whether all ranks are in the same state. Raises
         EngineError if a rank is lost."""
+
+    def scored(self, tokens: Sequence[int], start: int, most: int) -> None:
+        """A text is scored, see DecodeLoop.score."""
 
     def failed(self, error: BaseException) -> None:
         """A step broke off here, and the other ranks are in the midst of it."""
@@ -38,13 +42,16 @@ class Alone:
     def added(self, requests: Sequence[Request], cancel: Callable[[Request], None]) -> None:
         pass
 
-    def ended(self, request: Request, reason: FinishReason) -> None:
-        pass
+    def ending(self, request: Request, reason: FinishReason) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def step(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def begin(self, running: Sequence[Request]) -> None:
+        pass
+
+    def scored(self, tokens: Sequence[int], start: int, most: int) -> None:
         pass
 
     def failed(self, error: BaseException) -> None:

@@ -6,6 +6,7 @@ import time
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, final
 
@@ -65,15 +66,16 @@ class Scheduler:
 
     def __init__(
         self, room: Room, *, slots: int, chunk: int, max_waiting: int, packs: bool = True,
-        clock: Callable[[], float] = time.monotonic, dismissed: Callable[[Request, FinishReason], None] = lambda *_: None,
+        clock: Callable[[], float] = time.monotonic,
+        dismissing: Callable[[Request, FinishReason], AbstractContextManager[None]] = lambda *_: nullcontext(),
     ) -> None:  # fmt: skip
         """chunk: tokens of prompts read in one step; packs: of several prompts, where one does not fill it. max_waiting:
-        requests that may wait beyond the free slots. dismissed: is told whom `dismiss` ended."""
+        requests that may wait beyond the free slots. dismissing: is told whom `dismiss` ends."""
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.outputs: list[StepOutput] = []
         self._room, self._slots, self._chunk, self._max_waiting, self._clock = room, slots, chunk, max_waiting, clock
-        self._packs, self._dismissed = packs, dismissed
+        self._packs, self._dismissing = packs, dismissing
         self._free = list(range(slots))[::-1]
         self._cancelled: deque[Request] = deque()
         self._arrivals = itertools.count()
@@ -116,10 +118,10 @@ class Scheduler:
 
     def dismiss(self, request: Request, reason: FinishReason) -> bool:
         """End a request for a reason that does not lie in it, between two steps. False if it had ended already."""
-        if not self.end(request, reason):
+        if request.finish_reason or (request not in self.running and request not in self.waiting):
             return False
-        self._dismissed(request, reason)
-        return True
+        with self._dismissing(request, reason):
+            return self.end(request, reason)
 
     def plan(self, now: float, in_flight: int) -> StepPlan | None:
         """The next step; None where nobody wants one, or it has to wait for those in flight. Its chunks count as read from
