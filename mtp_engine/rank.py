@@ -16,6 +16,8 @@ def main() -> None:
     try:
         torch.set_num_threads(work.config.threads)
         store, device = join_store(work.port, work.shard.size), torch.device(work.config.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where what names no index goes
         Engine.follow(work.files, work.config, Follower(Processes(store, work.shard, device)))
     except BaseException as error:
         leave(error)

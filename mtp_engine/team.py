@@ -60,6 +60,8 @@ def _join_torchrun(config: EngineConfig) -> tuple[Team, EngineConfig]:
     _check_devices(config, here)
     config = replace(config, device=_device(config, local), threads=_threads(config, here))
     torch.set_num_threads(config.threads)
+    if config.device != "cpu":
+        torch.cuda.set_device(config.device)  # where what names no index goes
     store, rank, _ = torchrun_store()
     processes = Processes(store, Shard(rank, size), torch.device(config.device))
     return (Follower(processes) if rank else Leader(processes, None)), config

@@ -47,6 +47,10 @@ class Children:
             except BrokenPipeError:
                 pass  # `_watch` says why
 
+    @property
+    def processes(self) -> list[int]:
+        return [child.pid for child in self._children]
+
     def lost(self) -> str:
         """What `said` is when an exchange has broken: a process that has ended is noticed a little later."""
         self._failed.wait(0 if self._ending else _TOLD)

@@ -1,5 +1,6 @@
 """Ranks as processes: tensors over gloo on CPUs and over NCCL on GPUs, messages always over gloo."""
 
+import os
 import pickle
 from collections.abc import Callable
 from datetime import timedelta
@@ -57,6 +58,8 @@ class Processes:
             if device.type == "cuda":
                 from torch.distributed import ProcessGroupNCCL  # absent from torch's builds for CPUs
 
+                # who has ended is noticed by others; torch's own watch would end this process with a core dump
+                os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
                 options = ProcessGroupNCCL.Options()
                 self._tensors = ProcessGroupNCCL(PrefixStore("tensors", store), rank, size, options)
         except RuntimeError as error:

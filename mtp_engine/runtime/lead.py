@@ -141,6 +141,11 @@ class Leader:
     def lost(self) -> str:
         return self._children.said if self._children else ""
 
+    @property
+    def processes(self) -> list[int]:
+        """Of ranks 1, 2, ..., where this process started them."""
+        return self._children.processes if self._children else []
+
     def ranks(self, **changes: Any) -> Ranks:
         number = next(self._numbers)
         if number:
@@ -149,9 +154,13 @@ class Leader:
         return LedLoop(self, number)
 
     def tell(self, message: Step | Left | Score | Open | Shut) -> None:
+        self.check()
+        self._processes.tell(message)
+
+    def check(self) -> None:
+        """Raises RankLost if another rank has ended."""
         if self.lost:
             raise RankLost(self.lost)
-        self._processes.tell(message)
 
     def close(self, *, tell: bool = True) -> None:
         """End the others. Closing twice does no harm. tell: False where they are in the midst of a step."""
@@ -205,6 +214,9 @@ class LedLoop:
 
     def begin(self, running: Sequence[Request]) -> None:
         self._leader.tell(Step(self._number, self._joined(), next(self._steps), digest(running)))
+
+    def check(self) -> None:
+        self._leader.check()
 
     def scored(self, tokens: Sequence[int], start: int, most: int) -> None:
         self._leader.tell(Score(self._number, tuple(tokens), start, most))
@@ -276,6 +288,9 @@ class Following:
         return nullcontext()
 
     def begin(self, running: Sequence[Request]) -> None:
+        pass
+
+    def check(self) -> None:
         pass
 
     def scored(self, tokens: Sequence[int], start: int, most: int) -> None:

@@ -123,6 +123,7 @@ class DecodeLoop:
     def _land(self, plan: StepPlan, launched: Launched) -> None:
         """Wait for a step, the only synchronisation but for structures, and hand its tokens out."""
         landed = launched.wait()
+        self._ranks.check()
         times = self._clock.land(landed.draft_s, landed.verify_s)
         if plan.decoding:
             self.scheduler.commit(plan, landed, times)

@@ -25,6 +25,9 @@ class Ranks(Protocol):
         """A step begins with what was told so far. running: to find out whether all ranks are in the same state. Raises
         EngineError if a rank is lost."""
 
+    def check(self) -> None:
+        """A step has landed. Raises EngineError if a rank was lost meanwhile, so that what it gave means nothing."""
+
     def scored(self, tokens: Sequence[int], start: int, most: int) -> None:
         """A text is scored, see DecodeLoop.score."""
 
@@ -49,6 +52,9 @@ class Alone:
         return nullcontext()
 
     def begin(self, running: Sequence[Request]) -> None:
+        pass
+
+    def check(self) -> None:
         pass
 
     def scored(self, tokens: Sequence[int], start: int, most: int) -> None:
