@@ -10,7 +10,6 @@ from mtp_engine.config import EngineConfig
 from mtp_engine.errors import EngineError
 from mtp_engine.hub.hub import ModelFiles
 from mtp_engine.parallel.launch import Children
-from mtp_engine.parallel.processes import Processes, new_store, torchrun_store
 from mtp_engine.parallel.shard import Shard
 from mtp_engine.runtime.lead import Follower, Leader, Solo, Team
 from mtp_engine.runtime.threads import pool_size
@@ -35,8 +34,12 @@ def form_team(config: EngineConfig, files: ModelFiles) -> tuple[Team, EngineConf
     size = config.tensor_parallel
     if size == 1:
         return Solo(), config
+    if not torch.distributed.is_available():
+        raise EngineError("this torch is built without torch.distributed, which tensor_parallel needs: install another")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _join_torchrun(config)
+    from mtp_engine.parallel.processes import Processes, new_store
+
     _check_devices(config, size)
     store = new_store(size)
     each = [replace(config, device=_device(config, rank), threads=_threads(config, size)) for rank in range(size)]
@@ -58,6 +61,8 @@ def _join_torchrun(config: EngineConfig) -> tuple[Team, EngineConfig]:
         )
     here = int(os.environ["LOCAL_WORLD_SIZE"])
     _check_devices(config, here)
+    from mtp_engine.parallel.processes import Processes, torchrun_store
+
     config = replace(config, device=_device(config, local), threads=_threads(config, here))
     torch.set_num_threads(config.threads)
     if config.device != "cpu":

@@ -1,7 +1,10 @@
 """Models divided among ranks: the values of one process's, the same bits on every rank. Here ranks are threads."""
 
 import json
+import os
+import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -30,9 +33,12 @@ from mtp_engine.models.checkpoint import Checkpoint, Part
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.make_tiny import make_tiny
 from mtp_engine.models.mtp import MTPModule
-from mtp_engine.parallel.group import Group
+from mtp_engine.parallel.group import Group, RankLost
+from mtp_engine.parallel.launch import Children
 from mtp_engine.parallel.packed import pack, unpack
+from mtp_engine.parallel.processes import Processes, new_store
 from mtp_engine.parallel.shard import Shard
+from mtp_engine.runtime.lead import uninterrupted
 from mtp_engine.sampling.batch import Batch, SamplingBatch
 from mtp_engine.tree import DraftTree, VerifyResult
 from mtp_engine.verifiers import MatchVerifier, ShardedMatchVerifier
@@ -178,3 +184,30 @@ def test_ranks_choose_what_one_process_chooses(size: int) -> None:
         assert torch.equal(found.path, expected.path)
         assert torch.equal(tree_found.tokens[1:], grown.tokens[1:])  # greedy rows may break ties differently
         torch.testing.assert_close(tree_found.scores, grown.scores)
+
+
+def test_a_process_that_never_comes_is_told_at_once() -> None:
+    """With the last line that it said."""
+    store, begin = new_store(2), time.monotonic()
+    children = Children("mtp_engine.parallel.nowhere", [None])
+    with pytest.raises(RankLost, match=r"rank 1 \(process \d+\) ended with code 1: .*nowhere.*; load the engine anew"):
+        Processes(store, Shard(0, 2), CPU, children.lost)
+    assert time.monotonic() < begin + 20
+    children.close()
+
+
+def test_a_signal_waits_for_the_step_and_the_second_does_not() -> None:
+    reached = list[int]()
+
+    def interrupted(times: int) -> None:
+        with uninterrupted():
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+            reached.append(times)
+
+    for times in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(times)
+    assert reached == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

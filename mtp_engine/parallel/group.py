@@ -9,8 +9,14 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
+from mtp_engine.errors import EngineError
 from mtp_engine.parallel.packed import pack, unpack
 from mtp_engine.parallel.shard import Shard
+
+
+@final
+class RankLost(EngineError):
+    """Another rank has ended, and nothing that is divided can go on."""
 
 
 class Exchange(Protocol):

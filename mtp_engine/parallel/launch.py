@@ -14,7 +14,6 @@ from typing import Any, final
 
 import mtp_engine
 
-_TOLD = 2.0  # seconds after a broken exchange in which it must turn out who has ended
 _LEAVE = 5.0  # seconds in which a rank that was told to end does
 
 
@@ -51,9 +50,9 @@ class Children:
     def processes(self) -> list[int]:
         return [child.pid for child in self._children]
 
-    def lost(self) -> str:
-        """What `said` is when an exchange has broken: a process that has ended is noticed a little later."""
-        self._failed.wait(0 if self._ending else _TOLD)
+    def lost(self, patience: float) -> str:
+        """What `said` is, or becomes within so many seconds."""
+        self._failed.wait(0 if self._ending else patience)
         return self.said
 
     def _watch(self, rank: int, child: "subprocess.Popen[bytes]") -> None:

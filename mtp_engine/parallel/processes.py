@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, final
@@ -12,20 +13,17 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 from torch.distributed.rendezvous import rendezvous
 
-from mtp_engine.errors import EngineError
-from mtp_engine.parallel.group import Group
+from mtp_engine.parallel.group import Group, RankLost
 from mtp_engine.parallel.shard import Shard
 
 _MEETING = timedelta(seconds=120)  # in which all processes must have come
 _NEVER = timedelta(
     days=365
 )  # a server may wait so long for a request; a rank that ends is noticed at once all the same
+_TOLD = 2.0  # seconds after a broken exchange in which it turns out who has ended
 _USUAL = 1024  # bytes of a message that goes in one piece
-
-
-@final
-class RankLost(EngineError):
-    """Another rank has ended, and nothing that is divided can go on."""
+Lost = Callable[[float], str]
+"""Says within so many seconds which process has ended, if one has."""
 
 
 def new_store(size: int) -> TCPStore:
@@ -48,10 +46,11 @@ class Processes:
     """This process among those that share a model (an Exchange). Groups of its own, beside torch's default one: an
     application may have that, and several engines."""
 
-    def __init__(self, store: Store, shard: Shard, device: torch.device, lost: Callable[[], str] = str) -> None:
-        """Returns when all have come. lost: says which process has ended, if one has."""
+    def __init__(self, store: Store, shard: Shard, device: torch.device, lost: Lost = lambda patience: "") -> None:
+        """Returns when all have come. Raises RankLost."""
         self.shard, self._lost = shard, lost
         rank, size = shard.rank, shard.size
+        _meet(store, shard, lost)
         try:
             self._messages: Any = ProcessGroupGloo(PrefixStore("messages", store), rank, size, _NEVER)
             self._tensors: Any = self._messages
@@ -63,7 +62,9 @@ class Processes:
                 options = ProcessGroupNCCL.Options()
                 self._tensors = ProcessGroupNCCL(PrefixStore("tensors", store), rank, size, options)
         except RuntimeError as error:
-            raise RankLost(lost() or f"the processes of tensor_parallel did not all come: {_first(error)}") from None
+            raise RankLost(
+                lost(_TOLD) or f"the processes of tensor_parallel did not all come: {_first(error)}"
+            ) from None
         self._store: Store | None = store  # who holds it must outlive the others' use of it
         self._buffer = torch.empty(_USUAL, dtype=torch.uint8)
 
@@ -100,11 +101,13 @@ class Processes:
 
     def _wait(self, start: Callable[[], Any]) -> None:
         if self._messages is None:
-            raise RankLost(self._lost() or "the other ranks have ended: load the engine anew")
+            raise RankLost(self._lost(_TOLD) or "the other ranks have ended: load the engine anew")
         try:
             start().wait()
         except RuntimeError as error:
-            raise RankLost(self._lost() or f"another rank has ended: load the engine anew ({_first(error)})") from None
+            raise RankLost(
+                self._lost(_TOLD) or f"another rank has ended: load the engine anew ({_first(error)})"
+            ) from None
 
     def abort(self) -> None:
         """Free this process from what waits on a GPU for a rank that has ended. From any thread."""
@@ -114,6 +117,16 @@ class Processes:
     def close(self) -> None:
         """Let go of the others. Closing twice does no harm."""
         self._tensors = self._messages = self._store = None
+
+
+def _meet(store: Store, shard: Shard, lost: Lost) -> None:
+    """Wait for all, but not for one that has ended on its way."""
+    store.set(f"here {shard.rank}", "")
+    names, end = [f"here {rank}" for rank in range(shard.size)], time.monotonic() + _MEETING.total_seconds()
+    while not store.check(names):
+        if (said := lost(0.0)) or time.monotonic() > end:
+            raise RankLost(said or "the processes that share the model did not all come: load the engine anew")
+        time.sleep(0.01)
 
 
 def _bytes(data: bytes) -> Tensor:

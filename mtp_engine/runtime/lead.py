@@ -7,6 +7,7 @@ preempted, what the prefix cache keeps. Rank 0's times and seeds count, as they 
 
 import atexit
 import itertools
+import logging
 import os
 import signal
 import sys
@@ -16,19 +17,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 from zlib import crc32
 
 from mtp_engine.config import SamplingParams
-from mtp_engine.parallel.group import Group
+from mtp_engine.parallel.group import Group, RankLost
 from mtp_engine.parallel.launch import Children
-from mtp_engine.parallel.processes import Processes, RankLost
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.ranks import Alone, Ranks
 from mtp_engine.runtime.request import Request
 from mtp_engine.sampling.stops import FinishReason
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+if TYPE_CHECKING:
+    from mtp_engine.parallel.processes import Processes
+
+_LOG = logging.getLogger("mtp_engine")
 
 
 @final
@@ -127,7 +130,7 @@ class Solo:
 class Leader:
     """Rank 0's Team. One step at a time, of whichever loop and thread."""
 
-    def __init__(self, processes: Processes, children: Children | None) -> None:
+    def __init__(self, processes: "Processes", children: Children | None) -> None:
         """children: the other ranks, where this process started them."""
         self.group, self.lock = processes.group, threading.Lock()
         self._processes, self._children, self._numbers = processes, children, itertools.count()
@@ -241,7 +244,7 @@ class Follower:
 
     lost = ""
 
-    def __init__(self, processes: Processes) -> None:
+    def __init__(self, processes: "Processes") -> None:
         self.group, self._processes = processes.group, processes
 
     def ranks(self, **changes: Any) -> Ranks:
@@ -253,7 +256,7 @@ class Follower:
     def follow(self, first: DecodeLoop, another: Callable[..., DecodeLoop]) -> None:
         """Do what rank 0 does, until it is done. another: makes a loop with some changes."""
         loops = {0: first}
-        while loops:
+        while True:
             match self._processes.hear():
                 case Step(loop, joined, number, state):
                     _join(loops[loop], joined)
@@ -268,10 +271,10 @@ class Follower:
                     loops[number].score(tokens, start, most)
                 case Open(number, changes):
                     loops[number] = another(**changes)
+                case Shut(0):
+                    return
                 case Shut(number):
-                    loops.pop(number).close()
-                    if not number:
-                        return
+                    del loops[number]
 
 
 @final
@@ -334,6 +337,7 @@ def _careful(request: Request, sink: Callable[[Any], None], cancel: Callable[[Re
         try:
             sink(output)
         except Exception:
+            _LOG.exception("a sink failed")
             request.sink = None
             cancel(request)
 
@@ -347,7 +351,7 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     came: list[tuple[int, FrameType | None]] = []
 
     def note(number: int, frame: FrameType | None) -> None:
