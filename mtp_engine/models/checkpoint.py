@@ -26,6 +26,7 @@ _DTYPES = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _PIECE = 16 << 20  # bytes that one thread reads at a time
+_BAND = 1 << 20  # bytes of rows of which some columns are taken; they stay in a cache meanwhile
 _LONGEST_HEADER = 100 << 20
 _Piece = tuple[Path, int, memoryview]  # a file, an offset in it, and where its bytes go
 
@@ -221,11 +222,11 @@ def _read_columns(entry: _Entry, part: Part, target: Tensor) -> None:
     assert part.columns is not None
     width = (entry.end - entry.start) // part.shape[0]  # bytes of a whole row
     item, first = width // part.shape[1], part.rows.start if part.rows else 0
-    taken, out = slice(part.columns.start * item, part.columns.stop * item), target.view(torch.uint8)
-    most = max(1, _PIECE // width)
-    for start in range(0, len(target), most):
-        rows = torch.empty(min(most, len(target) - start), width, dtype=torch.uint8)
-        _read([(entry.file, entry.start + (first + start) * width, rows.view(-1).numpy().data)])
+    taken, out = slice(part.columns.start * item, part.columns.stop * item), target.view(torch.uint8).numpy()
+    band = np.empty((min(max(1, _BAND // width), len(out)), width), np.uint8)
+    for start in range(0, len(out), len(band)):
+        rows = band[: len(out) - start]
+        _read([(entry.file, entry.start + (first + start) * width, rows.reshape(-1).data)])
         out[start : start + len(rows)] = rows[:, taken]
 
 
