@@ -13,6 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ _SCHEMA = {
     "properties": {"title": {"type": "string"}, "done": {"type": "boolean"},
                    "items": {"type": "array", "minItems": 20, "items": {"type": "string", "maxLength": 40}}},
 }  # fmt: skip
+_RECORD = {
+    "type": "object", "additionalProperties": False, "required": ["name", "born", "alive", "field"],
+    "properties": {"name": {"type": "string", "maxLength": 16}, "born": {"type": "integer", "minimum": 0, "maximum": 2030},
+                   "alive": {"type": "boolean"}, "field": {"enum": ["art", "science", "sport", "politics"]}},
+}  # fmt: skip
+_RECORDS = {"type": "array", "minItems": 60, "items": _RECORD}
+SERVED = "as a server asks for it"  # within its limit of tokens
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "T = 0.8": {"temperature": 0.8},
@@ -40,6 +48,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "logprobs = 5": {"logprobs": 5},
     "stop strings": {"stop": ("no such text",)},
     "JSON schema": {"structure": Structure(json=json.dumps(_SCHEMA))},
+    "JSON records": {"structure": Structure(json=json.dumps(_RECORDS))},
+    f"JSON schema {SERVED}": {"structure": Structure(json=json.dumps(_SCHEMA))},
 }
 MORE: dict[str, dict[str, Any]] = {  # for equality and load
     "min_tokens": {"min_tokens": 20, "temperature": 0.6, "stop_token_ids": (30, 198)},
@@ -53,6 +63,8 @@ def params(kind: str, seed: int, tokens: int, **changes: Any) -> SamplingParams:
     given = {**KINDS, **MORE}[kind]
     tree = {"tree": TreeShape.parse(given["tree"])} if "tree" in given else {}
     least = {"min_tokens": min(given.get("min_tokens", 0), tokens)}
+    if SERVED in kind:
+        changes["structure"] = replace(given["structure"], within=tokens)
     return SamplingParams(max_tokens=tokens, seed=seed, **{**given, **tree, **least, **changes})
 
 
@@ -85,14 +97,14 @@ def rate(
 
 
 def speed(
-    engines: dict[str, Engine], prompts: Sequence[list[int]], tokens: int, batches: Sequence[int]
+    engines: dict[str, Engine], prompts: Sequence[list[int]], tokens: int, batches: Sequence[int], kinds: Sequence[str]
 ) -> dict[str, Any]:
     table, found = Table("engine", "batch", "request", "tokens/s", "x greedy", "ms a step", "x greedy's"), {}
     for name, engine in engines.items():
         for batch in batches:
             groups = [prompts[at : at + batch] for at in range(0, max(batch, 4), batch)]
             greedy: tuple[float, float] = (0.0, 0.0)
-            for kind in KINDS:
+            for kind in dict.fromkeys(("greedy", *kinds)):
                 for _ in range(2):  # the first time warms up what is compiled or read for the first time
                     tried = [rate(engine, group, [kind] * batch, tokens) for group in groups]
                 measured = statistics.mean(each[0] for each in tried), statistics.mean(each[1] for each in tried)
@@ -107,7 +119,7 @@ def speed(
                 table.add_row(
                     name, str(batch), kind, f"{measured[0]:.0f}", f"{ratio:.2f}", f"{measured[1]:.3f}", f"{cost:.2f}"
                 )
-            if batch > 1:
+            if batch > 1 and "JSON schema" in kinds:
                 mixed = rate(engine, prompts[:batch], ["JSON schema"] + ["greedy"] * (batch - 1), tokens)[2]
                 alone = rate(engine, prompts[:batch], ["greedy"] * batch, tokens)[2]
                 ratio = sum(mixed[1:]) / sum(alone[1:])
@@ -209,8 +221,12 @@ def compilations() -> Any:
 @click.command()
 @click.option("--part", "parts", type=click.Choice(["speed", "equality", "load"]), multiple=True, default=["speed"])
 @click.option("--model", default=DEFAULT_MODEL, show_default=True)
-@click.option("--tree", default="tree:7", show_default=True)
-@click.option("--rule", "rules", multiple=True, help="Other rules, for speed, over the same tree as a chain or widths.")
+@click.option(
+    "--tree", "trees", multiple=True, default=["tree:7"], show_default=True, help="The first is for all parts."
+)
+@click.option("--rule", "rules", multiple=True, help="Other rules, for speed, over their usual trees.")
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(list(KINDS)), default=list(KINDS), help="For speed.")
+@click.option("--capture", type=click.Choice(["load", "lazy"]), default="load", show_default=True)
 @click.option("--batch", "batches", multiple=True, type=SOME, default=[1, 16], show_default=True)
 @click.option("--most", default=64, type=SOME, show_default=True, help="Requests at a time, for equality and load.")
 @click.option("--tokens", default=96, type=SOME, show_default=True)
@@ -220,31 +236,33 @@ def compilations() -> Any:
 @click.option("--device", default="cpu", show_default=True)
 def main(**o: Any) -> None:
     commit = require_commit()
-    record = {"bench": "requests", **{name: o[name] for name in ("model", "tree", "tokens", "max_context")}}
+    record = {"bench": "requests", **{name: o[name] for name in ("model", "trees", "tokens", "max_context")}}
     record |= conditions(commit, o["device"])
 
     def loaded(most: int, **options: Any) -> Engine:
         begin = time.perf_counter()
         config = EngineConfig(
-            device=o["device"], max_batch=most, max_context=o["max_context"], capture="load", **options
+            device=o["device"], max_batch=most, max_context=o["max_context"], capture=o["capture"], **options
         )
         engine = Engine.load(o["model"], config)
         click.echo(
             f"{options}, {most} at a time: {time.perf_counter() - begin:.1f} s to load; {engine.captured}", err=True
         )
-        name = options.get("tree") or options.get("verifier") or "plain"
+        name = str(options.get("tree", "")) or options.get("verifier") or "plain"
         record.setdefault("captured", {})[f"{name}/{most}"] = engine.captured
         return engine
 
     rows = read_prompts(Path(__file__).parent / "prompts/bench_core.jsonl", max(o["count"], *o["batches"]) * 2)
-    most = max(*o["batches"], o["most"])
-    plain, drafted = loaded(most, drafter="root"), loaded(most, tree=TreeShape.parse(o["tree"]))
+    most = max(*o["batches"], *([] if set(o["parts"]) == {"speed"} else [o["most"]]))
+    plain, drafted = loaded(most, drafter="root"), loaded(most, tree=TreeShape.parse(o["trees"][0]))
     prompts = [ids for _, ids in encode(plain, rows, 300)]
     if "speed" in o["parts"]:
-        engines = {"plain": plain, o["tree"]: drafted}
+        engines, short = {"plain": plain, o["trees"][0]: drafted}, [ids for ids in prompts if len(ids) <= 150]
+        for tree in o["trees"][1:]:
+            engines[tree] = loaded(max(o["batches"]), tree=TreeShape.parse(tree))
         for rule in o["rules"]:
             engines[rule] = loaded(max(o["batches"]), verifier=rule)
-        record["speed"] = speed(engines, [ids for ids in prompts if len(ids) <= 150], o["tokens"], o["batches"])
+        record["speed"] = speed(engines, short, o["tokens"], o["batches"], o["kinds"])
         del engines
     if "equality" in o["parts"]:
         record["equality"] = equality(plain, drafted, prompts[: o["count"]], o["tokens"], sorted({1, 8, o["most"]}))

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -26,12 +27,15 @@ import torch
 mark("import torch")
 from mtp_engine import Engine, EngineConfig, SamplingParams
 mark("import mtp_engine")
-with Engine.load(sys.argv[1], EngineConfig(device="cpu", dtype=sys.argv[2], max_batch=1)) as engine:
+with Engine.load(sys.argv[1], EngineConfig(device=sys.argv[4], dtype=sys.argv[2], max_batch=1)) as engine:
     mark("load")
     for chunk in engine.stream([[{"role": "user", "content": sys.argv[3]}]], SamplingParams(max_tokens=16)):
         if chunk.text:
             break
     mark("first word")
+    stats = chunk.stats
+    marks["of that compiling and capturing"] = round(stats.compile_s, 3)
+    marks["of that, engine's own time"] = round(stats.ttft_s, 3)
     print(json.dumps(marks))
 """
 
@@ -57,24 +61,31 @@ def start(command: list[str]) -> tuple[float, float, float]:
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--repeats", default=3, type=SOME, show_default=True)
 @click.option("--stages", is_flag=True)
-def main(model: str, dtype: str, repeats: int, stages: bool) -> None:
+@click.option("--device", default="cpu", show_default=True)
+def main(model: str, dtype: str, repeats: int, stages: bool, device: str) -> None:
     commit = require_commit()
     line = [sys.executable, "-m", "mtp_engine.cli", "generate", "--model", model, "--dtype", dtype, PROMPT]
-    line += ["--quiet", "--max-tokens", "16"]
-    runs = [start(line) for _ in range(repeats + 1)][1:]
+    line += ["--quiet", "--max-tokens", "16", "--device", device, "--compare", "off"]
+    first, *runs = [start(line) for _ in range(repeats + 1)]
     record: dict[str, Any] = {
         "bench": "startup",
         "model": model,
         "dtype": dtype,
         "repeats": repeats,
-        **conditions(commit),
+        **conditions(commit, device),
     }
+    record["first_time_s"] = round(first[0], 2)
     record["first_word_s"] = [round(seconds, 2) for seconds, _, _ in runs]
     record["processor_s"] = [round(seconds, 2) for _, seconds, _ in runs]
     record["most_memory_gb"] = round(max(memory for _, _, memory in runs), 3)
     if stages:
-        command = [sys.executable, "-c", STAGES, model, dtype, PROMPT]
+        command = [sys.executable, "-c", STAGES, model, dtype, PROMPT, device]
         record["stages_s"] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        if device.startswith("cuda"):  # and where nothing is compiled yet
+            with TemporaryDirectory() as empty:
+                environment = {**os.environ, "TRITON_CACHE_DIR": empty}
+                done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+            record["stages_first_time_s"] = json.loads(done.stdout)
     click.echo(json.dumps(record))
 
 

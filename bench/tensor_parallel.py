@@ -1,7 +1,7 @@
 """A model that several processes share: does it say what one process says, and does a rank that ends end all?
 
     python bench/tensor_parallel.py
-    python bench/tensor_parallel.py --device cuda --ranks 2 --dtype bf16
+    python bench/tensor_parallel.py --device cuda --ranks 2 --dtype bf16 --parts equal,times
 
 equal: of mimo-nano and of tiny random models, answers that are the same token for token: drafted and plain on the ranks, and
 both against one process with the same operations (in bf16 a near tie may flip). times: seconds of a decoding step and of an
@@ -42,6 +42,19 @@ def params(tokens: int) -> list[SamplingParams]:
 
 def answers(engine: Engine, tokens: int) -> list[list[int]]:
     return [answer.token_ids for answer in engine.generate(PROMPTS, params(tokens))]
+
+
+def all_equal(config: EngineConfig, tokens: int) -> dict[str, Any]:
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in {
+            "mimo-nano": "mimo-nano",
+            "tiny MiMo-V2-Flash, FP8": str(make_tiny(Path(folder) / "fp8", fp8=True, **WIDE)),
+            "tiny MiMo-7B": str(make_tiny(Path(folder) / "7b", family="mimo")),
+        }.items():
+            found[name] = equal(model, config, tokens)
+            click.echo(f"{name}: {found[name]}", err=True)
+    return found
 
 
 def equal(name: str, config: EngineConfig, tokens: int) -> dict[str, Any]:
@@ -120,24 +133,20 @@ def killed(name: str, config: EngineConfig) -> dict[str, Any]:
 @click.option("--dtype", default="fp32", type=click.Choice(["fp32", "bf16"]))
 @click.option("--ranks", default=2, type=click.IntRange(2))
 @click.option("--tokens", default=60, type=click.IntRange(1))
-def main(device: str, dtype: Any, ranks: int, tokens: int) -> None:
+@click.option("--parts", default="equal,times,killed")
+def main(device: str, dtype: Any, ranks: int, tokens: int, parts: str) -> None:
     commit = require_commit()
     config = EngineConfig(
         device=device, dtype=dtype, tensor_parallel=ranks, tree=TreeShape.parse("2x2x1"), max_batch=4, max_context=512,
         prefix_cache_gb=0.01,
     )  # fmt: skip
-    found: dict[str, Any] = {"bench": "tensor_parallel", "ranks": ranks, "dtype": dtype, "equal": {}}
-    with tempfile.TemporaryDirectory() as folder:
-        models = {
-            "mimo-nano": "mimo-nano",
-            "tiny MiMo-V2-Flash, FP8": str(make_tiny(Path(folder) / "fp8", fp8=True, **WIDE)),
-            "tiny MiMo-7B": str(make_tiny(Path(folder) / "7b", family="mimo")),
-        }
-        for name, model in models.items():
-            found["equal"][name] = equal(model, config, tokens)
-            click.echo(f"{name}: {found['equal'][name]}", err=True)
-    found["times"] = times("mimo-nano", replace(config, tree=TreeShape.parse("chain:3")))
-    found["killed"] = killed("mimo-nano", replace(config, max_context=0))
+    found: dict[str, Any] = {"bench": "tensor_parallel", "ranks": ranks, "dtype": dtype}
+    if "equal" in parts:
+        found["equal"] = all_equal(config, tokens)
+    if "times" in parts:
+        found["times"] = times("mimo-nano", replace(config, tree=TreeShape.parse("chain:3")))
+    if "killed" in parts:
+        found["killed"] = killed("mimo-nano", replace(config, max_context=0))
     click.echo(json.dumps({**found, **conditions(commit, device)}))
 
 

@@ -1,14 +1,16 @@
-"""Growing trees with kernels: a level in one launch."""
+"""Growing trees with kernels: a level in one launch, or two where candidates are drawn."""
 
 from typing import final
 
 import torch
 from torch import Tensor
 
-from mtp_engine.drafters.expand import Growth, Level, LevelRows, most_nodes
+from mtp_engine.drafters.candidates import Ranking
+from mtp_engine.drafters.expand import MOST_CHILDREN, Growth, Level, LevelRows, most_nodes
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.kernels import state
 from mtp_engine.kernels.grow import Finish, Finished, Nodes, Roots, draft_level
+from mtp_engine.kernels.reject import drawn_rows
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
@@ -17,46 +19,57 @@ from mtp_engine.tree import DraftTree, VerifyResult
 class DeviceDraftOps:
     """TorchDraftOps' twin (DraftOps). Nodes lie in arrays of fixed size, of which a Growth shows the used part.
 
-    Candidates are ranked by noise. Trees that constraints guide wait for the host anyway, and are grown by the twin.
+    Trees that constraints guide wait for the host anyway, and are grown by the twin; so are trees that are too wide.
     """
 
-    def __init__(self, max_batch: int, device: torch.device) -> None:
+    def __init__(self, max_batch: int, device: torch.device, ranking: Ranking = "noise") -> None:
+        self._ranking = ranking
         self._arrivals = torch.zeros(
             max_batch * 65, dtype=torch.int32, device=device
         )  # a frontier has at most 64 nodes
         self._requests = torch.arange(max_batch, device=device)
         self._nodes: Nodes | None = None  # of the tree that grows now
-        self._guided = TorchDraftOps()
+        self._cold = torch.zeros(max_batch, device=device)
+        self._drawn_from: Tensor | None = None  # DraftTree.draft of the tree that grows now
+        self._twin, self._by_twin = TorchDraftOps(ranking), False
 
     def start(self, batch: Batch, levels: list[tuple[int, int]], ids: Tensor, vocab: int) -> Growth:
-        if batch.guide is not None:
-            return self._guided.start(batch, levels, ids, vocab)
-        self._nodes = Nodes.empty(len(batch.slots), most_nodes(levels, len(ids)), batch.slots.device)
+        self._by_twin = batch.guide is not None or max(width for width, _ in levels) > MOST_CHILDREN
+        if self._by_twin:
+            return self._twin.start(batch, levels, ids, vocab)
+        count, most = len(batch.slots), most_nodes(levels, len(ids))
+        self._nodes = Nodes.empty(count, most, batch.slots.device)
+        if self._ranking == "drawn":
+            self._drawn_from = torch.zeros(count, most, vocab, device=batch.slots.device)
         return _shown(self._nodes, 1, 1, 0)
 
     def grow(self, tree: Growth, batch: Batch, level: Level) -> Growth:
-        if batch.guide is not None:
-            return self._guided.grow(tree, batch, level)
+        if self._by_twin:
+            return self._twin.grow(tree, batch, level)
         assert self._nodes is not None
         self._run(tree, batch, level, None)
         keep = min(level.keep, tree.frontier * min(level.width, len(level.ids)))
         return _shown(self._nodes, tree.tokens.shape[1] + keep, keep, tree.level + 1)
 
     def finish(self, tree: Growth, batch: Batch, level: Level, best: int, ready: Tensor) -> DraftTree:
-        if batch.guide is not None:
-            return self._guided.finish(tree, batch, level, best, ready)
+        if self._by_twin:
+            return self._twin.finish(tree, batch, level, best, ready)
         done = self._run(tree, batch, level, Finish(best, ready))
         assert done is not None
         deepest = min(tree.level + 1, done.tokens.shape[1] - 1)
-        return DraftTree(done.tokens, done.parents, done.depths, done.size, deepest, done.scores)
+        return DraftTree(done.tokens, done.parents, done.depths, done.size, deepest, done.scores, self._drawn_from)
 
     def _run(self, tree: Growth, batch: Batch, level: Level, finish: Finish | None) -> Finished | None:
         assert self._nodes is not None
         sampling, first = batch.sampling, tree.tokens.shape[1] - tree.frontier
         roots = Roots(self._requests[: len(batch.slots)], batch.tokens) if tree.level == 0 else None
+        temperature = self._cold[: len(batch.slots)] if self._ranking == "best" else sampling.temperature
+        if self._drawn_from is not None:
+            drawn_rows(level.logits, level.ids, temperature, self._drawn_from, first)
         return draft_level(
-            level.logits, batch.lengths, level.ids, sampling.seed, sampling.temperature, self._arrivals, self._nodes, first,
+            level.logits, batch.lengths, level.ids, sampling.seed, temperature, self._arrivals, self._nodes, first,
             min(level.width, len(level.ids)), level.keep, ahead=level.ahead, roots=roots, finish=finish,
+            drawn=self._ranking == "drawn",
         )  # fmt: skip
 
     def rows(self, tree: Growth, new: int, counts: Tensor, start: Tensor, first: Tensor, shift: int) -> LevelRows:
@@ -79,11 +92,11 @@ class DeviceDraftOps:
 
     def observe(
         self, slots: Tensor, lengths: Tensor, result: VerifyResult, hidden: Tensor, tokens_table: Tensor,
-        hidden_table: Tensor, counts_table: Tensor, recent: Tensor,
+        hidden_table: Tensor, counts_table: Tensor, recent: Tensor, behind: Tensor | None = None,
     ) -> None:  # fmt: skip
         state.observe(
             slots, lengths, result.path, result.tokens, result.counts, hidden, tokens_table, hidden_table, counts_table,
-            recent,
+            recent, behind,
         )  # fmt: skip
 
 

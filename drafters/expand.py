@@ -100,11 +100,12 @@ class DraftOps(Protocol):
 
     def observe(
         self, slots: Tensor, lengths: Tensor, result: VerifyResult, hidden: Tensor, tokens_table: Tensor,
-        hidden_table: Tensor, counts_table: Tensor, recent: Tensor,
+        hidden_table: Tensor, counts_table: Tensor, recent: Tensor, behind: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Keep what a step emitted: row i of a slot becomes token i and the hidden state [B, N, H] of the node before it.
 
-        The states go into the ring `recent` [S, R, H], too, by position: that of position p into row p % R.
+        The states go into the ring `recent` [S, R, H], too, by position: that of position p into row p % R. behind: [B]
+        int64, rows that stay, and behind which the new ones go; the last slot is scratch, whose rows never stay.
         """
 
 

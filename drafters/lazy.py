@@ -74,6 +74,8 @@ LevelsFactory = Callable[[MTPModule], Levels]
 class LazyMTPDrafter:
     """A Drafter for one step at a time. Candidates come first by the drafter's probability and the request's noise."""
 
+    prompts = None
+
     def __init__(
         self, module: MTPModule, shape: TreeShape, levels: LevelsFactory, *, slots: int, planner: TreePlanner | None = None,
         beam: int = BEAM,

@@ -29,7 +29,8 @@ from mtp_engine.config import TreeShape
 from mtp_engine.drafters.expand import BEAM, DraftOps, Growth, Level, LevelRows, level_sizes
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.models.mtp import MTPModule
-from mtp_engine.sampling.batch import Batch, to_device
+from mtp_engine.protocols import StepPlanner
+from mtp_engine.sampling.batch import Batch, Chunk, Extent, to_device
 from mtp_engine.tree import DraftTree, VerifyResult
 
 
@@ -63,19 +64,25 @@ class MTPDrafter:
         ops: DraftOps | None = None,
         ring_page: int = 1,
         ring_rows: int = 1,
+        others: Sequence[TreeShape] = (),
+        late: int = 0,
+        planner: StepPlanner | None = None,
     ) -> None:
-        """shape: at most as deep as the module has levels.
+        """shape: at most as deep as the module has levels. others: that a step's plan may name. late: rows that may be to
+        come, where steps may be planned without drafts. planner: who plans them.
         beam: how many nodes of a level are given children when the shape is tree:N, or more (see level_sizes).
         ring_page: see HybridKV. ring_rows: a ring takes at least this many rows at a time."""
         self.module, self.shape, self.attention = module, shape, attention
         self.ops = ops or TorchDraftOps(group=module.group)
-        self.depth = min(module.config.depth, shape.best) if shape.best else len(shape.widths)
-        self._levels = level_sizes(shape, self.depth, beam)
-        drafted = sum(keep for _, keep in self._levels)
-        self.max_nodes = 1 + (min(shape.best, drafted) if shape.best else drafted)
+        self.planner = planner
+        depths = {each: min(module.config.depth, each.best) or len(each.widths) for each in (shape, *others)}
+        self.depth = max(depths.values())
+        self._levels = {each: level_sizes(each, depth, beam) for each, depth in depths.items()}
+        self.max_nodes = max(self.nodes(each) for each in depths)
         layer, embedding = module.config.layer.attention, module.embedding
-        rows = self._pending = self.depth + 1
-        self.scratch_rows = rows + sum(keep for _, keep in self._levels[:-1])
+        self.usual = self.depth + 1  # rows that are to come after a step with drafts
+        rows = max(self.usual, late)
+        self.scratch_rows = rows + max(sum(keep for _, keep in levels[:-1]) for levels in self._levels.values())
         self.cache: HybridKV | None = None
         self._ring_page, self._ring_rows = ring_page, ring_rows
         # a chained layer's rows need the whole window of the layer before, so windows add up
@@ -91,6 +98,11 @@ class MTPDrafter:
         self._carry = torch.zeros(self.depth, slots, hidden, dtype=embedding.dtype, device=device)
         self._recent = self._hidden[:, :0]  # [slots, R, H], the state of position p in row p % R
 
+    def nodes(self, shape: TreeShape) -> int:
+        """Of its tree, root included."""
+        drafted = sum(keep for _, keep in self._levels[shape])
+        return 1 + (min(shape.best, drafted) if shape.best else drafted)
+
     def attach(self, pages: Pages, behind: int) -> None:
         layer, embedding = self.module.config.layer.attention, self.module.embedding
         self.cache = HybridKV(
@@ -104,6 +116,8 @@ class MTPDrafter:
     def release(self, slot: int) -> None:
         self._first[slot], self._counts[slot] = 1, 0
         self._carry[:, slot] = 0.0
+        if self.planner:
+            self.planner.release(slot)
 
     def save(self, slot: int, tokens: int, *, lean: bool) -> list[Tensor]:
         """The main model's states of the last `reread` + 1 positions, or of all that drafting needs: [rows, H]."""
@@ -139,60 +153,107 @@ class MTPDrafter:
             ids, states = ids[:, 1:], level.passed[:, :-1]
 
     def draft(self, batch: Batch) -> DraftTree:
-        slots, counts = batch.slots, self._counts[batch.slots]
-        start, bound = batch.lengths - counts + 1, batch.bound + self.max_nodes
-        rows = _NewRows(slots, self._tokens[slots], self._hidden[slots], counts, start, self._first[slots], bound)
-        ids, last = self.module.draft_ids, len(self._levels) - 1
-        tree, level = self.ops.start(batch, self._levels, ids, len(self.module.embedding)), None
-        for number, (width, keep) in enumerate(self._levels):
+        shape = (batch.plan and batch.plan.shape) or self.shape
+        rows, levels = self._new_rows(batch), self._levels[shape]
+        ids, last = self.module.draft_ids, len(levels) - 1
+        tree, level = self.ops.start(batch, levels, ids, len(self.module.embedding)), None
+        for number, (width, keep) in enumerate(levels):
             level = self._run(number, rows, tree, level)
             grown = Level(self.module.logits(number, level.frontier), ids, number + 1, width, keep)
             if number < last:
                 tree = self.ops.grow(tree, batch, grown)
-        finished = self.ops.finish(tree, batch, grown, self.shape.best, counts)
-        return replace(finished, straight=set(self.shape.widths) == {1})
+        finished = self.ops.finish(tree, batch, grown, shape.best, rows.counts)
+        for number in range(len(levels), len(self.module.layers[: self.depth])):  # what later steps may ask of them
+            level = self._run(number, rows, Growth.start(batch.tokens), level)
+        return replace(finished, straight=set(shape.widths) == {1})
+
+    def _new_rows(self, batch: Batch) -> _NewRows:
+        """All that are to come; without a plan, or where nobody is late, these are few."""
+        count = self._tokens.shape[1] if batch.plan and batch.plan.late else self.usual
+        slots, counts = batch.slots, self._counts[batch.slots]
+        start, bound = batch.lengths - counts + 1, batch.bound + self.max_nodes
+        tokens, hidden = self._tokens[slots, :count], self._hidden[slots, :count]
+        return _NewRows(slots, tokens, hidden, counts, start, self._first[slots], bound)
 
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
-        if batch.prompt_left is not None:
-            self._read(batch, result.tokens, hidden, batch.prompt_left)
-            return
         states = self.module.main_hidden(hidden)
+        stays = self._counts[batch.slots] if batch.plan and not batch.plan.shape else None
         self.ops.observe(
-            batch.slots, batch.lengths, result, states, self._tokens, self._hidden, self._counts, self._recent
+            batch.slots, batch.lengths, result, states, self._tokens, self._hidden, self._counts, self._recent, stays
         )
 
-    def _read(self, batch: Batch, tokens: Tensor, hidden: Tensor, left: int) -> None:
-        """Rows of a prompt's chunk: tokens [1, C] behind its first one, hidden [1, C, H] of the positions before them.
+    # ---- prompts (a PromptReader) ------------------------------------------------------------------------------------
+
+    @property
+    def prompts(self) -> "MTPDrafter":
+        return self
+
+    def keep(self, slots: Tensor, positions: Tensor, stops: Tensor, hidden: Tensor) -> Tensor:
+        """The main model's states. Where a chunk has more than `recent` holds, rows that would be overwritten bring what
+        would overwrite them: in which order rows are written does not matter then."""
+        states, ring = self.module.main_hidden(hidden)[0], self._recent.shape[1]
+        later = (stops - 1 - positions).clamp(min=0) // ring * ring
+        rows = torch.arange(len(states), device=states.device)
+        self._recent[slots, positions % ring] = states[rows + later]
+        return states
+
+    def outline(self, chunks: Sequence[Chunk]) -> list[tuple[int, ...]]:
+        """Per chunk its slot; what makes a position a row of the pass; positions of its first token and of the first row to
+        run; `_first`, 0 if that stays; the token that is drafted from; how many rows run.
 
         All but the newest row go through the layers; that one is drafted from, so it is left for `draft`, or for the
         next chunk. Rows too far from the prompt's end for any draft to see are left out.
         """
-        count, slots, ring = tokens.shape[1], batch.slots, self._recent.shape[1]
-        start = batch.bound - count  # position of the token in front of `tokens`
-        first = max(1, batch.bound + left + 1 - self.history)  # position of the first row that is needed
-        needed = min(count, max(0, batch.bound - first + 1))
-        latest = min(count, ring)
-        hidden = self.module.main_hidden(hidden[:, -max(latest, needed) :])
-        kept = torch.arange(batch.bound - latest, batch.bound, device=slots.device) % ring
-        self._recent[slots, kept] = hidden[:, -latest:]
-        if not needed:
-            return
-        tokens, hidden = tokens[:, -needed:], hidden[:, -needed:]
-        if start >= first:  # the row that the chunk before this one left
-            tokens = torch.cat([self._tokens[slots, :1], tokens], 1)
-            hidden = torch.cat([self._hidden[slots, :1], hidden], 1)
-        else:
-            self._first[slots] = first
-        self._tokens[slots, 0], self._hidden[slots, 0], self._counts[slots] = tokens[:, -1], hidden[:, -1], 1
-        if tokens.shape[1] > 1:
-            one = torch.ones_like(slots)
-            counts, begin = one * (tokens.shape[1] - 1), one * max(start, first)
-            rows = _NewRows(
-                slots, tokens[:, :-1], hidden[:, :-1], counts, begin, self._first[slots], batch.bound + 1, True
-            )
-            level = None
-            for number in range(min(self.depth, len(self.module.layers))):
-                level = self._run(number, rows, Growth.start(one), level)
+        found = list[tuple[int, ...]]()
+        for chunk in chunks:
+            first = max(1, chunk.stop + chunk.left + 1 - self.history)  # position of the first row that is needed
+            if chunk.stop < first:
+                continue
+            begin, fresh = max(chunk.start, first), first if chunk.start < first else 0
+            origin, rows = chunk.row - chunk.start, chunk.stop - begin
+            found.append((chunk.slot, origin, chunk.start, begin, fresh, chunk.behind, rows))
+        return found
+
+    def nothing(self, slot: int, position: int) -> tuple[int, ...]:
+        return slot, 1 - position, position, position, 0, 0, 0
+
+    def read(self, outline: Tensor, extent: Extent, tokens: Tensor, states: Tensor) -> None:
+        slots, origins, starts, begins, fresh, behind, counts = outline
+        self._first[slots] = torch.where(fresh > 0, fresh, self._first[slots])
+        if extent.rows:
+            requests = torch.stack([slots, begins, counts])
+            rows = StepRows.prompts(requests, extent.rows, extent.bound, padded=extent.padded)
+            assert rows.owners is not None
+            own, at = rows.owners, rows.positions[0] + origins[rows.owners]
+            left = rows.positions[0] == starts[own]  # the row that the chunk before this one left
+            hidden = torch.where(left[:, None], self._hidden[slots[own], 0], states[(at - 1).clamp(min=0)])
+            self._read(rows, self.module.embedding[tokens[at]], hidden)
+        newest = states[begins + counts - 1 + origins]
+        self._tokens[slots, 0], self._hidden[slots, 0] = behind, newest
+        self._counts[slots] = torch.ones_like(slots)
+
+    def _read(self, rows: StepRows, embedded: Tensor, hidden: Tensor) -> None:
+        """Packed rows through all layers: embedded, hidden [N, H]."""
+        own, slots, counts = rows.owners, rows.slots, rows.counts
+        assert self.cache, "the drafter is not attached to a loop"
+        assert counts is not None
+        assert own is not None
+        lasts, some = (counts.cumsum(0) - 1).clamp(min=0), (counts > 0)[:, None]
+        leads, reused = (rows.positions[0] == rows.lengths[own])[:, None], self.module.config.reused
+        passed = hidden
+        for number in range(min(self.depth, len(self.module.layers))):
+            if number:
+                carry = self._carry[number]
+                hidden = torch.where(leads, carry[slots[own]], passed.roll(1, 0))
+                carry[slots] = torch.where(some, passed[lasts], carry[slots])
+            shift = 0 if reused else number  # see `_run`
+            step = replace(rows.single(), first=self._first[slots] + shift)
+            output = self.module.forward(
+                number, embedded[None], hidden[None], rows.positions - 1 - shift, self.attention(self.cache, step)
+            )[0]
+            passed = output if self.module.config.chained or reused else hidden
+
+    # ---- levels ------------------------------------------------------------------------------------------------------
 
     def _run(self, number: int, rows: _NewRows, tree: Growth, before: "_Level | None") -> "_Level":
         """Level `number` over the new rows and the tree's nodes so far. `before`: what the level above passes on."""

@@ -83,9 +83,9 @@ class NativeDraftOps:
 
     def observe(
         self, slots: Tensor, lengths: Tensor, result: VerifyResult, hidden: Tensor, tokens_table: Tensor,
-        hidden_table: Tensor, counts_table: Tensor, recent: Tensor,
+        hidden_table: Tensor, counts_table: Tensor, recent: Tensor, behind: Tensor | None = None,
     ) -> None:  # fmt: skip
-        self._torch.observe(slots, lengths, result, hidden, tokens_table, hidden_table, counts_table, recent)
+        self._torch.observe(slots, lengths, result, hidden, tokens_table, hidden_table, counts_table, recent, behind)
 
     def _shown(self, count: int, frontier: int, level: int) -> Growth:
         """The first `count` nodes."""

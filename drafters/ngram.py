@@ -18,7 +18,7 @@ from mtp_engine.tree import DraftTree, VerifyResult
 class NgramDrafter:
     """Drafts chains of up to `length` tokens after the newest earlier match of the longest suffix (3 tokens, then 2)."""
 
-    cache = None
+    cache = prompts = None
     scratch_rows = history = reread = 0
 
     def __init__(

@@ -72,11 +72,12 @@ class TorchDraftOps:
 
     def observe(
         self, slots: Tensor, lengths: Tensor, result: VerifyResult, hidden: Tensor, tokens_table: Tensor,
-        hidden_table: Tensor, counts_table: Tensor, recent: Tensor,
+        hidden_table: Tensor, counts_table: Tensor, recent: Tensor, behind: Tensor | None = None,
     ) -> None:  # fmt: skip
-        rows = result.tokens.shape[1]
-        tokens_table[slots, :rows] = result.tokens
-        hidden_table[slots, :rows] = states = result.gather(hidden)
-        turned = (lengths[:, None] + torch.arange(rows, device=lengths.device)) % recent.shape[1]
-        recent[slots[:, None], turned] = states
-        counts_table[slots] = result.counts
+        rows, states = result.tokens.shape[1], result.gather(hidden)
+        stay = torch.zeros_like(slots) if behind is None else torch.where(slots < len(counts_table) - 1, behind, 0)
+        index = torch.arange(rows, device=lengths.device)
+        at = slots[:, None], (stay[:, None] + index).clamp(max=tokens_table.shape[1] - 1)
+        tokens_table[at], hidden_table[at] = result.tokens, states
+        recent[slots[:, None], (lengths[:, None] + index) % recent.shape[1]] = states
+        counts_table[slots] = (stay + result.counts).clamp(max=tokens_table.shape[1])

@@ -6,7 +6,7 @@ from typing import final
 from torch import Tensor
 
 from mtp_engine.cache import Pages
-from mtp_engine.sampling.batch import Batch
+from mtp_engine.sampling.batch import Batch, Chunk, Extent
 from mtp_engine.tree import DraftTree, VerifyResult
 
 
@@ -15,6 +15,23 @@ class RootDrafter:
     max_nodes = 1
     depth = scratch_rows = history = reread = 0
     cache = None
+
+    @property
+    def prompts(self) -> "RootDrafter":
+        """A PromptReader that reads nothing."""
+        return self
+
+    def keep(self, slots: Tensor, positions: Tensor, stops: Tensor, hidden: Tensor) -> Tensor:
+        return hidden[0, :, :0]
+
+    def outline(self, chunks: Sequence[Chunk]) -> list[tuple[int, ...]]:
+        return []
+
+    def nothing(self, slot: int, position: int) -> tuple[int, ...]:
+        return ()
+
+    def read(self, outline: Tensor, extent: Extent, tokens: Tensor, states: Tensor) -> None:
+        pass
 
     def attach(self, pages: Pages, behind: int) -> None:
         pass

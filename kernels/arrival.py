@@ -59,10 +59,23 @@ def noise_bits(first, second, token):
 
 
 @triton.jit
+def step_key(seed, length, purpose: tl.constexpr):
+    """sampler.step_seed: int64. seed, length: int64."""
+    left, right = noise_key(seed, length)
+    left, right = feistel(left ^ purpose, right, 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
+    return left.to(tl.int64) | ((right & 0x7FFFFFFF).to(tl.int64) << 32)
+
+
+@triton.jit
+def unit_of(bits):
+    """sampler._open_unit on uint32."""
+    return tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355225)
+
+
+@triton.jit
 def gumbel_of(first, second, token):
     """sampler.gumbel, from the two halves of `noise_key`; token: uint32."""
-    bits = noise_bits(first, second, token)
-    v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355225)
+    v = unit_of(noise_bits(first, second, token))
     w = 1.0 - v
     # -log1p(-v) is -log(w) and what rounding took from w, which is all there is where v is tiny
     return -tl.log((v - (1.0 - w)) - tl.log(w))

@@ -48,27 +48,33 @@ def _far_runs(
 
 @triton.jit(
     do_not_specialize=["page_stride", "wrap", "nodes", "per"],
-    do_not_specialize_on_alignment=[*_SMALL, "ends", "counts"],
+    do_not_specialize_on_alignment=[*_SMALL, "ends", "counts", "blocks"],
 )
 def chain_kernel(
-    q, k_cache, v_cache, pages, lengths, first, ends, counts, sink, out,
+    q, k_cache, v_cache, pages, lengths, first, ends, counts, blocks, k_new, v_new, sink, out,
     q_batch, q_node, q_head, k_row, k_head, v_row, v_head, page_stride, wrap, nodes, per, scale,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, TAKEN: tl.constexpr, DEPTH: tl.constexpr, FIRST: tl.constexpr,
-    SINK: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
+    SINK: tl.constexpr, PACKED: tl.constexpr, FRESH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of a chain: node i of request b is at position lengths[b] + i and sees what is there up to itself.
 
     A program serves at most TAKEN nodes, with all heads of one key head, of one tile of positions: their far keys are the
     same. per: programs for a tile of positions. FIRST: whether there are positions that have no keys. PACKED: the requests'
-    rows stand one behind the other, those of request b end before row ends[b] and are counts[b].
+    rows stand one behind the other, those of request b end before row ends[b] and are counts[b]; blocks says which of them
+    a program serves. FRESH: the keys and values of a windowed layer's rows are in k_new and v_new, row by row, and only
+    those before them in the cache.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    b = tl.program_id(1)
     kv_head, block = tl.program_id(0) % KV_HEADS, tl.num_programs(0) // KV_HEADS - 1 - tl.program_id(0) // KV_HEADS
+    b = tl.program_id(1)
+    if PACKED:
+        b = tl.load(blocks + block * 2)
+        if b < 0:
+            return
     length = tl.load(lengths + b).to(tl.int32)
     begin = tl.load(first + b).to(tl.int32) if FIRST else 0
     origin, line = b.to(tl.int64) * q_batch, b.to(tl.int64) * nodes
@@ -76,8 +82,11 @@ def chain_kernel(
         nodes = tl.load(counts + b).to(tl.int32)
         line = tl.load(ends + b) - nodes
         origin = line * q_node
-    tile = length // TILE + block // per
-    low = tl.maximum(tile * TILE, length) + block % per * TAKEN
+        low = tl.load(blocks + block * 2 + 1)
+        tile = low // TILE
+    else:
+        tile = length // TILE + block // per
+        low = tl.maximum(tile * TILE, length) + block % per * TAKEN
     high = tl.minimum(tl.minimum(low + TAKEN, (tile + 1) * TILE), length + nodes)  # positions low..high-1
     if low >= high:
         return
@@ -105,13 +114,53 @@ def chain_kernel(
         pos = base + t
         exists = (pos >= lowest) & (pos < high)
         seen = (pos >= oldest[:, None]) & (pos <= own[:, None])
-        number = tl.load(pages + (pos // PAGE % wrap if WINDOW else pos // PAGE), mask=exists, other=0)
-        run = _absorb(
-            run, queries, k_cache, v_cache, number.to(tl.int64) * PAGE + pos % PAGE, exists, seen, scale, k_row, v_row,
-            DK, DV, D0, D1, DV_PAD,
-        )  # fmt: skip
+        if FRESH:
+            old, row = pos < length, line + pos - length
+            number = tl.load(pages + pos // PAGE % wrap, mask=exists & old, other=0)
+            stored = number.to(tl.int64) * PAGE + pos % PAGE
+            keys = tl.where(old, k_cache + stored * k_row, k_new + (row * KV_HEADS + kv_head) * DK)
+            values = tl.where(old, v_cache + stored * v_row, v_new + (row * KV_HEADS + kv_head) * DV)
+            run = _absorb(
+                run, queries, keys[:, None], values[:, None], tl.zeros([TILE], tl.int64), exists, seen, scale, 0, 0,
+                DK, DV, D0, D1, DV_PAD,
+            )  # fmt: skip
+        else:
+            number = tl.load(pages + (pos // PAGE % wrap if WINDOW else pos // PAGE), mask=exists, other=0)
+            run = _absorb(
+                run, queries, k_cache, v_cache, number.to(tl.int64) * PAGE + pos % PAGE, exists, seen, scale, k_row,
+                v_row, DK, DV, D0, D1, DV_PAD,
+            )  # fmt: skip
     m, total, acc = _merge(state, run)
     y = _finish(m, total, acc, tl.load(sink + head, mask=valid, other=0.0).to(tl.float32) if SINK else total, SINK)
     out += line * (KV_HEADS * GROUP * DV)
     target = (node.to(tl.int64) * (KV_HEADS * GROUP) + head) * DV
     tl.store(out + target[:, None] + dv, y.to(out.dtype.element_ty), mask=valid[:, None] & (dv < DV))
+
+
+@triton.jit(do_not_specialize=["batch", "size"], do_not_specialize_on_alignment=["lengths", "counts"])
+def blocks_kernel(
+    lengths, counts, blocks, batch, size, TILE: tl.constexpr, TAKEN: tl.constexpr, B: tl.constexpr, M: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """See chain_attention.Packed.blocks. A program writes M entries."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    PER: tl.constexpr = (TILE + TAKEN - 1) // TAKEN  # blocks of a whole tile
+    m, b = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, B)
+    length = tl.load(lengths + b, mask=b < batch, other=0).to(tl.int32)
+    count = tl.load(counts + b, mask=b < batch, other=0).to(tl.int32)
+    head = tl.minimum(count, TILE - length % TILE)  # rows in the tile that the first one stands in
+    rest = count - head
+    lead = (head + TAKEN - 1) // TAKEN
+    own = lead + rest // TILE * PER + (rest % TILE + TAKEN - 1) // TAKEN
+    ends = tl.cumsum(own, 0)
+    owner = tl.sum((m[:, None] >= ends[None, :]).to(tl.int32), 1)
+    mine = owner[:, None] == b[None, :]
+    number = m - tl.sum(tl.where(mine, (ends - own)[None, :], 0), 1)
+    start = tl.sum(tl.where(mine, length[None, :], 0), 1)
+    before = tl.sum(tl.where(mine, lead[None, :], 0), 1)
+    behind = number - before
+    low = (start // TILE + 1 + behind // PER) * TILE + behind % PER * TAKEN
+    tl.store(blocks + m * 2, tl.where(owner < B, owner, -1), mask=m < size)
+    tl.store(blocks + m * 2 + 1, tl.where(number < before, start + number * TAKEN, low), mask=m < size)

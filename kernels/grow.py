@@ -85,7 +85,7 @@ def candidates(
     """
     logp = torch.empty(*logits.shape[:2], width, dtype=torch.float32, device=logits.device)
     chosen = torch.empty(logp.shape, dtype=torch.int64, device=logits.device)
-    grow = {"cap": 0, "first": 0, "KEEP": 0, "GP": 1, "PRUNE": 0, "QP": 1}
+    grow = {"cap": 0, "first": 0, "KEEP": 0, "GP": 1, "PRUNE": 0, "QP": 1, "DRAWN": False}
     _launch_candidates(logits, positions, ids, seed, temperature, arrivals, ahead, logp, chosen, (None,) * 12, grow)
     return logp, chosen
 
@@ -105,10 +105,12 @@ def draft_level(
     ahead: int = 0,
     roots: Roots | None = None,
     finish: Finish | None = None,
+    drawn: bool = False,
 ) -> Finished | None:
     """Add a level to `nodes`, and finish the tree where `finish` is given; one launch.
 
-    The inputs up to `width` are those of `candidates`, for the frontier: nodes first..first+F-1. Of its F * width <= 1024
+    drawn: candidates are ranked by noise of their own, see Candidates; positions are then the roots', without `ahead`. The
+    inputs up to `width` are those of `candidates`, for the frontier: nodes first..first+F-1. Of its F * width <= 1024
     candidates the `keep` best by joint score become nodes first + F, ..., in index order, as in expand.grow. With
     `roots`, at first = 0, node 0 is written too. With `finish` the tree to verify comes back, as from expand.finish; no
     more than 256 drafted nodes can be pruned. Among equal scores the lower index comes first.
@@ -119,7 +121,7 @@ def draft_level(
     grow = {"cap": nodes.tokens.shape[1], "first": first, **_grow_sizes(nodes, first, frontier, width, keep)}
     count, out = first + frontier + grow["KEEP"] - 1, None
     ends: tuple[Tensor | None, ...] = (None,) * 6
-    grow |= {"PRUNE": 0, "QP": 1}
+    grow |= {"PRUNE": 0, "QP": 1, "DRAWN": drawn}
     if finish is not None:
         grow |= _prune_sizes(count, finish)
         out = _finished(nodes, count, finish)

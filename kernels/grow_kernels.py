@@ -11,9 +11,12 @@ from mtp_engine.kernels.arrival import (
     noise_key,
     pack,
     rank_of,
+    step_key,
     unpack_index,
     value_of,
 )
+
+_CANDIDATES = tl.constexpr(103)  # as in drafters.candidates
 
 
 @triton.jit
@@ -150,7 +153,7 @@ def candidates_kernel(
     tokens, parents, depths, scores, roots, slots, out_tokens, out_parents, out_depths, out_scores, ready, size,
     n, ahead, stride_b, stride_f, splits, cap, first,
     F: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr, SPLIT: tl.constexpr, SP: tl.constexpr, CP: tl.constexpr,
-    KEEP: tl.constexpr, GP: tl.constexpr, PRUNE: tl.constexpr, QP: tl.constexpr, PDL: tl.constexpr,
+    KEEP: tl.constexpr, GP: tl.constexpr, PRUNE: tl.constexpr, QP: tl.constexpr, DRAWN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (split, row): the best of a split of a row; the last of a row merges; the last row of a request grows."""
     split, row = tl.program_id(0), tl.program_id(1)
@@ -165,7 +168,11 @@ def candidates_kernel(
     x = tl.load(line + index, mask=real, other=-float("inf")).to(tl.float32)
     heat = tl.load(temperature + b)
     if heat > 0:
-        low, high = noise_key(tl.load(seed + b), tl.load(positions + b) + ahead)
+        if DRAWN:
+            node = (first + row % F).to(tl.int64)
+            low, high = noise_key(step_key(tl.load(seed + b), tl.load(positions + b), _CANDIDATES), node)
+        else:
+            low, high = noise_key(tl.load(seed + b), tl.load(positions + b) + ahead)
         x = x / tl.maximum(heat, 1e-6) + gumbel_of(low, high, token)
     top = tl.max(x, 0)
     here = row * splits + split

@@ -92,6 +92,38 @@ def storage_rows(pages: Tensor, lengths: Tensor, count: int, page_size: int, *, 
     return rows
 
 
+@triton.jit
+def _store_kernel(
+    k_new, v_new, k, v, rows, k_width, v_width, k_row, v_row, KP: tl.constexpr, VP: tl.constexpr, PDL: tl.constexpr
+):
+    """Program (row, k or v)."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    i = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + i)
+    if row < 0:
+        return
+    c, d = tl.arange(0, KP), tl.arange(0, VP)
+    if tl.program_id(1) == 0:
+        tl.store(k + row * k_row + c, tl.load(k_new + i * k_width + c, mask=c < k_width), mask=c < k_width)
+    else:
+        tl.store(v + row * v_row + d, tl.load(v_new + i * v_width + d, mask=d < v_width), mask=d < v_width)
+
+
+def store_rows(k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> None:
+    """Put rows [N, H, Dk] and [N, H, Dv] into the storage rows `rows` [N] int64 of k [R, H, Dk] and v [R, H, Dv]; those whose
+    storage row is -1 nowhere. One launch."""
+    k_new, v_new, k, v = (x.flatten(1) for x in (k_new, v_new, k, v))
+    check_contiguous(k_new, v_new, rows)
+    assert k.stride(1) == v.stride(1) == 1
+    k_width, v_width = k_new.shape[1], v_new.shape[1]
+    _store_kernel[(len(rows), 2)](
+        k_new, v_new, k, v, rows, k_width, v_width, k.stride(0), v.stride(0), KP=triton.next_power_of_2(k_width),
+        VP=triton.next_power_of_2(v_width), PDL=pdl(), launch_pdl=pdl(),
+    )  # fmt: skip
+
+
 def move_kept(
     k: Tensor,
     v: Tensor,

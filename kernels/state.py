@@ -1,7 +1,7 @@
 """What a step moves between its parts: rows of draft levels, hidden states, and the state of each slot. Launches count
 here more than bytes, so each function is one.
 
-Twins: drafters.portable.TorchDraftOps, and runtime.slots.SlotState without kernels.
+Twins: drafters.portable.TorchDraftOps, runtime.slots.SlotState without kernels, and tree.DraftTree.forced.
 """
 
 import torch
@@ -138,30 +138,35 @@ def last_rows(values: Tensor, counts: Tensor) -> Tensor:
 
 @triton.jit
 def _observe(
-    slots, lengths, path, tokens, counts, hidden, tokens_table, hidden_table, counts_table, recent, D, rows, ring, nodes,
-    H, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    slots, lengths, path, tokens, counts, hidden, tokens_table, hidden_table, counts_table, recent, behind, D, rows, ring,
+    nodes, H, scratch, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (kept node, request, piece of H)."""
     _wait(PDL)
     d, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     h = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     slot, node = tl.load(slots + b), tl.load(path + b * D + d)
+    stay = b * 0
+    if behind is not None:
+        stay = tl.where(slot < scratch, tl.load(behind + b), 0)
+    at = tl.minimum(stay + d, rows - 1)
     value = tl.load(hidden + (b * nodes + node) * H + h, mask=h < H)
-    tl.store(hidden_table + (slot * rows + d) * H + h, value, mask=h < H)
+    tl.store(hidden_table + (slot * rows + at) * H + h, value, mask=h < H)
     turned = (tl.load(lengths + b) + d) % ring
     tl.store(recent + (slot * ring + turned) * H + h, value, mask=h < H)
     if tl.program_id(2) == 0:
-        tl.store(tokens_table + slot * rows + d, tl.load(tokens + b * D + d))
+        tl.store(tokens_table + slot * rows + at, tl.load(tokens + b * D + d))
         if d == 0:
-            tl.store(counts_table + slot, tl.load(counts + b))
+            tl.store(counts_table + slot, tl.minimum(stay + tl.load(counts + b), rows))
 
 
 def observe(
     slots: Tensor, lengths: Tensor, path: Tensor, tokens: Tensor, counts: Tensor, hidden: Tensor,
-    tokens_table: Tensor, hidden_table: Tensor, counts_table: Tensor, recent: Tensor,
+    tokens_table: Tensor, hidden_table: Tensor, counts_table: Tensor, recent: Tensor, behind: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Row d of slot slots[b] becomes tokens[b, d] and hidden[b, path[b, d]], its count counts[b]; row (lengths[b] + d) % R
-    of the ring `recent` becomes that state, too.
+    of the ring `recent` becomes that state, too. behind: [B] int64, of all but the last slot so many rows stay, and the new
+    ones go behind them, as many as there is room for.
 
     slots, lengths, counts: [B] int64; path, tokens: [B, D] int64; hidden: [B, N, H]; tables: [S, >= D], [S, >= D, H] and
     [S]; recent: [S, R, H], R >= D.
@@ -171,8 +176,9 @@ def observe(
     width = hidden.shape[2]
     block = min(1024, triton.next_power_of_2(width))
     _observe[(depth, batch, -(-width // block))](
-        slots, lengths, path, tokens, counts, hidden, tokens_table, hidden_table, counts_table, recent, depth,
-        tokens_table.shape[1], recent.shape[1], hidden.shape[1], width, BLOCK=block, PDL=pdl(), launch_pdl=pdl(), num_warps=2,
+        slots, lengths, path, tokens, counts, hidden, tokens_table, hidden_table, counts_table, recent, behind, depth,
+        tokens_table.shape[1], recent.shape[1], hidden.shape[1], width, len(counts_table) - 1, BLOCK=block, PDL=pdl(),
+        launch_pdl=pdl(), num_warps=2,
     )  # fmt: skip
 
 
@@ -214,3 +220,39 @@ def advance(
         launch_pdl=pdl(), num_warps=1,
     )  # fmt: skip
     return table
+
+
+@triton.jit
+def _force(tokens, parents, depths, size, chains, out, B, N, K, stride, deepest, NP: tl.constexpr, PDL: tl.constexpr):
+    _wait(PDL)
+    b, n = tl.program_id(0), tl.arange(0, NP)
+    inside, here, there, count = n < N, b * stride + n, out + b * N + n, tl.load(chains + b * (K + 1))
+    on, plane = count > 0, B * N
+    token, parent = tl.load(tokens + here, mask=inside, other=0), tl.load(parents + here, mask=inside, other=0)
+    chained = inside & on & (n > 0) & (n <= count)
+    token = tl.where(chained, tl.load(chains + b * (K + 1) + n, mask=chained, other=0), token)
+    tl.store(there, token, mask=inside)
+    tl.store(there + plane, tl.where(on, (n - 1).to(tl.int64), parent), mask=inside)
+    depth = tl.load(depths + here, mask=inside, other=0)
+    tl.store(there + 2 * plane, tl.where(on, tl.minimum(n, deepest).to(tl.int64), depth), mask=inside)
+    tl.store(out + 3 * plane + b, tl.where(on, count + 1, tl.load(size + b)))
+
+
+def force(
+    tokens: Tensor, parents: Tensor, depths: Tensor, size: Tensor, chains: Tensor, deepest: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, parents and depths [B, N] and sizes [B] of trees with a chain in place of some; see DraftTree.forced.
+
+    chains: [B, 1 + K] int64; deepest: the trees' max_depth.
+    """
+    batch, nodes = tokens.shape
+    assert tokens.stride() == parents.stride() == depths.stride()
+    assert tokens.stride(1) == 1
+    check_contiguous(size, chains)
+    out = torch.empty(3 * batch * nodes + batch, dtype=torch.int64, device=tokens.device)
+    _force[(batch,)](
+        tokens, parents, depths, size, chains, out, batch, nodes, chains.shape[1] - 1, tokens.stride(0), deepest,
+        NP=triton.next_power_of_2(nodes), PDL=pdl(), launch_pdl=pdl(), num_warps=1,
+    )  # fmt: skip
+    table = out[: 3 * batch * nodes].view(3, batch, nodes)
+    return table[0], table[1], table[2], out[3 * batch * nodes :]

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 
 import torch
 
@@ -38,15 +39,17 @@ from mtp_engine.models.native import why_not
 from mtp_engine.models.weights import Makers
 from mtp_engine.parallel.group import Group
 from mtp_engine.parallel.shard import check_divides
-from mtp_engine.protocols import Drafter, Progress, TargetModel, TreePlanner, Verifier
+from mtp_engine.protocols import Drafter, Progress, StepPlanner, TargetModel, TreePlanner, Verifier
 from mtp_engine.runtime.intake import Intake
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.memory import Memory
 from mtp_engine.runtime.planner import Costs, Planner
 from mtp_engine.runtime.ranks import Alone, Ranks
 from mtp_engine.runtime.scheduler import Scheduler
+from mtp_engine.runtime.shapes import Offer, ShapeCosts, ShapePlanner
 from mtp_engine.runtime.slots import SlotState
 from mtp_engine.runtime.step import EagerRunner, ModelStep, RunnerFactory
+from mtp_engine.runtime.timing import time_shapes
 from mtp_engine.sampling.masks import Constraint
 from mtp_engine.sampling.processors import Processors
 from mtp_engine.sampling.stops import NewDecoder
@@ -64,8 +67,14 @@ _RULE_TREES = {
 }
 _DEFAULT_TREES = {  # what measured fastest, see bench/LOG.md
     "cpu": {"mtp": TreeShape.parse("auto"), "ngram": TreeShape.parse("chain:4")},
-    "cuda": {"mtp": TreeShape.parse("tree:15"), "ngram": TreeShape.parse("chain:4")},
+    "cuda": {"mtp": TreeShape.parse("auto"), "ngram": TreeShape.parse("chain:4")},
 }
+_SHAPES = (  # beside a chain of all levels: on a GPU, what steps of so many requests at least, and at most, may draft
+    (TreeShape.parse("chain:1"), 24, 1 << 30),
+    (TreeShape.parse("tree:7"), 1, 32),
+    (TreeShape.parse("tree:15"), 1, 8),
+)
+_LATE = 32  # rows that MTP layers may have to come after steps without drafts
 _KV_BUDGET = 4 << 30  # bytes; the default cache holds a full context per slot up to this, and what is kept besides
 
 
@@ -112,8 +121,9 @@ def make_loop(
         device=embedding.device, attention=backend.attention, runner=backend.runner(slots), kernels=backend.kernels,
         text=tokenizer.stream if tokenizer else None, spell=tokenizer.spellings if tokenizer else None,
         grammars=Grammars(tokenizer.folder, model.config.vocab_size, eos).start if tokenizer else None,
-        planner=drafter.planner if isinstance(drafter, LazyMTPDrafter) else None, ranks=ranks,
-        shares=config.tensor_parallel > 1 and config.verifier == "match",
+        planner=drafter.planner if isinstance(drafter, LazyMTPDrafter) else None,
+        shapes=drafter.planner if isinstance(drafter, MTPDrafter) else None,
+        ranks=ranks, shares=config.tensor_parallel > 1 and config.verifier == "match",
     )  # fmt: skip
 
 
@@ -124,16 +134,19 @@ def decode_loop(
     attention: AttentionFactory = TorchAttention, runner: RunnerFactory = EagerRunner, kernels: bool = False,
     text: NewDecoder | None = None, spell: Callable[[str], Iterable[Sequence[int]]] | None = None,
     grammars: Callable[[Structure], Constraint] | None = None, clock: Callable[[], float] = time.monotonic,
-    planner: TreePlanner | None = None, ranks: Ranks = Alone(), shares: bool = False,  # noqa: B008  it holds nothing
+    planner: TreePlanner | None = None, shapes: StepPlanner | None = None,
+    ranks: Ranks = Alone(), shares: bool = False,  # noqa: B008  it holds nothing
 ) -> DecodeLoop:  # fmt: skip
     """A loop of given parts. text, spell, grammars: see Intake. clock: seconds, for timeouts. packs: see Scheduler.
-    prefix_bytes, share_pages: see Memory. planner: the drafter's, if it has one. shares: see ModelStep."""
+    prefix_bytes, share_pages: see Memory. planner, shapes: the drafter's, if it has one. shares: see ModelStep."""
     drafter.attach(cache.pages, cache.behind)
     processors = Processors(
         slots=slots + 1, vocab=model.vocab_size, eos_token_ids=eos_token_ids, device=device, kernels=kernels
     )
     state = SlotState(slots + 1, device, kernels=kernels)  # the last slot is scratch, with which runners pad batches
-    work = ModelStep(model, cache, drafter, verifier, processors, state, attention, device, planner, kernels, shares)
+    work = ModelStep(
+        model, cache, drafter, verifier, processors, state, attention, device, planner, kernels, shapes, shares
+    )
     runs = runner(work)
     rows = max(drafter.max_nodes, drafter.scratch_rows if drafter.cache and drafter.cache.paged else 0)
     memory = Memory(
@@ -142,14 +155,9 @@ def decode_loop(
     )  # fmt: skip
     intake = Intake(model.vocab_size, max_context, memory.capacity, frozenset(eos_token_ids), text, spell, grammars)
     scheduler = Scheduler(
-        memory,
-        slots=slots,
-        chunk=prefill_chunk,
-        max_waiting=max_waiting,
-        packs=packs,
-        clock=clock,
-        dismissing=ranks.ending,
-    )
+        memory, slots=slots, chunk=prefill_chunk, max_waiting=max_waiting, packs=packs, clock=clock,
+        pace=shapes.rows if shapes else lambda: None, dismissing=ranks.ending,
+    )  # fmt: skip
     return DecodeLoop(work, runs, scheduler, intake, memory, ranks)
 
 
@@ -179,7 +187,8 @@ def settle(config: EngineConfig, files: ModelFiles) -> EngineConfig:
         assert mtp is not None
         if len(shape.widths) > mtp.depth and not mtp.reused:
             raise EngineError(f"tree shape {shape} is deeper than the model's {mtp.depth} MTP layers")
-        plans = device == "cpu" and config.verifier == "match" and config.candidates == "auto"
+        plans = (device == "cpu" or config.attention == "exact") and config.verifier == "match"
+        plans = plans and config.candidates == "auto"
         plans = plans and config.tensor_parallel == 1  # ranks must not go by clocks of their own
         if shape.auto and not plans:
             shape = TreeShape.parse("tree:15" if device == "cuda" else "tree:7")
@@ -247,9 +256,10 @@ def make_drafter(
     module = backend.fuse_mtp(module)
     if not config.tree.auto:
         return mtp_drafter(module, config, backend)
+    if not backend.levels:
+        return shaped_drafter(module, config, backend)
     drafting = len(module.draft_ids), config.draft_int8, config.window_keys
-    key = (_COSTS, torch.__version__, processor(), weights_identity(files), config.dtype, config.threads, *drafting)
-    path = cache_root() / "plans" / f"{sha256(repr(key).encode()).hexdigest()[:16]}.json"
+    path = _plans(files, processor(), config.dtype, config.threads, *drafting)
     costs = Costs.read(path)
     if costs is None:
         progress("timing drafts", 0, None)
@@ -261,6 +271,50 @@ def make_drafter(
         )
         return RootDrafter()
     return mtp_drafter(module, config, backend, Planner(costs))
+
+
+def _plans(files: ModelFiles, *about: object) -> Path:
+    """Where what was measured with a model's weights is kept. about: what else it depends on."""
+    key = (_COSTS, torch.__version__, weights_identity(files), *about)
+    return cache_root() / "plans" / f"{sha256(repr(key).encode()).hexdigest()[:16]}.json"
+
+
+def shaped_drafter(module: MTPModule, config: EngineConfig, backend: Backend) -> MTPDrafter:
+    """One whose steps take one of a few shapes, or none, as a planner says. It knows nothing of their costs yet."""
+    depth = module.config.depth
+    chain = TreeShape(widths=(1,) * depth)
+    others = [(shape, least, most) for shape, least, most in _SHAPES if shape != chain]
+    offers = [Offer(chain, depth + 1), *(Offer(shape, shape.max_nodes, *batches) for shape, *batches in others)]
+    planner = ShapePlanner(
+        sorted(offers, key=lambda offer: offer.nodes),
+        depth=depth,
+        room=_LATE,
+        costs=ShapeCosts(),
+        bucket=backend.bucket,
+    )
+    return MTPDrafter(
+        module, chain, slots=config.max_batch + 1, attention=backend.attention, ops=backend.ops("noise"),
+        ring_page=backend.ring_page, ring_rows=backend.ring_rows, others=[shape for shape, *_ in others], late=_LATE,
+        planner=planner,
+    )  # fmt: skip
+
+
+def learn_costs(
+    loop: DecodeLoop, files: ModelFiles, config: EngineConfig, backend: Backend, progress: Progress
+) -> None:
+    """Let a loop that has recorded its steps know what they cost, from its own timing or an earlier one here."""
+    planner = loop.work.shapes
+    if not isinstance(planner, ShapePlanner):
+        return
+    batches = sorted({backend.bucket(size) for size in range(1, config.max_batch + 1)})
+    names = [(batch, str(plan)) for batch in batches for plan in planner.plans(batch)]
+    device = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else processor()
+    path = _plans(files, device, config.dtype, config.max_context, names)
+    if known := ShapeCosts.read(path):
+        planner.know(known)
+        return
+    time_shapes(loop, planner, batches, min(config.prefill_chunk, backend.chunk_rows), progress)
+    planner.costs.write(path)
 
 
 def mtp_drafter(

@@ -27,6 +27,7 @@ from mtp_engine.runtime.threads import pool_size
 from mtp_engine.verifiers import (
     BlockVerifier,
     DeviceMatchVerifier,
+    DeviceRRSVerifier,
     MatchVerifier,
     NativeMatchVerifier,
     RejectionVerifier,
@@ -68,6 +69,7 @@ class Backend:
     in_flight: steps that may be queued at a time. ring_page, ring_rows: rings are whole pages and take at least so many
     rows at a time. scratch_tokens: room that the scratch slot needs; 0 = there is none. usual_chunk, chunk_rows: rows of
     prompts that are read at once where the user says nothing, and at most. packs: whether they may be several prompts'.
+    bucket: the batch that is recorded for so many requests.
     """
 
     attention: AttentionFactory = TorchAttention
@@ -86,6 +88,7 @@ class Backend:
     chunk_rows: int = 1 << 30
     packs: bool = True
     kernels: bool = False
+    bucket: Callable[[int], int] = lambda size: size
 
 
 def find_device(name: str) -> torch.device:
@@ -142,9 +145,11 @@ def make_backend(
         )
     from mtp_engine.attention.exact import MOST_ROWS, exact_attention
     from mtp_engine.drafters.device import DeviceDraftOps
+    from mtp_engine.kernels.compiling import wake
     from mtp_engine.models.fused import fuse, fuse_mtp
     from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner, bucket
 
+    wake()  # while weights are read
     attention: AttentionFactory = exact_attention
     refresh = None
     if config.attention == "flashinfer":
@@ -158,22 +163,30 @@ def make_backend(
     in_flight = config.steps_in_flight
 
     def runner(slots: int) -> RunnerFactory:
-        return partial(GraphRunner, in_flight=in_flight, scratch=slots, device=device, refresh=refresh)
+        return partial(
+            GraphRunner, in_flight=in_flight, scratch=slots, device=device, refresh=refresh,
+            chunk=config.prefill_chunk or _GPU_CHUNK, progress=progress,
+        )  # fmt: skip
 
     most = bucket(config.max_batch)
+    rules: dict[str, Callable[[], Verifier]] = {
+        **_RULES, "match": lambda: DeviceMatchVerifier(most, device), "rrs": DeviceRRSVerifier,
+        "rejection": DeviceRRSVerifier,
+    }  # fmt: skip
     return Backend(
         attention=attention,
         runner=runner,
         fuse=fuse,
         fuse_mtp=fuse_mtp,
-        verifier=lambda rule: DeviceMatchVerifier(most, device) if rule == "match" else _rule(rule),
-        ops=lambda ranking: DeviceDraftOps(most, device) if ranking == "noise" else TorchDraftOps(ranking),
+        verifier=lambda rule: rules[rule](),
+        ops=lambda ranking: DeviceDraftOps(most, device, ranking),
         in_flight=in_flight,
         ring_page=config.page_size,
         ring_rows=MOST_ROWS,
         scratch_tokens=SCRATCH_TOKENS,
         usual_chunk=_GPU_CHUNK,
         kernels=True,
+        bucket=bucket,
     )
 
 
@@ -221,7 +234,7 @@ def cannot_compile() -> str:
 def check_tree(shape: TreeShape, config: EngineConfig, device: str) -> None:
     """Raises EngineError for a tree that the drafting kernels cannot grow. device: its type, such as "cuda".
 
-    The kernels pick candidates ranked by noise; others are picked by torch operations, which take any tree.
+    Candidates ranked otherwise than by noise are picked by torch operations where a tree is too wide for the kernels.
     """
     kernels = device == "cuda" and config.attention != "torch" and config.ranking == "noise"
     widest = max(shape.widths, default=0)  # tree:N is made to fit, see level_sizes

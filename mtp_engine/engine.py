@@ -11,7 +11,7 @@ from typing import Any, Literal, cast, final
 
 import torch
 
-from mtp_engine.assemble import load_main, make_drafter, make_loop, settle
+from mtp_engine.assemble import learn_costs, load_main, make_drafter, make_loop, settle
 from mtp_engine.backend import Backend, describe_device, find_device, gpu_errors, make_backend
 from mtp_engine.cache.prefix_file import StoredPrefix
 from mtp_engine.config import DEFAULT_MODEL, EngineConfig, ModelConfig, SamplingParams
@@ -130,6 +130,7 @@ class Engine:
         if config.capture == "load":
             with torch.inference_mode():
                 engine.captured = loop.runner.capture(config.max_batch, loop.intake.max_context, progress)
+            learn_costs(loop, files, config, backend, progress)
         group.join(torch.zeros(1, device=device))  # when all have come so far
         return engine
 

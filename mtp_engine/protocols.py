@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mtp_engine.cache import HybridKV, Pages
-from mtp_engine.sampling.batch import Batch
+from mtp_engine.sampling.batch import Batch, Chunk, Extent, Plan
 from mtp_engine.tree import DraftTree, VerifyResult
 
 
@@ -44,6 +44,23 @@ class TargetModel(Protocol):
         """Those of this rank's tokens, where several ranks share the model: [..., V / ranks]."""
 
 
+class PromptReader(Protocol):
+    """What a drafter makes of chunks of prompts, of several at once: tensor operations, which a CUDA graph can hold."""
+
+    def keep(self, slots: Tensor, positions: Tensor, stops: Tensor, hidden: Tensor) -> Tensor:
+        """The main model read rows: of each its slot, its position, and where its chunk stops, [N] int64; hidden:
+        [1, N, H], or with features more. A chunk's rows stand in one run. Returns what `read` wants of them, [N, H]."""
+
+    def outline(self, chunks: Sequence[Chunk]) -> list[tuple[int, ...]]:
+        """What is to be done for each of the chunks for which anything is; the last number says how many rows."""
+
+    def nothing(self, slot: int, position: int) -> tuple[int, ...]:
+        """An entry of an outline without rows, that stands for nobody: it may change what the slot holds."""
+
+    def read(self, outline: Tensor, extent: Extent, tokens: Tensor, states: Tensor) -> None:
+        """Do what an outline says, [C, B] int64, an entry a column. tokens: [N] int64 of the pass; states: from `keep`."""
+
+
 class Drafter(Protocol):
     """Proposes trees. All its state is per slot."""
 
@@ -65,6 +82,9 @@ class Drafter(Protocol):
     @property
     def reread(self) -> int: ...  # tokens that `load` runs through its layers once more, where their rows were saved
 
+    @property
+    def prompts(self) -> PromptReader | None: ...  # None: `observe` is shown every chunk
+
     def attach(self, pages: Pages, behind: int) -> None:
         """Make its cache in a loop's pages. behind: see HybridKV."""
 
@@ -76,7 +96,8 @@ class Drafter(Protocol):
     def observe(self, batch: Batch, result: VerifyResult, hidden: Tensor) -> None:
         """A step was kept. hidden: [B, N, H] of all its nodes, of which result.path names those kept.
 
-        A prompt comes in the same way, chunk by chunk (batch.prompt_left): a chain of known tokens that is kept whole.
+        Without `prompts` a prompt comes in the same way, chunk by chunk (batch.prompt_left): a chain of known tokens that
+        is kept whole.
         """
 
     def save(self, slot: int, tokens: int, *, lean: bool) -> list[Tensor]:
@@ -114,6 +135,30 @@ class TreePlanner(Protocol):
 
     def timed(self, nodes: int, batch: int, draft_s: float, verify_s: float) -> None:
         """A step with trees of so many nodes, roots included, took so long."""
+
+    def release(self, slot: int) -> None:
+        """Another request may take it."""
+
+
+class StepPlanner(Protocol):
+    """Chooses a step's shape, one for all its requests, before it is launched (runtime.shapes.ShapePlanner)."""
+
+    def plans(self, batch: int) -> Sequence[Plan]:
+        """Among which it chooses for so many requests: plain decoding, others, of which the last but one is taken where a
+        request wants a smaller tree, and at last the one for who is late."""
+
+    def choose(self, slots: Sequence[int], bound: int, *, limited: bool, speculates: bool) -> Plan:
+        """For a step of the requests in `slots`, which is launched next. bound: none of them has more tokens.
+        limited: one wants a smaller tree. speculates: whether one wants any."""
+
+    def learn(self, plan: Plan, slots: Sequence[int], accepted: Sequence[int]) -> None:
+        """How many drafts of each request's tree were accepted."""
+
+    def timed(self, plan: Plan, batch: int, bound: int, step_s: float, host_s: float | None) -> None:
+        """A step took the device so long, and the host beside it, where that is known."""
+
+    def rows(self) -> int | None:
+        """How many rows of prompts to read behind a step, so that it does not take twice as long; None: any."""
 
     def release(self, slot: int) -> None:
         """Another request may take it."""

@@ -1,6 +1,6 @@
 """The two values of a step: the tree a drafter proposes, and the path a verifier keeps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
 
@@ -64,6 +64,18 @@ class DraftTree:
     def ancestors(self) -> Tensor:
         """[B, N, N] bool, see `ancestor_mask`."""
         return ancestor_mask(self.parents, self.size, self.max_depth)
+
+    def forced(self, chains: Tensor) -> "DraftTree":
+        """With a chain in place of a request's tree where there is one. chains: [B, 1 + K] int64, the number of tokens, at most
+        N - 1 and max_depth, and the tokens. 0: the tree stays."""
+        count, node = chains[:, :1], torch.arange(self.nodes, device=chains.device)
+        on = count > 0
+        place = (1 + node.sub(1).clamp(min=0)).clamp(max=chains.shape[1] - 1).expand_as(self.tokens)
+        tokens = torch.where(on & (node > 0) & (node <= count), chains.gather(1, place), self.tokens)
+        parents = torch.where(on, node - 1, self.parents)
+        depths = torch.where(on, node.clamp(max=self.max_depth), self.depths)
+        size = torch.where(on[:, 0], count[:, 0] + 1, self.size)
+        return replace(self, tokens=tokens, parents=parents, depths=depths, size=size)
 
     @classmethod
     def root(cls, tokens: Tensor) -> "DraftTree":

@@ -50,7 +50,7 @@ def packed(call: Any, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     plan = replace(chain_plan(q.dtype, max(counts), heads, kv_heads, q.shape[3]), splits=call["plan"].splits)
     first, table = call["first"] if int(call["first"][0]) else None, torch.tensor(counts, device=q.device)
     given = {name: call[name] for name in names} | {"q": q, "first": first, "plan": plan}
-    return chain_attention(**given, packed=Packed.of(table, max(counts))), y
+    return chain_attention(**given, packed=Packed.of(call["lengths"], table, sum(counts))), y
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -74,9 +74,7 @@ def test_packed_rows_over_pages_and_rings_have_the_bits_of_each_alone() -> None:
         steps = []
         for spans in (((0, 0, 70), (2, 0, 3), (1, 0, 25)), ((0, 70, 2), (1, 25, 66))):
             table = torch.tensor(spans, device=DEVICE).T.contiguous()
-            owners = torch.arange(len(spans), device=DEVICE).repeat_interleave(table[2])
-            positions = torch.cat([torch.arange(start, start + count, device=DEVICE) for _, start, count in spans])
-            rows = StepRows.prompts(table, torch.stack([owners, positions]), spans)
+            rows = StepRows.prompts(table, total := int(table[2].sum()), 150)
             parts = [(exact_attention(cache, rows), slice(None))]
             if not packs:
                 ends = table[2].cumsum(0).tolist()
@@ -84,7 +82,7 @@ def test_packed_rows_over_pages_and_rings_have_the_bits_of_each_alone() -> None:
                 parts = [(exact_attention(cache, each), cut) for each, cut in zip(rows.apart(), cuts, strict=True)]
             g.manual_seed(len(spans))
             for layer in range(2):
-                q, k, v = (torch.randn(1, len(owners), n, 8, generator=g, device=DEVICE) for n in (2, 1, 1))
+                q, k, v = (torch.randn(1, total, n, 8, generator=g, device=DEVICE) for n in (2, 1, 1))
                 steps.append(torch.cat([part(layer, q[:, c], k[:, c], v[:, c], scale=0.3) for part, c in parts], 1))
         found.append(steps)
     assert all(torch.equal(*each) for each in zip(*found, strict=True))

@@ -29,7 +29,7 @@ TEXT = "Grüße, 世界 🙂!\nEnd."  # one token per byte below: characters of 
 STATS_KEYS = {
     "seed", "prompt_tokens", "cached_tokens", "steps", "tokens", "mean_accepted_length", "accepted_per_depth",
     "proposed_per_depth", "nodes_per_step", "trees", "preemptions", "queued_s", "prefill_s", "draft_s", "verify_s", "total_s",
-    "tokens_per_s", "ttft_s", "plain_tokens_per_s", "drafted_tokens_per_s", "plain_range",
+    "tokens_per_s", "ttft_s", "compile_s", "plain_tokens_per_s", "drafted_tokens_per_s", "plain_range",
     "speedup", "identical_to_plain",
 }  # fmt: skip
 
@@ -495,6 +495,10 @@ def test_waits_mention_only_long_waits(capsys: pytest.CaptureFixture[str]) -> No
         timer.join(10)
         waits("long", 2, 3)
         waits("short again", 0, None)
+    with Waits(patience=0.05) as waits:
+        waits("done by then", 0, 2)
+        waits("done by then", 2, 2)
+        assert waits._timer is None
     with Waits(patience=0.0, quiet=True) as waits:
         waits("silent", 0, None)
     assert capsys.readouterr().err == "long ...\n"

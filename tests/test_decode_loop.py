@@ -42,7 +42,7 @@ class Scripted:
     and shape per request, in which about half the nodes that could be right are.
     """
 
-    cache = None
+    cache = prompts = None
     scratch_rows = history = reread = 0
 
     def __init__(self, kind: str, texts: Mapping[int, Sequence[int]], vocab: int = VOCAB, nodes: int = 6) -> None:

@@ -17,7 +17,7 @@ from mtp_engine.attention.exact import MOST_ROWS, exact_attention
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import SamplingParams, Structure, TreeShape
-from mtp_engine.drafters import MTPDrafter, RootDrafter, TorchDraftOps
+from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.drafters.device import DeviceDraftOps
 from mtp_engine.drafters.expand import DraftOps
 from mtp_engine.models import loader
@@ -28,7 +28,7 @@ from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request
 from mtp_engine.runtime.step import EagerRunner
-from mtp_engine.verifiers import BlockVerifier, DeviceMatchVerifier, RejectionVerifier, RRSVerifier, TraversalVerifier
+from mtp_engine.verifiers import BlockVerifier, DeviceMatchVerifier, DeviceRRSVerifier, TraversalVerifier
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SLOTS, PAGE = 3, 16
@@ -154,9 +154,16 @@ def test_two_kinds_of_graphs_take_turns(model: Model) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("rule", [RejectionVerifier, BlockVerifier, RRSVerifier, TraversalVerifier])
-def test_other_rules_say_in_graphs_what_they_say_without(model: Model, rule: Any) -> None:
-    shape = "chain:3" if rule in (RejectionVerifier, BlockVerifier) else "3x2"
+@pytest.mark.parametrize(
+    ("rule", "shape"),
+    [
+        (DeviceRRSVerifier, "chain:3"),
+        (BlockVerifier, "chain:3"),
+        (DeviceRRSVerifier, "3x2"),
+        (TraversalVerifier, "3x2"),
+    ],
+)
+def test_other_rules_say_in_graphs_what_they_say_without(model: Model, rule: Any, shape: str) -> None:
     params = [
         SamplingParams(max_tokens=40, temperature=0.8, seed=1, frequency_penalty=0.5),
         SamplingParams(max_tokens=40, temperature=0.8, seed=2),
@@ -164,7 +171,7 @@ def test_other_rules_say_in_graphs_what_they_say_without(model: Model, rule: Any
     ]
 
     def said(graphs: bool) -> list[list[int]]:
-        loop = model.loop(shape, rule=rule(), graphs=graphs, ops=TorchDraftOps("drawn"))
+        loop = model.loop(shape, rule=rule(), graphs=graphs, ops=DeviceDraftOps(16, DEVICE, "drawn"))
         return [request.output for request in decode(loop, PROMPTS, params)]
 
     assert said(True) == said(False)
@@ -271,12 +278,32 @@ def test_prompts_that_are_read_together_have_the_bits_of_each_alone(model: Model
     for turn in range(3):
         spans = tuple((slot, at[slot], min(sizes[(slot + turn) % 3], 200 - at[slot])) for slot in range(3))
         table = torch.tensor(spans, device=DEVICE).T.contiguous()
-        owners = torch.arange(3, device=DEVICE).repeat_interleave(table[2])
-        positions = torch.cat([torch.arange(start, start + count, device=DEVICE) for _, start, count in spans])
-        rows = StepRows.prompts(table, torch.stack([owners, positions]), spans)
+        rows = StepRows.prompts(table, sum(count for *_, count in spans), 300)
         tokens = [prompts[slot][i] for slot, start, count in spans for i in range(start, start + count)]
         for (slot, start, count), states in zip(
             spans, forward(cache, rows, tokens).split([c for *_, c in spans]), strict=True
         ):
             assert torch.equal(states, alone[slot][start : start + count]), (turn, slot)
             at[slot] = start + count
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", ["root", "chain:3", "tree:6"])
+def test_prompts_as_graphs_are_those_read_operation_by_operation(model: Model, shape: str) -> None:
+    """The same texts in the same steps; all passes are replayed, of prompts alone and together, in chunks and behind hits."""
+    prompts = [[1 + (i * 7 + b) % 50 for i in range(length)] for b, length in enumerate((150, 30, 3, 99, 61, 40))]
+    params, found = SamplingParams(max_tokens=30, temperature=0.7, seed=2), []
+    for graphs in (True, False):
+        loop = model.loop(shape, graphs=graphs, prefix_bytes=10**8, share_pages=True)
+        runner: Any = loop.runner
+        slow = 0
+        if graphs:
+            runner.capture(SLOTS, 400, lambda *_: None)
+            slow = runner.prompts.slow  # each size once, before it was captured
+        requests = [*decode(loop, prompts, [params] * 6), *decode(loop, [p + [4] * 9 for p in prompts], [params] * 6)]
+        found.append([(r.output, r.stats.steps, r.stats.cached_tokens) for r in requests])
+        if graphs:
+            assert runner.prompts.replayed > 4
+            assert runner.prompts.slow == slow, "all sizes were captured"
+    assert found[0] == found[1]
+    assert any(cached for *_, cached in found[0])

@@ -10,9 +10,11 @@ from test_tree import draft_trees, random_tree
 from torch import Tensor
 
 from mtp_engine.config import SamplingParams, TreeShape
+from mtp_engine.drafters.candidates import Ranking
 from mtp_engine.drafters.device import DeviceDraftOps
 from mtp_engine.drafters.expand import DraftOps, Growth, Level, level_sizes
 from mtp_engine.drafters.portable import TorchDraftOps
+from mtp_engine.kernels.state import force
 from mtp_engine.runtime.request import TreeLimits
 from mtp_engine.runtime.slots import SlotState
 from mtp_engine.sampling.batch import Batch, SamplingBatch
@@ -94,6 +96,31 @@ def test_inputs(tree: DraftTree, new: int, seed: int) -> None:
 
 @FEW
 @given(tree=draft_trees(vocab=20, max_nodes=6), seed=st.integers(0, 99))
+def test_rows_that_wait_stay(tree: DraftTree, seed: int) -> None:
+    """A plain step's row goes behind those of the steps before it, but for the scratch slot, the last one."""
+    batch, room = len(tree.tokens), 7
+    slots, behind = torch.randperm(batch + 1, device=DEVICE)[:batch], integers(seed, 0, room + 2, batch)
+    one = torch.ones(batch, dtype=torch.int64, device=DEVICE)
+    path, tokens = torch.zeros(batch, 1, dtype=torch.int64, device=DEVICE), integers(seed, 0, 20, batch, 1)
+    result, hidden = VerifyResult(path, tokens, one), floats(seed, batch, 1, 24)
+    kept = []
+    for ops in OPS:
+        tables = (
+            integers(3, 0, 9, batch + 1, room),
+            floats(3, batch + 1, room, 24),
+            integers(4, 0, 9, batch + 1),
+            floats(5, batch + 1, room, 24),
+        )
+        ops.observe(slots, integers(6, 0, 99, batch), result, hidden, *tables, behind)
+        kept.append(tables)
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+    counts = torch.where(slots < batch, (behind + 1).clamp(max=room), 1)
+    assert torch.equal(kept[0][2][slots], counts)
+    assert torch.equal(kept[0][0][slots, counts - 1], tokens[:, 0])
+
+
+@FEW
+@given(tree=draft_trees(vocab=20, max_nodes=6), seed=st.integers(0, 99))
 def test_what_a_step_leaves(tree: DraftTree, seed: int) -> None:
     """What the drafter and the slots keep, and the table that the host reads."""
     batch, depth = len(tree.tokens), tree.max_depth + 1
@@ -132,10 +159,19 @@ def grown(ops: DraftOps, batch: Batch, shape: TreeShape, logits: Tensor) -> Draf
     return ops.finish(tree, batch, level, shape.best, ready)
 
 
-@settings(max_examples=8, deadline=None)
-@given(text=st.sampled_from(["3x2x1", "chain:2", "tree:3", "tree:9", "4"]), seed=st.integers(0, 99))
-def test_whole_trees(text: str, seed: int) -> None:
-    """Node for node the same, scores too; so that a request's own limits leave the same of both."""
+SHAPES: dict[Ranking, list[str]] = {
+    "noise": ["3x2x1", "chain:2", "tree:3", "tree:9", "4"], "drawn": ["3x2x1", "chain:2", "17"], "best": ["3x2x1", "tree:5"],
+}  # fmt: skip
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    case=st.sampled_from([(ranking, text) for ranking, texts in SHAPES.items() for text in texts]),
+    seed=st.integers(0, 99),
+)
+def test_whole_trees(case: tuple[Ranking, str], seed: int) -> None:
+    """Node for node the same, scores and what was drawn from too; so that a request's own limits leave the same of both."""
+    ranking, text = case
     params = [SamplingParams(temperature=0.9), SamplingParams(), SamplingParams(temperature=0.4), SamplingParams()]
     sampling = SamplingBatch.build(params, [seed, 2**40 + seed, seed + 1, 2], DEVICE)
     slots = torch.arange(4, device=DEVICE)
@@ -145,7 +181,8 @@ def test_whole_trees(text: str, seed: int) -> None:
         [SamplingParams(tree=TreeShape.parse(limit)) for limit in ("tree:4", "tree:2", "2x1", "tree:6")], DEVICE
     )
     assert limits is not None
-    torch_tree, tree = (grown(ops, batch, TreeShape.parse(text), logits) for ops in OPS)
+    both: tuple[DraftOps, DraftOps] = TorchDraftOps(ranking), DeviceDraftOps(8, DEVICE, ranking)
+    torch_tree, tree = (grown(ops, batch, TreeShape.parse(text), logits) for ops in both)
     for one, two in ((torch_tree, tree), (limits.apply(torch_tree), limits.apply(tree))):
         assert one.max_depth == two.max_depth
         assert one.size.tolist() == two.size.tolist()
@@ -154,6 +191,33 @@ def test_whole_trees(text: str, seed: int) -> None:
         for name in ("tokens", "parents", "depths"):
             assert torch.equal(*(getattr(each, name)[one.real] for each in (one, two))), name
         torch.testing.assert_close(two.scores[one.real], one.scores[one.real], rtol=2e-6, atol=2e-5)
+        assert (one.draft is None) == (two.draft is None) == (ranking != "drawn")
+        if one.draft is not None:
+            torch.testing.assert_close(two.draft, one.draft, rtol=2e-6, atol=1e-7)
+
+
+@FEW
+@given(tree=draft_trees(vocab=20, max_nodes=6), seed=st.integers(0, 99))
+def test_forced_chains(tree: DraftTree, seed: int) -> None:
+    """Chains in place of some trees: the kernel's are the twin's, and are whole trees."""
+    most, batch = min(tree.max_depth, tree.nodes - 1), len(tree.tokens)
+    chains = torch.cat([integers(seed, 0, most + 1, batch, 1), integers(seed, 0, 20, batch, most + 1)], 1)
+    moved = DraftTree(*(x.to(DEVICE) for x in (tree.tokens, tree.parents, tree.depths, tree.size)), tree.max_depth)
+    forced, ours = (
+        moved.forced(chains),
+        force(moved.tokens, moved.parents, moved.depths, moved.size, chains, tree.max_depth),
+    )
+    for name, kernels in zip(("tokens", "parents", "depths", "size"), ours, strict=True):
+        assert torch.equal(getattr(forced, name), kernels), name
+    for b, (count, *tokens) in enumerate(chains.tolist()):
+        nodes = int(forced.size[b])
+        if not count:
+            assert torch.equal(forced.tokens[b], moved.tokens[b])
+            assert nodes == tree.size[b]
+        else:
+            assert forced.tokens[b, :nodes].tolist() == [int(tree.tokens[b, 0]), *tokens[:count]]
+            assert forced.parents[b, :nodes].tolist() == list(range(-1, count))
+            assert forced.depths[b, :nodes].tolist() == list(range(nodes))
 
 
 @pytest.mark.cuda

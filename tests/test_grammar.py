@@ -1,11 +1,13 @@
 """Constraints: every node's choice obeys them, drafts do too, and the text is that of plain decoding."""
 
 import json
+import random
 import re
 from typing import Any
 
 import jsonschema
 import pytest
+import torch
 from test_decode_loop import CPU, SLOTS, Models, decode, make_loop, prompts
 from tiny import Sums
 
@@ -14,6 +16,7 @@ from mtp_engine.config import Structure
 from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
+from mtp_engine.sampling.masks import Guide, unpack
 from mtp_engine.text.tool_calls import call_schema
 from mtp_engine.tree import DraftTree
 
@@ -159,6 +162,38 @@ def test_an_answer_knows_whether_it_matches() -> None:
         assert answer("", max_tokens=5) == ("length", True)
 
 
+def test_masks_of_many_nodes_are_those_of_each_alone() -> None:
+    """Of three answers beside one without a structure; drafts that may not follow, ends of answers, and steps in flight."""
+    schema = json.dumps({"type": "array", "items": {"type": "string", "maxLength": 6}, "minItems": 2})
+    with Engine.load("mimo-nano", EngineConfig(device="cpu", threads=1, max_context=64)) as engine:
+        grammars, tokenizer = engine.loop.intake.grammars, engine.tokenizer
+        assert grammars is not None
+        structures = [Structure(regex="[a-z]{1,3}"), Structure(json=schema, within=40), Structure(json=schema)]
+        states = [grammars(each) for each in structures]
+        alone = [grammars(each) for each in structures]
+        said, end = tokenizer.encode('["a'), tokenizer.eos_ids[0]
+        words = -(-engine.model.vocab_size // 32)
+        a, z, quote = (tokenizer.encode(f'["{text}')[-1] for text in ("a", "z", '"'))
+    drafts = [[0, a, z, end, a, a], [0, said[0], said[0], a, a, z], [0, quote, a, end, a, z]]
+    parents = [[-1, 0, 1, 1, 3, 2], [-1, 0, 1, 0, 3, 3], [-1, 0, 0, 1, 2, 4]]
+    for state in (states[2], alone[2]):
+        state.advance(said[:1])
+    guide, asked = Guide([None, *states]), [(), (said[0],), tuple(said[1:])]
+    guide.begin([None, *asked], lambda each: each or ())
+    masks = torch.full((4, 6, words), 7, dtype=torch.int32)
+    guide.fill(masks, [[0] * 6, *drafts], [[-1] * 6, *parents], [1, 6, 5, 6])
+    assert (masks[0] == 7).all()
+    assert (masks[2, 5] == 7).all()
+    for row, (state, before) in enumerate(zip(alone, asked, strict=True)):
+        assert state.workers
+        for node in range(5 if row == 1 else 6):
+            path, at = list[int](), node
+            while at > 0:
+                path, at = [drafts[row][at], *path], parents[row][at]
+            assert torch.equal(masks[row + 1, node], state.mask((*before, *path))), (row, node)
+    assert len({tuple(mask.tolist()) for mask in masks.flatten(0, 1)}) > 8
+
+
 # ---- answers that end in time --------------------------------------------------------------------------------------
 
 TEXT, WHOLE, NUMBER = {"type": "string"}, {"type": "integer"}, {"type": "number"}
@@ -204,6 +239,34 @@ def test_a_limit_changes_nothing_that_is_far_from_it() -> None:
             for each in (free, bounded)
         )
     assert one.token_ids == other.token_ids
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_what_must_follow_does_not_depend_on_what_was_asked(name: str) -> None:
+    """When an end is looked for again is decided by the answer: not by drafts, nor by how many tokens come at a time."""
+    with Engine.load(hub.NANO, EngineConfig(max_batch=1, threads=1)) as engine:
+        grammars = engine.loop.intake.grammars
+    assert grammars is not None
+    rng, only = random.Random(3), 0
+    for within in (40, 90):
+        one, other, ahead = (*(grammars(Structure(json=json.dumps(CLOSED[name]), within=within)) for _ in "ab"), [])
+        for _ in range(within):
+            bits = one.mask(())
+            assert torch.equal(bits, other.mask(tuple(ahead)))
+            allowed = unpack(bits).nonzero()[:, 0].tolist()
+            only += len(allowed) == 1
+            token = rng.choice(allowed)
+            for draft in rng.sample(allowed, min(2, len(allowed))):
+                other.mask((*ahead, draft))
+            one.advance([token])
+            ahead.append(token)
+            if len(ahead) > rng.randrange(6):
+                other.advance(ahead)
+                ahead = []
+            if one.complete:
+                break
+        assert one.complete
+    assert only
 
 
 def test_a_number_that_does_not_end_is_ended() -> None:

@@ -1,5 +1,6 @@
 """The runner of CUDA graphs, on a CPU: the same padded steps over the same fixed tensors, operation by operation."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_decode_loop import CONTEXT, CPU, SLOTS, VOCAB, Models, prompts
-from tiny import Sums
+from tiny import Recites, Sums
 
 from mtp_engine import Engine, EngineConfig
 from mtp_engine.assemble import decode_loop, make_loop
@@ -22,6 +23,7 @@ from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner, Key
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request
 from mtp_engine.runtime.step import EagerRunner
+from mtp_engine.sampling.masks import Guide
 from mtp_engine.verifiers import (
     BlockVerifier,
     MatchVerifier,
@@ -39,6 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "early": {"min_tokens": 12, "stop_token_ids": tuple(range(30)), "temperature": 0.7},
     "logprobs": {"logprobs": 3, "temperature": 0.5},
     "structure": {"structure": Structure(regex="any"), "temperature": 0.8},
+    "recited": {"structure": Structure(regex="recite"), "temperature": 0.7},
     "no drafts": {"speculate": False, "temperature": 0.9},
     "small tree": {"tree": TreeShape.parse("2x1"), "temperature": 0.9},
     "all": {"structure": Structure(regex="any"), "logprobs": 1, "frequency_penalty": 0.5, "bad_words": ((8, 8), (4,)),
@@ -78,7 +81,7 @@ def loop_of(
         verifier or MatchVerifier(),
         device=CPU,
         runner=runner,
-        grammars=lambda _: Sums(),
+        grammars=lambda structure: Recites() if structure.regex == "recite" else Sums(),
         **given,
     )
 
@@ -147,6 +150,10 @@ def test_all_kinds_together_say_what_each_says_alone(
     assert (runner.late, runner.recorded) == (0, recorded)
     bare = {key.bare for key, held in runner._prepared.items() if held.loaded}
     assert bare == {True, False}, "both kinds of recorded steps ran"
+    recited = found[list(KINDS).index("recited")]
+    if isinstance(loop.work.drafter, MTPDrafter):
+        # a chain begins where a step does, and the model agrees with all of it
+        assert sum(recited.drafted) > len(recited.output) // 3
 
 
 @pytest.mark.parametrize("rule", [RejectionVerifier, BlockVerifier, RRSVerifier, TraversalVerifier])
@@ -191,7 +198,7 @@ def test_what_is_captured_at_load(models: Models) -> None:
         for batch in (1, 2, 3, 4) for bound in (512, 2048)
         for kind in ((False, True), (False, False), (True, True), (True, False), (True, False, True))
     }  # fmt: skip
-    assert said[0] == ("capturing CUDA graphs", 0, 40)
+    assert next(each for each in said if each[0] == "capturing CUDA graphs")[1:] == (0, 40)
     assert said[-1][1:] == (40, 40)
 
 
@@ -199,10 +206,10 @@ def test_a_full_memory_names_what_to_lower(models: Models, monkeypatch: pytest.M
     loop = loop_of(models, drafter_of("3x2", models))
     recorded = GraphRunner._record
 
-    def record(self: GraphRunner, key: Key) -> None:
+    def record(self: GraphRunner, key: Key, *, compiled: bool = False) -> None:
         if key.batch < 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        recorded(self, key)
+        recorded(self, key, compiled=compiled)
 
     monkeypatch.setattr(GraphRunner, "_record", record)
     with pytest.raises(
@@ -218,16 +225,33 @@ def test_what_cannot_be_captured_says_so_once_and_runs(
         def __init__(self, *_: Any) -> None:
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    loop = loop_of(models, drafter_of("3x2", models))
+    loop, told = loop_of(models, drafter_of("3x2", models)), list[str]()
     runner: Any = loop.runner
     monkeypatch.setattr(cuda_graph, "Captured", Refused)
     monkeypatch.setattr(runner, "_lane", "of a GPU")
+    monkeypatch.setattr(runner, "_progress", lambda what, *_: told.append(what))
     request = solo(loop, 1, params()[1])
+    solo(loop, 3, params()[3])
     assert request.output == alone[1].output
-    assert (
-        caplog.text.count("without CUDA graphs, which is many times slower: operation not permitted") == runner.recorded
-    )
-    assert request.stats.steps > runner.recorded
+    assert caplog.text.count("without CUDA graphs, which is many times slower: operation not permitted") == 1
+    assert [said.split(":")[0] for said in told] == ["steps run without CUDA graphs, which is many times slower"]
+    assert request.stats.steps > runner.recorded > 1
+
+
+def test_getting_ready_has_a_time_of_its_own(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compiling and capturing takes is in none of the other times, of those alone who waited for it."""
+    loop = loop_of(models, drafter_of("3x2", models))
+    recorded = GraphRunner._record
+
+    def record(self: GraphRunner, key: Key) -> None:
+        time.sleep(0.3)
+        recorded(self, key)
+
+    monkeypatch.setattr(GraphRunner, "_record", record)
+    first, second = (solo(loop, 0, params()[0]).stats for _ in range(2))
+    assert first.compile_s >= 0.3
+    assert first.ttft_s < 0.3 > first.prefill_s
+    assert second.compile_s < 0.1
 
 
 @pytest.mark.parametrize("in_flight", [1, 2, 3])
@@ -247,7 +271,12 @@ def test_a_structure_waits_for_the_host_and_nobody_else(models: Models, in_fligh
     assert most == in_flight - 1
 
 
-def test_a_real_model_with_a_real_grammar() -> None:
+def found(forced: list[tuple[int, list[int]]], chains: dict[int, list[int]]) -> dict[int, list[int]]:
+    forced += chains.items()
+    return chains
+
+
+def test_a_real_model_with_a_real_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers that are closed before their limit, while steps are in flight that the grammar has not been told of."""
     schema = (
         '{"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "integer"}}, "required": ["a", "b"]}'
@@ -260,7 +289,7 @@ def test_a_real_model_with_a_real_grammar() -> None:
         SamplingParams(max_tokens=24, seed=3, temperature=0.8),
     ]
     with Engine.load(
-        "mimo-nano", EngineConfig(tree=TreeShape.parse("chain:3"), max_batch=4, max_context=128)
+        "mimo-nano", EngineConfig(dtype="fp32", tree=TreeShape.parse("chain:3"), max_batch=4, max_context=128)
     ) as engine:
         drafter = engine.loop.work.drafter
         runner: Any = lambda slots: partial(GraphRunner, in_flight=2, scratch=slots, device=CPU)  # noqa: E731
@@ -268,6 +297,8 @@ def test_a_real_model_with_a_real_grammar() -> None:
         config = replace(engine.config, prefix_cache=False)
         loop = make_loop(engine.model, drafter, config, backend, slots=4, tokenizer=engine.tokenizer)
         prompt = engine.encode("Once upon a time")
+        forced, force = list[tuple[int, list[int]]](), Guide.forced
+        monkeypatch.setattr(Guide, "forced", lambda *given: found(forced, force(*given)))
         requests = [loop.add(prompt, each) for each in wanted]
         while loop.requests:
             loop.step()
@@ -276,3 +307,5 @@ def test_a_real_model_with_a_real_grammar() -> None:
     assert requests[0].trail.constraint is not None
     assert requests[0].trail.constraint.complete
     assert max(r.stats.mean_accepted_length for r in requests) > 1
+    assert forced
+    assert all(set(chain) <= set(requests[row].output) for row, chain in forced if row == 0)

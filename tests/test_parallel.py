@@ -106,7 +106,7 @@ def test_bf16_sums_are_rounded_once(model: tuple[Path, Path]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     # of most rows: one for which a router chooses another expert is anywhere
     shared, single = ((found - exact).norm(dim=-1).median() for found in (first[0], alone))
-    assert shared < 1.1 * single
+    assert shared < 1.3 * single
 
 
 @pytest.mark.parametrize("family", ["mimo_v2_flash", "mimo"])

@@ -1,9 +1,11 @@
 """What requests want of their logits, on the device: kernels against their torch twins, and rows against themselves alone."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import test_rules
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +13,8 @@ from test_processors import EOS, parameters
 from test_tree import random_tree
 from torch import Tensor
 
-from mtp_engine.config import SamplingParams
+from mtp_engine.config import SamplingParams, TreeShape
+from mtp_engine.drafters.candidates import Ranking
 from mtp_engine.kernels import accept
 from mtp_engine.kernels.floors import floors
 from mtp_engine.kernels.logprobs import emitted_logprobs
@@ -20,6 +23,7 @@ from mtp_engine.sampling import sampler
 from mtp_engine.sampling.batch import SamplingBatch
 from mtp_engine.sampling.processors import Processors
 from mtp_engine.tree import DraftTree, VerifyResult
+from mtp_engine.verifiers import DeviceRRSVerifier, RejectionVerifier, RRSVerifier
 from mtp_engine.verifiers.distributions import keep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -142,6 +146,57 @@ def test_floors_act_on_the_choice() -> None:
     cut = accept.verify(logits.masked_fill(logits < least[..., None], -float("inf")), *given, ahead=1)
     for ours, theirs in zip(accept.verify(logits, *given, ahead=1, floors=least), cut, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("shape", "ranking"), [("3x2x1", "drawn"), ("2x2", "best"), ("chain:3", "drawn")])
+@pytest.mark.parametrize("many", [4, pytest.param(2000, marks=pytest.mark.cuda)])
+def test_recursive_rejection(shape: str, ranking: Ranking, many: int) -> None:
+    """Choice for choice the twin's, or both twins' on chains: random drafts of four tokens, which often are accepted. Hot, cold
+    and cut off requests together; some have smaller trees."""
+    toy = test_rules.Toy.draw(3, (0, 1, 3) if ranking == "best" else (0, 1, 2, 3))
+    params = [SamplingParams(temperature=0.9), SamplingParams(), SamplingParams(temperature=1.3, top_p=0.8)]
+    sampling = SamplingBatch.build(params * many, [7919 * seed for seed in range(3 * many)], torch.device("cpu"))
+    lengths = torch.arange(3 * many) + 5
+    roots, before = torch.randint(4, (2, 3 * many), generator=torch.Generator().manual_seed(1)).unbind(0)
+    batch: Any = test_rules.Batch(lengths, roots, sampling)
+    tree = toy.draft(batch, before, TreeShape.parse(shape), ranking)
+    tree = replace(tree, size=torch.where(lengths % 5 == 0, 2, tree.size))
+    logits = toy.main[toy.pairs(tree.tokens, tree.parents, before)]
+    there: Any = Given([], [], params * many)
+    there.lengths, there.sampling = (
+        lengths.to(DEVICE),
+        SamplingBatch.build(params * many, sampling.seed.tolist(), DEVICE),
+    )
+    draft = None if tree.draft is None else tree.draft.to(DEVICE)
+    ours = DeviceRRSVerifier().verify(replace(moved(tree), draft=draft), logits.to(DEVICE), there)
+    rules = [RRSVerifier(), RejectionVerifier()] if shape.startswith("chain") else [RRSVerifier()]
+    for rule in rules:
+        theirs = rule.verify(tree, logits, batch)
+        same = (ours.path.cpu() == theirs.path).all(1) & (ours.counts.cpu() == theirs.counts)
+        kept = torch.arange(tree.max_depth + 1) < theirs.counts[:, None]
+        same &= (ours.tokens.cpu() == theirs.tokens).where(kept, True).all(1)
+        assert int(same.sum()) >= 0.999 * len(same)  # among thousands a rounding may decide
+        assert len(theirs.counts.unique()) > 1
+
+
+@pytest.mark.parametrize("vocab", [20_000, pytest.param(151_936, marks=pytest.mark.cuda)])
+def test_recursive_rejection_of_many_tokens(vocab: int) -> None:
+    """Several tiles; a request of a batch is what it is alone; where nothing may follow, nothing is accepted or chosen."""
+    rng, params = random.Random(2), [SamplingParams(temperature=heat) for heat in (0.7, 1.0, 1.5)]
+    tree = moved(random_tree(rng, [5, 5, 5], 5, vocab=vocab))
+    draft = randn(3, 5, vocab, seed=1).softmax(-1)
+    logits = draft.log() + randn(3, 5, vocab, seed=2, spread=0.5)
+    logits[2] = -float("inf")
+    given: Any = Given([0, 1, 2], [7, 9, 4], params)
+    tree = replace(tree, draft=draft)
+    ours, theirs = (rule.verify(tree, logits, given) for rule in (DeviceRRSVerifier(), RRSVerifier()))
+    for name in ("path", "tokens", "counts"):
+        assert torch.equal(getattr(ours, name)[:2], getattr(theirs, name)[:2]), name
+    assert (ours.counts[2], ours.tokens[2, 0]) == (1, 0)
+    one: Any = Given([1], [9], params[1:2])
+    parts = (x[1:2] for x in (tree.tokens, tree.parents, tree.depths, tree.size))
+    alone = DeviceRRSVerifier().verify(DraftTree(*parts, tree.max_depth, draft=draft[1:2]), logits[1:2], one)
+    assert torch.equal(alone.tokens[0], ours.tokens[1])
 
 
 @pytest.mark.parametrize(("vocab", "most"), [(61, 3), (2500, 20), pytest.param(151_936, 64, marks=pytest.mark.cuda)])

@@ -491,6 +491,7 @@ def test_a_full_disk_is_one_line(world: World, tmp_path: Path, monkeypatch: pyte
         ("small corpus", ("--batch-tokens",)),
         ("features", ("--features",)),
         ("deep features", ("features",)),
+        ("temperatures", ("--temperatures",)),
         ("no model", ("nothing-here",)),
         ("text that is none", ("UTF-8",)),
     ],
@@ -535,6 +536,8 @@ def test_what_a_user_can_mend_is_one_line(world: World, tmp_path: Path, case: st
         options += ["--features", "one"]
     elif case == "deep features":
         options += ["--features", "7"]
+    elif case == "temperatures":
+        options += ["--temperatures", "0.5"]
     elif case == "no model":
         model = tmp_path / "nothing-here"
     else:
@@ -670,6 +673,71 @@ def test_a_finished_run_is_not_trained_again(world: World, tmp_path: Path) -> No
     assert contents(out) == before
     for change, word in ((["--steps", 3], "steps"), (["--steps", 2, "--layers", 2], "layers")):
         assert_refused(invoke(*few_steps(world, out, *change)), "finished run", word)
+
+
+def test_what_is_varied_is_trained_and_loaded(world: World, tmp_path: Path) -> None:
+    """Matrices by AdamW, and layers that read the main model's states after its norm."""
+    found = {}
+    for name, options in (("plain", []), ("adamw", ["--optimiser", "adamw"]), ("normed", ["--hidden", "post_norm"])):
+        assert invoke(*few_steps(world, tmp_path / name, "--steps", 3, *options)).exit_code == 0
+        found[name] = load_file(tmp_path / name / "mtp.safetensors")
+        config = EngineConfig(device="cpu", dtype="fp32", tree=TreeShape.parse("tree:7"), threads=1)
+        with Engine.load(str(world.model), config, mtp=str(tmp_path / name)) as engine:
+            assert loader.read_mtp_config(tmp_path / name).hidden == ("post_norm" if name == "normed" else "pre_norm")
+            params = SamplingParams(max_tokens=20, temperature=0.8, seed=1)
+            [answer] = engine.generate(["Anna bought"], params)
+            [plain] = engine.undrafted().generate(["Anna bought"], params)
+            assert answer.token_ids == plain.token_ids
+    for name in ("adamw", "normed"):
+        assert not all(torch.equal(found[name][key], found["plain"][key]) for key in found["plain"])
+
+
+def own_text(text: Path, folder: Path) -> list[Any]:
+    return ["--text", text, "--row-length", ROW, "--data", folder / "corpus"]
+
+
+def test_a_recipe_trains_the_same_layers_again(world: World, tmp_path: Path) -> None:
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    assert (
+        invoke(*few_steps(world, first, "--steps", 3, "--non-chained", *own_text(world.text, tmp_path))).exit_code == 0
+    )
+    recipe = ["train", "--recipe", first / "recipe.toml"]
+    assert invoke(*recipe, "--out", again).exit_code == 0
+    assert invoke(*recipe, "--out", other, "--seed", 1).exit_code == 0
+    layers, same, different = (load_file(folder / "mtp.safetensors") for folder in (first, again, other))
+    assert all(torch.equal(layers[name], same[name]) for name in layers)
+    assert not all(torch.equal(layers[name], different[name]) for name in layers)
+    assert (again / "recipe.toml").read_text() == (first / "recipe.toml").read_text()
+    assert "--recipe recipe.toml" in (first / "README.md").read_text()
+
+
+def test_a_recipe_holds_for_the_files_that_it_was_written_for(world: World, tmp_path: Path) -> None:
+    text, recipe = tmp_path / "text.txt", tmp_path / "recipe.toml"
+    text.write_text(world.text.read_text())
+    assert invoke(*few_steps(world, tmp_path / "out", "--steps", 1, *own_text(text, tmp_path))).exit_code == 0
+    shutil.copy(tmp_path / "out" / "recipe.toml", recipe)
+    text.write_text(text.read_text() + "more")
+    again = ["train", "--recipe", recipe, "--dry-run", "--out", tmp_path / "again"]
+    assert_refused(invoke(*again), "text.txt", "--text")
+    assert invoke(*again, "--text", text).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("model = ", ("no TOML",)),
+        ("modle = 'x'", ("'modle'", "--help")),
+        ("model = 'x'\nsteps = 0", ("steps", "x>=1")),
+        ("steps = [1, 2]", ("one value",)),
+        ("text = 'a.txt'", ("a list",)),
+        ("model = 'x'\ntext = ['nowhere.txt']", ("nowhere.txt",)),
+        ("steps = 3", ("MODEL",)),
+        ("[steps]\nat = 3", ("one value",)),
+    ],
+)
+def test_a_recipe_that_is_none_is_one_line(tmp_path: Path, recipe: str, words: tuple[str, ...]) -> None:
+    (tmp_path / "recipe.toml").write_text(recipe)
+    assert_refused(invoke("train", "--recipe", tmp_path / "recipe.toml", "--dry-run"), *words)
 
 
 def test_a_folder_of_something_else_is_refused(world: World, tmp_path: Path) -> None:

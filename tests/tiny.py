@@ -16,7 +16,7 @@ from mtp_engine.drafters import LazyMTPDrafter, MTPDrafter
 from mtp_engine.protocols import Drafter
 from mtp_engine.runtime.request import Members, Request
 from mtp_engine.runtime.stats import GenerationStats
-from mtp_engine.sampling.batch import Batch, SamplingBatch
+from mtp_engine.sampling.batch import Batch, Chunk, Extent, SamplingBatch
 from mtp_engine.sampling.stops import Ends, Trail
 from mtp_engine.tree import VerifyResult
 
@@ -141,6 +141,14 @@ def show_prompt(drafter: Drafter, slot: int, prompt: list[int], hidden: Tensor, 
     last = len(prompt) - 1
     for start in range(0, last, chunk):
         stop = min(start + chunk, last)
+        if drafter.prompts:
+            index = torch.arange(start, stop)
+            at = torch.full_like(index, slot), index, torch.full_like(index, stop)
+            states = drafter.prompts.keep(*at, hidden[None, start:stop])
+            if entries := drafter.prompts.outline([Chunk(slot, start, stop, last - stop, prompt[stop], 0)]):
+                extent = Extent(entries[0][-1], stop + 1)
+                drafter.prompts.read(torch.tensor(entries).T, extent, torch.tensor(prompt[start:stop]), states)
+            continue
         sampling = SamplingBatch.build([SamplingParams()], [0], torch.device("cpu"))
         at = torch.tensor([slot]), torch.tensor([prompt[start]]), torch.tensor([start])
         tokens, path = torch.tensor([prompt[start + 1 : stop + 1]]), torch.arange(stop - start)[None]
@@ -166,11 +174,32 @@ class Sums:
         return torch.tensor([word - (1 << 32) if word >> 31 else word for word in bits], dtype=torch.int32)
 
     complete = True
+    workers = None
+
+    def state(self, path: tuple[int, ...]) -> None:
+        pass
+
+    def forced(self, path: tuple[int, ...]) -> list[int]:
+        return []
 
     def advance(self, tokens: Sequence[int]) -> None:
         for token in tokens:
             assert self.allows(self.answer, token)
             self.answer.append(token)
+
+
+class Recites(Sums):
+    """Two tokens of every five must be certain ones, and are known before."""
+
+    def allows(self, text: Sequence[int], token: int) -> bool:
+        return token == self.certain(len(text)) if len(text) % 5 < 2 else super().allows(text, token)
+
+    def certain(self, place: int) -> int:
+        return 1 + place % 7
+
+    def forced(self, path: tuple[int, ...]) -> list[int]:
+        said = len(self.answer) + len(path)
+        return [self.certain(said + ahead) for ahead in range(max(0, 2 - said % 5))]
 
 
 @dataclass

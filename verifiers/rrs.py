@@ -46,6 +46,19 @@ class RRSVerifier:
         return keep(tree, last, noise.draw(left))
 
 
+@final
+class DeviceRRSVerifier:
+    """RRSVerifier, and on chains RejectionVerifier, in one launch."""
+
+    def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
+        from mtp_engine.kernels.floors import floors
+        from mtp_engine.kernels.reject import recursive
+
+        given = batch.sampling
+        least = floors(logits, given.temperature, given.top_k, given.top_p, given.min_p) if given.truncated else None
+        return VerifyResult(*recursive(logits, batch.lengths, given.seed, given.temperature, tree, tree.draft, least))
+
+
 def residual(left: Tensor, drawn: Tensor) -> Tensor:
     """What is left after a rejection, scaled to sum 1: the next sibling is compared with it. [B, V]."""
     over = rest(left, drawn)

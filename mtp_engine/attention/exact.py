@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import Any, final
 
 import torch
@@ -13,7 +12,7 @@ from mtp_engine.cache import HybridKV, WindowKV
 from mtp_engine.kernels.ancestry import MAX_NODES, ancestry
 from mtp_engine.kernels.chain_attention import Packed, chain_attention, suits_chain
 from mtp_engine.kernels.forest_attention import forest_attention, suits_forest
-from mtp_engine.kernels.kv import storage_rows
+from mtp_engine.kernels.kv import storage_rows, store_rows
 from mtp_engine.kernels.tree_attention import tree_attention
 from mtp_engine.protocols import Attention
 
@@ -41,6 +40,13 @@ class DeviceRows:
         return torch.zeros_like(self.rows.lengths) if self.rows.first is None else self.rows.first
 
     @cached_property
+    def packed(self) -> Packed | None:
+        rows = self.rows
+        if rows.counts is None:
+            return None
+        return Packed.of(rows.lengths, rows.counts, rows.positions.shape[1], padded=rows.padded)
+
+    @cached_property
     def pages(self) -> list[Tensor]:
         """[B, P] int32 per cache group: of pages, those that the bound allows."""
         bound = self.rows.bound
@@ -55,15 +61,23 @@ class DeviceRows:
         """[B, N], or [N, 1] where they are packed, int64 per cache group: the storage rows that keys and values of these rows
         go to."""
         rows, count = self.rows, self.rows.positions.shape[1]
+        lengths, slots = rows.lengths, rows.slots
         if rows.owners is not None:
-            slots, each = rows.slots[rows.owners], rows.positions[0]
-            return [
-                storage_rows(group.device_pages, each, 1, group.page_size, requests=slots)
-                for group in self.cache.groups
-            ]
+            lengths, count, slots = rows.positions[0], 1, slots[rows.owners]
         return [
-            storage_rows(group.device_pages, rows.lengths, count, group.page_size, requests=rows.slots)
+            storage_rows(group.device_pages, lengths, count, group.page_size, requests=slots)
             for group in self.cache.groups
+        ]
+
+    @cached_property
+    def kept(self) -> list[Tensor]:
+        """`targets` of packed rows, [N] int64 per cache group, with -1 for those that later ones push out of their ring."""
+        rows = self.rows
+        assert rows.counts is not None
+        left = (rows.lengths + rows.counts)[rows.owners] - rows.positions[0]
+        return [
+            torch.where(left <= group.size, targets[:, 0], -1) if isinstance(group, WindowKV) else targets[:, 0]
+            for group, targets in zip(self.cache.groups, self.targets, strict=True)
         ]
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,61 +88,31 @@ class DeviceRows:
 
 
 @final
-class Stretch:
-    """Room for a long chunk's keys and values of a windowed layer, with those that its first row still sees before them.
+class ExactAttention:
+    """Our own kernels, whose result for a row is the same bits whatever else is in the step (a DeviceAttention).
 
-    A ring would lose keys that the chunk's first rows see. This is a larger one, for one call of one layer: what is in the
-    ring goes in, the chunk's own rows are written behind it, and when the chunk is read its end goes into the ring.
+    Packed rows of a windowed layer, which may be more than a ring holds, are written behind one another at first: they go
+    into the rings once all have seen what the rings held before.
     """
 
-    def __init__(self, group: WindowKV, rows: StepRows) -> None:
-        batch, device = len(rows.lengths), rows.lengths.device
-        counts = [count for _, _, count in rows.spans] or [rows.positions.shape[1]] * batch
-        size, ring = group.page_size, -(-(group.window + max(counts)) // group.page_size)  # in tokens, in pages
-        self.pages = torch.arange(batch * ring, dtype=torch.int32, device=device).view(batch, ring)
-        self.rows = batch * ring * size
-        own, positions = torch.arange(batch, device=device), rows.positions.flatten()
-        owners = own.repeat_interleave(counts[0]) if rows.owners is None else rows.owners
-        self.targets = storage_rows(self.pages, positions, 1, size, requests=owners)
-        before = group.prefix_positions(rows.lengths).clamp(min=0)
-        self._before = group.rows(rows.slots, before), own[:, None] * ring * size + before % (ring * size)
-        ends = zip(accumulate(counts), counts, strict=True)
-        kept = torch.cat([torch.arange(end - min(count, group.size), end, device=device) for end, count in ends])
-        self._last = self.targets[kept], group.rows(rows.slots[owners[kept]], positions[kept][:, None])
-
-    def begin(self, stored: Tensor) -> Tensor:
-        """stored: a layer's keys or values in the rings, [R, Hkv, D] -> the same of the stretch."""
-        room, (source, target) = stored.new_empty(self.rows, *stored.shape[1:]), self._before
-        room[target] = stored[source]
-        return room
-
-    def end(self, room: Tensor, stored: Tensor) -> None:
-        source, target = self._last
-        stored[target] = room[source]
-
-
-@final
-class ExactAttention:
-    """Our own kernels, whose result for a row is the same bits whatever else is in the step (a DeviceAttention)."""
-
     def __init__(self, cache: HybridKV, rows: StepRows) -> None:
-        self._step, self._straight = DeviceRows(cache, rows), rows.chain or rows.straight
-        most = max((count for _, _, count in rows.spans), default=rows.positions.shape[1])
-        self._long, self._packed = most > MOST_ROWS, None if rows.counts is None else Packed.of(rows.counts, most)
-        assert self._straight or not self._long, "of other rows than a chain's there may be 64"
-        self._stretches: dict[int, Stretch] = {}  # by cache group
-        self._rooms: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, from `destination` to `attend`
+        long, self._straight = rows.positions.shape[1] > MOST_ROWS, rows.chain or rows.straight
+        assert self._straight or not long, "of other rows than a chain's there may be 64"
+        self._step = DeviceRows(cache, rows.packed() if long else rows)
+        self._fresh: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, from `destination` to `attend`
+
+    @cached_property
+    def _lines(self) -> Tensor:
+        return torch.arange(self._step.rows.positions.shape[1], device=self._step.rows.positions.device)
 
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         index, member = self._step.cache.place[layer]
         group = self._step.cache.groups[index]
-        if not self._long or not isinstance(group, WindowKV):
+        if self._step.packed is None or not isinstance(group, WindowKV):
             return self._step.destination(layer)
-        if index not in self._stretches:
-            self._stretches[index] = Stretch(group, self._step.rows)
-        stretch = self._stretches[index]
-        k, v = self._rooms[layer] = stretch.begin(group.k[member]), stretch.begin(group.v[member])
-        return k, v, stretch.targets.flatten()
+        k, v = (x[member].new_empty(len(self._lines), *x.shape[2:]) for x in (group.k, group.v))
+        self._fresh[layer] = k, v
+        return k, v, self._lines
 
     def attend(self, layer: int, q: Tensor, *, scale: float, sink: Tensor | None) -> Tensor:
         step, rows = self._step, self._step.rows
@@ -136,8 +120,6 @@ class ExactAttention:
         group = step.cache.groups[index]
         window = group.window if isinstance(group, WindowKV) else 0
         k, v, pages = group.k[member], group.v[member], step.pages[index]
-        if layer in self._rooms:
-            k, v, pages = *self._rooms[layer], self._stretches[index].pages
         given: dict[str, Any] = {
             "page_size": group.page_size,
             "wrap": pages.shape[1],
@@ -146,11 +128,11 @@ class ExactAttention:
             "sink": sink,
         }
         batch, nodes = q.shape[:2]
-        if self._straight and (rows.spans or suits_chain(batch, nodes, k.shape[1])):
-            y = chain_attention(q, k, v, pages, rows.lengths, rows.first, packed=self._packed, **given)
-            if layer in self._rooms:
-                for room, stored in zip(self._rooms.pop(layer), (group.k[member], group.v[member]), strict=True):
-                    self._stretches[index].end(room, stored)
+        if self._straight and (step.packed or suits_chain(batch, nodes, k.shape[1])):
+            fresh = self._fresh.pop(layer, None)
+            y = chain_attention(q, k, v, pages, rows.lengths, rows.first, packed=step.packed, fresh=fresh, **given)
+            if fresh:
+                store_rows(*fresh, k, v, step.kept[index])
             return y
         tree = q, k, v, pages, rows.lengths, rows.positions, step.ancestry[0], step.first
         if suits_forest(batch, nodes, k.shape[1], rows.bound):

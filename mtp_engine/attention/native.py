@@ -15,7 +15,7 @@ class NativeAttention:
     """One step's rows over a cache. Made like TorchAttention."""
 
     def __init__(self, cache: HybridKV, rows: StepRows) -> None:
-        assert not rows.spans, "the library takes one prompt's chunk at a time"
+        assert rows.owners is None, "the library takes one prompt's chunk at a time"
         self._cache, self._rows = cache, rows
 
     def __call__(

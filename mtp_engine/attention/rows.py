@@ -5,7 +5,7 @@ its slot: position = length + depth. Positions decide rotation and windows, slot
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
 
@@ -37,9 +37,9 @@ class StepRows:
     chain: bool = False  # each row's parent is the row before it
     offsets: Tensor | None = None  # [B, N] int64, positions - lengths, where that is at hand
     straight: bool = False  # a chain but for padding at the end
-    spans: tuple[tuple[int, int, int], ...] = ()  # of packed rows, see `prompts`
     counts: Tensor | None = None  # [B] int64, how many rows of packed ones a request has
     owners: Tensor | None = None  # [N] int64, which request each packed row is of
+    padded: bool = False  # whether packed rows that belong to nobody may stand behind the others
 
     @classmethod
     def prompt(cls, slot: int, start: int, count: int, device: torch.device) -> "StepRows":
@@ -49,23 +49,45 @@ class StepRows:
         return cls(slots, lengths, start + index, index - 1, count - 1, start + count, chain=True)
 
     @classmethod
-    def prompts(cls, requests: Tensor, rows: Tensor, spans: tuple[tuple[int, int, int], ...]) -> "StepRows":
-        """Packed: chains of several requests, one behind the other in one row of `positions`, [1, N].
+    def prompts(cls, requests: Tensor, count: int, bound: int, *, padded: bool = False) -> "StepRows":
+        """Packed: chains of several requests, one behind the other in one row of `positions`, [1, N], all N = `count` of them.
 
-        spans: of each request its slot, its cached tokens, and how many rows it has; requests: [3, B] int64, the same on
-        the device. rows: [2, N] int64, the request's number and the position of each row.
+        requests: [3, B] int64, of each its slot, its cached tokens, and how many rows it has. padded: behind all of them
+        stand rows that are not counted; they have the last request's slot and position, which has no rows of its own.
         """
-        (slots, starts, counts), (owners, positions) = requests.unbind(), rows.unbind()
-        longest, bound = max(count for _, _, count in spans), max(start + count for _, start, count in spans)
-        parents = torch.where(positions == starts[owners], -1, torch.arange(len(owners), device=owners.device) - 1)
+        slots, starts, counts = requests.unbind()
+        index, ends = torch.arange(count, device=requests.device), counts.cumsum(0)
+        owners = torch.searchsorted(ends, index, right=True).clamp(max=len(slots) - 1)
+        steps = torch.minimum(index - (ends - counts)[owners], (counts - 1).clamp(min=0)[owners])
         return cls(
-            slots, starts, positions[None], parents[None], longest - 1, bound, chain=True, spans=spans, counts=counts,
-            owners=owners,
+            slots, starts, (starts[owners] + steps)[None], index[None] - 1, count - 1, bound, chain=True, counts=counts,
+            owners=owners, padded=padded,
         )  # fmt: skip
 
+    def packed(self) -> "StepRows":
+        """The same, where these are one request's chain."""
+        if self.owners is not None:
+            return self
+        assert self.chain, "a tree cannot be packed"
+        assert len(self.slots) == 1, "its rows would have to be put in one line"
+        own = torch.zeros_like(self.positions[0])
+        return replace(self, owners=own, counts=torch.full_like(self.slots, len(own)))
+
+    def single(self) -> "StepRows":
+        """The same, where these are one request's: not packed, as not every attention takes several prompts."""
+        if len(self.slots) > 1 or self.padded:
+            return self
+        return replace(self, owners=None, counts=None)
+
     def apart(self) -> "list[StepRows]":
-        """Packed rows, request by request."""
-        return [StepRows.prompt(*span, self.positions.device) for span in self.spans]
+        """Packed rows, request by request. Waits for the device."""
+        if self.owners is None or self.counts is None:
+            return []
+        spans = zip(self.slots.tolist(), self.lengths.tolist(), self.counts.tolist(), strict=True)
+        parts = [StepRows.prompt(*span, self.positions.device) for span in spans]
+        firsts = [None] * len(parts) if self.first is None else torch.split(self.first, 1)
+        whole = zip(parts, firsts, strict=True)
+        return [replace(part, first=first) for part, first in whole if part.positions.shape[1]]
 
     @cached_property
     def seen(self) -> Tensor:

@@ -20,7 +20,7 @@ class TorchAttention:
     def __init__(self, cache: HybridKV, rows: StepRows) -> None:
         self._cache, self._rows = cache, rows
         self._apart = [TorchAttention(cache, each) for each in rows.apart()]
-        if self._apart:
+        if rows.owners is not None:
             return
         nodes = rows.positions.shape[1]
         behind = rows.lengths[:, None] + torch.arange(nodes, device=rows.lengths.device)
@@ -47,10 +47,12 @@ class TorchAttention:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, sink: Tensor | None = None
     ) -> Tensor:
         """q: [B, N, Hq, Dk]; k: [B, N, Hkv, Dk]; v: [B, N, Hkv, Dv] -> [B, N, Hq, Dv]."""
-        if self._apart:
-            counts = [count for _, _, count in self._rows.spans]
-            parts = zip(self._apart, *(torch.split(x, counts, 1) for x in (q, k, v)), strict=True)
-            return torch.cat([each(layer, *qkv, scale=scale, sink=sink) for each, *qkv in parts], 1)
+        if self._rows.owners is not None:
+            counts = [each._rows.positions.shape[1] for each in self._apart]
+            rest = q.shape[1] - sum(counts)  # rows of nobody
+            parts = zip(self._apart, *(torch.split(x, [*counts, rest], 1)[:-1] for x in (q, k, v)), strict=True)
+            done = [each(layer, *qkv, scale=scale, sink=sink) for each, *qkv in parts]
+            return torch.cat([*done, q.new_zeros(1, rest, q.shape[2], v.shape[3])], 1)
         index, member = self._cache.place[layer]
         group, bias = self._cache.groups[index], self._bias(index, q.shape[2] // k.shape[2])
         if isinstance(group, PagedKV):

@@ -16,7 +16,7 @@ class Waits:
     """A Progress callback (description, done, total or None).
 
     On a terminal: a bar that vanishes when the wait is over. Elsewhere: a line for each wait of more than two seconds.
-    `close` ends the present wait; the next call begins another. quiet: nothing at all.
+    `close` ends the present wait, as does all of it being done; the next call begins another. quiet: nothing at all.
     """
 
     def __init__(self, *, quiet: bool = False, patience: float = _PATIENCE) -> None:
@@ -35,6 +35,8 @@ class Waits:
             self._begin(what)
         if self._bar:
             self._bar.update(self._task, completed=done, total=total)
+        if total and done >= total:
+            self.close()
 
     def close(self) -> None:
         """Nothing is being waited for any more."""

@@ -16,6 +16,7 @@ _LEGEND = [
     "the depth before.",
 ]
 _SPREAD = 0.1  # of the rate of plain decoding, above which it is shown
+_LEAST_COMPILING = 0.005  # seconds, that are worth a line
 _TREES = 4  # kinds of trees that are named
 _SHOWN = "legend-shown"  # in the cache, once it was
 
@@ -58,6 +59,7 @@ def statistics(stats: GenerationStats, finish_reason: str, rule: str) -> Table:
         ("nodes per step", f"{stats.nodes_per_step:.1f}"),
         *_trees(stats),
         *_acceptance(stats),
+        *_compiling(stats),
         ("prefill", f"{_seconds(stats.prefill_s)}, first token after {_seconds(stats.ttft_s)}"),
         *_shares(stats),
         ("tokens per second", f"{stats.tokens_per_s:.1f} (prefill left out)"),
@@ -65,6 +67,15 @@ def statistics(stats: GenerationStats, finish_reason: str, rule: str) -> Table:
         ("seed", f"{stats.seed}"),
     ]
     return pairs(rows)
+
+
+def _compiling(stats: GenerationStats) -> list[tuple[str, str]]:
+    """What happens the first time, where it happened."""
+    if stats.compile_s < _LEAST_COMPILING:
+        return []
+    return [
+        ("getting ready", f"{_seconds(stats.compile_s)} (compiling kernels, capturing CUDA graphs; left out below)")
+    ]
 
 
 def _trees(stats: GenerationStats) -> list[tuple[str, str]]:

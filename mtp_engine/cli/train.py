@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from rich.table import Column, Table
 from mtp_engine.cli.options import settings
 from mtp_engine.cli.output import console, note, show
 from mtp_engine.cli.progress import Waits
+from mtp_engine.cli.recipe import check_files, recipe, recipe_option
 from mtp_engine.errors import EngineError
 
 if TYPE_CHECKING:
@@ -32,6 +34,12 @@ _WHAT = settings(
     click.option(
         "--features", default="", metavar="I,J,..", help="Layers of MODEL whose outputs the MTP layers read too."
     ),
+    click.option(
+        "--hidden",
+        default="pre_norm",
+        type=click.Choice(["pre_norm", "post_norm"]),
+        help="The main model's states before or after its final norm.",
+    ),
     click.option("--fp8", is_flag=True, help="Keep their FFNs in FP8: half the size on disk."),
     click.option("--init", type=_PATH, help="Begin with the MTP layers in this folder, which may be narrower."),
     click.option("--out", type=_PATH, default=None, help="Where the layers go.  [default: MODEL-mtp]"),
@@ -44,6 +52,13 @@ _DATA = settings(
     click.option("--prompts", type=_FILE, help="Prompts for its dialogues (.jsonl or .jsonl.xz with `prompt`)."),
     click.option("--shards", default=12, type=click.IntRange(1), help="Of the dialogues it writes."),
     click.option("--rows", default=4096, type=click.IntRange(1), help="Of a shard."),
+    click.option(
+        "--temperatures",
+        default="0:0.5,0.7:0.25,1:0.25",
+        metavar="T:SHARE,..",
+        help="At which it writes its answers.",
+        show_default=True,
+    ),
     click.option("--row-length", default=768, type=click.IntRange(16), help="Tokens."),
 )
 _TRAINING = settings(
@@ -51,6 +66,12 @@ _TRAINING = settings(
     click.option("--batch-tokens", default=41_472, type=click.IntRange(1), help="Of a step, all devices together."),
     click.option("--lr", default=2e-3, type=click.FloatRange(0, min_open=True), help="Of Muon, for matrices."),
     click.option("--adam-lr", default=1e-3, type=click.FloatRange(0, min_open=True), help="Of AdamW, for the rest."),
+    click.option(
+        "--optimiser",
+        default="muon",
+        type=click.Choice(["muon", "adamw"]),
+        help="Of matrices; AdamW's rate is --adam-lr.",
+    ),
     click.option("--decay", default=0.8, type=click.FloatRange(0, 1), help="A layer's loss counts decay^depth."),
     click.option(
         "--target-temperature", default=1.0, type=click.FloatRange(0.05), help="Of the main model's distribution."
@@ -66,9 +87,13 @@ _TRAINING = settings(
     click.option("--eval-every", default=500, type=click.IntRange(1), help="Steps."),
     click.option("--device", default="cpu", help="cpu or cuda; several GPUs by torchrun."),
     click.option("--dtype", default="auto", type=click.Choice(["auto", "fp32", "bf16"])),
+    recipe_option("A run's options as a TOML file: each run leaves its own in OUT. Those that are given count more."),
     click.option("--dry-run", is_flag=True, help="Say what it would take, and stop."),
     click.option("-q", "--quiet", is_flag=True, help="Show no progress."),
 )
+
+
+_ONCE = ("out", "recipe", "dry-run", "quiet")  # what a recipe leaves out
 
 
 @click.command()
@@ -76,17 +101,20 @@ _TRAINING = settings(
 @_WHAT
 @_DATA
 @_TRAINING
-def train(model: str, dry_run: bool, quiet: bool, **options: Any) -> None:
+@click.pass_context
+def train(context: click.Context, /, model: str, dry_run: bool, quiet: bool, **options: Any) -> None:
     """Train MTP layers for MODEL, which stays as it is. The same command goes on with a run that was interrupted.
 
     \b
     Examples:
       mtp-engine train smollm2-135m-mtp3 --device cuda --prompts prompts.jsonl --out heads
       mtp-engine train ./my-llama --layers 2 --text book.txt --steps 500
+      mtp-engine train --recipe heads/recipe.toml --seed 2 --out heads-2
       torchrun --nproc-per-node 2 -m mtp_engine.cli train ./my-llama --device cuda --out heads
       mtp-engine generate --model ./my-llama --mtp heads "Once upon a time"
     """
-    job = _job(model, options)
+    check_files(context)
+    job = replace(_job(model, options), recipe=recipe(context, without=_ONCE))
     if dry_run:
         return _show_plan(job)
     first = os.environ.get("RANK", "0") == "0"
@@ -137,18 +165,19 @@ def _job(model: str, options: dict[str, Any]) -> "Job":
     if out.exists() and not out.is_dir():
         raise EngineError(f"{out} is no folder; choose another for --out")
     objective = Objective(o["decay"], o["target_temperature"], o["acceptance"], o["reach"])
-    rates = Rates(o["lr"], o["adam_lr"], warmup=min(100, max(1, o["steps"] // 10)))
+    rates = Rates(o["lr"], o["adam_lr"], warmup=min(100, max(1, o["steps"] // 10)), matrices=o["optimiser"])
     training = TrainSettings(
         o["steps"], o["batch_tokens"], objective, rates, o["seed"], evaluate_every=o["eval_every"],
         log_every=min(20, max(1, o["steps"] // 10)),
     )  # fmt: skip
     dialogues = DialogueSettings(
-        shards=o["shards"], rows=o["rows"], length=o["row_length"], seed=o["seed"], prompts=o["prompts"]
-    )
+        shards=o["shards"], rows=o["rows"], length=o["row_length"], seed=o["seed"], prompts=o["prompts"],
+        temperatures=_temperatures(o["temperatures"]),
+    )  # fmt: skip
     return Job(
         model, out, o["corpus"] or out / "data", o["layers"], o["chained"], o["window"], o["width"], _layers(o["features"]),
-        o["fp8"], o["init"], o["texts"], dialogues, training, o["eval_prompts"], device=o["device"], dtype=o["dtype"],
-        command=shlex.join(["mtp-engine", *sys.argv[1:]]),
+        o["fp8"], o["hidden"], o["init"], o["texts"], dialogues, training, o["eval_prompts"], device=o["device"],
+        dtype=o["dtype"], command=shlex.join(["mtp-engine", *sys.argv[1:]]),
     )  # fmt: skip
 
 
@@ -157,6 +186,14 @@ def _layers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part)
     except ValueError:
         raise EngineError(f"--features {text!r} is no list of layers, as in 9,18,26") from None
+
+
+def _temperatures(text: str) -> tuple[tuple[float, float], ...]:
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        return tuple((float(temperature), float(share)) for temperature, share in pairs)
+    except ValueError:
+        raise EngineError(f"--temperatures {text!r} is no list of T:SHARE, as in 0:0.5,1:0.5") from None
 
 
 def _show_plan(job: "Job") -> None:

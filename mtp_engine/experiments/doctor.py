@@ -30,6 +30,7 @@ from mtp_engine.models import loader
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.protocols import Attention, Progress
 from mtp_engine.runtime.answer import Generation
+from mtp_engine.runtime.step import EagerRunner
 
 _PROMPTS, _LONGEST, _TOKENS = 12, 70, 40
 _SLACK = 0.02  # of the accepted drafts per step, by which float arithmetic may differ
@@ -217,7 +218,8 @@ def read(engine: Engine, module: MTPModule, texts: Sequence[Text]) -> list[Force
     """Have layers read finished texts as prompts."""
     reader, config = _Reader(module), replace(engine.config, max_batch=1)
     drafter = watched(engine, reader, config)
-    loop = make_loop(engine.model, drafter, config, engine.backend, slots=1, tokenizer=engine.tokenizer)
+    backend = replace(engine.backend, runner=lambda slots: EagerRunner)  # a graph would not call the reader again
+    loop = make_loop(engine.model, drafter, config, backend, slots=1, tokenizer=engine.tokenizer)
     found = []
     for text in texts:
         reader.seen.clear()

@@ -107,9 +107,9 @@ class WideOps:
 
     def observe(
         self, slots: Tensor, lengths: Tensor, result: VerifyResult, hidden: Tensor, tokens_table: Tensor,
-        hidden_table: Tensor, counts_table: Tensor, recent: Tensor,
+        hidden_table: Tensor, counts_table: Tensor, recent: Tensor, behind: Tensor | None = None,
     ) -> None:  # fmt: skip
-        self._inner.observe(slots, lengths, result, hidden, tokens_table, hidden_table, counts_table, recent)
+        self._inner.observe(slots, lengths, result, hidden, tokens_table, hidden_table, counts_table, recent, behind)
 
 
 def in_columns(tree: Growth, depth: int) -> dict[str, Tensor]:

@@ -1,10 +1,10 @@
-"""A step as two CUDA graphs, drafting and verifying, captured once per batch size and context bound and then replayed.
+"""A step as CUDA graphs, of drafting and of verifying, captured once per batch size and context bound and then replayed.
 
 Between two steps the host only queues the next graphs: lengths, last tokens, caches and what requests want of their
 logits are on the device. Results come back through pinned memory, and the host waits for the oldest step in flight
-alone. Only a structure needs the host in between: the drafts of its request are looked at, and what may follow each
-is written where the second graph reads it. Every step is recorded with what requests may want besides tokens, and
-without. On a CPU the same steps run with the same padding, operation by operation.
+alone. Only a structure needs the host in between: while the model runs over the drafts of its request, the host works out
+what may follow each, and what is chosen is in a graph of its own, behind that. Every step is recorded with what requests
+may want besides tokens, and without. On a CPU the same steps run with the same padding, operation by operation.
 """
 
 import logging
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -20,12 +20,15 @@ from torch import Tensor
 from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Progress
 from mtp_engine.runtime.flight import Flight, HostMark, Mark, Reading
-from mtp_engine.runtime.recorded import Captured, Lane, Prepared, Recorded, Uncaptured, no_collection
-from mtp_engine.runtime.request import Launched, Members, PromptChunk, TreeLimits
+from mtp_engine.runtime.recorded import Captured, Lane, Prepared, Recorded, Uncaptured, no_collection, whole
+from mtp_engine.runtime.recorded_prompts import RecordedPrompts
+from mtp_engine.runtime.request import Landed, Launched, Members, PromptChunk, TreeLimits
+from mtp_engine.runtime.shapes import Watched
 from mtp_engine.runtime.slots import SCRATCH_LENGTH
 from mtp_engine.runtime.step import ModelStep, Said
-from mtp_engine.sampling.batch import SamplingBatch
-from mtp_engine.tree import DraftTree
+from mtp_engine.runtime.structures import Given, Structures
+from mtp_engine.runtime.threads import usable_cores
+from mtp_engine.sampling.batch import Plan, SamplingBatch
 
 _LOG = logging.getLogger("mtp_engine")
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # a batch is padded up to one of these
@@ -51,7 +54,7 @@ def bound_bucket(bound: int) -> int:
 class Key:
     """What a step is recorded for. drafts: else its trees have one node. bare: nobody wants anything but tokens, chosen by the
     model's logits. limited: somebody wants a smaller tree; never bare. tables: Processors.grown, as a graph holds the tables
-    that it was captured with.
+    that it was captured with. plan: where steps are planned; late ones, which are rare, are recorded for whatever is wanted.
     """
 
     batch: int
@@ -60,6 +63,7 @@ class Key:
     bare: bool
     limited: bool = False
     tables: int = 0
+    plan: Plan | None = None
 
 
 @final
@@ -72,20 +76,28 @@ class GraphRunner:
 
     def __init__(
         self, step: ModelStep, *, in_flight: int, scratch: int, device: torch.device,
-        refresh: Callable[[list[int], list[int]], None] | None = None,
+        refresh: Callable[[list[int], list[int]], None] | None = None, chunk: int = 2048, progress: Progress = lambda *_: None,
     ) -> None:  # fmt: skip
         """scratch: the slot that pads batches. refresh: called before each step with the slots and the most tokens that
-        each may have."""
+        each may have. chunk: rows of prompts that are read at once, at most. progress: is told of kernels that are compiled,
+        and of steps that cannot be captured."""
         self.in_flight = in_flight
         self.recorded = self.late = self.replayed = self.slow = 0
         self._step, self._scratch, self._device, self._refresh = step, scratch, device, refresh
-        self._cuda, self._complete = device.type == "cuda", False
+        self._progress = progress
+        self._cuda, self._complete, self._told = device.type == "cuda", False, False
         self._prepared: dict[Key, Prepared] = {}
+        self._next = Key(0, 0, False, True)  # of the step that is launched next
+        self._shapes = step.shapes
+        self._idle: float | None = None  # since when the host has worked for steps alone
         self._lane = Lane(device) if self._cuda else None
-        self._words = -(-step.model.vocab_size // 32)
-        most = bucket(scratch) * step.drafter.max_nodes * self._words
-        self._masks = torch.full((most,), -1, dtype=torch.int32, device=device)  # all recorded steps read it
-        self._written = torch.full((most,), -1, dtype=torch.int32, pin_memory=self._cuda)  # the same on the host
+        self.prompts = RecordedPrompts(
+            step, scratch=scratch, position=SCRATCH_TOKENS - 1, most=chunk, lane=self._lane, compile=self._compile
+        )
+        self._structures = Structures(
+            batch=bucket(scratch), nodes=step.drafter.max_nodes, depth=step.drafter.depth, vocab=step.model.vocab_size,
+            device=device, mark=self._mark,
+        )  # fmt: skip
 
     def capture(self, batch: int, longest: int, progress: Progress) -> str:
         """See Runner. Raises EngineError where memory is not enough."""
@@ -95,60 +107,80 @@ class GraphRunner:
         sizes = sorted(
             {bucket(size) for size in range(1, batch + 1)}, reverse=True
         )  # large ones make room for the rest
-        kinds, tables = [(False, True, False), (False, False, False)], self._step.processors.grown
-        if self._step.drafter.max_nodes > 1:
-            kinds += [(True, True, False), (True, False, False), (True, False, True)]
-        keys = [
-            Key(size, bound, *kind, tables=0 if kind[1] else tables)
-            for size in sizes for bound in sorted(bounds, reverse=True) for kind in kinds
-        ]  # fmt: skip
-        with no_collection():
-            for number, key in enumerate(keys):
-                progress("capturing CUDA graphs", number, len(keys))
-                try:
-                    self._record(key)
-                except torch.OutOfMemoryError as error:
-                    raise EngineError(
-                        f"the GPU's memory is full after {number} of {len(keys)} CUDA graphs: lower max_batch, max_context or "
-                        'kv_tokens, or have them captured when they are needed (capture="lazy")'
-                    ) from error
+        keys = [key for size in sizes for bound in sorted(bounds, reverse=True) for key in self._keys(size, bound)]
+        number = 0
+        try:
+            prompts = self.prompts.capture(progress)
+            if self._lane:
+                self._compile(partial(self._run, [(key, *self._blank(key)) for key in keys]))
+            with no_collection():
+                for number, key in enumerate(keys):
+                    progress("capturing CUDA graphs", number, len(keys))
+                    self._record(key, compiled=True)
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"the GPU's memory is full after {number} of {len(keys)} CUDA graphs: lower max_batch, max_context or "
+                'kv_tokens, or have them captured when they are needed (capture="lazy")'
+            ) from error
         self._complete = True
         took, room = time.perf_counter() - begin, (free - self._free()) / 1e9
         progress("capturing CUDA graphs", len(keys), len(keys))
-        return f"{len(keys)} CUDA graphs captured in {took:.1f} s, {room:.2f} GB"
+        return f"{len(keys) + prompts} CUDA graphs captured in {took:.1f} s, {room:.2f} GB"
+
+    def _keys(self, batch: int, bound: int) -> list[Key]:
+        """Of all steps that there may be."""
+        tables = self._step.processors.grown
+        if self._shapes:
+            plain, *drafted, late = self._shapes.plans(batch)
+            kinds = [(plan, bare, False) for plan in (plain, *drafted) for bare in (True, False)]
+            kinds += [(drafted[-1], False, True), (late, False, True)]
+            return [
+                Key(batch, bound, True, bare, limited, 0 if bare else tables, plan) for plan, bare, limited in kinds
+            ]
+        found = [(False, True, False), (False, False, False)]
+        if self._step.drafter.max_nodes > 1:
+            found += [(True, True, False), (True, False, False), (True, False, True)]
+        return [Key(batch, bound, *kind, tables=0 if kind[1] else tables) for kind in found]
 
     def prepare(self, members: Members, bound: int) -> None:
-        key = self._key(members, bound)
+        key = self._next = self._key(members, bound)
         if key not in self._prepared:
             if self._complete:
                 self.late += 1
                 _LOG.warning("a step is recorded in the midst of the work, which holds all up: %s", key)
             self._record(key)
 
+    def prepare_reading(self, chunks: Sequence[PromptChunk]) -> None:
+        self.prompts.prepare(chunks)
+
     def launch(self, members: Members, bound: int, said: Said) -> Launched:
-        step, count = self._prepared[self._key(members, bound)], len(members.slots)
+        key, count = self._next, len(members.slots)
+        step = self._prepared[key]
         step.load(members, self._scratch)
         if self._refresh:
             self._refresh(*self._bounds(members, bound, len(step.members.slots) - count))
         marks = [self._mark() for _ in range(4)]
         marks[0].record()
-        tree = step.halves.draft()
+        tree = step.parts.draft()
         marks[1].record()
-        failed = self._allow(step, tree, members, said) if members.guide else {}
-        table, notes = step.halves.verify()
+        drafted = self._structures.begin(tree, members, said)
+        step.parts.forward()
+        failed = self._structures.allow(step.given, drafted, members, said) if drafted and step.given else {}
+        table, notes = step.parts.choose()
         marks[2].record()
         most = members.sampling.most_logprobs
         kept = None if notes is None or most < 0 else self._host(notes[:count, :, : 1 + most])
         rows = self._host(table[:count])
         marks[3].record()
-        self.replayed += isinstance(step.halves, Captured)
-        self.slow += self._cuda and isinstance(step.halves, Uncaptured)
-        return Flight(rows, kept, failed, marks)
+        self.replayed += isinstance(step.parts, Captured)
+        self.slow += self._cuda and isinstance(step.parts, Uncaptured)
+        return self._watched(Flight(rows, kept, failed, marks), members, key)
 
     def read(self, chunks: Sequence[PromptChunk]) -> Launched:
         start, end = self._mark(), self._mark()
         start.record()
-        self._step.read(chunks)
+        self._idle = None
+        self.prompts.read(chunks)
         end.record()
         return Reading(start, end)
 
@@ -156,64 +188,101 @@ class GraphRunner:
         if self._cuda:
             torch.cuda.synchronize(self._device)
 
-    def _allow(self, step: Prepared, tree: DraftTree, members: Members, said: Said) -> Any:
-        """Write what structures allow after each node. Waits for the drafts, and so for the steps before; asked behind them
-        is what those steps say, and nobody's tokens need to be handed out first."""
-        guide, drafted = members.guide, self._mark()
-        assert guide is not None
-        assert step.mask is not None
-        count, nodes = len(members.slots), tree.nodes
-        outline = self._host(torch.cat([tree.tokens, tree.parents, tree.size[:, None]], 1)[:count])
-        drafted.record()
-        drafted.synchronize()  # so what was written for the step before has been read, too
-        guide.begin(members.requests, said)
-        tokens, parents, sizes = (part.tolist() for part in (outline[:, :nodes], outline[:, nodes:-1], outline[:, -1]))
-        written = self._written[: step.mask.numel()].view(step.mask.shape)
-        guide.fill(written, tokens, parents, sizes)
-        first, last = guide.rows[0], guide.rows[-1] + 1
-        step.mask[first:last].copy_(written[first:last], non_blocking=True)
-        return guide.failed
+    def _watched(self, flight: Flight, members: Members, key: Key) -> Launched:
+        """A step of which the planner learns, if there is one."""
+        shapes, plan = self._shapes, key.plan
+        if shapes is None or plan is None:
+            return flight
+        count, alone = len(members.requests), members.guide is None
+
+        def learn(landed: Landed, begin: float, slots: list[int], accepted: list[int]) -> None:
+            shapes.learn(plan, slots, accepted)
+            host_s = None if self._idle is None else begin - self._idle
+            if alone:  # what structures wait for is no shape's
+                shapes.timed(plan, count, key.bound, landed.draft_s + landed.verify_s, host_s)
+            self._idle = time.perf_counter()
+
+        return Watched(flight, members.requests, [request.slot for request in members.requests], learn)
 
     def _key(self, members: Members, bound: int) -> Key:
-        drafts = members.speculates and self._step.drafter.max_nodes > 1
-        limited = drafts and members.limits is not None
+        bound, plan = bound_bucket(bound), None
+        drafts, limited = members.speculates and self._step.drafter.max_nodes > 1, members.limits is not None
+        if self._shapes:
+            slots = [request.slot for request in members.requests]
+            plan = self._shapes.choose(slots, bound, limited=limited, speculates=members.speculates)
+            drafts, limited = True, plan.late or (limited and plan.shape is not None)
+        limited = drafts and limited
         bare = members.sampling.bare and not limited
         tables = 0 if bare else self._step.processors.grown
-        return Key(bucket(len(members.slots)), bound_bucket(bound), drafts, bare, limited, tables)
+        return Key(bucket(len(members.slots)), bound, drafts, bare, limited, tables, plan)
 
-    def _record(self, key: Key) -> None:
-        """Make a step ready for any members of that kind. Where it cannot be captured it will run slowly, which is said."""
+    def _blank(self, key: Key) -> tuple[Members, Given | None]:
+        """Room for any members of that kind, and for what structures allow."""
+        slots = torch.full((key.batch,), self._scratch, device=self._device)
+        limits = TreeLimits.none(key.batch, self._device) if key.limited else None
+        sampling = SamplingBatch.room(key.batch, self._device, bare=key.bare)
+        members = Members((), (), slots, sampling, limits=limits, speculates=key.drafts, plan=key.plan)
+        nodes = key.plan.nodes if key.plan else self._step.drafter.max_nodes if key.drafts else 1
+        return members, None if key.bare else self._structures.given(key.batch, nodes)
+
+    def _run(self, steps: Sequence[tuple[Key, Members, Given | None]]) -> None:
+        for key, members, given in steps:
+            whole(self._step, members, key.bound, given)
+
+    def _record(self, key: Key, *, compiled: bool = False) -> None:
+        """Make a step ready for any members of that kind. Where it cannot be captured it will run slowly, which is said.
+        compiled: its kernels are."""
         stale = [k for k in self._prepared if not (k.bare or key.bare or k.tables == key.tables)]
         if stale:  # they hold tables that are too small by now, and may be running
             self.settle()
         for each in stale:
             del self._prepared[each]
-        slots = torch.full((key.batch,), self._scratch, device=self._device)
-        limits = TreeLimits.none(key.batch, self._device) if key.limited else None
-        sampling = SamplingBatch.room(key.batch, self._device, bare=key.bare)
-        members = Members((), (), slots, sampling, limits=limits, speculates=key.drafts)
-        mask = None if key.bare else self._mask(key.batch, self._step.drafter.max_nodes if key.drafts else 1)
-        halves: Recorded = Uncaptured(self._step, members, key.bound, mask)
+        members, given = self._blank(key)
+        parts: Recorded = Uncaptured(self._step, members, key.bound, given)
         if self._lane:
             try:
-                halves = Captured(self._step, members, key.bound, mask, self._lane, partial(self._plan, key.batch))
+                if not compiled:
+                    self._compile(partial(self._run, [(key, members, given)]))
+                parts = Captured(self._step, members, key.bound, given, self._lane, partial(self._plan, key.batch))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 if isinstance(error.__context__, torch.OutOfMemoryError):
                     raise error.__context__ from None
-                _LOG.warning("steps run without CUDA graphs, which is many times slower: %s (%s)", error, key)
+                self._say_slow(f"steps run without CUDA graphs, which is many times slower: {error} ({key})")
         self.recorded += 1
-        self._prepared[key] = Prepared(members, mask, halves)
+        self._idle = None
+        self._prepared[key] = Prepared(members, given, parts)
+
+    def _compile(self, run: Callable[[], object]) -> None:
+        """Have all kernels of a pass compiled, side by side. Nothing runs: the pass goes into a graph that is thrown away."""
+        lane = self._lane
+        if lane is None or self._refresh:
+            return  # plans for FlashInfer are made on the host, when a pass runs
+        from mtp_engine.kernels.compiling import Missing
+
+        missing = Missing()
+        try:
+            # as nothing of it runs, nothing that happens meanwhile can spoil it: modules may be loaded, memory taken
+            trial = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=lane.stream, capture_error_mode="relaxed")
+            with no_collection(), missing, trial:
+                run()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return  # where it is captured in earnest it will be said why
+        missing.compile(self._device, usable_cores(), self._progress)
+
+    def _say_slow(self, why: str) -> None:
+        if not self._told:
+            self._told = True
+            _LOG.warning(why)
+            self._progress(why, 0, None)
 
     def _plan(self, batch: int) -> None:
         """As `refresh` does, for a batch in the scratch slot."""
         if self._refresh:
             self._refresh([self._scratch] * batch, [SCRATCH_TOKENS] * batch)
-
-    def _mask(self, batch: int, nodes: int) -> Tensor:
-        """[batch, nodes, W] int32."""
-        return self._masks[: batch * nodes * self._words].view(batch, nodes, self._words)
 
     def _bounds(self, members: Members, bound: int, padding: int) -> tuple[list[int], list[int]]:
         """Slots and the most tokens each may have, padding included; the longest request has `bound` at most."""

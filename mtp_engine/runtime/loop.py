@@ -55,6 +55,8 @@ class DecodeLoop:
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue what the intake made."""
+        for request in requests:
+            request.skipped = self._clock.skipped
         self.scheduler.add(requests, self._clock.standing)
         self._ranks.added(requests, self.scheduler.cancel)
 
@@ -95,6 +97,8 @@ class DecodeLoop:
         launched = self._decode(self._members) if self._members else None
         if plan.chunks:
             try:
+                with self._clock.left_out():
+                    self.runner.prepare_reading(plan.chunks)
                 read = self.runner.read(plan.chunks)
                 launched = launched or read
             except Exception as error:

@@ -1,16 +1,21 @@
-"""A step recorded over fixed tensors: as two CUDA graphs, or as the operations themselves."""
+"""A step recorded over fixed tensors: as CUDA graphs, or as the operations themselves.
+
+Where structures may have a say, what the model computes and what is chosen of it are apart: masks are made in between,
+while the model runs. And drafts are then what the host leaves of them.
+"""
 
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
 
-from mtp_engine.runtime.request import Members
+from mtp_engine.runtime.request import Members, TreeLimits
 from mtp_engine.runtime.step import ModelStep
+from mtp_engine.runtime.structures import Given
 from mtp_engine.sampling.batch import SamplingBatch
 from mtp_engine.tree import DraftTree
 
@@ -19,15 +24,20 @@ from mtp_engine.tree import DraftTree
 class Uncaptured:
     """A step that runs operation by operation (a Recorded): on a CPU, and where a GPU cannot capture it."""
 
-    def __init__(self, step: ModelStep, members: Members, bound: int, mask: Tensor | None) -> None:
-        self._step, self._members, self._bound, self._mask = step, members, bound, mask
+    def __init__(self, step: ModelStep, members: Members, bound: int, given: Given | None) -> None:
+        self._step, self._members, self._bound, self._given = step, members, bound, given
 
     def draft(self) -> DraftTree:
-        self._drafted = self._step.draft(self._members, self._bound)
-        return self._drafted[1]
+        self._batch, self._tree = self._step.draft(self._members, self._bound)
+        return self._tree
 
-    def verify(self) -> tuple[Tensor, Tensor | None]:
-        return self._step.verify(self._members, *self._drafted, self._mask)
+    def forward(self) -> None:
+        self._tree = forced(self._step, self._tree, self._given)
+        self._passed = self._step.forward(self._batch, self._tree)
+
+    def choose(self) -> tuple[Tensor, Tensor | None]:
+        mask = self._given.mask if self._given else None
+        return self._step.choose(self._members, self._batch, self._tree, *self._passed, mask)
 
 
 @final
@@ -41,56 +51,85 @@ class Lane:
 
 @final
 class Captured:
-    """A step as CUDA graphs (a Recorded). Operations run once before they are captured, so that kernels are compiled."""
+    """A step as CUDA graphs (a Recorded). Operations run before they are captured, so that kernels are compiled.
+
+    Where nothing is given, what the model computes and what is chosen of it are one graph.
+    """
 
     def __init__(
         self,
         step: ModelStep,
         members: Members,
         bound: int,
-        mask: Tensor | None,
+        given: Given | None,
         lane: "Lane",
         refresh: Callable[[], None],
     ) -> None:
-        self._draft, self._verify = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self._draft, self._forward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self._choose = torch.cuda.CUDAGraph() if given else None
         before = torch.cuda.current_stream(members.slots.device)
         lane.stream.wait_stream(before)
         with torch.cuda.stream(lane.stream), no_collection():
-            step.verify(members, *step.draft(members, bound), mask)
+            whole(step, members, bound, given)
             refresh()  # plans exist from now on; the first ones were made for nothing
             lane.stream.synchronize()
             with torch.cuda.graph(self._draft, pool=lane.pool, stream=lane.stream):
-                self._drafted = step.draft(members, bound)
-            with torch.cuda.graph(self._verify, pool=lane.pool, stream=lane.stream):
-                self._result = step.verify(members, *self._drafted, mask)
+                batch, drafted = step.draft(members, bound)
+            with torch.cuda.graph(self._forward, pool=lane.pool, stream=lane.stream):
+                tree = forced(step, drafted, given)
+                passed = step.forward(batch, tree)
+                if not given:
+                    self._result = step.choose(members, batch, tree, *passed, None)
+            if given and self._choose:
+                with torch.cuda.graph(self._choose, pool=lane.pool, stream=lane.stream):
+                    self._result = step.choose(members, batch, tree, *passed, given.mask)
+        # other steps' graphs may have the memory of all else
+        self._tree = replace(drafted, scores=None, draft=None)
         before.wait_stream(lane.stream)
 
     def draft(self) -> DraftTree:
         self._draft.replay()
-        return self._drafted[1]
+        return self._tree
 
-    def verify(self) -> tuple[Tensor, Tensor | None]:
-        self._verify.replay()
+    def forward(self) -> None:
+        self._forward.replay()
+
+    def choose(self) -> tuple[Tensor, Tensor | None]:
+        if self._choose:
+            self._choose.replay()
         return self._result
 
 
+def forced(step: ModelStep, tree: DraftTree, given: Given | None) -> DraftTree:
+    """The tree with what is forced of it."""
+    return tree if given is None or given.forced is None else step.force(tree, given.forced)
+
+
+def whole(step: ModelStep, members: Members, bound: int, given: Given | None) -> None:
+    """All of a step."""
+    batch, tree = step.draft(members, bound)
+    step.verify(members, batch, forced(step, tree, given), given.mask if given else None)
+
+
 class Recorded(Protocol):
-    """The two halves of a step over fixed tensors. What they return is overwritten when they run again."""
+    """The parts of a step over fixed tensors, in this order. What they return is overwritten when they run again."""
 
     def draft(self) -> DraftTree: ...
 
-    def verify(self) -> tuple[Tensor, Tensor | None]:
-        """See ModelStep.verify."""
+    def forward(self) -> None: ...
+
+    def choose(self) -> tuple[Tensor, Tensor | None]:
+        """See ModelStep.choose."""
 
 
 @final
 @dataclass
 class Prepared:
-    """A recorded step and the tensors that it reads: those of its members, and [B, N, W] int32 that structures allow."""
+    """A recorded step and the tensors that it reads: those of its members, and what the host gives."""
 
     members: Members
-    mask: Tensor | None
-    halves: Recorded
+    given: Given | None
+    parts: Recorded
     loaded: Members | None = None  # whose slots and parameters are in there
 
     def load(self, members: Members, scratch: int) -> None:
@@ -101,9 +140,10 @@ class Prepared:
         held.slots[:count].copy_(members.slots)
         for ours, theirs in zip(_tensors(held.sampling), _tensors(members.sampling), strict=True):
             ours[:count].copy_(theirs)
-        if held.limits and members.limits:
-            held.limits.widths[:count].copy_(members.limits.widths)
-            held.limits.nodes[:count].copy_(members.limits.nodes)
+        if held.limits:
+            limits = members.limits or TreeLimits.none(count, members.slots.device)
+            held.limits.widths[:count].copy_(limits.widths)
+            held.limits.nodes[:count].copy_(limits.nodes)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 from mtp_engine.config import MAX_TREE_NODES, SamplingParams
 from mtp_engine.errors import EngineError
 from mtp_engine.runtime.stats import GenerationStats
-from mtp_engine.sampling.batch import SamplingBatch, to_device
+from mtp_engine.sampling.batch import Plan, SamplingBatch, to_device
 from mtp_engine.sampling.logprobs import Notes, TokenLogprob
 from mtp_engine.sampling.masks import Guide
 from mtp_engine.sampling.processors import NO_TOKEN
@@ -44,6 +44,7 @@ class Request:
     others: "tuple[Request, ...]" = ()  # the further answers to the same prompt, where n > 1
     number: int = 0  # in order of arrival
     arrived: float = 0.0  # on the loop's clock
+    skipped: float = 0.0  # seconds that the clock had left out by then
     slot: int = -1  # its row in caches and tables while it runs
     read: int = 0  # tokens of prompt and output whose chunk was launched
     decoding: bool = False  # all of them are
@@ -264,6 +265,7 @@ class Members:
     guide: Guide | None = None
     limits: TreeLimits | None = None
     speculates: bool = True  # False: nobody wants drafts, so nothing is drafted and one row each is verified
+    plan: Plan | None = None  # of the step, where steps are planned
 
     @classmethod
     def of(cls, requests: tuple[Request, ...], before: "Members | None", device: torch.device) -> "Members | None":

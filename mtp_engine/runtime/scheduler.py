@@ -66,16 +66,17 @@ class Scheduler:
 
     def __init__(
         self, room: Room, *, slots: int, chunk: int, max_waiting: int, packs: bool = True,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, pace: Callable[[], int | None] = lambda: None,
         dismissing: Callable[[Request, FinishReason], AbstractContextManager[None]] = lambda *_: nullcontext(),
     ) -> None:  # fmt: skip
         """chunk: tokens of prompts read in one step; packs: of several prompts, where one does not fill it. max_waiting:
-        requests that may wait beyond the free slots. dismissing: is told whom `dismiss` ends."""
+        requests that may wait beyond the free slots. pace: so many tokens and no more, where somebody decodes. dismissing:
+        is told whom `dismiss` ends."""
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.outputs: list[StepOutput] = []
         self._room, self._slots, self._chunk, self._max_waiting, self._clock = room, slots, chunk, max_waiting, clock
-        self._packs, self._dismissing = packs, dismissing
+        self._packs, self._pace, self._dismissing = packs, pace, dismissing
         self._free = list(range(slots))[::-1]
         self._cancelled: deque[Request] = deque()
         self._arrivals = itertools.count()
@@ -133,7 +134,7 @@ class Scheduler:
             if not in_flight:  # what is said by then counts
                 self._preempt(crowded[0])
             return None
-        self._reading = chunks = self._next_chunks()
+        self._reading = chunks = self._next_chunks(min(self._chunk, (decoding and self._pace()) or self._chunk))
         for request in decoding:
             request.in_flight += 1
         return StepPlan(decoding, chunks) if decoding or chunks else None
@@ -184,9 +185,10 @@ class Scheduler:
             self._room.keep(last, apart=True)
         self._requeue(last)
 
-    def _next_chunks(self) -> tuple[PromptChunk, ...]:
-        """Of the first prompts that are not read. Who failed before is read alone, to find out whose failure it is."""
-        chunks, left = list[PromptChunk](), self._chunk
+    def _next_chunks(self, left: int) -> tuple[PromptChunk, ...]:
+        """Of the first prompts that are not read, so many tokens. Who failed before is read alone, to find out whose failure
+        it is."""
+        chunks = list[PromptChunk]()
         for request in sorted((each for each in self.running if not each.decoding), key=_rank):
             if chunks and (not self._packs or request.failures or chunks[0].request.failures or left <= 0):
                 break
@@ -228,7 +230,7 @@ class Scheduler:
 
     def _record(self, request: Request, taken: int, nodes: int, depth: int, times: StepTimes, sharers: int) -> None:
         stats, request.failures = request.stats, 0
-        stats.total_s = times.now - request.arrived
+        stats.total_s, stats.compile_s = times.now - request.arrived, times.left_out - request.skipped
         if not taken:
             return
         if not stats.steps:

@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mtp_engine.sampling.batch import Batch, SamplingBatch
+from mtp_engine.sampling.batch import Batch, Plan, SamplingBatch
 from mtp_engine.sampling.masks import Guide
 from mtp_engine.tree import DraftTree, VerifyResult
 
@@ -28,8 +28,10 @@ class SlotState:
     def set(self, slot: int, length: int, token: int) -> None:
         self.lengths[slot], self.tokens[slot] = length, token
 
-    def batch(self, slots: Tensor, sampling: SamplingBatch, bound: int, guide: Guide | None = None) -> Batch:
-        return Batch(slots, self.tokens[slots], self.lengths[slots], bound, sampling, guide)
+    def batch(
+        self, slots: Tensor, sampling: SamplingBatch, bound: int, guide: Guide | None = None, plan: Plan | None = None
+    ) -> Batch:
+        return Batch(slots, self.tokens[slots], self.lengths[slots], bound, sampling, guide, plan=plan)
 
     def advance(self, batch: Batch, tree: DraftTree, result: VerifyResult) -> Tensor:
         """Move the slots on, and give the step's table, [B, 3 + D+1] int64: tokens to emit, nodes and depth of the tree,

@@ -85,6 +85,7 @@ class GenerationStats:
     verify_s: float = 0.0
     total_s: float = 0.0
     ttft_s: float = 0.0  # time to first token
+    compile_s: float = 0.0  # that kernels were compiled and CUDA graphs captured, meanwhile; in none of the other times
     comparison: Comparison | None = None  # with plain decoding, in the same process
     identical_to_plain: bool | None = None  # None where plain decoding did not run to the end
 
@@ -158,6 +159,7 @@ class GenerationStats:
             "total_s": self.total_s,
             "tokens_per_s": self.tokens_per_s,
             "ttft_s": self.ttft_s,
+            "compile_s": self.compile_s,
             "plain_tokens_per_s": self.comparison.plain.rate if self.comparison else None,
             "drafted_tokens_per_s": self.comparison.drafted.rate if self.comparison else None,
             "plain_range": list(self.comparison.plain_range) if self.comparison else None,
@@ -169,19 +171,23 @@ class GenerationStats:
 @final
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds. now: of the loop's clock, when the step had landed; draft, verify: of its two halves."""
+    """Seconds. now: of the loop's clock, when the step had landed; draft, verify: of its two halves. left_out: by the clock
+    until then."""
 
     now: float
     draft: float
     verify: float
+    left_out: float = 0.0
 
 
 @final
 class LoopClock:
-    """Seconds that a decode loop has worked: it runs within steps and stands between them, while the caller works."""
+    """Seconds that a decode loop has worked: it runs within steps and stands between them, while the caller works.
+
+    skipped: seconds that it has left out."""
 
     def __init__(self) -> None:
-        self._worked = self._begin = 0.0
+        self._worked = self._begin = self.skipped = 0.0
 
     def start(self) -> None:
         """A step begins."""
@@ -191,8 +197,12 @@ class LoopClock:
     def left_out(self) -> Iterator[None]:
         """What happens inside does not count: something is compiled or captured, which happens once."""
         begin = time.perf_counter()
-        yield
-        self._begin += time.perf_counter() - begin
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - begin
+            self._begin += spent
+            self.skipped += spent
 
     @property
     def standing(self) -> float:
@@ -209,4 +219,4 @@ class LoopClock:
         came before; such a step counts in full."""
         self._worked = max(self.now, self._worked + draft + verify)
         self._begin = time.perf_counter()
-        return StepTimes(self._worked, draft, verify)
+        return StepTimes(self._worked, draft, verify, self.skipped)

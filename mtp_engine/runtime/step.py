@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, final
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.cache import HybridKV
 from mtp_engine.errors import EngineError
-from mtp_engine.protocols import Drafter, Progress, TargetModel, TreePlanner, Verifier
+from mtp_engine.protocols import Drafter, Progress, StepPlanner, TargetModel, TreePlanner, Verifier
 from mtp_engine.runtime.request import Landed, Launched, Members, PromptChunk, Request
 from mtp_engine.runtime.slots import SlotState
-from mtp_engine.sampling.batch import Batch, SamplingBatch, to_device
+from mtp_engine.sampling.batch import Batch, Chunk, Extent, SamplingBatch, to_device
 from mtp_engine.sampling.logprobs import Notes, emitted_logprobs
 from mtp_engine.sampling.processors import NO_TOKEN, Processors, stuck
 from mtp_engine.tree import DraftTree, VerifyResult
@@ -35,36 +35,52 @@ class ModelStep:
     device: torch.device
     planner: TreePlanner | None = None  # is told how long steps take
     kernels: bool = False
+    shapes: StepPlanner | None = None  # chooses each step's shape, where a runner records several
     shares: bool = False  # the verifier chooses among ranks, each over its own logits, where nothing else decides
 
     def read(self, chunks: Sequence[PromptChunk]) -> None:
-        """Read chunks of prompts in one pass: chains whose paths are known. The drafter sees each as a step that kept all
-        of it."""
-        known = [chunk.request.known(chunk.start, chunk.stop + 1) for chunk in chunks]
-        counts = [chunk.stop - chunk.start for chunk in chunks]
-        flat = to_device([token for each in known for token in each], torch.int64, self.device)
-        tokens = torch.split(flat, [count + 1 for count in counts])
-        rows = self._prompt_rows(chunks)
-        given = torch.cat([each[:-1] for each in tokens])[None]
-        hidden = self.model.forward(given, rows.positions, self.attention(self.cache, rows))
-        for chunk, ids, states in zip(chunks, tokens, torch.split(hidden, counts, 1), strict=True):
+        """Read chunks of prompts in one pass: chains whose paths are known. The drafter is told of those that want drafts."""
+        numbers = [*known(chunks), *(each for column in zip(*spans(chunks), strict=True) for each in column)]
+        table, count = to_device(numbers, torch.int64, self.device), sum(chunk.stop - chunk.start for chunk in chunks)
+        tokens, bound = table[:count], max(chunk.stop for chunk in chunks)
+        if len(chunks) == 1:
+            rows = StepRows.prompt(*spans(chunks)[0], self.device)
+        else:
+            rows = StepRows.prompts(table[count:].view(3, -1), count, bound)
+        states, reader = self.over(rows, tokens), self.drafter.prompts
+        if reader is None:
+            self.show(chunks, states)
+        elif entries := reader.outline(told(chunks)):
+            outline = to_device(
+                [each for column in zip(*entries, strict=True) for each in column], torch.int64, self.device
+            )
+            extent = Extent(sum(entry[-1] for entry in entries), bound + 1)
+            reader.read(outline.view(-1, len(entries)), extent, tokens, states)
+
+    def over(self, rows: StepRows, tokens: Tensor) -> Tensor:
+        """Rows of prompts through the main model. tokens: [N] int64. Returns [N, H], what the drafter wants of them."""
+        hidden = self.model.forward(tokens[None], rows.positions, self.attention(self.cache, rows))
+        reader = self.drafter.prompts
+        if reader is None:
+            return hidden[0]
+        rows = rows.packed()
+        assert rows.counts is not None
+        own, stops = rows.owners, rows.lengths + rows.counts
+        return reader.keep(rows.slots[own], rows.positions[0], stops[own], hidden)
+
+    def show(self, chunks: Sequence[PromptChunk], hidden: Tensor) -> None:
+        """To a drafter without `prompts`. hidden: [N, H], where the chunks' rows stand one behind the other."""
+        row = 0
+        for chunk in chunks:
+            count = chunk.stop - chunk.start
             if chunk.request.params.speculate:
-                self._observe_chunk(chunk, ids[None], states)
+                self._show(chunk, hidden[None, row : row + count])
+            row += count
 
-    def _prompt_rows(self, chunks: Sequence[PromptChunk]) -> StepRows:
-        spans = tuple((chunk.request.slot, chunk.start, chunk.stop - chunk.start) for chunk in chunks)
-        if len(spans) == 1:
-            return StepRows.prompt(*spans[0], self.device)
-        owners = [owner for owner, (_, _, count) in enumerate(spans) for _ in range(count)]
-        positions = [position for _, start, count in spans for position in range(start, start + count)]
-        columns = [each for column in zip(*spans, strict=True) for each in column]  # one transfer for all
-        tables = to_device([*columns, *owners, *positions], torch.int64, self.device)
-        each, rows = torch.split(tables, [3 * len(spans), 2 * len(owners)])
-        return StepRows.prompts(each.view(3, -1), rows.view(2, -1), spans)
-
-    def _observe_chunk(self, chunk: PromptChunk, tokens: Tensor, hidden: Tensor) -> None:
-        """tokens: [1, C + 1], hidden: [1, C, H] of a chunk of C tokens and, of tokens, the one behind it."""
+    def _show(self, chunk: PromptChunk, hidden: Tensor) -> None:
+        """hidden: [1, C, H] of a chunk of C tokens."""
         request, count = chunk.request, chunk.stop - chunk.start
+        tokens = to_device(request.known(chunk.start, chunk.stop + 1), torch.int64, self.device)[None]
         slots, lengths = (torch.full((1,), value, device=self.device) for value in (request.slot, chunk.start))
         path = torch.arange(count, device=self.device)[None]
         result = VerifyResult(path, tokens[:, 1:], torch.full_like(slots, count))
@@ -74,22 +90,41 @@ class ModelStep:
 
     def draft(self, members: Members, bound: int) -> tuple[Batch, DraftTree]:
         """bound: no member has more tokens than this. Where members have a guide, the drafter asks it."""
-        batch = self.state.batch(members.slots, members.sampling, bound, members.guide)
-        if not members.speculates:
+        batch = self.state.batch(members.slots, members.sampling, bound, members.guide, members.plan)
+        if not members.speculates or (members.plan and not members.plan.shape):
             return batch, DraftTree.root(batch.tokens)
         tree = self.drafter.draft(batch)
         return batch, members.limits.apply(tree) if members.limits else tree
 
+    def force(self, tree: DraftTree, chains: Tensor) -> DraftTree:
+        """See DraftTree.forced."""
+        if not self.kernels:
+            return tree.forced(chains)
+        from mtp_engine.kernels.state import force
+
+        tables = force(tree.tokens, tree.parents, tree.depths, tree.size, chains, tree.max_depth)
+        tokens, parents, depths, size = tables
+        return replace(tree, tokens=tokens, parents=parents, depths=depths, size=size)
+
     def verify(
         self, members: Members, batch: Batch, tree: DraftTree, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`choose` after `forward`."""
+        return self.choose(members, batch, tree, *self.forward(batch, tree), mask)
+
+    def forward(self, batch: Batch, tree: DraftTree) -> tuple[Tensor, Tensor]:
+        """The main model's hidden states [B, N, H] and logits [B, N, V] at the nodes; see `shares`."""
+        rows = self.rows(batch, tree)
+        hidden = self.model.forward(tree.tokens, rows.positions, self.attention(self.cache, rows))
+        own = self.shares and batch.sampling.bare
+        return hidden, self.model.own_logits(hidden) if own else self.model.logits(hidden)
+
+    def choose(
+        self, members: Members, batch: Batch, tree: DraftTree, hidden: Tensor, logits: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Returns SlotState.advance's table, with NO_TOKEN where a request's parameters forbid every token, and Landed.notes.
         mask: see Processors.apply."""
         sampling = members.sampling
-        rows = self.rows(batch, tree)
-        hidden = self.model.forward(tree.tokens, rows.positions, self.attention(self.cache, rows))
-        own = self.shares and sampling.bare
-        logits = self.model.own_logits(hidden) if own else self.model.logits(hidden)
         processed = self.processors.apply(tree, logits, batch, mask)
         result = self.verifier.verify(tree, processed, batch)
         self.cache.commit(batch.slots, batch.lengths, result)
@@ -118,6 +153,28 @@ class ModelStep:
         return emitted_logprobs(logits, result, sampling.most_logprobs)
 
 
+def known(chunks: Sequence[PromptChunk]) -> list[int]:
+    """Their tokens, one chunk behind the other."""
+    return [token for chunk in chunks for token in chunk.request.known(chunk.start, chunk.stop)]
+
+
+def spans(chunks: Sequence[PromptChunk]) -> list[tuple[int, int, int]]:
+    """Of each its slot, its first position, and how many tokens it has."""
+    return [(chunk.request.slot, chunk.start, chunk.stop - chunk.start) for chunk in chunks]
+
+
+def told(chunks: Sequence[PromptChunk]) -> list[Chunk]:
+    """What a drafter is told of those that want drafts."""
+    found, row = list[Chunk](), 0
+    for chunk in chunks:
+        request, stop = chunk.request, chunk.stop
+        if request.params.speculate:
+            [behind] = request.known(stop, stop + 1)
+            found.append(Chunk(request.slot, chunk.start, stop, chunk.left, behind, row))
+        row += stop - chunk.start
+    return found
+
+
 Said = Callable[[Request], Sequence[int]]
 """What the steps in flight emit for a request. Waits for them, so it is asked for requests with a structure only."""
 
@@ -133,7 +190,10 @@ class Runner(Protocol):
         Returns what it took, in words; empty where there is nothing to do."""
 
     def prepare(self, members: Members, bound: int) -> None:
-        """What a first use needs, such as compiling; not counted in any statistics."""
+        """What a first use needs, such as compiling, which statistics count apart."""
+
+    def prepare_reading(self, chunks: Sequence[PromptChunk]) -> None:
+        """The same for `read`."""
 
     def launch(self, members: Members, bound: int, said: Said) -> Launched: ...
 
@@ -170,6 +230,9 @@ class EagerRunner:
         return ""
 
     def prepare(self, members: Members, bound: int) -> None:
+        pass
+
+    def prepare_reading(self, chunks: Sequence[PromptChunk]) -> None:
         pass
 
     def settle(self) -> None:

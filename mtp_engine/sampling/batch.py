@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from mtp_engine.config import SamplingParams
+from mtp_engine.config import SamplingParams, TreeShape
 from mtp_engine.sampling.masks import Guide
 
 _MOST = 1 << 60  # more than any vocabulary holds; what is shared by all who run must fit its tensor
@@ -98,6 +98,23 @@ class SamplingBatch:
 
 @final
 @dataclass(frozen=True)
+class Plan:
+    """How a step drafts, where that may change from step to step.
+
+    shape: None is plain decoding; the rows that the drafter's layers are to run then wait. nodes: of its tree, root
+    included. late: such rows may have come together, as many as the drafter holds.
+    """
+
+    shape: TreeShape | None = None
+    nodes: int = 1
+    late: bool = False
+
+    def __str__(self) -> str:
+        return f"{'late ' if self.late else ''}{self.shape or 'plain'}"
+
+
+@final
+@dataclass(frozen=True)
 class Batch:
     """The requests of one step at their present lengths.
 
@@ -112,3 +129,27 @@ class Batch:
     sampling: SamplingBatch
     guide: Guide | None = None  # constraints on the text, where a request has one and they are asked while drafting
     prompt_left: int | None = None  # None in steps that decode
+    plan: Plan | None = None  # None: the drafter's one shape
+
+
+@final
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens start..stop-1 of the text in a slot, which a pass over prompts reads. Known on the host."""
+
+    slot: int
+    start: int
+    stop: int
+    left: int  # see Batch.prompt_left
+    behind: int  # the token at `stop`
+    row: int  # of its first token in the pass
+
+
+@final
+@dataclass(frozen=True)
+class Extent:
+    """How large a call over rows of prompts is. padded: rows and requests of nobody may stand behind the others'."""
+
+    rows: int
+    bound: int  # no request has more tokens
+    padded: bool = False

@@ -1,7 +1,8 @@
 """Masks from constraints on the text, for every node of a tree. Constraints live on the host, so this waits for the tree."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar, final
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -10,11 +11,28 @@ _NEVER = -float("inf")
 T = TypeVar("T")
 
 
+class Workers(Protocol):
+    """Threads that work out many masks at once (structure.Pool)."""
+
+    def write(self, states: list[tuple[Any, int]], masks: Tensor) -> None:
+        """The mask of each state into the row that stands with it. masks: [R, W] int32 on the CPU."""
+
+
 class Constraint(Protocol):
     """What one answer must match (structure.GrammarState)."""
 
+    @property
+    def workers(self) -> Workers | None:
+        """The same for all constraints of a loop; None where each mask is asked for by itself."""
+
+    def state(self, path: tuple[int, ...]) -> Any:
+        """What `workers` take in place of `mask(path)`; None where `mask` knows the answer, or nobody else does."""
+
+    def forced(self, path: tuple[int, ...]) -> list[int]:
+        """Tokens that must follow the answer so far and then `path`, as far as that is quickly known: good drafts."""
+
     def mask(self, path: tuple[int, ...]) -> Tensor:
-        """Which tokens may follow the answer so far and then `path`: [W] int32 on the CPU, one bit per token. Never none."""
+        """Which tokens may follow the answer so far and then `path`: [W] int32 on the CPU, one bit per token."""
 
     def advance(self, tokens: Sequence[int]) -> None:
         """`tokens` now belong to the answer."""
@@ -50,33 +68,54 @@ class Guide:
         """Another step. said: what steps in flight emit for a request, which its constraint has not been told yet."""
         self._said, self.failed = {row: tuple(said(requests[row])) for row in self.rows}, {}
 
+    def forced(self, rows: Sequence[int], most: int) -> dict[int, list[int]]:
+        """Of these requests, which have a constraint: the tokens that must come next, `most` at most, where there are any."""
+        found = dict[int, list[int]]()
+        for row in rows:
+            constraint = self._constraints[row]
+            assert constraint is not None
+            with suppress(Exception):  # `fill` will meet it, too
+                if chain := constraint.forced(self._said[row])[:most]:
+                    found[row] = chain
+        return found
+
     def fill(self, masks: Tensor, tokens: list[list[int]], parents: list[list[int]], sizes: list[int]) -> None:
         """For the main model: write into masks, [B, N, W] int32 on the CPU, what may follow the first sizes[b] nodes of a tree.
 
         tokens, parents: [B, N]. None may where the constraint raised.
         """
-        self.failed = {}
+        self.failed, nodes = {}, masks.shape[1]
+        waiting, workers = list[tuple[Any, int]](), None
         for row in self.rows:
-            for node, out in enumerate(masks[row, : sizes[row]].unbind()):
-                mask = self._mask(row, _path(tokens[row], parents[row], node))
-                if mask is None:
-                    out.zero_()
+            constraint, said, paths = self._constraints[row], len(self._said[row]), [self._said[row]]
+            assert constraint is not None
+            workers = constraint.workers
+            for node in range(sizes[row]):
+                if node:
+                    paths.append((*paths[parents[row][node]], tokens[row][node]))
+                state = constraint.state(paths[node]) if workers else None
+                if state is not None:
+                    waiting.append((state, row * nodes + node))
+                elif (mask := self._mask(row, paths[node][said:])) is None:
+                    masks[row, node].zero_()
                 else:
-                    out.copy_(mask)
+                    masks[row, node].copy_(mask)
+        if workers and waiting:
+            workers.write(waiting, masks.flatten(0, 1))
 
     def narrow(self, tokens: Tensor, parents: Tensor, logits: Tensor, ids: Tensor) -> Tensor:
         """For a drafter: -inf for what may not follow. tokens, parents: [B, n] of a growing tree; logits: [B, F, len(ids)] of
         its last F nodes. A node after which none of the `ids` may follow keeps its own; so does one whose constraint raises.
         """
         names, up, logits = tokens.tolist(), parents.tolist(), logits.clone()
-        first = tokens.shape[1] - logits.shape[1]
+        word, bit = ids // 32, (ids % 32).int()
+        frontier = range(tokens.shape[1] - logits.shape[1], tokens.shape[1])
         for row in self.rows:
-            for node in range(first, tokens.shape[1]):
-                mask = self._mask(row, _path(names[row], up[row], node))
-                if mask is None:
-                    continue
-                allowed = unpack(mask.to(logits.device))[ids]
-                logits[row, node - first].masked_fill_(~allowed & allowed.any(), _NEVER)
+            found = [self._mask(row, _path(names[row], up[row], node)) for node in frontier]
+            if masks := [mask for mask in found if mask is not None]:
+                words = torch.stack([torch.zeros_like(masks[0]) if mask is None else mask for mask in found])
+                allowed = ((words.to(logits.device)[:, word] >> bit) & 1).bool()
+                logits[row].masked_fill_(~allowed & allowed.any(1, keepdim=True), _NEVER)
         return logits
 
     def _mask(self, row: int, path: tuple[int, ...]) -> Tensor | None:

@@ -5,7 +5,7 @@ Chosen over xgrammar (Apache-2.0), which brings transformers, pydantic, triton a
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, final
@@ -19,6 +19,13 @@ from mtp_engine.errors import EngineError
 _LONGEST_REASON = 300  # characters
 _KEPT = 64  # compiled structures
 _LONGEST_END = 256  # tokens that are tried to close an answer
+# Sets of tokens that are let through as a whole where all of them may follow: characters of a JSON string, up to so many.
+# llguidance has {1,10}, {1,30} and all; in a string with a maxLength each step between halves what is tried one by one.
+_SLICES = [
+    r"[\x20\x0A\x0D\x09]+",
+    *(rf'[^"\\\x00-\x1F\x7F]{{1,{most}}}' for most in (3, 6, 10, 16, 30)),
+    r'[^"\\\x00-\x1F\x7F]+',
+]
 _SPARE = 24  # tokens kept for what a free choice may open, before an answer is closed
 
 
@@ -30,13 +37,14 @@ class Grammars:
         """folder: holds tokenizer.json. vocab: rows of the model's head. eos: tokens that may end a complete answer."""
         self._folder, self._vocab, self._eos = folder, vocab, tuple(eos)
         self._tokenizer: Any = None
+        self._pool: Pool | None = None
         self._compiled = lru_cache(_KEPT)(self._compile)
 
     def start(self, structure: Structure) -> "GrammarState":
         """A fresh answer's state. Raises EngineError if llguidance is missing or does not accept the structure."""
         matcher = self._compiled(replace(structure, within=0)).deep_copy()
         closer = Closer(self._tokenizer, structure.within) if structure.json and structure.within else None
-        return GrammarState(matcher, self._vocab, self._eos, closer)
+        return GrammarState(matcher, self._vocab, self._eos, closer, self._pool)
 
     def _compile(self, structure: Structure) -> Any:
         try:
@@ -46,9 +54,13 @@ class Grammars:
         if self._tokenizer is None:
             path = self._folder / "tokenizer.json"
             try:
-                self._tokenizer = llguidance.LLTokenizer(str(path), n_vocab=self._vocab, eos_token=list(self._eos))
+                self._tokenizer = llguidance.LLTokenizer(
+                    str(path), n_vocab=self._vocab, eos_token=list(self._eos), slices=_SLICES
+                )
             except ValueError as error:
                 raise EngineError(f"{path}: llguidance cannot use it: {' '.join(str(error).split())}") from error
+            if -(-self._tokenizer.vocab_size // 32) == -(-self._vocab // 32):  # else its masks are longer than ours
+                self._pool = Pool(llguidance.LLExecutor())
         try:
             matcher = llguidance.LLMatcher(self._tokenizer, _source(llguidance.LLMatcher, structure), log_level=0)
         except ValueError as error:
@@ -81,42 +93,85 @@ def _source(matcher: Any, structure: Structure) -> str:
 
 
 @final
-class GrammarState:
-    """Where one answer stands in its grammar. Masks are kept until the answer grows: drafting and verifying share them."""
+class Pool:
+    """llguidance's threads (Workers)."""
 
-    def __init__(self, matcher: Any, vocab: int, eos: Sequence[int], closer: "Closer | None" = None) -> None:
+    def __init__(self, executor: Any) -> None:
+        self._executor = executor
+
+    def write(self, states: list[tuple[Any, int]], masks: Tensor) -> None:
+        """states: matchers, none of them twice."""
+        assert masks.is_contiguous()
+        self._executor.unsafe_compute_mask_ptr(states, masks.data_ptr(), 4 * masks.shape[1], len(masks))
+
+
+@final
+class GrammarState:
+    """Where one answer stands in its grammar. What is known of the states behind drafts is kept until the answer leaves them."""
+
+    def __init__(
+        self, matcher: Any, vocab: int, eos: Sequence[int], closer: "Closer | None" = None, workers: Pool | None = None
+    ) -> None:
         self._matcher, self._eos, self._closer, self._said = matcher, frozenset(eos), closer, 0
+        self.workers = workers
         self._free = torch.full((-(-vocab // 32),), -1, dtype=torch.int32)
-        self._nothing = bytes(4 * len(self._free))
         self._known: dict[tuple[int, ...], Tensor] = {}
+        self._reached: dict[tuple[int, ...], Any] = {(): matcher}
+        self._looked: dict[tuple[int, ...], Look] = {}
+        self._before = Look(), -1  # what was found before the last token, and that token
         self._over = False
 
+    def state(self, path: tuple[int, ...]) -> Any:
+        """The matcher after `path`; None where its mask is known, a token is decided on, or any may follow."""
+        matcher = None if path in self._known else self._reach(path)
+        return None if matcher is None or self._look(path).way else matcher
+
+    def forced(self, path: tuple[int, ...]) -> list[int]:
+        """What the grammar has in one way only, such as the names of members, or the way to the end."""
+        matcher = self._reach(path)
+        if matcher is None:
+            return []
+        return list(self._look(path).way or matcher.compute_ff_tokens())
+
     def mask(self, path: tuple[int, ...]) -> Tensor:
-        """[W] int32, one bit per token; all ones after the end, after a path that the grammar forbids, and where nothing may
-        follow."""
-        if self._over or self._eos & set(path):
-            return self._free
+        """[W] int32, one bit per token; all ones after the end, and after a path that the grammar forbids."""
         if path not in self._known:
-            taken = self._matcher.try_consume_tokens(list(path)) if path else 0
-            self._known[path] = self._next(self._said + len(path)) if taken == len(path) else self._free
-            if taken:
-                self._matcher.rollback(taken)
+            matcher = self._reach(path)
+            self._known[path] = self._free if matcher is None else self._read(matcher, self._look(path).way)
         return self._known[path]
 
-    def _next(self, said: int) -> Tensor:
-        """The mask where the matcher stands, after `said` tokens of the answer."""
-        token = self._closer.next(self._matcher, said) if self._closer else None
-        if token is None:
-            return self._read()
-        only = torch.zeros_like(self._free)
+    def _reach(self, path: tuple[int, ...]) -> Any:
+        """The matcher after `path`; None after the end, and where the grammar forbids it."""
+        if self._over:
+            return None
+        if path not in self._reached:
+            matcher = self._reach(path[:-1]) if path[-1] not in self._eos else None
+            if matcher is not None:
+                matcher = matcher.deep_copy()
+                matcher = matcher if matcher.try_consume_tokens([path[-1]]) else None
+            self._reached[path] = matcher
+        return self._reached[path]
+
+    def _look(self, path: tuple[int, ...]) -> "Look":
+        """Whether the answer must be closed after `path`, which the grammar allows."""
+        if self._closer is None:
+            return _NEVER
+        if path not in self._looked:
+            before, token = (self._look(path[:-1]), path[-1]) if path else self._before
+            look = Look(before.due, before.way[1:] if before.way[:1] == (token,) else ())
+            if not look.way and (said := self._said + len(path)) >= look.due:
+                look = self._closer.look(self._reach(path), said)
+            self._looked[path] = look
+        return self._looked[path]
+
+    def _read(self, matcher: Any, way: Sequence[int]) -> Tensor:
+        """Its mask; where there is one way only, that of its first token."""
+        if not way:
+            bits = bytearray(matcher.compute_bitmask())
+            return torch.frombuffer(bits, dtype=torch.int32)[: len(self._free)]
+        only, token = torch.zeros_like(self._free), way[0]
         only[token // 32] = 1 << token % 32 if token % 32 < 31 else -(1 << 31)
         return only
-
-    def _read(self) -> Tensor:
-        bits = bytearray(self._matcher.compute_bitmask())
-        if bits == self._nothing:
-            return self._free
-        return torch.frombuffer(bits, dtype=torch.int32)[: len(self._free)]
 
     @property
     def complete(self) -> bool:
@@ -125,12 +180,26 @@ class GrammarState:
 
     def advance(self, tokens: Sequence[int]) -> None:
         """`tokens` were emitted. Raises EngineError if the grammar forbids one: the masks were not obeyed."""
-        self._known.clear()
         for token in tokens:
-            self._said += 1
+            self._before = (Look() if self._over else self._look(())), token
+            self._looked = {path[1:]: look for path, look in self._looked.items() if path[:1] == (token,)}
+            self._known, self._reached, self._said = {}, {(): self._matcher}, self._said + 1
             self._over = self._over or token in self._eos
             if not self._over and not self._matcher.consume_token(token):
                 raise EngineError(f"token {token} does not fit the structure: {self._matcher.get_error()}")
+
+
+@final
+@dataclass(frozen=True)
+class Look:
+    """What was found of an end in time. due: how many tokens the answer has when that is to be asked again. way: the shortest,
+    where there is no time for another: it is taken to its end."""
+
+    due: int = 0
+    way: tuple[int, ...] = ()
+
+
+_NEVER = Look()
 
 
 @final
@@ -144,34 +213,41 @@ class Closer:
     def __init__(self, tokenizer: Any, within: int) -> None:
         """tokenizer: llguidance's. within: tokens of the whole answer, end-of-text included."""
         self._within = within
-        tokens = {text: tokenizer.tokenize_str(text)[-1] for text in ("}", "]", '"', ",", "0", "1", "e")}
-        self._letter, self._quote, self._brace = [tokens.pop("e")], [tokens['"']], [tokens["}"]]
+        tokens: dict[str, int] = {
+            text: tokenizer.tokenize_str(text)[-1] for text in ("}", "]", '"', ",", "0", "1", "e")
+        }
+        self._letter, self._quote, self._brace = tokens.pop("e"), tokens['"'], tokens["}"]
         self._ends = list(tokens.values())
 
-    def next(self, matcher: Any, said: int) -> int | None:
-        """The token that must follow after `said` tokens; None where there is time for any."""
+    def look(self, matcher: Any, said: int) -> Look:
+        """Where a matcher stands, after `said` tokens: the way to the end, if there is no time for any other.
+
+        One token is taken to open at most what _SPARE tokens close; so where time is left it need not be asked each time.
+        """
         left = self._within - said
         if left > _LONGEST_END + _SPARE:
-            return None
+            return Look(self._within - _LONGEST_END - _SPARE)
         way = self._way(matcher.deep_copy())
-        return way[0] if way and len(way) + 1 + _SPARE >= left else None
+        spare = left - (len(way) + 1 + _SPARE)
+        if not way:
+            return Look(said + 1)
+        return Look(said + 1 + (spare - 1) // (_SPARE + 1)) if spare > 0 else Look(said + 1, tuple(way))
 
     def _way(self, matcher: Any) -> list[int]:
         """Tokens to the nearest end; empty where it is over, or none is near. The matcher goes along."""
         way: list[int] = []
         while not matcher.is_accepting():
-            step = matcher.compute_ff_tokens() or self._step(matcher)
-            if not step or len(way) + len(step) > _LONGEST_END or matcher.try_consume_tokens(step) < len(step):
+            step = matcher.compute_ff_tokens() or [self._step(matcher)]
+            if len(way) + len(step) > _LONGEST_END or matcher.try_consume_tokens(step) < len(step):
                 return []
             way += step
         return way
 
-    def _step(self, matcher: Any) -> list[int]:
-        """One token that ends what is open, or else any: in a string, where letters may follow, its quote."""
-        bits = bytes(matcher.compute_bitmask())
-
-        def allowed(tokens: Sequence[int]) -> list[int]:
-            return [token for token in tokens if bits[token // 8] >> token % 8 & 1][:1]
-
-        within_string = allowed(self._letter) and allowed(self._brace)
-        return allowed(self._quote if within_string else self._ends) or allowed(range(8 * len(bits)))
+    def _step(self, matcher: Any) -> int:
+        """A token that ends what is open, or else any: in a string, where letters may follow, its quote."""
+        within_string = matcher.validate_tokens([self._letter]) and matcher.validate_tokens([self._brace])
+        for token in [self._quote] if within_string else self._ends:
+            if matcher.validate_tokens([token]):
+                return token
+        bits = int.from_bytes(matcher.compute_bitmask(), "little")
+        return (bits & -bits).bit_length() - 1 if bits else self._quote  # which will not fit

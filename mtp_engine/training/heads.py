@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from safetensors.torch import save_file
@@ -29,10 +29,11 @@ _NAMES = build.MTPNames()
 
 
 def plan_heads(
-    model: ModelConfig, layers: int, *, chained: bool, window: int, width: int = 0, features: Sequence[int] = ()
-) -> MTPConfig:
+    model: ModelConfig, layers: int, *, chained: bool, window: int, width: int = 0, features: Sequence[int] = (),
+    hidden: Literal["pre_norm", "post_norm"] = "pre_norm",
+) -> MTPConfig:  # fmt: skip
     """MTP layers like the main model's last layer. window: keys a row sees, 0 = all; width: of the FFN, 0 = the same;
-    features: see MTPConfig.
+    features, hidden: see MTPConfig.
 
     Raises EngineError for a layer that cannot be copied, and for features that are no layers before the last.
     """
@@ -44,7 +45,8 @@ def plan_heads(
     if not width:
         raise EngineError("the model has no dense FFN to size the MTP layers by: give --width")
     attention = replace(last.attention, window=window or None)
-    return MTPConfig(depth=layers, layer=LayerConfig(attention, width), chained=chained, features=tuple(features))
+    layer = LayerConfig(attention, width)
+    return MTPConfig(depth=layers, layer=layer, chained=chained, hidden=hidden, features=tuple(features))
 
 
 def build_heads(config: MTPConfig, main: Decoder, weights: TrainableWeights) -> MTPModule:

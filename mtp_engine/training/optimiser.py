@@ -1,9 +1,9 @@
-"""Muon for matrices, AdamW for the rest, over the fp32 masters; warm-up, then a cosine to zero."""
+"""Muon for matrices, AdamW for the rest (or for all), over the fp32 masters; warm-up, then a cosine to zero."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 import torch.distributed as dist
@@ -20,13 +20,15 @@ _BY_ADAM = ("norm", "embed_tokens", "lm_head", "mlp.gate.weight", "bias")  # wha
 @final
 @dataclass(frozen=True)
 class Rates:
-    """Muon's rate is scaled to AdamW's size of steps ("match_rms_adamw", Liu et al. 2025, "Muon is scalable")."""
+    """Muon's rate is scaled to AdamW's size of steps ("match_rms_adamw", Liu et al. 2025, "Muon is scalable"). matrices:
+    whose they are; AdamW moves them at its own rate."""
 
     muon: float = 2e-3
     adam: float = 1e-3
     warmup: int = 100  # steps
     decay: float = 0.0  # of the weights, decoupled
     last: float = 0.0  # share of the rate that the cosine ends in
+    matrices: Literal["muon", "adamw"] = "muon"
 
     def __post_init__(self) -> None:
         for name in ("muon", "adam"):
@@ -47,7 +49,8 @@ class Optimiser:
     def __init__(self, weights: TrainableWeights, rates: Rates) -> None:
         self._weights, self._rates = weights, rates
         masters = weights.named()
-        adam = [name for name, m in masters.items() if m.dim() != 2 or any(part in name for part in _BY_ADAM)]
+        suited = {name for name, m in masters.items() if m.dim() == 2 and not any(part in name for part in _BY_ADAM)}
+        adam = [name for name in masters if rates.matrices == "adamw" or name not in suited]
         by_adam = set(adam)
         muon = [name for name in masters if name not in by_adam]
         self._adam = torch.optim.AdamW(

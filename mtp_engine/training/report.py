@@ -9,6 +9,7 @@ from typing import Any
 from mtp_engine.hub.files import atomically
 from mtp_engine.training.trainer import LOG
 
+RECIPE = "recipe.toml"
 _WIDTH, _HEIGHT, _MARGIN = 640, 260, 44
 _COLOURS = ("#2a6fdb", "#d9480f", "#2b8a3e", "#862e9c", "#5c4400", "#087f8c")
 _Line = tuple[str, list[tuple[float, float]]]  # label, points
@@ -72,8 +73,9 @@ def _chart(lines: Sequence[_Line]) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def write_card(out: Path, name: str, command: str, facts: Mapping[str, Any]) -> None:
-    """out/README.md: what the layers are, the exact command, the data, and what was measured."""
+def write_card(out: Path, name: str, command: str, facts: Mapping[str, Any], *, recipe: bool) -> None:
+    """out/README.md: what the layers are, the exact command, the data, and what was measured. recipe: there is one."""
+    again = f"`mtp-engine train --recipe {RECIPE} --out AGAIN` does the same again.\n\n" if recipe else ""
     rows = read_log(out)
     table = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
     figures = "".join(
@@ -82,7 +84,7 @@ def write_card(out: Path, name: str, command: str, facts: Mapping[str, Any]) -> 
         if row["measured"] is not None
     )
     text = (
-        f"# MTP layers for {name}\n\nTrained with mtp-engine:\n\n```\n{command}\n```\n\n"
+        f"# MTP layers for {name}\n\nTrained with mtp-engine:\n\n```\n{command}\n```\n\n{again}"
         f"Use them: `mtp-engine generate --model {name} --mtp {out.name} \"...\"`\n\n| | |\n|---|---|\n{table}\n"
         "Accepted length: tokens per verification step of the main model, bonus token included, temperature 0, steps in "
         f"repetition loops left out.\n\n| step | loss, all depths | expected on training rows | measured, held out |\n"

@@ -33,7 +33,7 @@ from mtp_engine.training.heads import FirstValues, plan_heads, save_heads
 from mtp_engine.training.plan import RunPlan, device_name, plan_run
 from mtp_engine.training.processes import join_processes, own_device
 from mtp_engine.training.prompts import read_prompts
-from mtp_engine.training.report import write_card, write_report
+from mtp_engine.training.report import RECIPE, write_card, write_report
 from mtp_engine.training.trainer import KEPT, LOG, STATE, Report, Trainer, TrainSettings
 
 _FINISHED = "finished.json"  # what was trained
@@ -48,7 +48,7 @@ class Job:
     corpus: a folder of shards; what it lacks is written there, from `texts` if there are any, else by the model itself.
     window: keys that a row of the layers sees; 0 is all. width: of their FFN; 0 is the main model's. features: see
     MTPConfig. fp8: the FFNs are kept in FP8. init: a folder of earlier layers to begin with. evaluation: a file of
-    held-out prompts.
+    held-out prompts. hidden: see MTPConfig.
     """
 
     model: str
@@ -60,6 +60,7 @@ class Job:
     width: int = 0
     features: tuple[int, ...] = ()
     fp8: bool = False
+    hidden: Literal["pre_norm", "post_norm"] = "pre_norm"
     init: Path | None = None
     texts: Sequence[Path] = ()
     dialogues: DialogueSettings = field(default_factory=lambda: DialogueSettings(shards=12))
@@ -69,6 +70,7 @@ class Job:
     device: str = "cpu"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     command: str = ""  # for the model card
+    recipe: str = ""  # the same as a file
 
 
 @final
@@ -91,8 +93,9 @@ class Training:
         self.engine = Engine.load(job.model, config, progress=progress)
         main = self.engine.model
         self.config = plan_heads(
-            main.config, job.layers, chained=job.chained, window=job.window, width=job.width, features=job.features
-        )
+            main.config, job.layers, chained=job.chained, window=job.window, width=job.width, features=job.features,
+            hidden=job.hidden,
+        )  # fmt: skip
         if job.init:
             _check_init(job.init, self.config)
         self._write_corpus(progress)
@@ -147,7 +150,9 @@ class Training:
             "trained on": f"{seen:,} tokens in {report.step} steps",
             "speed": f"{report.tokens_per_s:,.0f} tokens/s on {self.process.world} device(s)",
         }
-        write_card(job.out, job.model, job.command, facts)
+        if job.recipe:
+            atomically(job.out / RECIPE, lambda path: path.write_text(job.recipe, encoding="utf-8"))
+        write_card(job.out, job.model, job.command, facts, recipe=bool(job.recipe))
 
     def _prompts(self) -> list[list[int]]:
         if self.job.evaluation is None or self.process.rank:
@@ -228,7 +233,7 @@ def _described(job: Job) -> dict[str, Any]:
     settings = asdict(job.settings)
     for name in ("log_every", "evaluate_every", "checkpoint_s"):
         del settings[name]
-    names = ("layers", "chained", "window", "width", "features", "fp8")
+    names = ("layers", "chained", "window", "width", "features", "fp8", "hidden")
     described = {
         "model": job.model, **settings, **{name: getattr(job, name) for name in names}, "text": _hashes(job.texts),
         "init": str(job.init),

@@ -1,0 +1,276 @@
+"""Which shape pays where steps are recorded ahead (a GPU): one of a few for all requests of a step, plain decoding among them.
+
+A shape is chosen when a step is launched, so nothing is known yet of its drafts, nor of the steps in flight. What it
+costs was timed at load by batch, on the recorded steps themselves; what longer contexts cost comes on top, and is learned
+from every step. What it gives is how many drafts are accepted over such a shape, times how much better or worse this
+request has done than was to be expected. The shape with the most tokens per second over the batch is taken; one that was
+seldom seen gets credit, so that it is tried now and then. The text cannot change: the rule keeps what plain decoding says.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from math import inf, log2
+from pathlib import Path
+from typing import final
+
+from mtp_engine.config import TreeShape
+from mtp_engine.runtime.request import Landed, Launched, Request
+from mtp_engine.sampling.batch import Plan
+
+_LIKELY = 0.62  # of the drafter's first candidate, before anything is known
+_WIDER = 0.07  # more for each doubling of a tree's nodes
+_OWN = 0.95  # of what is known of a request that is left after a step of it
+_BELIEF = 4.0  # steps' worth of belief that a new request is like those before it
+_MEMORY = 0.998  # of what is known of a shape that is left after a request's step with it
+_PRIOR = 8.0  # requests' steps' worth of belief in what a shape gives
+_FADING = 0.9995  # of how well a shape is known, that is left after a step with any
+_CREDIT = 0.5  # accepted drafts that a shape of which nothing is known gets for that
+_HYSTERESIS = 1.03  # by which drafting must be better than not drafting, or the other way round, to change
+_DRIFT = 0.1  # weight of the newest measurement
+READING = "reading"  # in place of a plan: rows of prompts
+_WATCHED = 16  # requests of a step from which is learned
+
+
+@final
+@dataclass
+class ShapeCosts:
+    """Seconds of a step, drafting and verifying, by the batch that it was recorded for and the plan's name; and of reading
+    so many rows of prompts."""
+
+    seconds: dict[tuple[int, str], float] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "ShapeCosts | None":
+        """What was measured on an earlier day; None where there is no such file, or it is damaged."""
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            return cls({(int(batch), str(plan)): float(seconds) for batch, plan, seconds in rows})
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, path: Path) -> None:
+        """Where that fails it is measured again next time."""
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps([[*key, each] for key, each in self.seconds.items()]), encoding="utf-8")
+
+    def note(self, batch: int, plan: Plan | str, seconds: float) -> None:
+        """A step took so long; the shortest of several counts, as the others were disturbed."""
+        key = batch, str(plan)
+        self.seconds[key] = min(seconds, self.seconds.get(key, seconds))
+
+
+@final
+@dataclass
+class _Shape:
+    """accepted: drafts, of requests' steps with it; hoped: for how many steps of a usual request these count. known: steps,
+    of late."""
+
+    accepted: float
+    hoped: float = _PRIOR
+    known: float = 0.0
+
+    @property
+    def gain(self) -> float:
+        """Accepted drafts of a step of a usual request."""
+        return self.accepted / self.hoped
+
+
+@final
+@dataclass
+class _Own:
+    """What is known of one request: accepted drafts, those that a usual one would have had, and their ratio. behind: rows that
+    the drafter may have to run for it, at most."""
+
+    ratio: float
+    accepted: float = 0.0
+    hoped: float = 0.0
+    behind: int = 1
+
+
+@final
+@dataclass(frozen=True)
+class Offer:
+    """A shape that steps of least..most requests may take. nodes: of its trees, root included."""
+
+    shape: TreeShape
+    nodes: int
+    least: int = 1
+    most: int = 1 << 30
+
+
+def likely(shape: TreeShape, depth: int) -> float:
+    """Accepted drafts that are expected of a shape before anything is known. depth: of the drafter."""
+    chance = _LIKELY * (1 + _WIDER * log2(max(shape.max_nodes - 1, 1))) if shape.best else _LIKELY
+    levels = min(depth, shape.best) if shape.best else len(shape.widths)
+    return sum(min(chance, 0.95) ** level for level in range(1, levels + 1))
+
+
+@final
+class ShapePlanner:
+    """Chooses a step's shape (a StepPlanner)."""
+
+    def __init__(
+        self, offers: Sequence[Offer], *, depth: int, room: int, costs: ShapeCosts, bucket: Callable[[int], int]
+    ) -> None:
+        """offers: in ascending order of nodes; one of them, a chain as deep as the drafter, is for every batch. depth: of
+        the drafter; room: rows that may wait to be drafted from. costs: empty where nothing was measured, and then the
+        largest tree on offer is taken. bucket: the batch that is recorded for so many requests."""
+        self._plain, self._offers = Plan(), offers
+        self._late = next(Plan(o.shape, o.nodes, late=True) for o in offers if len(o.shape.widths) == depth)
+        self.costs, self.forced = costs, list[Plan]()  # forced: the plan that is taken whatever it costs, to time it
+        self._depth, self._room, self._bucket = depth, room, bucket
+        self._shapes = {o.shape: _Shape(likely(o.shape, depth) * _PRIOR) for o in offers}
+        self._tables: dict[
+            int, list[tuple[Plan, _Shape, float]]
+        ] = {}  # plans with drafts, and seconds, by recorded batch
+        chains = [o.shape for o in offers if set(o.shape.widths) == {1}]
+        self._parts = {chain: [each for each in chains if len(each.widths) <= len(chain.widths)] for chain in chains}
+        self._own: dict[int, _Own] = {}  # by slot
+        self._ratio = 1.0  # of requests that have ended lately
+        self._more: dict[tuple[int, int], float] = {}  # seconds beyond the table, by recorded batch and bound
+        self._host: dict[int, float] = {}  # seconds that the host is busy with a step, by recorded batch
+        self._reading: list[tuple[int, float]] = []  # rows of prompts, and seconds that they take
+        self._step_s = 0.0  # of the last step
+        self._drafting = True  # in the last step
+        self._turn = 0
+
+    def _offered(self, batch: int) -> list[Plan]:
+        return [Plan(o.shape, o.nodes) for o in self._offers if o.least <= batch <= o.most]
+
+    def plans(self, batch: int) -> list[Plan]:
+        """See StepPlanner."""
+        return [self._plain, *self._offered(batch), self._late]
+
+    def choose(self, slots: Sequence[int], bound: int, *, limited: bool, speculates: bool) -> Plan:
+        """See StepPlanner."""
+        own = [self._of(slot) for slot in slots]
+        plan, behind = self._best(own, bound, limited=limited, speculates=speculates), max(each.behind for each in own)
+        if plan.shape is None:
+            if speculates and behind >= self._room:
+                plan = self._late
+        elif behind > self._depth + 1:
+            plan = self._late
+        for each in own:
+            each.behind = min(each.behind + 1, self._room) if plan.shape is None else self._depth + 1
+        return plan
+
+    def _of(self, slot: int) -> _Own:
+        own = self._own.get(slot)
+        if own is None:
+            own = self._own[slot] = _Own(self._ratio)
+        return own
+
+    def _best(self, own: Sequence[_Own], bound: int, *, limited: bool, speculates: bool) -> Plan:
+        if self.forced:
+            return self.forced[0]
+        if not speculates:
+            return self._plain
+        batch = self._bucket(len(own))
+        table = self._table(batch)
+        if limited or self._measured(batch, self._plain) == inf:
+            return table[-1][0]
+        self._turn += 1
+        hopes, more = sum(each.ratio for each in own), self._more.get((batch, bound), 0.0)
+        best, most, host = self._plain, 0.0, self._host.get(batch, 0.0)
+        for plan, shape, seconds in table:
+            shape.known *= _FADING
+            gain = shape.gain + _CREDIT / (1 + shape.known) ** 0.5
+            rate = (len(own) + hopes * gain) / max(seconds + more, host)
+            best, most = (plan, rate) if rate > most else (best, most)
+        plain_s = max(self._measured(batch, self._plain) + more, host)
+        self._drafting = most * plain_s > len(own) * (1 / _HYSTERESIS if self._drafting else _HYSTERESIS)
+        plan = best if self._drafting else self._plain
+        self._step_s = max(self._measured(batch, plan) + more, host)
+        return plan
+
+    def know(self, costs: ShapeCosts) -> None:
+        """These are the costs from now on."""
+        self.costs = costs
+        self._tables.clear()
+        self._reading = sorted((rows, each) for (rows, what), each in costs.seconds.items() if what == READING)
+
+    def _table(self, batch: int) -> list[tuple[Plan, _Shape, float]]:
+        if batch not in self._tables:
+            plans = self._offered(batch)
+            self._tables[batch] = [
+                (plan, self._shapes[plan.shape], self._measured(batch, plan)) for plan in plans if plan.shape
+            ]
+        return self._tables[batch]
+
+    def _measured(self, batch: int, plan: Plan) -> float:
+        return self.costs.seconds.get((batch, str(plan)), inf)
+
+    def learn(self, plan: Plan, slots: Sequence[int], accepted: Sequence[int]) -> None:
+        """See StepPlanner. Of a large batch some requests must do, and others in the next step, to spare the host."""
+        if plan.shape is None or self.forced or not slots:
+            return
+        stride = -(-len(slots) // _WATCHED)
+        begin = self._turn % stride
+        parts = self._parts.get(plan.shape, [plan.shape])
+        for slot, count in zip(slots[begin::stride], accepted[begin::stride], strict=True):
+            own = self._own.get(slot)
+            if own is None:
+                continue  # it has ended since
+            gain = self._shapes[plan.shape].gain
+            for each in parts:
+                shape, most = self._shapes[each], len(each.widths) or self._depth
+                shape.accepted = _MEMORY * shape.accepted + min(count, most)
+                shape.hoped = _MEMORY * shape.hoped + own.ratio
+                shape.known += 1
+            own.accepted, own.hoped = _OWN * own.accepted + count, _OWN * own.hoped + gain
+            own.ratio = (own.accepted + _BELIEF * self._ratio) / (own.hoped + _BELIEF)
+
+    def timed(self, plan: Plan, batch: int, bound: int, step_s: float, host_s: float | None) -> None:
+        """See StepPlanner."""
+        batch = self._bucket(batch)
+        if self.forced:
+            self.costs.note(batch, plan, step_s)
+            return
+        measured = self.costs.seconds.get((batch, str(plan)))
+        if measured is None:
+            return
+        more = self._more.get((batch, bound), 0.0)
+        self._more[batch, bound] = more + _DRIFT * (min(max(step_s - measured, -measured / 2), 3 * measured) - more)
+        if host_s is not None:
+            busy = self._host.get(batch, 0.0)
+            self._host[batch] = busy + _DRIFT * (min(host_s, 3 * busy + measured) - busy)
+
+    def rows(self) -> int | None:
+        """See StepPlanner."""
+        fitting = [rows for rows, seconds in self._reading if seconds <= self._step_s]
+        return max(fitting, default=self._reading[0][0]) if self._reading else None
+
+    def release(self, slot: int) -> None:
+        own = self._own.pop(slot, None)
+        if own and own.hoped > 1:
+            self._ratio += _DRIFT * (own.ratio - self._ratio)
+
+
+@final
+class Watched:
+    """A step in flight of which a planner learns (a Launched)."""
+
+    def __init__(
+        self, flight: Launched, requests: Sequence[Request], slots: Sequence[int],
+        learn: Callable[[Landed, float, list[int], list[int]], None],
+    ) -> None:  # fmt: skip
+        """slots: the requests', when it was launched. learn: is given what landed, when the host began to wait for it, and
+        of requests that go on the slots and how many drafts were accepted."""
+        self._flight, self._requests, self._slots, self._learn = flight, requests, slots, learn
+        self._landed: Landed | None = None
+
+    def wait(self) -> Landed:
+        if self._landed is None:
+            begin = time.perf_counter()
+            landed = self._landed = self._flight.wait()
+            going = [
+                (slot, row[0] - 1)
+                for slot, row, request in zip(self._slots, landed.rows, self._requests, strict=True)
+                if not request.finish_reason
+            ]
+            self._learn(landed, begin, [slot for slot, _ in going], [count for _, count in going])
+        return self._landed

@@ -1,0 +1,120 @@
+"""What the host adds to recorded steps for requests with a structure: drafts that must come, and what may follow each."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from mtp_engine.runtime.flight import HostMark, Mark
+from mtp_engine.runtime.request import Members
+from mtp_engine.runtime.step import Said
+from mtp_engine.sampling.masks import Guide
+from mtp_engine.tree import DraftTree
+
+
+@final
+@dataclass(frozen=True)
+class Given:
+    """The tensors that a recorded step reads of it."""
+
+    mask: Tensor  # [B, N, W] int32, see Processors.apply
+    forced: Tensor | None  # [B, 1 + D] int64, see DraftTree.forced; None where there are no drafts
+
+
+@final
+@dataclass(frozen=True)
+class Drafted:
+    """A step that has drafted, on its way to the host."""
+
+    guide: Guide
+    table: Tensor  # [B, 2 N + 1] int64: tokens, parents and size of each tree
+    done: Mark
+    forced: Mapping[int, list[int]]  # by row, chains in place of trees
+
+    def wait(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
+        """Tokens, parents and sizes, by row."""
+        self.done.synchronize()
+        nodes = self.table.shape[1] // 2
+        columns = self.table[:, :nodes], self.table[:, nodes:-1]
+        (tokens, parents), sizes = (part.tolist() for part in columns), self.table[:, -1].tolist()
+        for row, chain in self.forced.items():
+            tokens[row], parents[row], sizes[row] = [0, *chain], list(range(-1, len(chain))), 1 + len(chain)
+        return tokens, parents, sizes
+
+
+@final
+class Structures:
+    """All recorded steps read the same tensors, so one is over before the next one's are written."""
+
+    def __init__(
+        self, *, batch: int, nodes: int, depth: int, vocab: int, device: torch.device, mark: Callable[[], Mark]
+    ) -> None:
+        """batch, nodes, depth: at most."""
+        self._words, self._cuda, self._mark = -(-vocab // 32), device.type == "cuda", mark
+        self._masks = torch.full((batch * nodes * self._words,), -1, dtype=torch.int32, device=device)
+        self._written = self._host(self._masks)
+        self._forced = torch.zeros(batch, 1 + depth, dtype=torch.int64, device=device)
+        self._chains = self._host(self._forced)
+        self._any = False  # whether something is forced at present
+        self._copied: Mark | None = None
+
+    def given(self, batch: int, nodes: int) -> Given:
+        mask = self._masks[: batch * nodes * self._words].view(batch, nodes, self._words)
+        return Given(mask, self._forced[:batch] if nodes > 1 else None)
+
+    def begin(self, tree: DraftTree, members: Members, said: Said) -> Drafted | None:
+        """A step is drafting, and its model does not run yet. Where drafts are forced, what steps in flight say is waited for.
+        None where nobody has a structure."""
+        guide, count = members.guide, len(members.slots)
+        if guide is None or tree.nodes == 1:
+            self._force({})
+            return None if guide is None else Drafted(guide, torch.tensor([[0, -1, 1]] * count), HostMark(), {})
+        table = self._host(torch.cat([tree.tokens, tree.parents, tree.size[:, None]], 1)[:count])
+        done = self._mark()
+        done.record()
+        guide.begin(members.requests, said)
+        params = [request.params for request in members.requests]
+        free = [row for row in guide.rows if params[row].speculate and params[row].tree is None]
+        forced = guide.forced(free, min(tree.max_depth, tree.nodes - 1))
+        self._force(forced)
+        return Drafted(guide, table, done, forced)
+
+    def _force(self, chains: Mapping[int, list[int]]) -> None:
+        if not (chains or self._any):
+            return
+        self._settle()
+        self._any = bool(chains)
+        self._chains.zero_()
+        for row, chain in chains.items():
+            self._chains[row, : 1 + len(chain)] = torch.tensor([len(chain), *chain])
+        self._forced.copy_(self._chains, non_blocking=True)
+        self._copied = self._mark()
+        self._copied.record()
+
+    def allow(
+        self, given: Given, drafted: Drafted, members: Members, said: Said
+    ) -> Mapping[tuple[int, tuple[int, ...]], str]:
+        """Write what may follow each node, while the model runs. Returns Guide.failed."""
+        guide, trees = drafted.guide, drafted.wait()
+        if len(trees[0][0]) == 1:
+            guide.begin(members.requests, said)
+        self._settle()
+        written = self._written[: given.mask.numel()].view(given.mask.shape)
+        guide.fill(written, *trees)
+        first, last = guide.rows[0], guide.rows[-1] + 1
+        given.mask[first:last].copy_(written[first:last], non_blocking=True)
+        self._copied = self._mark()
+        self._copied.record()
+        return guide.failed
+
+    def _settle(self) -> None:
+        """Wait until what was written last has been read."""
+        if self._copied:
+            self._copied.synchronize()
+
+    def _host(self, tensor: Tensor) -> Tensor:
+        """A copy on the host, complete once what is queued on the device by now is done."""
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._cuda)
+        return copy.copy_(tensor, non_blocking=True)
