@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mtp_engine.drafters.expand import Growth
+from mtp_engine.parallel.group import Group
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.sampling.sampler import gumbel, step_seed
 
@@ -23,12 +24,13 @@ class Candidates:
     them"); `distribution` gives those of the whole tree.
     """
 
-    def __init__(self, ranking: Ranking, batch: Batch, ids: Tensor, vocab: int) -> None:
-        """ids: [n] int64, the tokens of the drafter's scores. vocab: V of the main model."""
+    def __init__(self, ranking: Ranking, batch: Batch, ids: Tensor, vocab: int, group: Group = Group()) -> None:  # noqa: B008
+        """ids: [n] int64, the tokens of the drafter's scores. vocab: V of the main model. group: among whose ranks all tokens
+        are divided; `ids` are this one's."""
         self._ranking, self._sampling, self._lengths, self._ids, self._vocab = (
             ranking, batch.sampling, batch.lengths, ids, vocab,
         )  # fmt: skip
-        self._guide = batch.guide
+        self._guide, self._group = batch.guide, group
         self._drawn_from: list[Tensor] = []
 
     def rank(self, logits: Tensor, tree: Growth) -> Tensor:
@@ -38,7 +40,7 @@ class Candidates:
         if self._sampling.greedy or self._ranking == "best":
             if self._ranking == "drawn":
                 self._drawn_from.append(torch.zeros_like(logits))
-            return logits.log_softmax(-1)
+            return self._group.log_softmax(logits)
         temperature = self._sampling.temperature.view(-1, 1, 1)
         scaled = logits / temperature.clamp(min=1e-6)
         if self._ranking == "noise":
@@ -50,7 +52,7 @@ class Candidates:
             seed = step_seed(self._sampling.seed, self._lengths, _CANDIDATES)
             nodes = tree.tokens.shape[1] - tree.frontier + torch.arange(logits.shape[1], device=logits.device)
             noise = gumbel(seed, nodes.expand(logits.shape[:2]), self._ids)
-        return torch.where(temperature > 0, scaled + noise, logits).log_softmax(-1)
+        return self._group.log_softmax(torch.where(temperature > 0, scaled + noise, logits))
 
     def distribution(self, nodes: int) -> Tensor | None:
         """q at every node of a tree whose levels were all ranked, [B, nodes, V]; None unless candidates are drawn."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mtp_engine.config import TreeShape
+from mtp_engine.parallel.group import Group
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
@@ -139,8 +140,9 @@ def most_nodes(levels: Sequence[tuple[int, int]], vocab: int) -> int:
     return size
 
 
-def grow(tree: Growth, scores: Tensor, ids: Tensor, width: int, keep: int) -> Growth:
-    """Add a level. scores: [B, F, n] log-probabilities of each frontier node's next token; ids: [n] their tokens.
+def grow(tree: Growth, scores: Tensor, ids: Tensor, width: int, keep: int, group: Group = Group()) -> Growth:  # noqa: B008
+    """Add a level. scores: [B, F, n] log-probabilities of each frontier node's next token; ids: [n] their tokens, or this
+    rank's part of them.
 
     The `width` best candidates of every frontier node compete, the best `keep` by joint score become nodes.
     """
@@ -148,8 +150,8 @@ def grow(tree: Growth, scores: Tensor, ids: Tensor, width: int, keep: int) -> Gr
     width = min(width, vocab)
     keep = min(keep, frontier * width)
     best = scores.topk(width, dim=-1)
-    joint = (best.values + tree.scores[:, -frontier:, None]).flatten(1)  # [B, F * width]
-    tokens = ids[best.indices].flatten(1)
+    values, tokens = group.best(best.values, ids[best.indices])
+    joint, tokens = (values + tree.scores[:, -frontier:, None]).flatten(1), tokens.flatten(1)  # [B, F * width]
     first = tree.tokens.shape[1] - frontier
     parents = (first + torch.arange(frontier, device=scores.device)).repeat_interleave(width).expand(batch, -1)
     if keep < frontier * width:

@@ -245,7 +245,7 @@ class TorchLevels:
     """Level by level with torch operations (Levels)."""
 
     def __init__(self, module: MTPModule, attention: AttentionFactory) -> None:
-        self.module, self._attention, self._ops = module, attention, TorchDraftOps()
+        self.module, self._attention, self._ops = module, attention, TorchDraftOps(group=module.group)
         self._cache: HybridKV | None = None
         self._history: History | None = None
         self._above: Tensor | None = None  # [B, Q, H], outputs of the nodes that the level before ran

@@ -73,7 +73,7 @@ class MTPDrafter:
         beam: how many nodes of a level are given children when the shape is tree:N, or more (see level_sizes).
         ring_page: see HybridKV. ring_rows: a ring takes at least this many rows at a time."""
         self.module, self.shape, self.attention = module, shape, attention
-        self.ops = ops or TorchDraftOps()
+        self.ops = ops or TorchDraftOps(group=module.group)
         self.planner = planner
         depths = {each: min(module.config.depth, each.best) or len(each.widths) for each in (shape, *others)}
         self.depth = max(depths.values())

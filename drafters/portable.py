@@ -8,25 +8,37 @@ from torch import Tensor
 
 from mtp_engine.drafters.candidates import Candidates, Ranking
 from mtp_engine.drafters.expand import Growth, Level, LevelRows, finish, grow
+from mtp_engine.parallel.group import Group
 from mtp_engine.sampling.batch import Batch
 from mtp_engine.tree import DraftTree, VerifyResult
 
 
 @final
 class TorchDraftOps:
-    """Any device, operation by operation (DraftOps)."""
+    """Any device, operation by operation (DraftOps). Ranks that share the tokens to choose from exchange their best ones; all
+    logits only where a distribution or a constraint asks for them."""
 
-    def __init__(self, ranking: Ranking = "noise") -> None:
+    def __init__(self, ranking: Ranking = "noise", group: Group = Group()) -> None:  # noqa: B008  frozen
         self._ranking: Ranking = ranking
+        self._group = group
         self._candidates: Candidates | None = None  # of the tree that grows now
 
     def start(self, batch: Batch, levels: list[tuple[int, int]], ids: Tensor, vocab: int) -> Growth:
-        self._candidates = Candidates(self._ranking, batch, ids, vocab)
+        group = self._group
+        if self._all(batch):
+            ids, group = group.join(ids), Group()
+        self._candidates = Candidates(self._ranking, batch, ids, vocab, group)
         return Growth.start(batch.tokens)
+
+    def _all(self, batch: Batch) -> bool:
+        return self._group.size > 1 and (self._ranking == "drawn" or batch.guide is not None)
 
     def grow(self, tree: Growth, batch: Batch, level: Level) -> Growth:
         assert self._candidates is not None
-        return grow(tree, self._candidates.rank(level.logits, tree), level.ids, level.width, level.keep)
+        logits, ids, group = level.logits, level.ids, self._group
+        if self._all(batch):
+            logits, ids, group = group.join(logits), group.join(ids), Group()
+        return grow(tree, self._candidates.rank(logits, tree), ids, level.width, level.keep, group)
 
     def finish(self, tree: Growth, batch: Batch, level: Level, best: int, ready: Tensor) -> DraftTree:
         finished = finish(self.grow(tree, batch, level), best, ready > 0)

@@ -44,7 +44,7 @@ def route(
 def mix_experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: ExpertStack, down: ExpertStack) -> Tensor:
     """sum over k of weights[t, k] * down(silu(gate(x)) * up(x)) of expert chosen[t, k].
 
-    x: [T, H]; weights, chosen: [T, k]; gate_up: [E, 2I, H]; down: [E, H, I] -> [T, H]. Tokens are grouped by expert,
+    x: [T, H]; weights, chosen: [T, k]; gate_up: [E, 2I, H]; down: [E, H, I] -> [T, H] fp32. Tokens are grouped by expert,
     so each chosen expert is read once; a token's experts are added in ascending order, whatever its neighbours chose.
     """
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -60,4 +60,4 @@ def mix_experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: ExpertStack
         y = F.linear(F.silu(gate) * up, down.matrix(expert, x.dtype))
         out.index_add_(0, mine, y.float() * shares[start : start + count, None])
         start += count
-    return out.to(x.dtype)
+    return out

@@ -37,11 +37,14 @@ from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.models.native import why_not
 from mtp_engine.models.weights import Makers
+from mtp_engine.parallel.group import Group
+from mtp_engine.parallel.shard import check_divides
 from mtp_engine.protocols import Drafter, Progress, StepPlanner, TargetModel, TreePlanner, Verifier
 from mtp_engine.runtime.intake import Intake
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.memory import Memory
 from mtp_engine.runtime.planner import Costs, Planner
+from mtp_engine.runtime.ranks import Alone, Ranks
 from mtp_engine.runtime.scheduler import Scheduler
 from mtp_engine.runtime.shapes import Offer, ShapeCosts, ShapePlanner
 from mtp_engine.runtime.slots import SlotState
@@ -95,8 +98,9 @@ def prefix_bytes(config: EngineConfig) -> int:
 
 
 def make_loop(
-    model: Decoder, drafter: Drafter, config: EngineConfig, backend: Backend, *, slots: int, tokenizer: Tokenizer | None
-) -> DecodeLoop:
+    model: Decoder, drafter: Drafter, config: EngineConfig, backend: Backend, *, slots: int, tokenizer: Tokenizer | None,
+    ranks: Ranks = Alone(),  # noqa: B008  it holds nothing
+) -> DecodeLoop:  # fmt: skip
     """Without a tokenizer a loop has no texts, no structures, and no tokens that end a text."""
     if isinstance(drafter, (MTPDrafter, LazyMTPDrafter)):
         model = replace(model, features=drafter.module.config.features)
@@ -119,6 +123,7 @@ def make_loop(
         grammars=Grammars(tokenizer.folder, model.config.vocab_size, eos).start if tokenizer else None,
         planner=drafter.planner if isinstance(drafter, LazyMTPDrafter) else None,
         shapes=drafter.planner if isinstance(drafter, MTPDrafter) else None,
+        ranks=ranks, shares=config.tensor_parallel > 1 and config.verifier == "match",
     )  # fmt: skip
 
 
@@ -130,15 +135,18 @@ def decode_loop(
     text: NewDecoder | None = None, spell: Callable[[str], Iterable[Sequence[int]]] | None = None,
     grammars: Callable[[Structure], Constraint] | None = None, clock: Callable[[], float] = time.monotonic,
     planner: TreePlanner | None = None, shapes: StepPlanner | None = None,
+    ranks: Ranks = Alone(), shares: bool = False,  # noqa: B008  it holds nothing
 ) -> DecodeLoop:  # fmt: skip
     """A loop of given parts. text, spell, grammars: see Intake. clock: seconds, for timeouts. packs: see Scheduler.
-    prefix_bytes, share_pages: see Memory. planner, shapes: the drafter's, if it has one."""
+    prefix_bytes, share_pages: see Memory. planner, shapes: the drafter's, if it has one. shares: see ModelStep."""
     drafter.attach(cache.pages, cache.behind)
     processors = Processors(
         slots=slots + 1, vocab=model.vocab_size, eos_token_ids=eos_token_ids, device=device, kernels=kernels
     )
     state = SlotState(slots + 1, device, kernels=kernels)  # the last slot is scratch, with which runners pad batches
-    work = ModelStep(model, cache, drafter, verifier, processors, state, attention, device, planner, kernels, shapes)
+    work = ModelStep(
+        model, cache, drafter, verifier, processors, state, attention, device, planner, kernels, shapes, shares
+    )
     runs = runner(work)
     rows = max(drafter.max_nodes, drafter.scratch_rows if drafter.cache and drafter.cache.paged else 0)
     memory = Memory(
@@ -148,9 +156,9 @@ def decode_loop(
     intake = Intake(model.vocab_size, max_context, memory.capacity, frozenset(eos_token_ids), text, spell, grammars)
     scheduler = Scheduler(
         memory, slots=slots, chunk=prefill_chunk, max_waiting=max_waiting, packs=packs, clock=clock,
-        pace=shapes.rows if shapes else lambda: None,
+        pace=shapes.rows if shapes else lambda: None, dismissing=ranks.ending,
     )  # fmt: skip
-    return DecodeLoop(work, runs, scheduler, intake, memory)
+    return DecodeLoop(work, runs, scheduler, intake, memory, ranks)
 
 
 def settle(config: EngineConfig, files: ModelFiles) -> EngineConfig:
@@ -162,6 +170,8 @@ def settle(config: EngineConfig, files: ModelFiles) -> EngineConfig:
     mtp: MTPConfig | None = None
     if config.drafter == "mtp" and files.mtp_folder is not None:
         mtp = loader.read_mtp_config(files.mtp_folder, config.window_keys)
+    if config.tensor_parallel > 1:
+        config = _settle_shared(config, device, model, mtp)
     config = replace(config, dtype=_dtype(config, device, model, mtp))
     if config.draft_vocab is None:
         config = replace(config, draft_vocab=_INT8_DRAFT_VOCAB if config.dtype == "int8" else DRAFT_VOCAB)
@@ -179,10 +189,22 @@ def settle(config: EngineConfig, files: ModelFiles) -> EngineConfig:
             raise EngineError(f"tree shape {shape} is deeper than the model's {mtp.depth} MTP layers")
         plans = (device == "cpu" or config.attention == "exact") and config.verifier == "match"
         plans = plans and config.candidates == "auto"
+        plans = plans and config.tensor_parallel == 1  # ranks must not go by clocks of their own
         if shape.auto and not plans:
             shape = TreeShape.parse("tree:15" if device == "cuda" else "tree:7")
         check_tree(shape, config, device)
     return replace(config, tree=shape, max_context=config.max_context or model.max_context)
+
+
+def _settle_shared(config: EngineConfig, device: str, model: ModelConfig, mtp: MTPConfig | None) -> EngineConfig:
+    """What ranks run in that share a model. Raises EngineError where that cannot be divided, or asks for more than they can."""
+    if config.dtype == "int8":
+        raise EngineError("int8 runs in one process: use --dtype fp32 with --tensor-parallel, or leave that out")
+    if config.attention == "flashinfer":
+        raise EngineError("FlashInfer runs on one GPU: leave --attention out with --tensor-parallel")
+    check_divides(config.tensor_parallel, model, mtp)
+    dtype: DType = "fp32" if config.dtype == "auto" and device == "cpu" else config.dtype
+    return replace(config, dtype=dtype, attention="torch")
 
 
 def _dtype(config: EngineConfig, device: str, model: ModelConfig, mtp: MTPConfig | None) -> DType:
@@ -203,10 +225,13 @@ def _dtype(config: EngineConfig, device: str, model: ModelConfig, mtp: MTPConfig
     return "fp32"
 
 
-def load_main(files: ModelFiles, config: EngineConfig, backend: Backend, progress: Progress) -> Decoder:
+def load_main(
+    files: ModelFiles, config: EngineConfig, backend: Backend, progress: Progress, group: Group = Group()  # noqa: B008
+) -> Decoder:  # fmt: skip
     return loader.load_main(
         files.folder, _DTYPES[config.dtype], torch.device(config.device), progress,
         dequantize=config.dequantize or config.dtype == "int8", window_keys=config.window_keys, make=backend.make,
+        group=group,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from mtp_engine.hub.cache import cache_root
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.models.weights import Makers
+from mtp_engine.parallel.group import Group
 from mtp_engine.protocols import Progress, Verifier
 from mtp_engine.runtime.step import EagerRunner, RunnerFactory, explain
 from mtp_engine.runtime.threads import pool_size
@@ -31,6 +32,7 @@ from mtp_engine.verifiers import (
     NativeMatchVerifier,
     RejectionVerifier,
     RRSVerifier,
+    ShardedMatchVerifier,
     TraversalVerifier,
     TypicalVerifier,
 )
@@ -106,12 +108,23 @@ def describe_device(config: EngineConfig) -> str:
     """For people. config: settled, with a device that exists and its dtype."""
     device = torch.device(config.device)
     if device.type != "cuda":
-        return f"{config.device}, {pool_size(config.threads)} threads, {config.dtype}"
+        shared = f", {config.tensor_parallel} processes" if config.tensor_parallel > 1 else ""
+        return f"{config.device}{shared}, {pool_size(config.threads)} threads, {config.dtype}"
+    if config.tensor_parallel > 1:
+        return f"{config.tensor_parallel} x {torch.cuda.get_device_name(device)}, {config.dtype}"
     return f"{config.device} ({torch.cuda.get_device_name(device)}), {config.dtype}, attention {config.attention}"
 
 
-def make_backend(config: EngineConfig, device: torch.device, progress: Progress) -> Backend:
-    """Raises EngineError where the kernels that config asks for cannot run here."""
+def make_backend(
+    config: EngineConfig, device: torch.device, progress: Progress, group: Group = Group()  # noqa: B008  frozen
+) -> Backend:  # fmt: skip
+    """Raises EngineError where the kernels that config asks for cannot run here. group: the ranks that share the model."""
+    if group.size > 1:
+        return Backend(
+            verifier=lambda rule: ShardedMatchVerifier(group) if rule == "match" else _rule(rule),
+            ops=lambda ranking: TorchDraftOps(ranking, group),
+            levels=None if device.type == "cuda" else lambda module: TorchLevels(module, TorchAttention),
+        )
     if device.type != "cuda" and config.attention == "flashinfer":
         raise EngineError("FlashInfer needs an NVIDIA GPU, and this runs on the CPU: leave --attention out")
     if config.dtype == "int8":

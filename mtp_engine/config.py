@@ -332,6 +332,9 @@ class EngineConfig:
     nor FlashInfer, and runs without CUDA graphs. steps_in_flight is how many steps are queued before the host looks at
     the first one's tokens: with 1 the GPU waits for the host after every step. capture: when steps become CUDA graphs: all at
     load, which takes seconds and memory, and then nobody ever waits for one; or lazy, each when it first comes.
+
+    tensor_parallel: how many processes share the model, each with its part of every layer: one per GPU, or several on a CPU
+    (fp32), which share its threads. They are started by the engine, or by torchrun.
     """
 
     drafter: Literal["mtp", "ngram", "root"] = "mtp"
@@ -357,12 +360,13 @@ class EngineConfig:
     prefill_chunk: int = 0
     dequantize: bool = False
     window_keys: int = 0
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         check_types(self)
         for least, names in (
             (0, ("draft_vocab", "threads", "max_context", "kv_tokens", "window_keys", "prefill_chunk")),
-            (1, ("max_batch", "max_waiting", "page_size", "steps_in_flight")),
+            (1, ("max_batch", "max_waiting", "page_size", "steps_in_flight", "tensor_parallel")),
         ):
             for name in names:
                 if getattr(self, name) is not None and not least <= getattr(self, name) < 1 << 31:

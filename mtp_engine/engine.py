@@ -25,11 +25,13 @@ from mtp_engine.models.decoder import Decoder
 from mtp_engine.protocols import Progress
 from mtp_engine.runtime.answer import Chunk, Generation
 from mtp_engine.runtime.compare import Contender, take_turns
+from mtp_engine.runtime.lead import Follower, Solo, Team
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request, StepOutput
 from mtp_engine.runtime.scheduler import Scheduler
 from mtp_engine.runtime.threads import pool_size
 from mtp_engine.runtime.turns import Turns
+from mtp_engine.team import form_team
 from mtp_engine.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger("mtp_engine")
@@ -58,10 +60,10 @@ class Engine:
 
     def __init__(
         self, model: Decoder, loop: DecodeLoop, tokenizer: Tokenizer, config: EngineConfig, backend: Backend,
-        files: hub.ModelFiles | None = None,
+        files: hub.ModelFiles | None = None, team: Team = Solo(),  # noqa: B008  it holds nothing
     ) -> None:  # fmt: skip
         self.model, self.loop, self.tokenizer, self.config, self.backend = model, loop, tokenizer, config, backend
-        self._files = files
+        self._files, self.team = files, team
         self.lock = Turns()  # held while the loop is touched
         self.closed = False
         self.captured = ""  # what capturing CUDA graphs took, in words
@@ -91,30 +93,53 @@ class Engine:
         torch.set_num_threads(threads)
         files = hub.locate(name, mtp=mtp, progress=progress)
         try:
-            return cls._load(files, config, device, progress)
+            return cls._load(files, config, progress)
         except Exception:
             if not hub.discard_damaged(files.folder, progress):
                 raise
-        return cls._load(hub.locate(name, mtp=mtp, progress=progress), config, device, progress)
+        return cls._load(hub.locate(name, mtp=mtp, progress=progress), config, progress)
 
     @classmethod
-    def _load(cls, files: hub.ModelFiles, config: EngineConfig, device: torch.device, progress: Progress) -> "Engine":
-        tokenizer = Tokenizer.load(files.folder)
+    def _load(cls, files: hub.ModelFiles, config: EngineConfig, progress: Progress) -> "Engine":
         if files.mtp_folder is None and config.drafter == "mtp" and loader.has_mtp(files.folder):
             files = replace(files, mtp_folder=files.folder)
-        config = settle(config, files)
-        backend = make_backend(config, device, progress)
+        team, config = form_team(settle(config, files), files)
+        if isinstance(team, Follower):
+            cls.follow(files, config, team)
+            raise SystemExit(0)  # torchrun started this process to follow rank 0
+        try:
+            return cls._build(files, config, team, progress)
+        except BaseException:
+            team.close()
+            raise
+
+    @classmethod
+    def _build(cls, files: hub.ModelFiles, config: EngineConfig, team: Team, progress: Progress) -> "Engine":
+        """config: settled."""
+        device, group = torch.device(config.device), team.group
+        tokenizer = Tokenizer.load(files.folder)
+        backend = make_backend(config, device, progress, group)
         config = replace(config, prefill_chunk=config.prefill_chunk or backend.usual_chunk)
-        model = load_main(files, config, backend, progress)
+        model = load_main(files, config, backend, progress, group)
         drafter = make_drafter(files, model, config, backend, progress)
         model = backend.fuse(model)
-        loop = make_loop(model, drafter, config, backend, slots=config.max_batch, tokenizer=tokenizer)
-        engine = cls(model, loop, tokenizer, config, backend, files)
+        loop = make_loop(
+            model, drafter, config, backend, slots=config.max_batch, tokenizer=tokenizer, ranks=team.ranks()
+        )
+        engine = cls(model, loop, tokenizer, config, backend, files, team)
         if config.capture == "load":
             with torch.inference_mode():
                 engine.captured = loop.runner.capture(config.max_batch, loop.intake.max_context, progress)
             learn_costs(loop, files, config, backend, progress)
+        group.join(torch.zeros(1, device=device))  # when all have come so far
         return engine
+
+    @classmethod
+    def follow(cls, files: hub.ModelFiles, config: EngineConfig, team: Follower) -> None:
+        """Be another rank of an engine, until rank 0 closes it."""
+        engine = cls._build(files, config, team, hub.silent)
+        with torch.inference_mode():
+            team.follow(engine.loop, lambda **changes: engine.undrafted(**changes).loop)
 
     @property
     def device_note(self) -> str:
@@ -254,13 +279,14 @@ class Engine:
             self.loop.step()
 
     def drop(self, requests: Mapping[Request, Any]) -> None:
-        """End requests: now if the loop is free, else before its next step."""
+        """End requests: now if the loop is free and ours alone, else before its next step."""
         scheduler = self.scheduler
         if scheduler is None or not requests:
             return
         for request in requests:
             scheduler.cancel(request)
-        if self.lock.acquire(blocking=False):  # it may be this very thread that holds it, collecting garbage
+        alone = self.config.tensor_parallel == 1
+        if alone and self.lock.acquire(blocking=False):  # it may be this very thread that holds it, collecting garbage
             try:
                 scheduler.sweep()
             finally:
@@ -292,6 +318,8 @@ class Engine:
 
     def _maker(self) -> str:
         """What must be the same for a saved beginning to be of use."""
+        if self.config.tensor_parallel > 1:
+            raise EngineError("a file holds the beginnings that one process has read, and here several share them")
         if not self.config.prefix_cache or self._files is None:
             raise EngineError(
                 "beginnings are kept in files by the prefix cache, and this engine has none: prefix_cache=True"
@@ -312,16 +340,16 @@ class Engine:
         config = replace(
             self.config, drafter="root", tree=None, verifier="match", candidates="auto", prefix_cache=False, **changes
         )
-        slots, tokenizer = config.max_batch, self.tokenizer
-        loop = make_loop(self.model, RootDrafter(), config, self.backend, slots=slots, tokenizer=tokenizer)
-        return Engine(self.model, loop, tokenizer, config, self.backend)
+        slots, tokenizer, ranks = config.max_batch, self.tokenizer, self.team.ranks(**changes)
+        loop = make_loop(self.model, RootDrafter(), config, self.backend, slots=slots, tokenizer=tokenizer, ranks=ranks)
+        return Engine(self.model, loop, tokenizer, config, self.backend, team=self.team)
 
     def plain(self, prompt: Prompt, params: SamplingParams) -> Request:
         """Decode without drafting on a loop of its own, for comparison."""
-        loop = self.undrafted(max_batch=1).loop
-        request = loop.add(self.encode(prompt), replace(params, n=1))
-        while request.finish_reason is None:
-            loop.step()
+        with self.undrafted(max_batch=1) as plain:
+            request = plain.loop.add(self.encode(prompt), replace(params, n=1))
+            while request.finish_reason is None:
+                plain.loop.step()
         return request
 
     def compare(self, prompt: Prompt, params: SamplingParams, answer: Generation, *, full: bool) -> None:

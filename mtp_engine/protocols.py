@@ -40,6 +40,9 @@ class TargetModel(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] pre-norm hidden -> [..., V] fp32 logits."""
 
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """Those of this rank's tokens, where several ranks share the model: [..., V / ranks]."""
+
 
 class PromptReader(Protocol):
     """What a drafter makes of chunks of prompts, of several at once: tensor operations, which a CUDA graph can hold."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mtp_engine.kernels.cpu.calls import CVerify, Team
+from mtp_engine.parallel.group import Group
 from mtp_engine.sampling.batch import Batch
-from mtp_engine.sampling.sampler import choose, truncate
+from mtp_engine.sampling.sampler import choose, choose_scores, truncate
 from mtp_engine.tree import DraftTree, VerifyResult
 from mtp_engine.verifiers.distributions import deepest, path_to
 
@@ -65,6 +66,25 @@ class NativeMatchVerifier:
         addresses = (table.data_ptr() for table in (*given, path, emitted, counts))
         self._team.verify(CVerify(*addresses, len(logits), tree.nodes, logits.shape[-1], tree.max_depth))
         return VerifyResult(path, emitted, counts)
+
+
+@final
+class ShardedMatchVerifier:
+    """MatchVerifier where ranks share the vocabulary: they exchange one number per node. What is truncated, or has been
+    processed, must be whole (see SamplingBatch.bare)."""
+
+    def __init__(self, group: Group) -> None:
+        self._group, self._whole = group, MatchVerifier()
+
+    def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
+        """logits: [B, N, V / ranks] fp32 of this rank's tokens in a bare batch, else [B, N, V]."""
+        if not batch.sampling.bare:
+            return self._whole.verify(tree, logits, batch)
+        first = self._group.shard.rank * logits.shape[-1]
+        scores = choose_scores(logits, tree.depths, tree.max_depth, batch.lengths, batch.sampling, first)
+        own = scores.argmax(-1, keepdim=True)
+        _, tokens = self._group.best(scores.gather(-1, own), own + first)
+        return longest_match(tree, tokens[..., 0])
 
 
 def longest_match(tree: DraftTree, choices: Tensor) -> VerifyResult:

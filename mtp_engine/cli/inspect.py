@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--mtp", metavar="DIR", help="A folder of MTP layers to use instead of the model's own.")
 @click.option(
+    "--tensor-parallel", "ranks", default=1, type=click.IntRange(1), help="Show what each of so many GPUs would hold."
+)
+@click.option(
     "--json", "json_file", metavar="FILE", help="Also write all of it as JSON; - for stdout, and nothing else there."
 )
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
-def inspect(model: str, mtp: str | None, json_file: str | None, quiet: bool) -> None:
+def inspect(model: str, mtp: str | None, ranks: int, json_file: str | None, quiet: bool) -> None:
     """Show what the checkpoint MODEL holds: a registered name, a folder, a .gguf file, or org/name on the hub.
 
     Weights are not loaded, and need not be there: a folder with config.json is enough. How many MTP layers the model has
@@ -33,13 +36,14 @@ def inspect(model: str, mtp: str | None, json_file: str | None, quiet: bool) -> 
     Examples:
       mtp-engine inspect smollm2-135m-mtp3
       mtp-engine inspect ./my-model --json - | jq .parameters
+      mtp-engine inspect ./MiMo-V2-Flash --tensor-parallel 8
     """
     target = JsonTarget.check(json_file) if json_file is not None else None
     with Waits(quiet=quiet) as waits:
         waits("starting", 0, None)
         from mtp_engine.hub.inspect import inspect_model
 
-        report = inspect_model(model, mtp=mtp, progress=waits)
+        report = inspect_model(model, mtp=mtp, ranks=ranks, progress=waits)
     if target:
         target.write(asdict(report))
     if target is None or target.path is not None:
@@ -64,6 +68,7 @@ def _rows(report: "ModelReport") -> list[tuple[str, str]]:
         ("parameters", _parameters(report.parameters, report.dtypes)),
         ("MTP parameters", _parameters(report.mtp_parameters, report.mtp_dtypes)),
         *_plan(report),
+        *_share(report),
         *_weights(report),
     ]
 
@@ -94,6 +99,20 @@ def _plan(report: "ModelReport") -> list[tuple[str, str]]:
         ("KV per sequence", _rings(rings)),
         ("KV at full context", f"{plan.kv_full_context / 2**30:.2f} GiB in bf16 ({context})"),
         ("GPUs needed", ", ".join(f"{count} of {size}" for size, count in plan.gpus.items())),
+    ]
+
+
+def _share(report: "ModelReport") -> list[tuple[str, str]]:
+    """What each of several processes holds."""
+    if (share := report.share) is None:
+        return []
+    parts = ", ".join(f"{decimal(size)} {part}" for part, size in share.weights.items())
+    fits = ", ".join(f"{'fits' if fits else 'does not fit'} {size}" for size, fits in share.gpus.items())
+    kv = f"{share.kv_per_token:,} bytes per token, {decimal(share.kv_per_sequence)} per sequence"
+    return [
+        (f"each of {share.ranks}", f"{decimal(sum(share.weights.values()))} ({parts})"),
+        ("its KV", f"{kv}, {share.kv_full_context / 2**30:.2f} GiB at full context, all in bf16"),
+        ("its memory", fits),
     ]
 
 

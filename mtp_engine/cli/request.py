@@ -102,6 +102,12 @@ ENGINE = settings(
         kind=_COUNT,
         unset="the model's own",
     ),
+    setting(
+        EngineConfig,
+        "tensor_parallel",
+        "Processes that share the model, one per GPU; on a CPU several share its threads.",
+        kind=click.IntRange(1),
+    ),
     setting(EngineConfig, "max_context", "Tokens of prompt and answer; 0 is the model's own limit.", kind=_COUNT),
 )
 COLOUR = click.option("--color-drafts", is_flag=True, help="Colour accepted drafts green (if stdout is a terminal).")

@@ -12,7 +12,7 @@ from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
 from mtp_engine.models import loader
 from mtp_engine.models.checkpoint import Checkpoint, read_index
-from mtp_engine.models.plan import Plan
+from mtp_engine.models.plan import Plan, Share
 from mtp_engine.protocols import Progress
 
 _KV_BYTES = {"fp32": 4, "bf16": 2}
@@ -33,7 +33,7 @@ class ModelReport:
     mtp_depth: tokens the MTP layers can draft in a row, more than mtp_layers where one layer serves every depth.
     mtp_source: how their number is known; it is assumed unless it is "weights".
     kv_bytes_per_token: by engine dtype, of the main model's layers with full attention (those with a sliding window
-    keep a fixed number of rows). plan: what config.json calls for.
+    keep a fixed number of rows). plan: what config.json calls for. share: of it, what each of several processes holds.
     """
 
     name: str
@@ -55,14 +55,15 @@ class ModelReport:
     mtp_files: dict[str, int]
     kv_bytes_per_token: dict[str, int]
     plan: Plan
+    share: Share | None
 
 
-def inspect_model(name: str, *, mtp: str | None = None, progress: Progress = hub.silent) -> ModelReport:
+def inspect_model(name: str, *, mtp: str | None = None, ranks: int = 1, progress: Progress = hub.silent) -> ModelReport:
     """Describe the model `name` (as in `hub.locate`, which fetches a registered one) without loading its weights.
 
     A folder with config.json alone is enough; the index of the weights tells how many MTP layers there are, which is
-    otherwise assumed. mtp: a folder of MTP layers to look at instead of the model's own. Raises EngineError for what a
-    user can mend.
+    otherwise assumed. mtp: a folder of MTP layers to look at instead of the model's own. ranks: processes that would share
+    the model. Raises EngineError for what a user can mend.
     """
     weightless = _is_plan(Path(name))
     if weightless:
@@ -101,6 +102,7 @@ def inspect_model(name: str, *, mtp: str | None = None, progress: Progress = hub
         mtp_files=_sizes(apart) if apart else {},
         kv_bytes_per_token={dtype: width * size for dtype, size in _KV_BYTES.items()},
         plan=plan,
+        share=loader.share(files.folder, config, mtp_config, ranks) if ranks > 1 else None,
     )
 
 

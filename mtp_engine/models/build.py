@@ -14,7 +14,8 @@ from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.layers import Block, GatedMLP, Head, Join, LinearMap, RMSNorm, RotaryEmbedding, SelfAttention
 from mtp_engine.models.moe import MoE
 from mtp_engine.models.mtp import FeatureMix, MTPLayer
-from mtp_engine.models.weights import Parts
+from mtp_engine.models.weights import Parts, Split
+from mtp_engine.parallel.group import Group
 from mtp_engine.protocols import Progress
 
 FFN_NORM = "post_attention_layernorm"
@@ -26,11 +27,13 @@ class WeightSource(Protocol):
 
     @property
     def device(self) -> torch.device: ...
-    def tensor(self, name: str, *shape: int) -> Tensor: ...
+    @property
+    def group(self) -> Group: ...  # those who share the model
+    def tensor(self, name: str, *shape: int, split: bool = False) -> Tensor: ...
     def exact(self, name: str, *shape: int) -> Tensor: ...
-    def linear(self, parts: Parts, columns: int, *, bias: bool = False) -> LinearMap: ...
+    def linear(self, parts: Parts, columns: int, *, split: Split = "none") -> LinearMap: ...
     def qkv(self, prefix: str, a: AttentionConfig, columns: int) -> LinearMap: ...
-    def experts(self, names: Sequence[Parts], columns: int) -> ExpertStack: ...
+    def experts(self, names: Sequence[Parts], columns: int, *, split: Split = "none") -> ExpertStack: ...
 
 
 @final
@@ -50,10 +53,14 @@ def decoder(
     weights: WeightSource, config: ModelConfig, progress: Progress,
     make_head: Callable[[Tensor, Tensor | None], LinearMap] = Linear,
 ) -> Decoder:  # fmt: skip
-    """The main model. make_head: of [V, H]."""
-    hidden, vocab = config.hidden_size, config.vocab_size
+    """The main model, or this rank's part of it. make_head: of [V, H]."""
+    hidden, vocab, group = config.hidden_size, config.vocab_size, weights.group
     embedding = weights.tensor("model.embed_tokens.weight", vocab, hidden)
-    head = embedding if config.tied_head else weights.tensor("lm_head.weight", vocab, hidden)
+    if config.tied_head:
+        own = group.shard.part(vocab)
+        head = embedding[own.start : own.stop]
+    else:
+        head = weights.tensor("lm_head.weight", vocab, hidden, split=True)
     blocks = []
     for i, layer in enumerate(config.layers):
         progress("loading weights", i + 1, len(config.layers))
@@ -61,7 +68,8 @@ def decoder(
     norm = RMSNorm(weights.tensor("model.norm.weight", hidden), config.norm_eps)
     unembed = make_head(head, None)
     rotary = {rope: RotaryEmbedding(rope, weights.device) for rope in {layer.attention.rope for layer in config.layers}}
-    return Decoder(config, embedding, blocks, norm, Head(norm, unembed), unembed, head, rotary)
+    held = group.shard.model(config)
+    return Decoder(held, embedding, blocks, norm, Head(norm, unembed), unembed, head, rotary, group=group)
 
 
 def mtp_layer(
@@ -73,7 +81,7 @@ def mtp_layer(
         join=Join(
             embedding_norm=_norm(weights, f"{prefix}.{names.embedding_norm}", hidden, eps),
             hidden_norm=_norm(weights, f"{prefix}.{names.hidden_norm}", hidden, eps),
-            projection=weights.linear([(f"{prefix}.{names.projection}", hidden)], 2 * hidden),
+            projection=weights.linear([(f"{prefix}.{names.projection}", hidden)], 2 * hidden, split="inputs"),
             hidden_first=config.concat == "hidden_first",
         ),
         block=block(weights, prefix, config.layer, hidden, eps, names.ffn_norm),
@@ -86,7 +94,8 @@ def feature_mix(weights: WeightSource, config: MTPConfig, hidden: int, eps: floa
     if not config.features:
         return None
     norms = [_norm(weights, f"{FEATURES}.{i}.norm", hidden, eps) for i in range(len(config.features))]
-    return FeatureMix(norms, weights.linear([(f"{FEATURES}.proj", hidden)], len(config.features) * hidden))
+    width = len(config.features) * hidden
+    return FeatureMix(norms, weights.linear([(f"{FEATURES}.proj", hidden)], width, split="inputs"))
 
 
 def block(weights: WeightSource, prefix: str, layer: LayerConfig, hidden: int, eps: float, ffn_norm: str) -> Block:
@@ -95,10 +104,10 @@ def block(weights: WeightSource, prefix: str, layer: LayerConfig, hidden: int, e
     return Block(
         attention_norm=_norm(weights, f"{prefix}.input_layernorm", hidden, eps),
         attention=SelfAttention(
-            config=a,
+            config=weights.group.shard.attention(a),
             qkv=weights.qkv(f"{prefix}.self_attn", a, hidden),
-            out=weights.linear([(f"{prefix}.self_attn.o_proj", hidden)], a.heads * a.v_dim),
-            sink=weights.tensor(f"{prefix}.self_attn.attention_sink_bias", a.heads) if a.sink else None,
+            out=weights.linear([(f"{prefix}.self_attn.o_proj", hidden)], a.heads * a.v_dim, split="columns"),
+            sink=weights.tensor(f"{prefix}.self_attn.attention_sink_bias", a.heads, split=True) if a.sink else None,
         ),
         ffn_norm=_norm(weights, f"{prefix}.{ffn_norm}", hidden, eps),
         ffn=_moe(weights, f"{prefix}.mlp", layer, hidden)
@@ -114,8 +123,8 @@ def _norm(weights: WeightSource, name: str, hidden: int, eps: float) -> RMSNorm:
 def _mlp(weights: WeightSource, prefix: str, layer: LayerConfig, hidden: int) -> GatedMLP:
     wide = layer.intermediate
     return GatedMLP(
-        gate_up=weights.linear([(f"{prefix}.gate_proj", wide), (f"{prefix}.up_proj", wide)], hidden),
-        down=weights.linear([(f"{prefix}.down_proj", hidden)], wide),
+        gate_up=weights.linear([(f"{prefix}.gate_proj", wide), (f"{prefix}.up_proj", wide)], hidden, split="rows"),
+        down=weights.linear([(f"{prefix}.down_proj", hidden)], wide, split="columns"),
     )
 
 
@@ -127,6 +136,9 @@ def _moe(weights: WeightSource, prefix: str, layer: LayerConfig, hidden: int) ->
         config=moe,
         router=weights.exact(f"{prefix}.gate.weight", moe.experts, hidden),
         bias=weights.exact(f"{prefix}.gate.e_score_correction_bias", moe.experts),
-        gate_up=weights.experts([[(f"{e}.gate_proj", wide), (f"{e}.up_proj", wide)] for e in experts], hidden),
-        down=weights.experts([[(f"{e}.down_proj", hidden)] for e in experts], wide),
+        gate_up=weights.experts(
+            [[(f"{e}.gate_proj", wide), (f"{e}.up_proj", wide)] for e in experts], hidden, split="rows"
+        ),
+        down=weights.experts([[(f"{e}.down_proj", hidden)] for e in experts], wide, split="columns"),
+        group=weights.group,
     )

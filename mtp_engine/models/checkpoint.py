@@ -5,9 +5,11 @@ Tensors are read straight into the memory where they stay; nothing is mapped, so
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any, final
@@ -24,8 +26,26 @@ _DTYPES = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _PIECE = 16 << 20  # bytes that one thread reads at a time
+_BAND = 1 << 20  # bytes of rows of which some columns are taken; they stay in a cache meanwhile
 _LONGEST_HEADER = 100 << 20
 _Piece = tuple[Path, int, memoryview]  # a file, an offset in it, and where its bytes go
+
+
+@final
+@dataclass(frozen=True)
+class Part:
+    """What is read of tensor `name`, which has this shape: some of its rows (None: all) and, of a matrix, some columns."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: range | None = None
+    columns: range | None = None
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """The shape of the part."""
+        cuts = (self.rows, self.columns)
+        return tuple(n if cut is None else len(cut) for n, cut in zip_longest(self.shape, cuts[: len(self.shape)]))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -128,29 +148,43 @@ class Checkpoint:
 
     def raw(self, name: str, shape: Sequence[int]) -> Tensor:
         """A tensor as it is stored, on the CPU. Raises EngineError if absent or misshapen."""
-        self.check(name, shape)
-        tensor = empty(shape, self.torch_dtype(name))
-        self.fill([(name, tensor)])
+        return self.part(Part(name, tuple(shape)))
+
+    def part(self, part: Part) -> Tensor:
+        """Part of a tensor as it is stored, on the CPU. Raises EngineError if the tensor is absent or misshapen."""
+        self.check(part.name, part.shape)
+        tensor = empty(part.size, self.torch_dtype(part.name))
+        self.fill([(part, tensor)])
         return tensor
 
-    def fill(self, targets: Iterable[tuple[str, Tensor]]) -> None:
-        """Read tensors into contiguous CPU tensors of the stored shape and dtype, several threads at a time."""
+    def fill(self, targets: Iterable[tuple[Part, Tensor]]) -> None:
+        """Read parts of tensors into contiguous CPU tensors of their sizes and the stored dtypes, several threads at a time.
+
+        Of a matrix of which some columns are wanted whole rows are read, a few at a time, and the columns taken from them.
+        """
         pieces: list[_Piece] = []
-        for name, tensor in targets:
-            self.check(name, tensor.shape)
+        strips: list[tuple[_Entry, Part, Tensor]] = []
+        for part, tensor in targets:
+            self.check(part.name, part.shape)
             assert tensor.is_contiguous()
-            assert (tensor.dtype, tensor.device.type) == (self.torch_dtype(name), "cpu")
-            entry = self._entry(name)
-            if entry.end > entry.start:
+            assert tensor.shape == part.size
+            assert (tensor.dtype, tensor.device.type) == (self.torch_dtype(part.name), "cpu")
+            entry = self._entry(part.name)
+            if tensor.numel() and part.columns is not None and len(part.columns) < part.shape[1]:
+                strips.append((entry, part, tensor))
+            elif tensor.numel():
                 data: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
-                starts = range(0, entry.end - entry.start, _PIECE)
-                pieces += [(entry.file, entry.start + start, data[start : start + _PIECE]) for start in starts]
+                begin = entry.start + (part.rows.start * (len(data) // len(part.rows)) if part.rows else 0)
+                starts = range(0, len(data), _PIECE)
+                pieces += [(entry.file, begin + start, data[start : start + _PIECE]) for start in starts]
         batches = _batches(sorted(pieces, key=lambda piece: piece[:2]))  # in the order in which a disk holds them
-        if len(batches) == 1:  # not worth starting threads
-            _read(batches[0])
-        elif batches:
+        work: list[Callable[[], None]] = [partial(_read, batch) for batch in batches]
+        work += [partial(_read_columns, *strip) for strip in strips]
+        if len(work) == 1:  # not worth starting threads
+            work[0]()
+        elif work:
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                list(pool.map(_read, batches))
+                list(pool.map(lambda each: each(), work))
 
 
 def _batches(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
@@ -181,6 +215,19 @@ def _read(pieces: Sequence[_Piece]) -> None:
             os.close(handle)
     except OSError as error:
         raise EngineError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _read_columns(entry: _Entry, part: Part, target: Tensor) -> None:
+    """Some columns of some rows of a matrix; target: [rows, columns]."""
+    assert part.columns is not None
+    width = (entry.end - entry.start) // part.shape[0]  # bytes of a whole row
+    item, first = width // part.shape[1], part.rows.start if part.rows else 0
+    taken, out = slice(part.columns.start * item, part.columns.stop * item), target.view(torch.uint8).numpy()
+    band = np.empty((min(max(1, _BAND // width), len(out)), width), np.uint8)
+    for start in range(0, len(out), len(band)):
+        rows = band[: len(out) - start]
+        _read([(entry.file, entry.start + (first + start) * width, rows.reshape(-1).data)])
+        out[start : start + len(rows)] = rows[:, taken]
 
 
 def _header(file: Path) -> dict[str, _Entry]:

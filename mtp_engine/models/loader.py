@@ -15,9 +15,10 @@ from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.fields import Fields
 from mtp_engine.models.layers import RotaryEmbedding
 from mtp_engine.models.mtp import MTPModule
-from mtp_engine.models.plan import Plan, make_plan
+from mtp_engine.models.plan import Plan, Share, make_plan, make_share
 from mtp_engine.models.tensors import main_tensors, mtp_tensors
 from mtp_engine.models.weights import Makers, Weights
+from mtp_engine.parallel.group import Group
 from mtp_engine.protocols import Progress
 
 _FAMILIES: dict[str, ModuleType] = {
@@ -47,11 +48,14 @@ def load_main(
     dequantize: bool = False,
     window_keys: int = 0,
     make: Makers = Makers(),  # noqa: B008  frozen
+    group: Group = Group(),  # noqa: B008  frozen
 ) -> Decoder:
     """The main model of a Hugging Face folder. dequantize: FP8 weights become `dtype` as they are read. make: what then
-    becomes of its matrices."""
+    becomes of its matrices. group: those who share the model; this rank's part is read."""
     config = read_config(folder, window_keys)
-    weights = Weights(Checkpoint(folder), dtype, device, fp8_block=config.fp8_block, dequantize=dequantize, make=make)
+    weights = Weights(
+        Checkpoint(folder), dtype, device, fp8_block=config.fp8_block, dequantize=dequantize, make=make, group=group
+    )
     return build.decoder(weights, config, progress, make.linear)
 
 
@@ -88,6 +92,11 @@ def plan(folder: Path, config: ModelConfig, mtp: MTPConfig | None) -> Plan:
     return make_plan(config, mtp, _family(folder)[0].MTP_NAMES)
 
 
+def share(folder: Path, config: ModelConfig, mtp: MTPConfig | None, ranks: int) -> Share:
+    """What each of so many processes would hold of the model of `folder`. Raises EngineError where it cannot be divided."""
+    return make_share(config, mtp, _family(folder)[0].MTP_NAMES, ranks)
+
+
 def expected_names(folder: Path) -> Iterator[str]:
     """The tensors that config.json calls for, MTP layers included."""
     config, mtp = read_config(folder), _family_mtp(folder, 0)
@@ -108,7 +117,7 @@ def load_mtp(
     make: Makers = Makers(),  # noqa: B008  frozen
     shared_head: bool = True,
 ) -> MTPModule:
-    """The folder's MTP layers, sharing the main model's embedding and head.
+    """The folder's MTP layers, sharing the main model's embedding and head, and divided among ranks as it is.
 
     draft_vocab: how many of the most frequent tokens they may propose (`draft_token_ids` lists them); 0 means all.
     make: what becomes of their matrices. shared_head: the main model's head may serve them, where it covers their tokens.
@@ -124,12 +133,13 @@ def load_mtp(
         fp8_block=own.get("fp8_block") if own else read_config(folder).fp8_block,
         dequantize=dequantize or bool(own),  # ours are small: FP8 only saves them space on disk
         make=make,
+        group=main.group,
     )
     draft_ids = _draft_ids(checkpoint, main, draft_vocab)
     # a list of all tokens may have an order of its own
     whole = torch.arange(main.config.vocab_size, device=draft_ids.device)
     shared = shared_head and torch.equal(draft_ids, whole)
-    head = main.unembed if shared else make.linear(main.head_weight[draft_ids], None)
+    head = main.unembed if shared else make.linear(_head_rows(main, draft_ids), None)
     count = 1 if config.reused else config.depth
     layers = []
     for k in range(count):
@@ -137,7 +147,10 @@ def load_mtp(
         layers.append(build.mtp_layer(weights, names, k, config, main, head))
     rotary = RotaryEmbedding(config.layer.attention.rope, main.embedding.device)
     mix = build.feature_mix(weights, config, main.config.hidden_size, main.config.norm_eps)
-    return MTPModule(config, layers, main.embedding, main.norm, draft_ids, rotary, mix)
+    shard = main.group.shard
+    own = shard.part(len(draft_ids))
+    draft_ids = draft_ids[own.start : own.stop]
+    return MTPModule(shard.mtp(config), layers, main.embedding, main.norm, draft_ids, rotary, mix, group=main.group)
 
 
 def _family(folder: Path) -> tuple[ModuleType, Fields]:
@@ -176,11 +189,27 @@ def _described(folder: Path, raw: dict[str, Any]) -> MTPConfig:
 
 
 def _draft_ids(checkpoint: Checkpoint, main: Decoder, wanted: int) -> torch.Tensor:
-    """The tokens the draft head covers, [n] int64. Without a list of frequent tokens, all of them."""
+    """The tokens the draft head covers, [n] int64: as many for each rank. Without a list of frequent tokens, all of them."""
     vocab, device = main.config.vocab_size, main.embedding.device
     if wanted and "draft_token_ids" in checkpoint:
         ids = checkpoint.raw("draft_token_ids", checkpoint.shape("draft_token_ids"))[:wanted].long()
+        ids = ids[: len(ids) - len(ids) % main.group.size]
         if not bool(((ids >= 0) & (ids < vocab)).all()):
             raise EngineError(f"{checkpoint.folder}: draft_token_ids names tokens outside the vocabulary of {vocab}")
         return ids.to(device)
     return torch.arange(vocab, device=device)
+
+
+def _head_rows(main: Decoder, ids: torch.Tensor) -> torch.Tensor:
+    """This rank's part of the main head's rows for tokens `ids` [n], [n / ranks, H]. Any rank may hold a token's row, so
+    each turn all give what one of them needs."""
+    group, weight = main.group, main.head_weight
+    if group.size == 1:
+        return weight[ids]
+    held, rows = group.shard.part(main.config.vocab_size), weight[:0]
+    for rank, asked in enumerate(ids.chunk(group.size)):
+        here = (asked >= held.start) & (asked < held.stop)
+        given = weight[(asked - held.start).clamp(0, len(held) - 1)] * here[:, None]
+        total = group.sum(given, weight.dtype)
+        rows = total if rank == group.shard.rank else rows
+    return rows

@@ -1,7 +1,7 @@
 """MTP layers: small decoder layers that read a main-model hidden state and a later token, and predict one further on."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mtp_engine.config import MTPConfig
 from mtp_engine.models.layers import BlockMap, LinearMap, RMSNorm, RotaryMap
+from mtp_engine.parallel.group import Group
 from mtp_engine.protocols import Attention
 
 
@@ -50,9 +51,10 @@ class MTPModule:
     layers: Sequence[MTPLayer]
     embedding: Tensor  # [V, H]
     main_norm: RMSNorm
-    draft_ids: Tensor  # [n] int64, token of each head row
+    draft_ids: Tensor  # [n] int64, token of each head row; where ranks share the module, of this rank's rows
     rotary: RotaryMap
     mix: FeatureMix | None = None
+    group: Group = field(default_factory=Group)
 
     def main_hidden(self, hidden: Tensor) -> Tensor:
         """The main model's pre-norm hidden state as the layers want it. [..., H], or with features more -> [..., H]."""

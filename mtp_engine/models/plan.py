@@ -9,6 +9,7 @@ from typing import final
 from mtp_engine.config import AttentionConfig, ModelConfig, MTPConfig
 from mtp_engine.models.build import MTPNames
 from mtp_engine.models.tensors import Stored, main_tensors, mtp_tensors
+from mtp_engine.parallel.shard import Shard, check_divides
 
 GPU_GB = (80, 141)  # an H100 and an H200
 _USABLE = 0.9  # of a GPU's memory; the rest is the runtime's, and activations
@@ -68,6 +69,61 @@ def make_plan(config: ModelConfig, mtp: MTPConfig | None, names: MTPNames) -> Pl
         kv_full_context=full,
         gpus={f"{size} GB": math.ceil(needed / (size * 1e9 * _USABLE)) for size in GPU_GB},
     )
+
+
+@final
+@dataclass(frozen=True)
+class Share:
+    """What each of `ranks` processes holds of a model that they share: bytes as published, by part of the model, and KV
+    bytes in bf16. Where ranks outnumber key heads, several hold the same ones.
+
+    kv_per_token, kv_per_sequence, kv_full_context: of main model and MTP layers together; see Plan. gpus: by memory in GB,
+    whether weights and one full context fit.
+    """
+
+    ranks: int
+    weights: dict[str, int]
+    kv_per_token: int
+    kv_per_sequence: int
+    kv_full_context: int
+    gpus: dict[str, bool]
+
+
+def make_share(config: ModelConfig, mtp: MTPConfig | None, names: MTPNames, ranks: int) -> Share:
+    """Raises EngineError where the model cannot be divided among so many."""
+    check_divides(ranks, config, mtp)
+    shard = Shard(0, ranks)
+    held, held_mtp = shard.model(config), shard.mtp(mtp) if mtp else None
+    divided = ("lm_head.weight", f".{names.projection}.weight")  # the other shapes follow from the configuration
+    weights: Counter[str] = Counter()
+    for tensor in main_tensors(held):
+        weights[_part(tensor.name)] += tensor.nbytes // (ranks if tensor.name.endswith(divided) else 1)
+    for tensor in mtp_tensors(held, held_mtp, names) if held_mtp else ():
+        weights["MTP layers"] += tensor.nbytes // (ranks if tensor.name.endswith(divided) else 1)
+    layers = [layer.attention for layer in held.layers]
+    if held_mtp:
+        layers += [held_mtp.layer.attention] * (1 if held_mtp.reused else held_mtp.depth)
+    per_token, per_sequence = _kv_per_token(layers), _kv_per_sequence(layers)
+    full = per_token * config.max_context + per_sequence
+    needed = weights.total() + full
+    return Share(
+        ranks=ranks,
+        weights=dict(weights.most_common()),
+        kv_per_token=per_token,
+        kv_per_sequence=per_sequence,
+        kv_full_context=full,
+        gpus={f"{size} GB": needed <= size * 1e9 * _USABLE for size in GPU_GB},
+    )
+
+
+def _part(name: str) -> str:
+    for mark, part in (
+        (".experts.", "experts"), (".self_attn.", "attention"), (".mlp.gate.", "routers"), (".mlp.", "dense FFN"),
+        ("embed_tokens", "embedding"), ("lm_head", "output head"),
+    ):  # fmt: skip
+        if mark in name:
+            return part
+    return "norms"
 
 
 def _count(tensors: list[Stored]) -> int:

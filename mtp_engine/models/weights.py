@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -11,11 +11,58 @@ from mtp_engine.config import AttentionConfig
 from mtp_engine.kernels.experts import ExpertStack, PlainStack
 from mtp_engine.kernels.fp8 import FP8, BlockLinear, BlockMatrix, dequantise_blocks, fused_rows, fused_sizes, plain_rows
 from mtp_engine.kernels.linear import Linear
-from mtp_engine.models.checkpoint import Checkpoint, empty
+from mtp_engine.models.checkpoint import Checkpoint, Part, empty
 from mtp_engine.models.layers import LinearMap
+from mtp_engine.parallel.group import Group
+from mtp_engine.parallel.linear import SummedLinear
 
 Parts = Sequence[tuple[str, int]]
 """Matrices that are stacked into one: the name without `.weight`, and the rows of each."""
+
+Split = Literal["none", "rows", "columns", "inputs"]
+"""How a group shares a product. rows: each rank gives its part of the outputs. columns: each is given its part of the inputs,
+and the outputs are summed over the ranks; inputs: the same, of inputs that every rank has whole. none: all do all of it."""
+
+
+@final
+@dataclass(frozen=True)
+class Cut:
+    """What a rank reads of stacked matrices: of each some rows, and of all the same columns."""
+
+    parts: Parts  # as they are stored
+    width: int  # columns of all of them
+    rows: Sequence[range]
+    columns: range
+
+    @classmethod
+    def of(cls, parts: Parts, width: int, split: Split, group: Group) -> "Cut":
+        """Of matrices whose rows or columns are evenly divided."""
+        rows = [group.shard.part(count) if split == "rows" else range(count) for _, count in parts]
+        return cls(parts, width, rows, group.shard.part(width) if split in ("columns", "inputs") else range(width))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of what is read, stacked."""
+        return sum(map(len, self.rows)), len(self.columns)
+
+    def of_part(self, index: int, name: str) -> Part:
+        """What is read of matrix `name`, which stands where the index-th of `parts` does."""
+        return Part(f"{name}.weight", (self.parts[index][1], self.width), self.rows[index], self.columns)
+
+    def grid(self, table: Tensor, scale: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """The scales of what is read. table: [all rows] int64, row of `scale` of every row of the stacked matrices; scale:
+        [..., S, blocks]. Returns the same of the part."""
+        if self.shape == (len(table), self.width):
+            return table, scale
+        starts = [sum(rows for _, rows in self.parts[:index]) for index in range(len(self.parts))]
+        picked = [torch.arange(each.start, each.stop) + start for each, start in zip(self.rows, starts, strict=True)]
+        used, renumbered = torch.unique(table[torch.cat(picked)], return_inverse=True)
+        blocks = slice(self.columns.start // block, -(-self.columns.stop // block))
+        return renumbered, scale[..., used, blocks].contiguous()
+
+
+Grid = tuple[Tensor, Sequence[int]]
+"""Of stacked FP8 matrices as they are stored: [rows] int64, the row of scales of every row, and how many each matrix has."""
 
 
 @final
@@ -41,30 +88,33 @@ class Weights:
         fp8_block: int | None = None,
         dequantize: bool = False,
         make: Makers = Makers(),
+        group: Group = Group(),  # noqa: B008  frozen
     ) -> None:
-        """fp8_block: rows and columns of a block that share a scale, if config.json announces FP8 weights."""
+        """fp8_block: rows and columns of a block that share a scale, if config.json announces FP8 weights. group: those who
+        share the model; only this rank's part is read."""
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self._block, self._dequantize = fp8_block, dequantize
-        self.make = make
+        self.make, self.group = make, group
 
-    def tensor(self, name: str, *shape: int) -> Tensor:
-        """In the engine's dtype."""
-        return self.checkpoint.raw(name, shape).to(self.device, self.dtype)
+    def tensor(self, name: str, *shape: int, split: bool = False) -> Tensor:
+        """In the engine's dtype. split: only this rank's rows."""
+        rows = self.group.shard.part(shape[0]) if split else None
+        return self.checkpoint.part(Part(name, shape, rows)).to(self.device, self.dtype)
 
     def exact(self, name: str, *shape: int) -> Tensor:
         """In fp32, whatever the engine's dtype."""
         return self.checkpoint.raw(name, shape).to(self.device, torch.float32)
 
-    def linear(self, parts: Parts, columns: int, *, bias: bool = False) -> LinearMap:
-        """One product for all parts, [columns] -> [sum of their rows]."""
-        added = torch.cat([self.tensor(f"{name}.bias", rows) for name, rows in parts]) if bias else None
-        if not self._is_fp8([name for name, _ in parts]):
-            return self.make.linear(self._plain([parts], columns)[0], added)
-        rows, scale_rows = self._grid(parts)
-        return self._fp8_linear(parts, columns, rows, scale_rows, added)
+    def linear(self, parts: Parts, columns: int, *, split: Split = "none") -> LinearMap:
+        """One product for all parts, [columns] -> [sum of their rows]; see Split."""
+        cut = Cut.of(parts, columns, split, self.group)
+        made = self._linear(cut, None, None if not self._is_fp8([name for name, _ in parts]) else self._grid(parts))
+        if split not in ("columns", "inputs") or self.group.size == 1:
+            return made
+        return SummedLinear(made, self.group, cut.columns if split == "inputs" else None)
 
     def qkv(self, prefix: str, a: AttentionConfig, columns: int) -> LinearMap:
-        """The query, key and value projections of attention layer `prefix` as one product.
+        """The query, key and value projections of attention layer `prefix` as one product, of this rank's heads.
 
         MiMo-V2-Flash's global layers were quantised as one section of [q | k | v] rows per key head and then split:
         their scales are recognised by their number of rows, and taken for that where a plain grid would have as many.
@@ -72,24 +122,35 @@ class Weights:
         sizes = (a.heads * a.qk_dim, a.kv_heads * a.qk_dim, a.kv_heads * a.v_dim)
         parts = [(f"{prefix}.{name}_proj", rows) for name, rows in zip("qkv", sizes, strict=True)]
         names = [name for name, _ in parts]
-        if self._block and a.window is None and a.heads % a.kv_heads == 0 and self._is_fp8(names):
+        heads, kv_heads = self.group.shard.part(a.heads), self.group.shard.kv_heads(a)
+        held = ((heads, a.qk_dim), (kv_heads, a.qk_dim), (kv_heads, a.v_dim))
+        cut = Cut(parts, columns, [range(h.start * dim, h.stop * dim) for h, dim in held], range(columns))
+        bias = self._bias(cut) if a.bias else None
+        if not self._is_fp8(names):
+            return self._linear(cut, bias, None)
+        assert self._block is not None
+        if a.window is None and a.heads % a.kv_heads == 0:
             section = (sizes[0] // a.kv_heads, a.qk_dim, a.v_dim)
             fused = [a.kv_heads * blocks for blocks in fused_sizes(*section, self._block)]
-            found = [self._scale_shape(name)[0] for name in names]
-            if found == fused:
-                added = torch.cat([self.tensor(f"{n}.bias", r) for n, r in parts]) if a.bias else None
-                rows = fused_rows(a.kv_heads, *section, self._block)
-                return self._fp8_linear(parts, columns, rows, fused, added)
-        return self.linear(parts, columns, bias=a.bias)
+            if [self._scale_shape(name)[0] for name in names] == fused:
+                return self._linear(cut, bias, (fused_rows(a.kv_heads, *section, self._block), fused))
+        return self._linear(cut, bias, self._grid(parts))
 
-    def experts(self, names: Sequence[Parts], columns: int) -> ExpertStack:
+    def experts(self, names: Sequence[Parts], columns: int, *, split: Split = "none") -> ExpertStack:
         """names: per expert the parts of its matrix -> a stack [E, sum of rows, columns]."""
+        cut = Cut.of(names[0], columns, split, self.group)
         if not self._is_fp8([name for parts in names for name, _ in parts]):
-            return self.make.stack(self._plain(names, columns))
-        rows, scale_rows = self._grid(names[0])
+            return self.make.stack(self._plain(names, cut))
         if self._dequantize:
-            return self.make.stack(self._dequantised(names, columns, rows, scale_rows))
-        return self._blocks(names, columns, rows, scale_rows)
+            return self.make.stack(self._dequantised(names, cut, self._grid(names[0])))
+        return self._blocks(names, cut, self._grid(names[0]))
+
+    def _bias(self, cut: Cut) -> Tensor:
+        biases = (
+            self.checkpoint.part(Part(f"{name}.bias", (count,), rows))
+            for (name, count), rows in zip(cut.parts, cut.rows, strict=True)
+        )
+        return torch.cat([bias.to(self.device, self.dtype) for bias in biases])
 
     def _is_fp8(self, names: Sequence[str]) -> bool:
         """Whether all these weights are FP8. Raises EngineError if only some are, or config.json does not say so."""
@@ -100,8 +161,8 @@ class Weights:
             raise self.checkpoint.error(kinds[True], "is FP8, but config.json has no quantization_config")
         return True in kinds
 
-    def _grid(self, parts: Parts) -> tuple[Tensor, list[int]]:
-        """Scale row of every stacked row, and the scale rows of each part, where every matrix has blocks of its own."""
+    def _grid(self, parts: Parts) -> Grid:
+        """Where every matrix has blocks of its own."""
         assert self._block is not None
         return plain_rows([r for _, r in parts], self._block), [-(-r // self._block) for _, r in parts]
 
@@ -111,73 +172,72 @@ class Weights:
             raise self.checkpoint.error(f"{name}.weight", f"is FP8, but its scales {name}.weight_scale_inv are missing")
         return self.checkpoint.shape(f"{name}.weight_scale_inv")
 
-    def _fp8_linear(
-        self, parts: Parts, columns: int, rows: Tensor, scale_rows: Sequence[int], bias: Tensor | None
-    ) -> LinearMap:
+    def _linear(self, cut: Cut, bias: Tensor | None, grid: Grid | None) -> LinearMap:
+        """grid: of FP8 weights."""
+        if grid is None:
+            return self.make.linear(self._plain([cut.parts], cut)[0], bias)
         if self._dequantize:
-            return self.make.linear(self._dequantised([parts], columns, rows, scale_rows)[0], bias)
-        stack = self._blocks([parts], columns, rows, scale_rows)
+            return self.make.linear(self._dequantised([cut.parts], cut, grid)[0], bias)
+        stack = self._blocks([cut.parts], cut, grid)
         return BlockLinear(BlockMatrix(stack.data[0], stack.scale[0], stack.rows, stack.block), bias)
 
-    def _plain(self, names: Sequence[Parts], columns: int) -> Tensor:
+    def _plain(self, names: Sequence[Parts], cut: Cut) -> Tensor:
         """[len(names), rows, columns] in the engine's dtype, read in place where that is how they are stored."""
-        total = sum(rows for _, rows in names[0])
-        out = empty((len(names), total, columns), self.dtype, self.device)
-        slots = _slots(names, out)
+        out = empty((len(names), *cut.shape), self.dtype, self.device)
+        slots = _slots(names, cut, out)
         direct = self.device.type == "cpu"
-        in_place = [(n, t) for n, t in slots if direct and self.checkpoint.torch_dtype(n) == self.dtype]
+        in_place = [(p, t) for p, t in slots if direct and self.checkpoint.torch_dtype(p.name) == self.dtype]
         self.checkpoint.fill(in_place)
-        done = {name for name, _ in in_place}
-        for name, target in slots:
-            if name not in done:
-                target.copy_(self.checkpoint.raw(name, target.shape))
+        done = {part.name for part, _ in in_place}
+        for part, target in slots:
+            if part.name not in done:
+                target.copy_(self.checkpoint.part(part))
         return out
 
-    def _blocks(self, names: Sequence[Parts], columns: int, rows: Tensor, scale_rows: Sequence[int]) -> BlockMatrix:
+    def _blocks(self, names: Sequence[Parts], cut: Cut, grid: Grid) -> BlockMatrix:
         assert self._block is not None
-        data = empty((len(names), len(rows), columns), FP8)
-        self.checkpoint.fill(_slots(names, data))
-        scale = self._scales(names, columns, scale_rows)
+        data = empty((len(names), *cut.shape), FP8)
+        self.checkpoint.fill(_slots(names, cut, data))
+        rows, scale = cut.grid(grid[0], self._scales(names, cut.width, grid[1]), self._block)
         return BlockMatrix(data.to(self.device), scale.to(self.device), rows.to(self.device), self._block)
 
-    def _dequantised(self, names: Sequence[Parts], columns: int, rows: Tensor, scale_rows: Sequence[int]) -> Tensor:
+    def _dequantised(self, names: Sequence[Parts], cut: Cut, grid: Grid) -> Tensor:
         assert self._block is not None
-        scales = self._scales(names, columns, scale_rows)
-        out = empty((len(names), len(rows), columns), self.dtype, self.device)
+        rows, scales = cut.grid(grid[0], self._scales(names, cut.width, grid[1]), self._block)
+        out = empty((len(names), *cut.shape), self.dtype, self.device)
         for parts, scale, target in zip(names, scales, out, strict=True):
             start = 0
-            for name, count in parts:
-                part = self.checkpoint.raw(f"{name}.weight", (count, columns))
-                span = slice(start, start + count)
+            for index, (name, _) in enumerate(parts):
+                part = self.checkpoint.part(cut.of_part(index, name))
+                span = slice(start, start + len(part))
                 target[span] = dequantise_blocks(part, scale, rows[span], self._block, self.dtype)
-                start += count
+                start += len(part)
         return out
 
     def _scales(self, names: Sequence[Parts], columns: int, scale_rows: Sequence[int]) -> Tensor:
         """[len(names), sum of scale_rows, blocks] fp32. Raises EngineError for a scale that cannot be one."""
         assert self._block is not None
         scale = torch.empty(len(names), sum(scale_rows), -(-columns // self._block))
-        named = [[(name, count) for (name, _), count in zip(parts, scale_rows, strict=True)] for parts in names]
-        for parts in named:
-            for name, _ in parts:
+        slots: list[tuple[Part, Tensor]] = []
+        for parts, target in zip(names, scale, strict=True):
+            for (name, _), rows in zip(parts, torch.split(target, list(scale_rows)), strict=True):
                 self._scale_shape(name)
-        slots = _slots(named, scale, ".weight_scale_inv")
-        for name, _ in slots:
-            if self.checkpoint.torch_dtype(name) != torch.float32:
-                raise self.checkpoint.error(name, f"is {self.checkpoint.stored_dtype(name)}; scales must be F32")
+                slots.append((Part(f"{name}.weight_scale_inv", tuple(rows.shape)), rows))
+        for part, _ in slots:
+            if self.checkpoint.torch_dtype(part.name) != torch.float32:
+                kind = self.checkpoint.stored_dtype(part.name)
+                raise self.checkpoint.error(part.name, f"is {kind}; scales must be F32")
         self.checkpoint.fill(slots)
         if not bool(((scale >= 0) & scale.isfinite()).all()):
-            wrong = next(n for n, part in slots if not bool(((part >= 0) & part.isfinite()).all()))
+            wrong = next(part.name for part, rows in slots if not bool(((rows >= 0) & rows.isfinite()).all()))
             raise self.checkpoint.error(wrong, "holds a scale that is negative or no finite number; fetch it again")
         return scale
 
 
-def _slots(names: Sequence[Parts], out: Tensor, suffix: str = ".weight") -> list[tuple[str, Tensor]]:
-    """Where each part lies in the stack `out`."""
+def _slots(names: Sequence[Parts], cut: Cut, out: Tensor) -> list[tuple[Part, Tensor]]:
+    """What is read of each matrix, and where it lies in the stack `out`."""
     slots = []
     for parts, target in zip(names, out, strict=True):
-        start = 0
-        for name, rows in parts:
-            slots.append((name + suffix, target[start : start + rows]))
-            start += rows
+        each = torch.split(target, [len(rows) for rows in cut.rows])
+        slots += [(cut.of_part(index, name), each[index]) for index, (name, _) in enumerate(parts)]
     return slots

@@ -8,12 +8,16 @@ from typing import final
 import torch
 
 from mtp_engine.config import SamplingParams
+from mtp_engine.errors import EngineError
 from mtp_engine.runtime.intake import Intake
 from mtp_engine.runtime.memory import Memory
+from mtp_engine.runtime.ranks import Ranks
 from mtp_engine.runtime.request import Launched, Members, Request, StepOutput
 from mtp_engine.runtime.scheduler import Scheduler, StepPlan
+from mtp_engine.runtime.score import score
 from mtp_engine.runtime.stats import LoopClock
 from mtp_engine.runtime.step import ModelStep, Runner, explain
+from mtp_engine.sampling.logprobs import TokenLogprob
 
 _LOG = logging.getLogger("mtp_engine")
 
@@ -26,8 +30,11 @@ class DecodeLoop:
     takes part in steps already launched, and what they give it is dropped. Not for several threads at once; Engine is.
     """
 
-    def __init__(self, work: ModelStep, runner: Runner, scheduler: Scheduler, intake: Intake, memory: Memory) -> None:
+    def __init__(
+        self, work: ModelStep, runner: Runner, scheduler: Scheduler, intake: Intake, memory: Memory, ranks: Ranks
+    ) -> None:
         self.work, self.runner, self.scheduler, self.intake, self.memory = work, runner, scheduler, intake, memory
+        self._ranks = ranks
         self._flying: deque[tuple[StepPlan, Launched]] = deque()
         self._members: Members | None = None  # of the last step launched
         self._clock = LoopClock()
@@ -51,10 +58,11 @@ class DecodeLoop:
         for request in requests:
             request.skipped = self._clock.skipped
         self.scheduler.add(requests, self._clock.standing)
+        self._ranks.added(requests, self.scheduler.cancel)
 
     def remove(self, request: Request) -> bool:
         """End a request with what it has said so far, and free its slot. False if it had ended already."""
-        return self.scheduler.end(request, "abort")
+        return self.scheduler.dismiss(request, "abort")
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
@@ -62,9 +70,14 @@ class DecodeLoop:
 
         A failure ends the request whose it is. If a whole step breaks off, all who ran are queued again and go on.
         """
+        with self._ranks.step():
+            return self._step()
+
+    def _step(self) -> list[StepOutput]:
         self._clock.start()
         try:
             self.scheduler.sweep()
+            self._ranks.begin(self.scheduler.running)
             while len(self._flying) < self.runner.in_flight and self._launch():
                 pass
             if self._flying:
@@ -89,6 +102,7 @@ class DecodeLoop:
                 read = self.runner.read(plan.chunks)
                 launched = launched or read
             except Exception as error:
+                self._ranks.failed(error)
                 self.scheduler.unread(plan.chunks, explain(error))
                 _LOG.error("reading a prompt failed", exc_info=error)
         if launched:
@@ -113,20 +127,30 @@ class DecodeLoop:
     def _land(self, plan: StepPlan, launched: Launched) -> None:
         """Wait for a step, the only synchronisation but for structures, and hand its tokens out."""
         landed = launched.wait()
+        self._ranks.check()
         times = self._clock.land(landed.draft_s, landed.verify_s)
         if plan.decoding:
             self.scheduler.commit(plan, landed, times)
 
     def _restart(self, error: BaseException) -> None:
         """Everybody again, from what they have said. Raises what is no failure (Ctrl-C), and what nobody can end with."""
+        self._ranks.failed(error)
         self._flying.clear()
         anybody = self.scheduler.restart(explain(error) if isinstance(error, Exception) else None)
         if not anybody or not isinstance(error, Exception):
             raise error
-        _LOG.error("a step failed", exc_info=error)
+        _LOG.error("a step failed: %s", error, exc_info=None if isinstance(error, EngineError) else error)
+
+    @torch.inference_mode()
+    def score(self, tokens: Sequence[int], start: int, most: int) -> list[TokenLogprob]:
+        """See `score`. For loops in which nothing else runs."""
+        with self._ranks.step():
+            self._ranks.scored(tokens, start, most)
+            return score(self.work, tokens, start, most)
 
     def close(self) -> None:
         """End all requests and wait for what is queued."""
         for request in self.requests:
             self.remove(request)
         self.runner.settle()
+        self._ranks.close()

@@ -6,6 +6,7 @@ import time
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, final
 
@@ -66,14 +67,16 @@ class Scheduler:
     def __init__(
         self, room: Room, *, slots: int, chunk: int, max_waiting: int, packs: bool = True,
         clock: Callable[[], float] = time.monotonic, pace: Callable[[], int | None] = lambda: None,
+        dismissing: Callable[[Request, FinishReason], AbstractContextManager[None]] = lambda *_: nullcontext(),
     ) -> None:  # fmt: skip
         """chunk: tokens of prompts read in one step; packs: of several prompts, where one does not fill it. max_waiting:
-        requests that may wait beyond the free slots. pace: so many tokens and no more, where somebody decodes."""
+        requests that may wait beyond the free slots. pace: so many tokens and no more, where somebody decodes. dismissing:
+        is told whom `dismiss` ends."""
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.outputs: list[StepOutput] = []
         self._room, self._slots, self._chunk, self._max_waiting, self._clock = room, slots, chunk, max_waiting, clock
-        self._packs, self._pace = packs, pace
+        self._packs, self._pace, self._dismissing = packs, pace, dismissing
         self._free = list(range(slots))[::-1]
         self._cancelled: deque[Request] = deque()
         self._arrivals = itertools.count()
@@ -109,10 +112,17 @@ class Scheduler:
     def sweep(self) -> None:
         """End what was cancelled and what has run out of time."""
         while self._cancelled:
-            self.end(self._cancelled.popleft(), "abort")
+            self.dismiss(self._cancelled.popleft(), "abort")
         now = self._clock()
         for request in [r for r in (*self.running, *self.waiting) if r.deadline <= now]:
-            self.end(request, "timeout")
+            self.dismiss(request, "timeout")
+
+    def dismiss(self, request: Request, reason: FinishReason) -> bool:
+        """End a request for a reason that does not lie in it, between two steps. False if it had ended already."""
+        if request.finish_reason or (request not in self.running and request not in self.waiting):
+            return False
+        with self._dismissing(request, reason):
+            return self.end(request, reason)
 
     def plan(self, now: float, in_flight: int) -> StepPlan | None:
         """The next step; None where nobody wants one, or it has to wait for those in flight. Its chunks count as read from

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.cache import HybridKV
+from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Drafter, Progress, StepPlanner, TargetModel, TreePlanner, Verifier
 from mtp_engine.runtime.request import Landed, Launched, Members, PromptChunk, Request
 from mtp_engine.runtime.slots import SlotState
@@ -35,6 +36,7 @@ class ModelStep:
     planner: TreePlanner | None = None  # is told how long steps take
     kernels: bool = False
     shapes: StepPlanner | None = None  # chooses each step's shape, where a runner records several
+    shares: bool = False  # the verifier chooses among ranks, each over its own logits, where nothing else decides
 
     def read(self, chunks: Sequence[PromptChunk]) -> None:
         """Read chunks of prompts in one pass: chains whose paths are known. The drafter is told of those that want drafts."""
@@ -111,10 +113,11 @@ class ModelStep:
         return self.choose(members, batch, tree, *self.forward(batch, tree), mask)
 
     def forward(self, batch: Batch, tree: DraftTree) -> tuple[Tensor, Tensor]:
-        """The main model's hidden states [B, N, H] and logits [B, N, V] at the nodes."""
+        """The main model's hidden states [B, N, H] and logits [B, N, V] at the nodes; see `shares`."""
         rows = self.rows(batch, tree)
         hidden = self.model.forward(tree.tokens, rows.positions, self.attention(self.cache, rows))
-        return hidden, self.model.logits(hidden)
+        own = self.shares and batch.sampling.bare
+        return hidden, self.model.own_logits(hidden) if own else self.model.logits(hidden)
 
     def choose(
         self, members: Members, batch: Batch, tree: DraftTree, hidden: Tensor, logits: Tensor, mask: Tensor | None
@@ -261,6 +264,8 @@ class EagerRunner:
 def explain(error: BaseException) -> str:
     """What torch says, as something the user can act on."""
     text = (str(error).splitlines() or [""])[0]
+    if isinstance(error, EngineError):
+        return text
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is full: lower kv_tokens, max_batch or max_context ({text})"
     if isinstance(error, torch.AcceleratorError):

@@ -139,15 +139,18 @@ def choose(logits: Tensor, depths: Tensor, max_depth: int, lengths: Tensor, batc
     return choose_scores(logits, depths, max_depth, lengths, batch).argmax(-1)
 
 
-def choose_scores(logits: Tensor, depths: Tensor, max_depth: int, lengths: Tensor, batch: SamplingBatch) -> Tensor:
-    """What `choose` maximises: truncated logits plus temperature times noise, [B, N, V] fp32.
+def choose_scores(
+    logits: Tensor, depths: Tensor, max_depth: int, lengths: Tensor, batch: SamplingBatch, first: int = 0
+) -> Tensor:
+    """What `choose` maximises: truncated logits plus temperature times noise, [B, N, V] fp32. first: token of the first
+    logit, where those of a part of the vocabulary are given; of these nothing may be truncated.
 
     A node at depth d sits at position length + d and chooses the token at position length + d + 1.
     """
     if batch.greedy:
         return logits
     positions = lengths[:, None] + 1 + torch.arange(max_depth + 1, device=logits.device)
-    noise = gumbel(batch.seed, positions, torch.arange(logits.shape[-1], device=logits.device))
+    noise = gumbel(batch.seed, positions, torch.arange(first, first + logits.shape[-1], device=logits.device))
     noise = noise * batch.temperature.view(-1, 1, 1)
     noise = noise.gather(1, depths[..., None].expand(-1, -1, logits.shape[-1]))
     return truncate(logits, batch) + noise

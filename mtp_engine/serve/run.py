@@ -74,12 +74,16 @@ async def _run(server: uvicorn.Server, listening: Listening, engine: AsyncEngine
     finally:
         draining.cancel()
         await engine.aclose()
+    if lost := engine.engine.team.lost:
+        raise EngineError(lost)
 
 
 async def _drain(server: uvicorn.Server, engine: AsyncEngine, seconds: float) -> None:
-    """Once a signal has come, end what still runs after so many seconds: clients are told."""
+    """Once a signal has come, end what still runs after so many seconds: clients are told. Without a process that the model
+    is shared with nothing can go on."""
     while not server.should_exit:
         await asyncio.sleep(0.1)
+        server.should_exit |= bool(engine.engine.team.lost)
     await asyncio.sleep(seconds)
     await engine.aclose()
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from mtp_engine.config import AttentionConfig
 from mtp_engine.kernels.experts import ExpertStack, PlainStack
 from mtp_engine.models.layers import LinearMap
-from mtp_engine.models.weights import Parts
+from mtp_engine.models.weights import Parts, Split
+from mtp_engine.parallel.group import Group
 
 Draw = Callable[[str, tuple[int, ...]], Tensor]
 """A tensor's first values by its name and shape."""
@@ -47,15 +48,19 @@ class TrainableWeights:
     dtype: torch.dtype
     device: torch.device
     parameters: list[Parameter] = field(default_factory=list)
+    group: Group = field(default_factory=Group)
 
-    def tensor(self, name: str, *shape: int) -> Tensor:
+    def tensor(self, name: str, *shape: int, split: bool = False) -> Tensor:
         return self._add({name: shape}, shape, self.dtype)
 
     def exact(self, name: str, *shape: int) -> Tensor:
         """In fp32, whatever the dtype of training."""
         return self._add({name: shape}, shape, torch.float32)
 
-    def linear(self, parts: Parts, columns: int, *, bias: bool = False) -> LinearMap:
+    def linear(self, parts: Parts, columns: int, *, split: Split = "none") -> LinearMap:
+        return self._linear(parts, columns, bias=False)
+
+    def _linear(self, parts: Parts, columns: int, *, bias: bool) -> LinearMap:
         shapes = {f"{name}.weight": (rows, columns) for name, rows in parts}
         total = sum(rows for _, rows in parts)
         weight = self._add(shapes, (total, columns), self.dtype)
@@ -65,9 +70,9 @@ class TrainableWeights:
     def qkv(self, prefix: str, a: AttentionConfig, columns: int) -> LinearMap:
         sizes = (a.heads * a.qk_dim, a.kv_heads * a.qk_dim, a.kv_heads * a.v_dim)
         parts = [(f"{prefix}.{name}_proj", rows) for name, rows in zip("qkv", sizes, strict=True)]
-        return self.linear(parts, columns, bias=a.bias)
+        return self._linear(parts, columns, bias=a.bias)
 
-    def experts(self, names: Sequence[Parts], columns: int) -> ExpertStack:
+    def experts(self, names: Sequence[Parts], columns: int, *, split: Split = "none") -> ExpertStack:
         shapes = {f"{name}.weight": (rows, columns) for parts in names for name, rows in parts}
         total = sum(rows for _, rows in names[0])
         return PlainStack(self._add(shapes, (len(names), total, columns), self.dtype))

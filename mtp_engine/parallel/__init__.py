@@ -1,0 +1,1 @@
+"""One model over several processes: what each of them holds, and what they tell each other."""

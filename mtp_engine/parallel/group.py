@@ -1,0 +1,68 @@
+"""What the ranks of a group compute together. The same bits on every rank, whatever else is in the call.
+
+`Group()` is a group of one: it exchanges nothing, and costs nothing.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, final
+
+import torch
+from torch import Tensor
+
+from mtp_engine.errors import EngineError
+from mtp_engine.parallel.packed import pack, unpack
+from mtp_engine.parallel.shard import Shard
+
+
+@final
+class RankLost(EngineError):
+    """Another rank has ended, and nothing that is divided can go on."""
+
+
+class Exchange(Protocol):
+    """How tensors get from rank to rank. Every rank makes the same calls in the same order."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Contiguous, of the same shape and dtype on every rank -> [size, *shape], in the order of ranks."""
+
+
+@final
+@dataclass(frozen=True)
+class Group:
+    """The ranks among which a model is divided."""
+
+    shard: Shard = Shard()  # noqa: RUF009  frozen
+    exchange: Exchange | None = None
+
+    @property
+    def size(self) -> int:
+        return self.shard.size
+
+    def sum(self, partial: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum over ranks, in fp32, in the order of ranks, rounded once to `dtype`. A kernel that sums in another order
+        would change a row's bits with the number of rows."""
+        if self.exchange is None:
+            return partial.to(dtype)
+        first, *others = self.exchange.gather(partial.float().contiguous()).unbind()
+        for other in others:
+            first = first + other
+        return first.to(dtype)
+
+    def join(self, part: Tensor) -> Tensor:
+        """[..., n] of every rank, side by side: [..., size * n]."""
+        if self.exchange is None:
+            return part
+        return self.exchange.gather(part.contiguous()).movedim(0, -2).flatten(-2)
+
+    def log_softmax(self, scores: Tensor) -> Tensor:
+        """Of scores [..., n] whose last dimension is divided among the ranks; each gets its own part."""
+        if self.exchange is None:
+            return scores.log_softmax(-1)
+        return scores - self.join(scores.logsumexp(-1, keepdim=True)).logsumexp(-1, keepdim=True)
+
+    def best(self, scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Of every rank's candidates, fp32 scores and int64 tokens [..., k], the k best of all, best first; of equal ones the
+        lower token."""
+        if self.exchange is None:
+            return scores, tokens
+        return unpack(self.join(pack(scores, tokens)).topk(scores.shape[-1], -1).values)

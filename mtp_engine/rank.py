@@ -1,0 +1,28 @@
+"""`python -m mtp_engine.rank`: another rank of an engine that several processes share; parallel/launch.py starts it."""
+
+import os
+
+from mtp_engine.parallel.launch import handed
+
+
+def main() -> None:
+    work = handed()  # first: from now on it ends with who started it
+    import torch
+
+    from mtp_engine.engine import Engine
+    from mtp_engine.parallel.processes import Processes, join_store
+    from mtp_engine.runtime.lead import Follower, leave
+
+    try:
+        torch.set_num_threads(work.config.threads)
+        store, device = join_store(work.port, work.shard.size), torch.device(work.config.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where what names no index goes
+        Engine.follow(work.files, work.config, Follower(Processes(store, work.shard, device)))
+    except BaseException as error:
+        leave(error)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

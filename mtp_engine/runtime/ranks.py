@@ -1,0 +1,67 @@
+"""What a loop tells the other ranks, the processes that run the same loop over their parts of the same model."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol, final
+
+from mtp_engine.runtime.request import Request
+from mtp_engine.sampling.stops import FinishReason
+
+
+class Ranks(Protocol):
+    """All ranks decide alike, since all compute the same tokens. So only what comes from outside need be told: requests that
+    join between two steps, and those that are ended there."""
+
+    def added(self, requests: Sequence[Request], cancel: Callable[[Request], None]) -> None:
+        """They were queued, in this order. cancel: ends a request before the next step."""
+
+    def ending(self, request: Request, reason: FinishReason) -> AbstractContextManager[None]:
+        """Around its end, at which the ranks may compute what is kept of it."""
+
+    def step(self) -> AbstractContextManager[None]:
+        """Around a step, which must not be left half-way."""
+
+    def begin(self, running: Sequence[Request]) -> None:
+        """A step begins with what was told so far. running: to find out whether all ranks are in the same state. Raises
+        EngineError if a rank is lost."""
+
+    def check(self) -> None:
+        """A step has landed. Raises EngineError if a rank was lost meanwhile, so that what it gave means nothing."""
+
+    def scored(self, tokens: Sequence[int], start: int, most: int) -> None:
+        """A text is scored, see DecodeLoop.score."""
+
+    def failed(self, error: BaseException) -> None:
+        """A step broke off here, and the other ranks are in the midst of it."""
+
+    def close(self) -> None:
+        """The loop is not used any more."""
+
+
+@final
+class Alone:
+    """There are no others."""
+
+    def added(self, requests: Sequence[Request], cancel: Callable[[Request], None]) -> None:
+        pass
+
+    def ending(self, request: Request, reason: FinishReason) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def step(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def begin(self, running: Sequence[Request]) -> None:
+        pass
+
+    def check(self) -> None:
+        pass
+
+    def scored(self, tokens: Sequence[int], start: int, most: int) -> None:
+        pass
+
+    def failed(self, error: BaseException) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

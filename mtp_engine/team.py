@@ -1,0 +1,98 @@
+"""Bringing the ranks of an engine together: processes that this one starts, or those of torchrun."""
+
+import os
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+
+from mtp_engine.config import EngineConfig
+from mtp_engine.errors import EngineError
+from mtp_engine.hub.hub import ModelFiles
+from mtp_engine.parallel.launch import Children
+from mtp_engine.parallel.shard import Shard
+from mtp_engine.runtime.lead import Follower, Leader, Solo, Team
+from mtp_engine.runtime.threads import pool_size
+
+
+@final
+@dataclass(frozen=True)
+class RankWork:
+    """What a process that we start is to do. config: settled. port: of the store where the ranks meet."""
+
+    shard: Shard
+    port: int
+    files: ModelFiles
+    config: EngineConfig
+
+
+def form_team(config: EngineConfig, files: ModelFiles) -> tuple[Team, EngineConfig]:
+    """The ranks that share the model, and this one's configuration. config: settled.
+
+    Raises EngineError where there are too few GPUs, or other ones, or torchrun started another number of processes.
+    """
+    size = config.tensor_parallel
+    if size == 1:
+        return Solo(), config
+    if not torch.distributed.is_available():
+        raise EngineError("this torch is built without torch.distributed, which tensor_parallel needs: install another")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return _join_torchrun(config)
+    from mtp_engine.parallel.processes import Processes, new_store
+
+    _check_devices(config, size)
+    store = new_store(size)
+    each = [replace(config, device=_device(config, rank), threads=_threads(config, size)) for rank in range(size)]
+    works = [RankWork(Shard(rank, size), store.port, files, each[rank]) for rank in range(1, size)]
+    children = Children("mtp_engine.rank", works)
+    torch.set_num_threads(each[0].threads)
+    try:
+        return Leader(Processes(store, Shard(0, size), torch.device(each[0].device), children.lost), children), each[0]
+    except BaseException:
+        children.close()
+        raise
+
+
+def _join_torchrun(config: EngineConfig) -> tuple[Team, EngineConfig]:
+    size, local = config.tensor_parallel, int(os.environ["LOCAL_RANK"])
+    if (world := int(os.environ["WORLD_SIZE"])) != size:
+        raise EngineError(
+            f"torchrun started {world} processes and tensor_parallel is {size}: give both the same number"
+        )
+    here = int(os.environ["LOCAL_WORLD_SIZE"])
+    _check_devices(config, here)
+    from mtp_engine.parallel.processes import Processes, torchrun_store
+
+    config = replace(config, device=_device(config, local), threads=_threads(config, here))
+    torch.set_num_threads(config.threads)
+    if config.device != "cpu":
+        torch.cuda.set_device(config.device)  # where what names no index goes
+    store, rank, _ = torchrun_store()
+    processes = Processes(store, Shard(rank, size), torch.device(config.device))
+    return (Follower(processes) if rank else Leader(processes, None)), config
+
+
+def _device(config: EngineConfig, rank: int) -> str:
+    return config.device if config.device == "cpu" else f"cuda:{rank}"
+
+
+def _threads(config: EngineConfig, ranks: int) -> int:
+    """Of each of so many ranks that share this host's cores: threads that wait for each other's cores are slow."""
+    return max(1, pool_size(config.threads) // ranks)
+
+
+def _check_devices(config: EngineConfig, count: int) -> None:
+    """Raises EngineError for GPUs on which `count` ranks cannot run alike."""
+    if torch.device(config.device).type != "cuda":
+        return
+    if config.device not in ("cuda", "cuda:0"):
+        raise EngineError(
+            f"--device {config.device} is one GPU, and {count} ranks take cuda:0 to cuda:{count - 1}: use cuda"
+        )
+    if (found := torch.cuda.device_count()) < count:
+        raise EngineError(
+            f"tensor_parallel needs {count} GPUs here, and there are {found}: lower it, or use --device cpu"
+        )
+    kinds = {torch.cuda.get_device_name(index) for index in range(count)}
+    if len(kinds) > 1:
+        raise EngineError(f"the GPUs are not alike ({', '.join(sorted(kinds))}): choose with CUDA_VISIBLE_DEVICES")

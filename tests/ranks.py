@@ -1,0 +1,61 @@
+"""Ranks as threads of one process, for what is divided among them; those of tests/test_tensor_parallel.py are processes."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from mtp_engine.parallel.group import Group
+from mtp_engine.parallel.shard import Shard
+
+T = TypeVar("T")
+
+
+class Meeting:
+    """What every rank brings, laid out for all to read (an Exchange for each)."""
+
+    def __init__(self, size: int) -> None:
+        self.brought: list[Any] = [None] * size
+        self.barrier = threading.Barrier(size, timeout=60)
+        self.calls = 0
+
+    def exchange(self, rank: int) -> "Seat":
+        return Seat(self, rank)
+
+
+class Seat:
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        self._meeting, self._rank = meeting, rank
+
+    def gather(self, x: Tensor) -> Tensor:
+        assert x.is_contiguous()
+        self._meeting.brought[self._rank] = x
+        self._meeting.barrier.wait()
+        assert len({(each.shape, each.dtype) for each in self._meeting.brought}) == 1
+        together = torch.stack(self._meeting.brought)
+        self._meeting.calls += self._rank == 0
+        self._meeting.barrier.wait()
+        return together
+
+
+def together(size: int, work: Callable[[Group], T]) -> list[T]:
+    """What `work` returns on every rank."""
+    meeting = Meeting(size)
+
+    def one(rank: int) -> T:
+        try:
+            with torch.inference_mode():
+                return work(Group(Shard(rank, size), meeting.exchange(rank)))
+        except BaseException:
+            meeting.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(one, rank) for rank in range(size)]
+        errors = [error for future in futures if (error := future.exception())]
+        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+            raise error
+        return [future.result() for future in futures]

@@ -1,0 +1,224 @@
+"""Models divided among ranks: the values of one process's, the same bits on every rank. Here ranks are threads."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import together
+from real_config import REAL
+from tiny import write_llama, write_mtp
+from torch import Tensor
+
+from mtp_engine.attention.rows import StepRows
+from mtp_engine.attention.torch import TorchAttention
+from mtp_engine.cache import HybridKV, Pages
+from mtp_engine.cli.main import main
+from mtp_engine.config import AttentionConfig, RopeConfig, SamplingParams
+from mtp_engine.drafters import TorchDraftOps
+from mtp_engine.drafters.expand import Growth, Level
+from mtp_engine.models import loader
+from mtp_engine.models.checkpoint import Checkpoint, Part
+from mtp_engine.models.decoder import Decoder
+from mtp_engine.models.make_tiny import make_tiny
+from mtp_engine.models.mtp import MTPModule
+from mtp_engine.parallel.group import Group, RankLost
+from mtp_engine.parallel.launch import Children
+from mtp_engine.parallel.packed import pack, unpack
+from mtp_engine.parallel.processes import Processes, new_store
+from mtp_engine.parallel.shard import Shard
+from mtp_engine.runtime.lead import uninterrupted
+from mtp_engine.sampling.batch import Batch, SamplingBatch
+from mtp_engine.tree import DraftTree, VerifyResult
+from mtp_engine.verifiers import MatchVerifier, ShardedMatchVerifier
+
+CPU = torch.device("cpu")
+WIDE = {"moe_intermediate_size": 64, "intermediate_size": 128}  # whole blocks of 16 for each of four ranks
+KINDS = ["mimo", "mimo-fp8", "mimo-7b", "llama", "llama-untied"]
+
+
+def folders(kind: str, root: Path, scale: float = 0.1) -> tuple[Path, Path]:
+    """The main model's, and that of its MTP layers. scale: of a Llama's weights."""
+    if kind.startswith("llama"):
+        changes = {"vocab_size": 264, "eos_token_id": 263}
+        folder = write_llama(root / "main", scale=scale, tie_word_embeddings=kind == "llama", **changes)
+        return folder, write_mtp(root / "mtp", scale=scale)
+    if kind == "mimo-7b":
+        return (make_tiny(root, family="mimo", vocab_size=264),) * 2
+    return (make_tiny(root, fp8=kind == "mimo-fp8", vocab_size=264, **WIDE),) * 2
+
+
+def load(folder: Path, mtp: Path, group: Group, dtype: torch.dtype = torch.float32) -> tuple[Decoder, MTPModule]:
+    model = loader.load_main(folder, dtype, CPU, lambda *_: None, group=group)
+    return model, loader.load_mtp(mtp, model, 0, lambda *_: None)
+
+
+def read(folder: Path, mtp: Path, group: Group, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """The main model's logits of a text, and the hidden states and logits of its first MTP layer."""
+    model, module = load(folder, mtp, group, dtype)
+    tokens = torch.tensor([[1 + i * 7 % 50 for i in range(24)]])
+
+    def attention(layers: list[Any]) -> Any:
+        pages = Pages(slots=1, tokens=64, page_size=16, device=CPU)
+        cache = HybridKV(layers, pages, max_nodes=4, dtype=dtype)
+        pages.reserve(0, 32)
+        return TorchAttention(cache, StepRows.prompt(0, 0, 24, CPU))
+
+    positions = torch.arange(24)[None]
+    hidden = model.forward(tokens, positions, attention([layer.attention for layer in model.config.layers]))
+    own = attention([module.config.layer.attention] * len(module.layers))
+    output = module.forward(0, model.embedding[tokens], module.main_hidden(hidden), positions, own)
+    return model.logits(hidden), output, group.join(module.logits(0, output))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return folders(request.param, tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_compute_what_one_process_does(model: tuple[Path, Path], size: int) -> None:
+    with torch.inference_mode():
+        alone = read(*model, Group())
+    ranks = together(size, lambda group: read(*model, group))
+    for others in ranks[1:]:
+        assert all(torch.equal(first, other) for first, other in zip(ranks[0], others, strict=True)), "other bits"
+    for found, expected in zip(ranks[0], alone, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_sums_are_rounded_once(model: tuple[Path, Path]) -> None:
+    """The same bits on all ranks, and no further from fp32 than one process is."""
+    with torch.inference_mode():
+        exact, alone = read(*model, Group())[0], read(*model, Group(), torch.bfloat16)[0]
+    first, other = together(2, lambda group: read(*model, group, torch.bfloat16))
+    assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    # of most rows: one for which a router chooses another expert is anywhere
+    shared, single = ((found - exact).norm(dim=-1).median() for found in (first[0], alone))
+    assert shared < 1.3 * single
+
+
+@pytest.mark.parametrize("family", ["mimo_v2_flash", "mimo"])
+def test_a_rank_reads_its_share(family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no more: what `inspect --tensor-parallel` says it would hold."""
+    folder = make_tiny(tmp_path, family=family)
+    config, mtp = loader.read_config(folder), loader.read_mtp_config(folder)
+    taken, fill = Counter[int](), Checkpoint.fill
+
+    def counted(self: Checkpoint, targets: Iterable[tuple[Part, Tensor]]) -> None:
+        each = list(targets)
+        taken[threading.get_ident()] += sum(tensor.nbytes for _, tensor in each)
+        fill(self, each)
+
+    monkeypatch.setattr(Checkpoint, "fill", counted)
+    together(2, lambda group: load(folder, folder, group))
+    share = loader.share(folder, config, mtp, 2)
+    assert taken.total() == 2 * sum(share.weights.values())
+    whole = loader.plan(folder, config, mtp)
+    assert sum(share.weights.values()) < 0.75 * sum(whole.bytes_by_dtype.values())  # of a tiny model much is whole
+
+
+def test_inspect_shows_what_eight_gpus_would_hold(tmp_path: Path) -> None:
+    """Of MiMo-V2-Flash, 312 GB, from its config.json."""
+    (tmp_path / "config.json").write_text(json.dumps(REAL))
+    result = CliRunner().invoke(main, ["inspect", "--quiet", str(tmp_path), "--tensor-parallel", "8", "--json", "-"])
+    assert result.exit_code == 0, result.output
+    share = json.loads(result.stdout)["share"]
+    assert share["weights"]["output head"] == 19_072 * 4096 * 2
+    assert share["weights"]["experts"] / 1e9 == pytest.approx(302.8 / 8, rel=0.001)
+    assert share["kv_per_token"] == 9 * 320 * 2  # one of 4 key heads, which two ranks hold each
+    assert share["gpus"] == {"80 GB": True, "141 GB": True}
+    refused = CliRunner().invoke(main, ["inspect", "--quiet", str(tmp_path), "--tensor-parallel", "3"])
+    assert (refused.exit_code, "does not divide" in refused.stderr) == (2, True)
+
+
+def test_key_heads_are_repeated() -> None:
+    """Each rank has those that its query heads read."""
+    config = AttentionConfig(heads=64, kv_heads=4, qk_dim=192, v_dim=128, rope=RopeConfig(64, 1e4))
+    for rank in range(8):
+        shard = Shard(rank, 8)
+        group = config.heads // config.kv_heads
+        assert {head // group for head in shard.part(config.heads)} == set(shard.kv_heads(config))
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20))
+def test_packed_scores_keep_their_order(values: list[float]) -> None:
+    scores, tokens = torch.tensor(values), torch.arange(len(values)) * 7
+    packed = pack(scores, tokens)
+    back, named = unpack(packed)
+    assert torch.equal(back, scores)
+    assert torch.equal(named, tokens)
+    assert int(packed.argmax()) == int(scores.argmax()), "of equal scores the first counts"
+    assert torch.equal(back[packed.argsort()], scores.sort().values)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_choose_what_one_process_chooses(size: int) -> None:
+    """From the same logits: the main model's token at every node, ties and temperatures included, and a drafter's tree."""
+    torch.manual_seed(0)
+    logits = (torch.randn(3, 4, 64) * 2).round()  # many ties
+    logits[0, 0, [3, 40]] = 50.0
+    tree = DraftTree.chain(torch.randint(64, (3, 4)), torch.tensor([4, 4, 2]))
+    params = [SamplingParams(temperature=t) for t in (0.0, 0.8, 1.3)]
+    sampling = SamplingBatch.build(params, [5, 6, 7], CPU)
+    batch = Batch(torch.arange(3), tree.tokens[:, 0], torch.tensor([9, 4, 77]), 80, sampling)
+    level = Level(logits[:, :1], torch.arange(64), 1, 3, 3)
+
+    def chosen(group: Group) -> tuple[VerifyResult, Growth]:
+        part = group.shard.part(64)
+        own = slice(part.start, part.stop)
+        return verify(group, own), grow(group, own)
+
+    def verify(group: Group, own: slice) -> VerifyResult:
+        rule = MatchVerifier() if group.size == 1 else ShardedMatchVerifier(group)
+        return rule.verify(tree, logits[..., own], batch)
+
+    def grow(group: Group, own: slice) -> Growth:
+        ops = TorchDraftOps(group=group)
+        given = replace(level, logits=level.logits[..., own], ids=level.ids[own])
+        return ops.grow(ops.start(batch, [(3, 3)], given.ids, 64), batch, given)
+
+    expected, grown = chosen(Group())
+    for found, tree_found in together(size, chosen):
+        assert torch.equal(found.tokens, expected.tokens)
+        assert torch.equal(found.path, expected.path)
+        assert torch.equal(tree_found.tokens[1:], grown.tokens[1:])  # greedy rows may break ties differently
+        torch.testing.assert_close(tree_found.scores, grown.scores)
+
+
+def test_a_process_that_never_comes_is_told_at_once() -> None:
+    """With the last line that it said."""
+    store, begin = new_store(2), time.monotonic()
+    children = Children("mtp_engine.parallel.nowhere", [None])
+    with pytest.raises(RankLost, match=r"rank 1 \(process \d+\) ended with code 1: .*nowhere.*; load the engine anew"):
+        Processes(store, Shard(0, 2), CPU, children.lost)
+    assert time.monotonic() < begin + 20
+    children.close()
+
+
+def test_a_signal_waits_for_the_step_and_the_second_does_not() -> None:
+    reached = list[int]()
+
+    def interrupted(times: int) -> None:
+        with uninterrupted():
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+            reached.append(times)
+
+    for times in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(times)
+    assert reached == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
