@@ -6,14 +6,16 @@ from mtp_engine.parallel.launch import handed
 
 
 def main() -> None:
-    work = handed()  # first: from now on it ends with who started it
+    given = handed()  # first: from now on it ends with who started it
     import torch
 
     from mtp_engine.engine import Engine
     from mtp_engine.parallel.processes import Processes, join_store
     from mtp_engine.runtime.lead import Follower, leave
+    from mtp_engine.team import WORK
 
     try:
+        work = WORK.read(given)
         torch.set_num_threads(work.config.threads)
         store, device = join_store(work.port, work.shard.size), torch.device(work.config.device)
         if device.type == "cuda":

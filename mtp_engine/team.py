@@ -6,10 +6,11 @@ from typing import final
 
 import torch
 
-from mtp_engine.config import EngineConfig
+from mtp_engine.config import EngineConfig, TreeShape
 from mtp_engine.errors import EngineError
 from mtp_engine.hub.hub import ModelFiles
 from mtp_engine.parallel.launch import Children
+from mtp_engine.parallel.messages import Codec
 from mtp_engine.parallel.shard import Shard
 from mtp_engine.runtime.lead import Follower, Leader, Solo, Team
 from mtp_engine.runtime.threads import pool_size
@@ -24,6 +25,9 @@ class RankWork:
     port: int
     files: ModelFiles
     config: EngineConfig
+
+
+WORK = Codec(RankWork, Shard, ModelFiles, EngineConfig, TreeShape)
 
 
 def form_team(config: EngineConfig, files: ModelFiles) -> tuple[Team, EngineConfig]:
@@ -44,7 +48,7 @@ def form_team(config: EngineConfig, files: ModelFiles) -> tuple[Team, EngineConf
     store = new_store(size)
     each = [replace(config, device=_device(config, rank), threads=_threads(config, size)) for rank in range(size)]
     works = [RankWork(Shard(rank, size), store.port, files, each[rank]) for rank in range(1, size)]
-    children = Children("mtp_engine.rank", works)
+    children = Children("mtp_engine.rank", [WORK.write(work) for work in works])
     torch.set_num_threads(each[0].threads)
     try:
         return Leader(Processes(store, Shard(0, size), torch.device(each[0].device), children.lost), children), each[0]

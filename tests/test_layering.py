@@ -43,7 +43,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     ),
     "team": ("config errors hub parallel runtime", "torch"),
     "engine": ("assemble backend cache config drafters errors hub models protocols runtime sampling team text", "torch"),
-    "rank": ("engine parallel runtime", "torch"),
+    "rank": ("engine parallel runtime team", "torch"),
     "async_engine": ("config engine errors protocols runtime", ""),
     "serve": (
         "async_engine attention.rows checks config engine errors runtime sampling text tree mtp_engine",

@@ -25,7 +25,7 @@ from mtp_engine.attention.rows import StepRows
 from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.cli.main import main
-from mtp_engine.config import AttentionConfig, RopeConfig, SamplingParams
+from mtp_engine.config import AttentionConfig, EngineConfig, RopeConfig, SamplingParams, Structure, TreeShape
 from mtp_engine.drafters import TorchDraftOps
 from mtp_engine.drafters.expand import Growth, Level
 from mtp_engine.models import loader
@@ -35,6 +35,7 @@ from mtp_engine.models.make_tiny import make_tiny
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.parallel.group import Group, RankLost
 from mtp_engine.parallel.launch import Children
+from mtp_engine.parallel.messages import Codec
 from mtp_engine.parallel.packed import pack, unpack
 from mtp_engine.parallel.processes import Processes, new_store
 from mtp_engine.parallel.shard import Shard
@@ -200,7 +201,7 @@ def test_ranks_choose_what_one_process_chooses(size: int) -> None:
 def test_a_process_that_never_comes_is_told_at_once() -> None:
     """With the last line that it said."""
     store, begin = new_store(2), time.monotonic()
-    children = Children("mtp_engine.parallel.nowhere", [None])
+    children = Children("mtp_engine.parallel.nowhere", [b""])
     with pytest.raises(RankLost, match=r"rank 1 \(process \d+\) ended with code 1: .*nowhere.*; load the engine anew"):
         Processes(store, Shard(0, 2), CPU, children.lost)
     assert time.monotonic() < begin + 20
@@ -222,3 +223,20 @@ def test_a_signal_waits_for_the_step_and_the_second_does_not() -> None:
             interrupted(times)
     assert reached == [1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_messages_arrive_as_they_were_sent() -> None:
+    codec = Codec(SamplingParams, Structure, TreeShape, EngineConfig)
+    params = SamplingParams(
+        temperature=0.1 + 0.2, seed=2**62, stop=("a\n\u00e9", "b"), bad_words=("x", (1, 2)), logit_bias={5: -1.5, 7: 1e-300},
+        structure=Structure(json="{}"), tree=TreeShape.parse("tree:7"), allowed_token_ids=(3,),
+    )  # fmt: skip
+    for message in (
+        params,
+        EngineConfig(tree=TreeShape.parse("auto")),
+        [(1, True), {"a": Path("/x")}, None, float("inf")],
+    ):
+        assert codec.read(codec.write(message)) == message
+    for other in (Shard(0, 2), {1, 2}, print):
+        with pytest.raises(TypeError, match="cannot hold"):
+            codec.write([other])

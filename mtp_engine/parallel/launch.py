@@ -1,16 +1,15 @@
 """Starting the other ranks on this host, and ending them: none outlives the first, and all end when one does."""
 
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import mtp_engine
 
@@ -21,7 +20,7 @@ _LEAVE = 5.0  # seconds in which a rank that was told to end does
 class Children:
     """The processes of ranks 1, 2, ... on this host."""
 
-    def __init__(self, command: str, works: list[Any]) -> None:
+    def __init__(self, command: str, works: Sequence[bytes]) -> None:
         """Start `python -m command` for each of `works`, which it reads from its stdin (see `handed`)."""
         self.said = ""  # who has ended that was not told to, in one line
         self.on_lost: Callable[[], None] = lambda: None  # is called when there is one
@@ -41,7 +40,7 @@ class Children:
             ).start()
             assert child.stdin is not None
             try:
-                pickle.dump(work, child.stdin)
+                child.stdin.write(len(work).to_bytes(8, "little") + work)
                 child.stdin.flush()  # and stays open: its end is ours
             except BrokenPipeError:
                 pass  # `_watch` says why
@@ -85,9 +84,9 @@ class Children:
                 child.stdin.close()
 
 
-def handed() -> Any:
+def handed() -> bytes:
     """In a child: what it was given to do. From now on it ends when the process that started it does, however that ends."""
-    work = pickle.load(sys.stdin.buffer)
+    work = sys.stdin.buffer.read(int.from_bytes(sys.stdin.buffer.read(8), "little"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C comes to all; the first process decides
 
     def follow() -> None:

@@ -20,9 +20,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, final
 from zlib import crc32
 
-from mtp_engine.config import SamplingParams
+from mtp_engine.config import SamplingParams, Structure, TreeShape
 from mtp_engine.parallel.group import Group, RankLost
 from mtp_engine.parallel.launch import Children
+from mtp_engine.parallel.messages import Codec
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.ranks import Alone, Ranks
 from mtp_engine.runtime.request import Request
@@ -98,6 +99,9 @@ class Shut:
     loop: int
 
 
+_CODEC = Codec(Joined, Left, Step, Score, Open, Shut, SamplingParams, Structure, TreeShape)
+
+
 class Team(Protocol):
     """The ranks of an engine, as one of them sees them."""
 
@@ -158,7 +162,7 @@ class Leader:
 
     def tell(self, message: Step | Left | Score | Open | Shut) -> None:
         self.check()
-        self._processes.tell(message)
+        self._processes.tell(_CODEC.write(message))
 
     def check(self) -> None:
         """Raises RankLost if another rank has ended."""
@@ -257,7 +261,7 @@ class Follower:
         """Do what rank 0 does, until it is done. another: makes a loop with some changes."""
         loops = {0: first}
         while True:
-            match self._processes.hear():
+            match _CODEC.read(self._processes.hear()):
                 case Step(loop, joined, number, state):
                     _join(loops[loop], joined)
                     if digest(loops[loop].scheduler.running) != state:
