@@ -4,9 +4,11 @@ Chosen over xgrammar (Apache-2.0), which brings transformers, pydantic, triton a
 """
 
 import json
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, final
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from mtp_engine.config import Structure
 from mtp_engine.errors import EngineError
+from mtp_engine.sampling.matchers import Matchers, Pool
 
 _LONGEST_REASON = 300  # characters
 _KEPT = 64  # compiled structures
@@ -26,6 +29,8 @@ _SLICES = [
     *(rf'[^"\\\x00-\x1F\x7F]{{1,{most}}}' for most in (3, 6, 10, 16, 30)),
     r'[^"\\\x00-\x1F\x7F]+',
 ]
+_MOST_OWN = 4
+_QUICK = 0.01  # seconds to make a matcher: what takes longer is copied
 _SPARE = 24  # tokens kept for what a free choice may open, before an answer is closed
 
 
@@ -33,8 +38,11 @@ _SPARE = 24  # tokens kept for what a free choice may open, before an answer is 
 class Grammars:
     """Compiles structures for one tokenizer."""
 
-    def __init__(self, folder: Path, vocab: int, eos: Sequence[int]) -> None:
-        """folder: holds tokenizer.json. vocab: rows of the model's head. eos: tokens that may end a complete answer."""
+    def __init__(self, folder: Path, vocab: int, eos: Sequence[int], own: int | None = None) -> None:
+        """folder: holds tokenizer.json. vocab: rows of the model's head. eos: tokens that may end a complete answer. own: how
+        many matchers each answer has to itself, so that threads need not wait for each other; 0: a copy that shares."""
+        cores = os.cpu_count() or 1
+        self._own = own if own is not None else max(1, min(_MOST_OWN, cores // 4)) if cores > 2 else 0
         self._folder, self._vocab, self._eos = folder, vocab, tuple(eos)
         self._tokenizer: Any = None
         self._pool: Pool | None = None
@@ -42,11 +50,14 @@ class Grammars:
 
     def start(self, structure: Structure) -> "GrammarState":
         """A fresh answer's state. Raises EngineError if llguidance is missing or does not accept the structure."""
-        matcher = self._compiled(replace(structure, within=0)).deep_copy()
+        make, matcher, seconds = self._compiled(replace(structure, within=0))
+        own = self._own if seconds < _QUICK else 0
+        roots = [make() for _ in range(own)] or [matcher.deep_copy()]
         closer = Closer(self._tokenizer, structure.within) if structure.json and structure.within else None
-        return GrammarState(matcher, self._vocab, self._eos, closer, self._pool)
+        return GrammarState(Matchers(roots, frozenset(self._eos)), self._vocab, closer, self._pool)
 
-    def _compile(self, structure: Structure) -> Any:
+    def _compile(self, structure: Structure) -> tuple[Callable[[], Any], Any, float]:
+        """What makes a matcher, one that was made, and the seconds that it took."""
         try:
             import llguidance
         except ImportError:
@@ -61,13 +72,15 @@ class Grammars:
                 raise EngineError(f"{path}: llguidance cannot use it: {' '.join(str(error).split())}") from error
             if -(-self._tokenizer.vocab_size // 32) == -(-self._vocab // 32):  # else its masks are longer than ours
                 self._pool = Pool(llguidance.LLExecutor())
+        begin = time.perf_counter()
         try:
-            matcher = llguidance.LLMatcher(self._tokenizer, _source(llguidance.LLMatcher, structure), log_level=0)
+            make = partial(llguidance.LLMatcher, self._tokenizer, _source(llguidance.LLMatcher, structure), log_level=0)
+            matcher = make()
         except ValueError as error:
             raise EngineError(_invalid(str(error))) from error
         if matcher.is_error():
             raise EngineError(_invalid(matcher.get_error()))
-        return matcher
+        return make, matcher, time.perf_counter() - begin
 
 
 def _invalid(reason: str) -> str:
@@ -93,42 +106,26 @@ def _source(matcher: Any, structure: Structure) -> str:
 
 
 @final
-class Pool:
-    """llguidance's threads (Workers)."""
-
-    def __init__(self, executor: Any) -> None:
-        self._executor = executor
-
-    def write(self, states: list[tuple[Any, int]], masks: Tensor) -> None:
-        """states: matchers, none of them twice."""
-        assert masks.is_contiguous()
-        self._executor.unsafe_compute_mask_ptr(states, masks.data_ptr(), 4 * masks.shape[1], len(masks))
-
-
-@final
 class GrammarState:
     """Where one answer stands in its grammar. What is known of the states behind drafts is kept until the answer leaves them."""
 
     def __init__(
-        self, matcher: Any, vocab: int, eos: Sequence[int], closer: "Closer | None" = None, workers: Pool | None = None
+        self, matchers: Matchers, vocab: int, closer: "Closer | None" = None, workers: Pool | None = None
     ) -> None:
-        self._matcher, self._eos, self._closer, self._said = matcher, frozenset(eos), closer, 0
-        self.workers = workers
+        self._matchers, self._closer, self.workers, self._said = matchers, closer, workers, 0
         self._free = torch.full((-(-vocab // 32),), -1, dtype=torch.int32)
         self._known: dict[tuple[int, ...], Tensor] = {}
-        self._reached: dict[tuple[int, ...], Any] = {(): matcher}
         self._looked: dict[tuple[int, ...], Look] = {}
         self._before = Look(), -1  # what was found before the last token, and that token
-        self._over = False
 
     def state(self, path: tuple[int, ...]) -> Any:
         """The matcher after `path`; None where its mask is known, a token is decided on, or any may follow."""
-        matcher = None if path in self._known else self._reach(path)
+        matcher = None if path in self._known else self._matchers.at(path)
         return None if matcher is None or self._look(path).way else matcher
 
     def forced(self, path: tuple[int, ...]) -> list[int]:
         """What the grammar has in one way only, such as the names of members, or the way to the end."""
-        matcher = self._reach(path)
+        matcher = self._matchers.at(path)
         if matcher is None:
             return []
         return list(self._look(path).way or matcher.compute_ff_tokens())
@@ -136,21 +133,9 @@ class GrammarState:
     def mask(self, path: tuple[int, ...]) -> Tensor:
         """[W] int32, one bit per token; all ones after the end, and after a path that the grammar forbids."""
         if path not in self._known:
-            matcher = self._reach(path)
+            matcher = self._matchers.at(path)
             self._known[path] = self._free if matcher is None else self._read(matcher, self._look(path).way)
         return self._known[path]
-
-    def _reach(self, path: tuple[int, ...]) -> Any:
-        """The matcher after `path`; None after the end, and where the grammar forbids it."""
-        if self._over:
-            return None
-        if path not in self._reached:
-            matcher = self._reach(path[:-1]) if path[-1] not in self._eos else None
-            if matcher is not None:
-                matcher = matcher.deep_copy()
-                matcher = matcher if matcher.try_consume_tokens([path[-1]]) else None
-            self._reached[path] = matcher
-        return self._reached[path]
 
     def _look(self, path: tuple[int, ...]) -> "Look":
         """Whether the answer must be closed after `path`, which the grammar allows."""
@@ -160,7 +145,7 @@ class GrammarState:
             before, token = (self._look(path[:-1]), path[-1]) if path else self._before
             look = Look(before.due, before.way[1:] if before.way[:1] == (token,) else ())
             if not look.way and (said := self._said + len(path)) >= look.due:
-                look = self._closer.look(self._reach(path), said)
+                look = self._closer.look(self._matchers.at(path), said)
             self._looked[path] = look
         return self._looked[path]
 
@@ -176,17 +161,17 @@ class GrammarState:
     @property
     def complete(self) -> bool:
         """Whether the answer so far matches as it is, or has ended."""
-        return self._over or bool(self._matcher.is_accepting())
+        return self._matchers.at(()) is None or self._matchers.complete
 
     def advance(self, tokens: Sequence[int]) -> None:
         """`tokens` were emitted. Raises EngineError if the grammar forbids one: the masks were not obeyed."""
         for token in tokens:
-            self._before = (Look() if self._over else self._look(())), token
+            over = self._matchers.at(()) is None
+            self._before = (Look() if over else self._look(())), token
             self._looked = {path[1:]: look for path, look in self._looked.items() if path[:1] == (token,)}
-            self._known, self._reached, self._said = {}, {(): self._matcher}, self._said + 1
-            self._over = self._over or token in self._eos
-            if not self._over and not self._matcher.consume_token(token):
-                raise EngineError(f"token {token} does not fit the structure: {self._matcher.get_error()}")
+            self._known, self._said = {}, self._said + 1
+            if error := self._matchers.advance(token):
+                raise EngineError(f"token {token} does not fit the structure: {error}")
 
 
 @final
