@@ -65,5 +65,5 @@ class Matchers:
         self._reached = {(): self._roots[0]}
         for matcher in self._roots:
             if not matcher.consume_token(token):
-                return str(matcher.get_error())
+                return str(matcher.get_error()) or "it is not allowed"
         return ""
