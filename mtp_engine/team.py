@@ -1,6 +1,7 @@
 """Bringing the ranks of an engine together: processes that this one starts, or those of torchrun."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -9,6 +10,7 @@ import torch
 from mtp_engine.config import EngineConfig, TreeShape
 from mtp_engine.errors import EngineError
 from mtp_engine.hub.hub import ModelFiles
+from mtp_engine.models import loader
 from mtp_engine.parallel.launch import Children
 from mtp_engine.parallel.messages import Codec
 from mtp_engine.parallel.shard import Shard
@@ -41,10 +43,11 @@ def form_team(config: EngineConfig, files: ModelFiles) -> tuple[Team, EngineConf
     if not torch.distributed.is_available():
         raise EngineError("this torch is built without torch.distributed, which tensor_parallel needs: install another")
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return _join_torchrun(config)
+        return _join_torchrun(config, files)
     from mtp_engine.parallel.processes import Processes, new_store
 
     _check_devices(config, size)
+    _check_memory(config, files, range(size))
     store = new_store(size)
     each = [replace(config, device=_device(config, rank), threads=_threads(config, size)) for rank in range(size)]
     works = [RankWork(Shard(rank, size), store.port, files, each[rank]) for rank in range(1, size)]
@@ -57,7 +60,7 @@ def form_team(config: EngineConfig, files: ModelFiles) -> tuple[Team, EngineConf
         raise
 
 
-def _join_torchrun(config: EngineConfig) -> tuple[Team, EngineConfig]:
+def _join_torchrun(config: EngineConfig, files: ModelFiles) -> tuple[Team, EngineConfig]:
     size, local = config.tensor_parallel, int(os.environ["LOCAL_RANK"])
     if (world := int(os.environ["WORLD_SIZE"])) != size:
         raise EngineError(
@@ -65,6 +68,7 @@ def _join_torchrun(config: EngineConfig) -> tuple[Team, EngineConfig]:
         )
     here = int(os.environ["LOCAL_WORLD_SIZE"])
     _check_devices(config, here)
+    _check_memory(config, files, [local])
     from mtp_engine.parallel.processes import Processes, torchrun_store
 
     config = replace(config, device=_device(config, local), threads=_threads(config, here))
@@ -100,3 +104,18 @@ def _check_devices(config: EngineConfig, count: int) -> None:
     kinds = {torch.cuda.get_device_name(index) for index in range(count)}
     if len(kinds) > 1:
         raise EngineError(f"the GPUs are not alike ({', '.join(sorted(kinds))}): choose with CUDA_VISIBLE_DEVICES")
+
+
+def _check_memory(config: EngineConfig, files: ModelFiles, gpus: Iterable[int]) -> None:
+    """Raises EngineError where a rank's part of the weights, as they are published, is more than a GPU has free."""
+    if torch.device(config.device).type != "cuda":
+        return
+    model, folder = loader.read_config(files.folder, config.window_keys), files.mtp_folder
+    mtp = loader.read_mtp_config(folder, config.window_keys) if folder else None
+    needed = sum(loader.share(files.folder, model, mtp, config.tensor_parallel).weights.values())
+    for index in gpus:
+        if (free := torch.cuda.mem_get_info(index)[0]) < needed:
+            raise EngineError(
+                f"each of {config.tensor_parallel} ranks holds {needed / 1e9:.1f} GB of weights, and cuda:{index} has "
+                f"{free / 1e9:.1f} GB free: raise tensor_parallel, or see what else runs there"
+            )

@@ -41,7 +41,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "assemble": (
         "attention backend cache config drafters errors hub kernels models parallel protocols runtime sampling text", "torch",
     ),
-    "team": ("config errors hub parallel runtime", "torch"),
+    "team": ("config errors hub models.loader parallel runtime", "torch"),
     "engine": ("assemble backend cache config drafters errors hub models protocols runtime sampling team text", "torch"),
     "rank": ("engine parallel runtime team", "torch"),
     "async_engine": ("config engine errors protocols runtime", ""),

@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from test_parallel import folders
 
-from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
+from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape, team
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
 from mtp_engine.models.make_tiny import make_tiny
@@ -128,6 +129,27 @@ def test_counts_that_do_not_divide(tmp_path: Path, changes: dict[str, int], size
         weights.chmod(0o000 if os.geteuid() else 0o600)
     with pytest.raises(EngineError, match=said):
         Engine.load(str(folder), replace(CONFIG, tensor_parallel=size))
+
+
+def test_gpus_that_do_not_suit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too few, unlike, too full: said before anything is started or read."""
+    config, files = replace(CONFIG, device="cuda"), hub.locate(hub.NANO)
+    names, free = ["H100", "H100"], 10**9
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: names[index])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free, 10**9))
+    monkeypatch.setattr(team, "Children", lambda *_: pytest.fail("started"))
+    free = 10**6
+    with pytest.raises(EngineError, match=r"each of 2 ranks holds 0.0 GB of weights, and cuda:0 has 0.0 GB free"):
+        team.form_team(config, files)
+    names[1] = "A100"
+    with pytest.raises(EngineError, match="not alike \\(A100, H100\\)"):
+        team.form_team(config, files)
+    del names[1]
+    with pytest.raises(EngineError, match="needs 2 GPUs here, and there are 1"):
+        team.form_team(config, files)
+    with pytest.raises(EngineError, match="--device cuda:1 is one GPU"):
+        team.form_team(replace(config, device="cuda:1"), files)
 
 
 def test_what_several_processes_cannot(tmp_path: Path) -> None:
