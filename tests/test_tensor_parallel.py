@@ -105,9 +105,23 @@ def test_texts_are_scored(engine: Engine, alone: list[Generation]) -> None:
         assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
 
 
+def test_another_rule_that_wants_whole_distributions() -> None:
+    """Of the drafter and of the main model: the same tokens in as many steps as in one process."""
+    config = replace(CONFIG, verifier="rrs", tree=TreeShape.parse("3x2"), draft_int8=False)
+    params = [SamplingParams(max_tokens=15, temperature=0.8, seed=seed) for seed in range(2)]
+    found = []
+    for size in (1, 2):
+        with Engine.load(hub.NANO, replace(config, tensor_parallel=size)) as engine:
+            found.append(engine.generate(["Once upon a time", "The little dog"], params))
+    assert tokens(found[0]) == tokens(found[1])
+    assert [answer.stats.steps for answer in found[0]] == [answer.stats.steps for answer in found[1]]
+
+
 def test_four_processes_repeat_key_heads(tmp_path: Path) -> None:
     folder, _ = folders("mimo-fp8", tmp_path / "model")
-    with Engine.load(str(folder), replace(CONFIG, tensor_parallel=4, tree=TreeShape.parse("tree:6"))) as engine:
+    with Engine.load(
+        str(folder), replace(CONFIG, tensor_parallel=4, tree=TreeShape.parse("tree:6"), candidates="best")
+    ) as engine:
         assert {layer.attention.kv_heads for layer in engine.model_config.layers} == {1}
         answers = engine.generate(PROMPTS[:3], PARAMS[:3])
         with engine.undrafted() as plain:
