@@ -80,6 +80,7 @@ def test_all_say_what_one_process_says(engine: Engine, alone: list[Generation]) 
         assert [token for token, _ in found.top] == [token for token, _ in expected.top]
 
 
+@pytest.mark.parametrize("model", ["mimo-fp8"], indirect=True)
 def test_who_leaves_takes_nothing_along(engine: Engine, alone: list[Generation]) -> None:
     """Closed streams, time that runs out, a sink that fails: the others go on, and so do the ranks."""
     stream = engine.stream([PROMPTS[0]], replace(LONG, max_tokens=90))
@@ -96,6 +97,7 @@ def test_who_leaves_takes_nothing_along(engine: Engine, alone: list[Generation])
     assert (late[0].finish_reason, broken[0].finish_reason) == ("timeout", "abort")
 
 
+@pytest.mark.parametrize("model", ["mimo-fp8"], indirect=True)
 def test_texts_are_scored(engine: Engine, alone: list[Generation]) -> None:
     prompt, answer = PROMPTS[2], alone[2]
     with engine.undrafted(max_batch=1) as plain:
