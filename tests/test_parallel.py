@@ -38,7 +38,7 @@ from mtp_engine.parallel.launch import Children
 from mtp_engine.parallel.packed import pack, unpack
 from mtp_engine.parallel.processes import Processes, new_store
 from mtp_engine.parallel.shard import Shard
-from mtp_engine.runtime.lead import uninterrupted
+from mtp_engine.runtime.interrupts import uninterrupted
 from mtp_engine.sampling.batch import Batch, SamplingBatch
 from mtp_engine.tree import DraftTree, VerifyResult
 from mtp_engine.verifiers import MatchVerifier, ShardedMatchVerifier
