@@ -57,11 +57,12 @@ def valid(text: str, schema: dict[str, object]) -> bool:
 @click.option("--temperature", default=1.0, show_default=True)
 @click.option("--max-tokens", default=200, type=SOME, show_default=True)
 @click.option("--batch", default=1, type=SOME, show_default=True)
+@click.option("--within", is_flag=True, help="As servers ask for it: whole within --max-tokens.")
 @click.option("--plain/--no-plain", default=True, help="Decode without speculation too, and compare the tokens.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", default=0, type=COUNT, help="CPU threads; 0 is one per core.")
-def main(count: int, model: str, tree: str, temperature: float, max_tokens: int, batch: int, plain: bool, device: str,
-         threads: int) -> None:  # fmt: skip
+def main(count: int, model: str, tree: str, temperature: float, max_tokens: int, batch: int, within: bool, plain: bool,
+         device: str, threads: int) -> None:  # fmt: skip
     commit = require_commit()
     common = {"max_batch": batch, "max_context": 1024, "device": device, "threads": threads}
     engines = {"speculating": Engine.load(model, EngineConfig(tree=TreeShape.parse(tree), **common))}
@@ -71,7 +72,7 @@ def main(count: int, model: str, tree: str, temperature: float, max_tokens: int,
     table = Table("schema", "valid", "tokens", "accepted length", *[f"{name} tokens/s" for name in engines])
     results = {}
     for name, schema in SCHEMAS.items():
-        structure = Structure(json=json.dumps(schema))
+        structure = Structure(json=json.dumps(schema), within=max_tokens if within else 0)
         wanted = [
             SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, structure=structure)
             for seed in range(count)
@@ -94,7 +95,14 @@ def main(count: int, model: str, tree: str, temperature: float, max_tokens: int,
             name, f"{good}/{count}", f"{tokens}", f"{length:.2f}", *[f"{rate:.1f}" for rate in rates.values()]
         )
     Console().print(table)
-    settings = {"model": model, "tree": tree, "temperature": temperature, "max_tokens": max_tokens, "batch": batch}
+    settings = {
+        "model": model,
+        "tree": tree,
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "batch": batch,
+        "within": within,
+    }
     click.echo(
         json.dumps({"bench": "grammar", **settings, "count": count, "results": results, **conditions(commit, device)})
     )

@@ -17,6 +17,7 @@ from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
 from mtp_engine.sampling.masks import Guide, unpack
+from mtp_engine.sampling.structure import Grammars
 from mtp_engine.text.tool_calls import call_schema
 from mtp_engine.tree import DraftTree
 
@@ -162,15 +163,18 @@ def test_an_answer_knows_whether_it_matches() -> None:
         assert answer("", max_tokens=5) == ("length", True)
 
 
-def test_masks_of_many_nodes_are_those_of_each_alone() -> None:
+@pytest.mark.parametrize("own", [0, 3])
+def test_masks_of_many_nodes_are_those_of_each_alone(own: int) -> None:
     """Of three answers beside one without a structure; drafts that may not follow, ends of answers, and steps in flight."""
     schema = json.dumps({"type": "array", "items": {"type": "string", "maxLength": 6}, "minItems": 2})
     with Engine.load("mimo-nano", EngineConfig(device="cpu", threads=1, max_context=64)) as engine:
-        grammars, tokenizer = engine.loop.intake.grammars, engine.tokenizer
-        assert grammars is not None
+        model, tokenizer = engine.model, engine.tokenizer
+        grammars, copying = (
+            Grammars(tokenizer.folder, model.vocab_size, tokenizer.eos_ids, own=each).start for each in (own, 0)
+        )
         structures = [Structure(regex="[a-z]{1,3}"), Structure(json=schema, within=40), Structure(json=schema)]
         states = [grammars(each) for each in structures]
-        alone = [grammars(each) for each in structures]
+        alone = [copying(each) for each in structures]
         said, end = tokenizer.encode('["a'), tokenizer.eos_ids[0]
         words = -(-engine.model.vocab_size // 32)
         a, z, quote = (tokenizer.encode(f'["{text}')[-1] for text in ("a", "z", '"'))

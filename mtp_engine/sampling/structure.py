@@ -4,9 +4,11 @@ Chosen over xgrammar (Apache-2.0), which brings transformers, pydantic, triton a
 """
 
 import json
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, final
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from mtp_engine.config import Structure
 from mtp_engine.errors import EngineError
+from mtp_engine.sampling.matchers import Matchers, Pool
 
 _LONGEST_REASON = 300  # characters
 _KEPT = 64  # compiled structures
@@ -26,6 +29,8 @@ _SLICES = [
     *(rf'[^"\\\x00-\x1F\x7F]{{1,{most}}}' for most in (3, 6, 10, 16, 30)),
     r'[^"\\\x00-\x1F\x7F]+',
 ]
+_MOST_OWN = 4
+_QUICK = 0.01  # seconds to make a matcher: what takes longer is copied
 _SPARE = 24  # tokens kept for what a free choice may open, before an answer is closed
 
 
@@ -33,8 +38,11 @@ _SPARE = 24  # tokens kept for what a free choice may open, before an answer is 
 class Grammars:
     """Compiles structures for one tokenizer."""
 
-    def __init__(self, folder: Path, vocab: int, eos: Sequence[int]) -> None:
-        """folder: holds tokenizer.json. vocab: rows of the model's head. eos: tokens that may end a complete answer."""
+    def __init__(self, folder: Path, vocab: int, eos: Sequence[int], own: int | None = None) -> None:
+        """folder: holds tokenizer.json. vocab: rows of the model's head. eos: tokens that may end a complete answer. own: how
+        many matchers each answer has to itself, so that threads need not wait for each other; 0: a copy that shares."""
+        cores = os.cpu_count() or 1
+        self._own = own if own is not None else max(1, min(_MOST_OWN, cores // 4)) if cores > 2 else 0
         self._folder, self._vocab, self._eos = folder, vocab, tuple(eos)
         self._tokenizer: Any = None
         self._pool: Pool | None = None
@@ -42,11 +50,14 @@ class Grammars:
 
     def start(self, structure: Structure) -> "GrammarState":
         """A fresh answer's state. Raises EngineError if llguidance is missing or does not accept the structure."""
-        matcher = self._compiled(replace(structure, within=0)).deep_copy()
+        make, matcher, seconds = self._compiled(replace(structure, within=0))
+        own = self._own if seconds < _QUICK else 0
+        roots = [make() for _ in range(own)] or [matcher.deep_copy()]
         closer = Closer(self._tokenizer, structure.within) if structure.json and structure.within else None
-        return GrammarState(matcher, self._vocab, self._eos, closer, self._pool)
+        return GrammarState(Matchers(roots, frozenset(self._eos)), self._vocab, closer, self._pool)
 
-    def _compile(self, structure: Structure) -> Any:
+    def _compile(self, structure: Structure) -> tuple[Callable[[], Any], Any, float]:
+        """What makes a matcher, one that was made, and the seconds that it took."""
         try:
             import llguidance
         except ImportError:
@@ -61,13 +72,15 @@ class Grammars:
                 raise EngineError(f"{path}: llguidance cannot use it: {' '.join(str(error).split())}") from error
             if -(-self._tokenizer.vocab_size // 32) == -(-self._vocab // 32):  # else its masks are longer than ours
                 self._pool = Pool(llguidance.LLExecutor())
+        begin = time.perf_counter()
         try:
-            matcher = llguidance.LLMatcher(self._tokenizer, _source(llguidance.LLMatcher, structure), log_level=0)
+            make = partial(llguidance.LLMatcher, self._tokenizer, _source(llguidance.LLMatcher, structure), log_level=0)
+            matcher = make()
         except ValueError as error:
             raise EngineError(_invalid(str(error))) from error
         if matcher.is_error():
             raise EngineError(_invalid(matcher.get_error()))
-        return matcher
+        return make, matcher, time.perf_counter() - begin
 
 
 def _invalid(reason: str) -> str:
@@ -93,64 +106,37 @@ def _source(matcher: Any, structure: Structure) -> str:
 
 
 @final
-class Pool:
-    """llguidance's threads (Workers)."""
-
-    def __init__(self, executor: Any) -> None:
-        self._executor = executor
-
-    def write(self, states: list[tuple[Any, int]], masks: Tensor) -> None:
-        """states: matchers, none of them twice."""
-        assert masks.is_contiguous()
-        self._executor.unsafe_compute_mask_ptr(states, masks.data_ptr(), 4 * masks.shape[1], len(masks))
-
-
-@final
 class GrammarState:
     """Where one answer stands in its grammar. What is known of the states behind drafts is kept until the answer leaves them."""
 
     def __init__(
-        self, matcher: Any, vocab: int, eos: Sequence[int], closer: "Closer | None" = None, workers: Pool | None = None
+        self, matchers: Matchers, vocab: int, closer: "Closer | None" = None, workers: Pool | None = None
     ) -> None:
-        self._matcher, self._eos, self._closer, self._said = matcher, frozenset(eos), closer, 0
-        self.workers = workers
+        self._matchers, self._closer, self.workers, self._said = matchers, closer, workers, 0
         self._free = torch.full((-(-vocab // 32),), -1, dtype=torch.int32)
         self._known: dict[tuple[int, ...], Tensor] = {}
-        self._reached: dict[tuple[int, ...], Any] = {(): matcher}
         self._looked: dict[tuple[int, ...], Look] = {}
         self._before = Look(), -1  # what was found before the last token, and that token
-        self._over = False
 
     def state(self, path: tuple[int, ...]) -> Any:
         """The matcher after `path`; None where its mask is known, a token is decided on, or any may follow."""
-        matcher = None if path in self._known else self._reach(path)
-        return None if matcher is None or self._look(path).way else matcher
+        matcher = None if path in self._known else self._matchers.at(path)
+        return None if matcher is None or self._look(path).closing else matcher
 
     def forced(self, path: tuple[int, ...]) -> list[int]:
         """What the grammar has in one way only, such as the names of members, or the way to the end."""
-        matcher = self._reach(path)
+        matcher = self._matchers.at(path)
         if matcher is None:
             return []
-        return list(self._look(path).way or matcher.compute_ff_tokens())
+        look = self._look(path)
+        return list(look.way if look.closing else matcher.compute_ff_tokens())
 
     def mask(self, path: tuple[int, ...]) -> Tensor:
         """[W] int32, one bit per token; all ones after the end, and after a path that the grammar forbids."""
         if path not in self._known:
-            matcher = self._reach(path)
-            self._known[path] = self._free if matcher is None else self._read(matcher, self._look(path).way)
+            matcher = self._matchers.at(path)
+            self._known[path] = self._free if matcher is None else self._read(matcher, self._look(path))
         return self._known[path]
-
-    def _reach(self, path: tuple[int, ...]) -> Any:
-        """The matcher after `path`; None after the end, and where the grammar forbids it."""
-        if self._over:
-            return None
-        if path not in self._reached:
-            matcher = self._reach(path[:-1]) if path[-1] not in self._eos else None
-            if matcher is not None:
-                matcher = matcher.deep_copy()
-                matcher = matcher if matcher.try_consume_tokens([path[-1]]) else None
-            self._reached[path] = matcher
-        return self._reached[path]
 
     def _look(self, path: tuple[int, ...]) -> "Look":
         """Whether the answer must be closed after `path`, which the grammar allows."""
@@ -158,45 +144,47 @@ class GrammarState:
             return _NEVER
         if path not in self._looked:
             before, token = (self._look(path[:-1]), path[-1]) if path else self._before
-            look = Look(before.due, before.way[1:] if before.way[:1] == (token,) else ())
-            if not look.way and (said := self._said + len(path)) >= look.due:
-                look = self._closer.look(self._reach(path), said)
+            taken, said = before.way[:1] == (token,), self._said + len(path)
+            look = Look(before.due, before.way[taken:], before.closing and taken and len(before.way) > 1)
+            if not look.closing and said >= look.due:
+                look = self._closer.look(self._matchers.at(path), said, look.way)
             self._looked[path] = look
         return self._looked[path]
 
-    def _read(self, matcher: Any, way: Sequence[int]) -> Tensor:
+    def _read(self, matcher: Any, look: "Look") -> Tensor:
         """Its mask; where there is one way only, that of its first token."""
-        if not way:
+        if not look.closing:
             bits = bytearray(matcher.compute_bitmask())
             return torch.frombuffer(bits, dtype=torch.int32)[: len(self._free)]
-        only, token = torch.zeros_like(self._free), way[0]
+        only, token = torch.zeros_like(self._free), look.way[0]
         only[token // 32] = 1 << token % 32 if token % 32 < 31 else -(1 << 31)
         return only
 
     @property
     def complete(self) -> bool:
         """Whether the answer so far matches as it is, or has ended."""
-        return self._over or bool(self._matcher.is_accepting())
+        return self._matchers.at(()) is None or self._matchers.complete
 
     def advance(self, tokens: Sequence[int]) -> None:
         """`tokens` were emitted. Raises EngineError if the grammar forbids one: the masks were not obeyed."""
         for token in tokens:
-            self._before = (Look() if self._over else self._look(())), token
+            over = self._matchers.at(()) is None
+            self._before = (Look() if over else self._look(())), token
             self._looked = {path[1:]: look for path, look in self._looked.items() if path[:1] == (token,)}
-            self._known, self._reached, self._said = {}, {(): self._matcher}, self._said + 1
-            self._over = self._over or token in self._eos
-            if not self._over and not self._matcher.consume_token(token):
-                raise EngineError(f"token {token} does not fit the structure: {self._matcher.get_error()}")
+            self._known, self._said = {}, self._said + 1
+            if error := self._matchers.advance(token):
+                raise EngineError(f"token {token} does not fit the structure: {error}")
 
 
 @final
 @dataclass(frozen=True)
 class Look:
-    """What was found of an end in time. due: how many tokens the answer has when that is to be asked again. way: the shortest,
-    where there is no time for another: it is taken to its end."""
+    """What was found of an end in time. due: how many tokens the answer has when that is to be asked again. way: a short one to
+    the end, as it was seen last. closing: there is no time for another, and this one is taken to its end."""
 
     due: int = 0
     way: tuple[int, ...] = ()
+    closing: bool = False
 
 
 _NEVER = Look()
@@ -219,19 +207,22 @@ class Closer:
         self._letter, self._quote, self._brace = tokens.pop("e"), tokens['"'], tokens["}"]
         self._ends = list(tokens.values())
 
-    def look(self, matcher: Any, said: int) -> Look:
-        """Where a matcher stands, after `said` tokens: the way to the end, if there is no time for any other.
+    def look(self, matcher: Any, said: int, known: tuple[int, ...]) -> Look:
+        """Where a matcher stands, after `said` tokens: the way to the end, and whether there is time for any other. known: a way
+        that may still be one.
 
         One token is taken to open at most what _SPARE tokens close; so where time is left it need not be asked each time.
         """
         left = self._within - said
         if left > _LONGEST_END + _SPARE:
             return Look(self._within - _LONGEST_END - _SPARE)
-        way = self._way(matcher.deep_copy())
+        trial = matcher.deep_copy()
+        holds = known and trial.try_consume_tokens(list(known)) == len(known) and trial.is_accepting()
+        way = known if holds else tuple(self._way(matcher.deep_copy()))
         spare = left - (len(way) + 1 + _SPARE)
         if not way:
             return Look(said + 1)
-        return Look(said + 1 + (spare - 1) // (_SPARE + 1)) if spare > 0 else Look(said + 1, tuple(way))
+        return Look(said + 1 + max(0, (spare - 1) // (_SPARE + 1)), way, spare <= 0)
 
     def _way(self, matcher: Any) -> list[int]:
         """Tokens to the nearest end; empty where it is over, or none is near. The matcher goes along."""
