@@ -109,7 +109,8 @@ def measure(
 @click.option("--max-context", default=1024, type=SOME, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 def main(**o: Any) -> None:
-    commit, begin = require_commit(), time.perf_counter()
+    commit = require_commit()
+    begin = time.perf_counter()
     record = {"bench": "planner", **{name: o[name] for name in ("model", "tokens", "max_context")}}
     record |= conditions(commit, o["device"])
     auto = Engine.load(

@@ -236,7 +236,8 @@ def pause(engine: Engine, long: list[int], others: int, steps: int) -> dict[str,
     room = min(len(long), 64 + 64 * (2 * steps + len(long) // engine.config.prefill_chunk))
     lasting = SamplingParams(max_tokens=room, ignore_eos=True, temperature=0.8)
     alone = loop.add(long, briefly)
-    chunks = [spent for spent, _ in timed(loop, lambda: alone.finish_reason is None)][:-1]
+    chunks = [spent for spent, _ in timed(loop, lambda: alone.finish_reason is None)]
+    chunks = chunks[:-1] or chunks  # the last is a step, but where the prompt was one chunk
     decoding = [loop.add(long[at : at + 16 + at], replace(lasting, seed=at)) for at in range(others)]
     while not all(request.output for request in decoding):
         loop.step()

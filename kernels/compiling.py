@@ -9,13 +9,15 @@ import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, final
 
 import torch
 from triton import knobs
 from triton.runtime import driver
-from triton.runtime.cache import triton_key
+
+from mtp_engine.kernels.waking import waking
 
 
 @final
@@ -53,7 +55,7 @@ class Missing:
         """Compile and load what was noted. Where that fails, whoever launches the kernel will say why."""
         if not self._found:
             return
-        triton_key()  # once, and not by all threads
+        waking().join()  # what it does is done once, and not by all threads
         with ThreadPoolExecutor(threads) as pool:
             done = [pool.submit(_compile, *each, device) for each in self._found.values()]
             for number, _ in enumerate(as_completed(done)):
@@ -74,14 +76,12 @@ def _compile(function: Any, how: dict[str, Any], device: torch.device) -> None:
         kernel.run  # noqa: B018  which makes its launcher, and loads it
 
 
-def wake() -> threading.Thread:
-    """Have what Triton needs before the first kernel made ready beside other work: a hash over its own files, and the
-    library by which it talks to the driver."""
+def wake() -> None:
+    """Have what Triton needs before the first kernel made ready beside other work; a C compiler makes its way to the driver."""
 
-    def prepare() -> None:
-        triton_key()
-        driver.active.utils  # noqa: B018
+    def find_driver() -> None:
+        with suppress(Exception):  # whoever launches a kernel will say what is wrong
+            driver.active.utils  # noqa: B018
 
-    thread = threading.Thread(target=prepare, name="triton", daemon=True)
-    thread.start()
-    return thread
+    waking()
+    threading.Thread(target=find_driver, name="triton's driver", daemon=True).start()

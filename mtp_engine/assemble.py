@@ -74,6 +74,7 @@ _SHAPES = (  # beside a chain of all levels: on a GPU, what steps of so many req
     (TreeShape.parse("tree:7"), 1, 32),
     (TreeShape.parse("tree:15"), 1, 8),
 )
+_TIMED_CONTEXT = 128  # tokens that it takes to time shapes; where there are fewer the largest is taken
 _LATE = 32  # rows that MTP layers may have to come after steps without drafts
 _KV_BUDGET = 4 << 30  # bytes; the default cache holds a full context per slot up to this, and what is kept besides
 
@@ -304,12 +305,12 @@ def learn_costs(
 ) -> None:
     """Let a loop that has recorded its steps know what they cost, from its own timing or an earlier one here."""
     planner = loop.work.shapes
-    if not isinstance(planner, ShapePlanner):
+    if not isinstance(planner, ShapePlanner) or loop.intake.max_context < _TIMED_CONTEXT:
         return
     batches = sorted({backend.bucket(size) for size in range(1, config.max_batch + 1)})
     names = [(batch, str(plan)) for batch in batches for plan in planner.plans(batch)]
     device = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else processor()
-    path = _plans(files, device, config.dtype, config.max_context, names)
+    path = _plans(files, device, config.dtype, config.max_context, config.draft_vocab, config.prefill_chunk, names)
     if known := ShapeCosts.read(path):
         planner.know(known)
         return

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_shapes import Dice, planner_of
 from tiny import MTP, Sums, write_llama, write_mtp
 
 from mtp_engine.assemble import decode_loop
@@ -66,10 +67,10 @@ class Model:
         )  # fmt: skip
 
     def loop(
-        self, shape: str, attention: AttentionFactory = exact_attention, rule: Verifier | None = None, graphs: bool = GPU,
-        ops: DraftOps | None = None, **options: Any,
+        self, shape: str | Drafter, attention: AttentionFactory = exact_attention, rule: Verifier | None = None,
+        graphs: bool = GPU, ops: DraftOps | None = None, **options: Any,
     ) -> DecodeLoop:  # fmt: skip
-        drafter = self.drafter(shape, ops)
+        drafter = self.drafter(shape, ops) if isinstance(shape, str) else shape
         layers = [layer.attention for layer in self.decoder.config.layers]
         cache = HybridKV(
             layers, Pages(slots=SLOTS + 1, tokens=2000, page_size=PAGE, device=DEVICE), max_nodes=MOST_ROWS, ring_page=PAGE,
@@ -89,7 +90,7 @@ def decode(loop: DecodeLoop, prompts: list[list[int]], params: list[SamplingPara
     requests = [loop.add(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
     while loop.requests:
         loop.step()
-    if isinstance(loop.runner, GraphRunner):
+    if isinstance(loop.runner, GraphRunner) and GPU:
         assert loop.runner.replayed > 0, "nothing ran as graphs"
         assert loop.runner.slow == 0, "something did not run as graphs"
     return requests
@@ -114,6 +115,22 @@ def test_bf16_text_does_not_depend_on_the_tree(model: Model, temperature: float)
     assert all(len(text) == TOKENS for text in plain)
     for shape in ("chain:3", "2x2x1", "tree:6") if GPU else ("2x1",):
         assert [r.output for r in decode(model.loop(shape), PROMPTS, [params] * len(PROMPTS))] == plain, shape
+
+
+def test_bf16_text_does_not_depend_on_the_plan(model: Model) -> None:
+    """Shapes change from step to step, plain ones among them, after which rows that waited are drafted from."""
+    params = SamplingParams(max_tokens=TOKENS, temperature=0.9, seed=3)
+    plain = [decode(model.loop("root"), [prompt], [params])[0].output for prompt in PROMPTS]
+    shapes = [TreeShape.parse(name) for name in ("chain:1", "chain:3", "tree:6")]
+    for seed in (1, 2) if GPU else (1,):
+        dice = Dice(seed, 0.6, planner_of(shapes, 3, 16))
+        drafter = MTPDrafter(
+            model.module, shapes[1], slots=SLOTS + 1, attention=exact_attention, ops=DeviceDraftOps(4, DEVICE), ring_page=PAGE,
+            ring_rows=MOST_ROWS, others=[shapes[0], shapes[2]], late=16, planner=dice,
+        )  # fmt: skip
+        loop = model.loop(drafter, graphs=True, shapes=dice)
+        assert [request.output for request in decode(loop, PROMPTS, [params] * len(PROMPTS))] == plain
+        assert not GPU or len(set(dice.chosen)) == 5
 
 
 def test_whatever_requests_want(model: Model) -> None:

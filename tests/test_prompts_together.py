@@ -152,3 +152,29 @@ def test_a_prompt_that_cannot_be_read_fails_alone(families: dict[str, Family]) -
     ]
     assert [len(each) for each in reads.passes] == [4, 1, 1, 1, 1]
     check_empty(loop)
+
+
+def test_what_is_kept_is_taken_up_one_request_a_step(families: dict[str, Family]) -> None:
+    """Where somebody decodes; where nobody does, all begin at once."""
+    family = families[next(iter(families))]
+    loop = loop_of(family, drafter_of("3x2", family, 6), slots=6, prefix_bytes=1 << 22)
+    prompts = [prompt_of(number, 24, 1) for number in range(4)]
+    finish(loop, prompts, [SamplingParams(max_tokens=2, seed=1, ignore_eos=True)] * 4)
+
+    def running(others: int) -> list[int]:
+        for number in range(others):
+            loop.add(prompt_of(9 + number, 8, 1), SamplingParams(max_tokens=40, seed=1, ignore_eos=True))
+            loop.step()
+            loop.step()
+        requests = [loop.add(each, SamplingParams(max_tokens=20, seed=2, ignore_eos=True)) for each in prompts]
+        counts = list[int]()
+        while any(request.slot < 0 for request in requests):
+            loop.step()
+            counts.append(sum(request.slot >= 0 for request in requests))
+        assert all(request.stats.cached_tokens for request in requests)
+        while loop.requests:
+            loop.step()
+        return counts
+
+    assert running(0) == [4]
+    assert running(1) == [1, 2, 3, 4]

@@ -1,6 +1,7 @@
 """Passes over prompts as they are recorded: over fixed tables, padded, for any requests; and the kernels they need."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -101,14 +102,10 @@ def test_drafts_are_those_of_prompts_that_are_not_padded(families: dict[str, Fam
     for passes in (True, False):
         loop = recorded(family, drafter_of("chain:3", family, 5), 4)
         if not passes:
-            loop.runner.read = lambda chunks, work=loop.work: work.read(chunks) or Landed()  # type: ignore[assignment, method-assign, misc, func-returns-value]
+            runner: Any = loop.runner
+            runner.prompts.read = loop.work.read
         found.append([(r.output, r.stats.steps) for r in finish(loop, prompts, [params] * 4)])
     assert found[0] == found[1]
-
-
-class Landed:
-    def wait(self) -> Any:
-        return type("Nothing", (), {"rows": [], "draft_s": 0.0, "verify_s": 0.0})()
 
 
 def test_all_sizes_are_recorded_at_load(families: dict[str, Family]) -> None:
@@ -136,18 +133,14 @@ def test_a_size_is_recorded_when_it_comes_again(
     runner: Any = loop.runner
 
     class Lane:
-        pool = None
-
-        class stream:
-            wait_stream = staticmethod(lambda _: None)
+        pool, stream = None, type("Stream", (), {"wait_stream": lambda *_: None})()
 
     def refused(*_: Any, **__: Any) -> None:
         raise error
 
-    stream = type("Stream", (), {"wait_stream": lambda *_: None})()
     monkeypatch.setattr(runner.prompts, "_lane", Lane)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Lane.stream)
     monkeypatch.setattr(torch.cuda, "graph", refused)
     for number in range(3):
         [request] = finish(loop, [prompt_of(number, 20, 1)], [SamplingParams(max_tokens=3)])
@@ -186,8 +179,6 @@ def test_blocks_hold_every_row_once(requests: list[tuple[int, int]], taken: int,
 
 @pytest.mark.parametrize("window", [0, 20])
 def test_rows_of_nobody_are_zero_and_change_nothing(window: int) -> None:
-    from dataclasses import replace
-
     call = make(replace(TINY, window=window), straight(6, 2), [61, 190])
     counts, y = [5, 6], chain(call)
     q = torch.cat([call["q"][b, :count] for b, count in enumerate(counts)])

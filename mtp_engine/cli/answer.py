@@ -2,16 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from mtp_engine.cli.output import TextWriter
 from mtp_engine.config import EngineConfig, SamplingParams
 from mtp_engine.errors import EngineError
+from mtp_engine.kernels.waking import waking
 
 if TYPE_CHECKING:
     from mtp_engine.engine import Engine, Prompt
     from mtp_engine.protocols import Progress
     from mtp_engine.runtime.answer import Generation
+
+
+_GPU = Path("/dev/nvidiactl")
 
 
 @final
@@ -22,6 +27,8 @@ class AnswerFailed(EngineError):
 def load_engine(name: str, config: EngineConfig, mtp: str | None, progress: "Progress") -> "Engine":
     """Engine.load, imported late: torch takes seconds to import."""
     progress("starting", 0, None)
+    if config.device != "cpu" and _GPU.exists():
+        waking()
     from mtp_engine.engine import Engine
 
     return Engine.load(name, config, mtp=mtp, progress=progress)

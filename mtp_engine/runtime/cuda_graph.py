@@ -196,7 +196,8 @@ class GraphRunner:
         count, alone = len(members.requests), members.guide is None
 
         def learn(landed: Landed, begin: float, slots: list[int], accepted: list[int]) -> None:
-            shapes.learn(plan, slots, accepted)
+            if members.limits is None:  # what requests leave of a smaller tree says nothing of it
+                shapes.learn(plan, slots, accepted)
             host_s = None if self._idle is None else begin - self._idle
             if alone:  # what structures wait for is no shape's
                 shapes.timed(plan, count, key.bound, landed.draft_s + landed.verify_s, host_s)

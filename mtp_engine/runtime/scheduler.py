@@ -147,6 +147,7 @@ class Scheduler:
 
     def _admit(self, now: float) -> None:
         """Let in who fits and would read next, but nobody before he can find what those before him are about to read."""
+        others = any(request.decoding for request in self.running)
         while self.waiting and self._free:
             request = self.waiting[0]
             before = [other for other in self.running if not other.decoding and _rank(other) < _rank(request)]
@@ -173,6 +174,8 @@ class Scheduler:
             request.decoding = request.read == request.length
             if not request.stats.steps:
                 request.stats.queued_s = now - request.arrived
+            if request.read and others:
+                break  # to take up what is kept holds up those who decode: one of them a step
 
     def _preempt(self, crowded: Request) -> None:
         """Memory is full: the last of those who run waits again, to go on from what it has said."""

@@ -30,8 +30,9 @@ _FADING = 0.9995  # of how well a shape is known, that is left after a step with
 _CREDIT = 0.5  # accepted drafts that a shape of which nothing is known gets for that
 _HYSTERESIS = 1.03  # by which drafting must be better than not drafting, or the other way round, to change
 _DRIFT = 0.1  # weight of the newest measurement
+_FREE = 1.2  # times as long as reading the fewest rows may take, whatever a step takes
 READING = "reading"  # in place of a plan: rows of prompts
-_WATCHED = 16  # requests of a step from which is learned
+_WATCHED = 8  # requests of a step from which is learned
 
 
 @final
@@ -124,9 +125,7 @@ class ShapePlanner:
         self.costs, self.forced = costs, list[Plan]()  # forced: the plan that is taken whatever it costs, to time it
         self._depth, self._room, self._bucket = depth, room, bucket
         self._shapes = {o.shape: _Shape(likely(o.shape, depth) * _PRIOR) for o in offers}
-        self._tables: dict[
-            int, list[tuple[Plan, _Shape, float]]
-        ] = {}  # plans with drafts, and seconds, by recorded batch
+        self._tables: dict[int, list[tuple[Plan, _Shape, float]]] = {}  # by recorded batch: plans with drafts, seconds
         chains = [o.shape for o in offers if set(o.shape.widths) == {1}]
         self._parts = {chain: [each for each in chains if len(each.widths) <= len(chain.widths)] for chain in chains}
         self._own: dict[int, _Own] = {}  # by slot
@@ -240,9 +239,11 @@ class ShapePlanner:
             self._host[batch] = busy + _DRIFT * (min(host_s, 3 * busy + measured) - busy)
 
     def rows(self) -> int | None:
-        """See StepPlanner."""
-        fitting = [rows for rows, seconds in self._reading if seconds <= self._step_s]
-        return max(fitting, default=self._reading[0][0]) if self._reading else None
+        """See StepPlanner. Few rows take about what some more take, which are then read with them."""
+        if not self._reading:
+            return None
+        limit = max(self._step_s, _FREE * min(seconds for _, seconds in self._reading))
+        return max(rows for rows, seconds in self._reading if seconds <= limit)
 
     def release(self, slot: int) -> None:
         own = self._own.pop(slot, None)
