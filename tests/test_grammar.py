@@ -163,14 +163,14 @@ def test_an_answer_knows_whether_it_matches() -> None:
         assert answer("", max_tokens=5) == ("length", True)
 
 
-@pytest.mark.parametrize("own", [0, 3])
-def test_masks_of_many_nodes_are_those_of_each_alone(own: int) -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_masks_of_many_nodes_are_those_of_each_alone(own: bool) -> None:
     """Of three answers beside one without a structure; drafts that may not follow, ends of answers, and steps in flight."""
     schema = json.dumps({"type": "array", "items": {"type": "string", "maxLength": 6}, "minItems": 2})
     with Engine.load("mimo-nano", EngineConfig(device="cpu", threads=1, max_context=64)) as engine:
         model, tokenizer = engine.model, engine.tokenizer
         grammars, copying = (
-            Grammars(tokenizer.folder, model.vocab_size, tokenizer.eos_ids, own=each).start for each in (own, 0)
+            Grammars(tokenizer.folder, model.vocab_size, tokenizer.eos_ids, own=each).start for each in (own, False)
         )
         structures = [Structure(regex="[a-z]{1,3}"), Structure(json=schema, within=40), Structure(json=schema)]
         states = [grammars(each) for each in structures]

@@ -29,7 +29,7 @@ _SLICES = [
     *(rf'[^"\\\x00-\x1F\x7F]{{1,{most}}}' for most in (3, 6, 10, 16, 30)),
     r'[^"\\\x00-\x1F\x7F]+',
 ]
-_MOST_OWN = 4
+_FEW_CORES = 2
 _QUICK = 0.01  # seconds to make a matcher: what takes longer is copied
 _SPARE = 24  # tokens kept for what a free choice may open, before an answer is closed
 
@@ -38,11 +38,10 @@ _SPARE = 24  # tokens kept for what a free choice may open, before an answer is 
 class Grammars:
     """Compiles structures for one tokenizer."""
 
-    def __init__(self, folder: Path, vocab: int, eos: Sequence[int], own: int | None = None) -> None:
-        """folder: holds tokenizer.json. vocab: rows of the model's head. eos: tokens that may end a complete answer. own: how
-        many matchers each answer has to itself, so that threads need not wait for each other; 0: a copy that shares."""
-        cores = os.cpu_count() or 1
-        self._own = own if own is not None else max(1, min(_MOST_OWN, cores // 4)) if cores > 2 else 0
+    def __init__(self, folder: Path, vocab: int, eos: Sequence[int], own: bool | None = None) -> None:
+        """folder: holds tokenizer.json. vocab: rows of the model's head. eos: tokens that may end a complete answer. own: whether
+        answers have matchers of their own; copies share a lexer, which one thread uses at a time. None: where there are cores."""
+        self._own = (os.cpu_count() or 1) > _FEW_CORES if own is None else own
         self._folder, self._vocab, self._eos = folder, vocab, tuple(eos)
         self._tokenizer: Any = None
         self._pool: Pool | None = None
@@ -51,10 +50,9 @@ class Grammars:
     def start(self, structure: Structure) -> "GrammarState":
         """A fresh answer's state. Raises EngineError if llguidance is missing or does not accept the structure."""
         make, matcher, seconds = self._compiled(replace(structure, within=0))
-        own = self._own if seconds < _QUICK else 0
-        roots = [make() for _ in range(own)] or [matcher.deep_copy()]
+        matcher = make() if self._own and seconds < _QUICK else matcher.deep_copy()
         closer = Closer(self._tokenizer, structure.within) if structure.json and structure.within else None
-        return GrammarState(Matchers(roots, frozenset(self._eos)), self._vocab, closer, self._pool)
+        return GrammarState(Matchers(matcher, frozenset(self._eos)), self._vocab, closer, self._pool)
 
     def _compile(self, structure: Structure) -> tuple[Callable[[], Any], Any, float]:
         """What makes a matcher, one that was made, and the seconds that it took."""
