@@ -11,8 +11,8 @@ from mtp_engine.config import EngineConfig, TreeShape
 from mtp_engine.errors import EngineError
 from mtp_engine.hub.hub import ModelFiles
 from mtp_engine.models import loader
+from mtp_engine.parallel.codec import Codec
 from mtp_engine.parallel.launch import Children
-from mtp_engine.parallel.messages import Codec
 from mtp_engine.parallel.shard import Shard
 from mtp_engine.runtime.lead import Follower, Leader, Solo, Team
 from mtp_engine.runtime.threads import pool_size

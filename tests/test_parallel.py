@@ -33,13 +33,13 @@ from mtp_engine.models.checkpoint import Checkpoint, Part
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.make_tiny import make_tiny
 from mtp_engine.models.mtp import MTPModule
+from mtp_engine.parallel.codec import Codec
 from mtp_engine.parallel.group import Group, RankLost
 from mtp_engine.parallel.launch import Children
-from mtp_engine.parallel.messages import Codec
 from mtp_engine.parallel.packed import pack, unpack
 from mtp_engine.parallel.processes import Processes, new_store
 from mtp_engine.parallel.shard import Shard
-from mtp_engine.runtime.lead import uninterrupted
+from mtp_engine.runtime.interrupts import uninterrupted
 from mtp_engine.sampling.batch import Batch, SamplingBatch
 from mtp_engine.tree import DraftTree, VerifyResult
 from mtp_engine.verifiers import MatchVerifier, ShardedMatchVerifier

@@ -80,6 +80,7 @@ def test_all_say_what_one_process_says(engine: Engine, alone: list[Generation]) 
         assert [token for token, _ in found.top] == [token for token, _ in expected.top]
 
 
+@pytest.mark.parametrize("model", ["mimo-fp8"], indirect=True)
 def test_who_leaves_takes_nothing_along(engine: Engine, alone: list[Generation]) -> None:
     """Closed streams, time that runs out, a sink that fails: the others go on, and so do the ranks."""
     stream = engine.stream([PROMPTS[0]], replace(LONG, max_tokens=90))
@@ -96,6 +97,7 @@ def test_who_leaves_takes_nothing_along(engine: Engine, alone: list[Generation])
     assert (late[0].finish_reason, broken[0].finish_reason) == ("timeout", "abort")
 
 
+@pytest.mark.parametrize("model", ["mimo-fp8"], indirect=True)
 def test_texts_are_scored(engine: Engine, alone: list[Generation]) -> None:
     prompt, answer = PROMPTS[2], alone[2]
     with engine.undrafted(max_batch=1) as plain:
@@ -105,9 +107,23 @@ def test_texts_are_scored(engine: Engine, alone: list[Generation]) -> None:
         assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
 
 
+def test_another_rule_that_wants_whole_distributions() -> None:
+    """Of the drafter and of the main model: the same tokens in as many steps as in one process."""
+    config = replace(CONFIG, verifier="rrs", tree=TreeShape.parse("3x2"), draft_int8=False)
+    params = [SamplingParams(max_tokens=15, temperature=0.8, seed=seed) for seed in range(2)]
+    found = []
+    for size in (1, 2):
+        with Engine.load(hub.NANO, replace(config, tensor_parallel=size)) as engine:
+            found.append(engine.generate(["Once upon a time", "The little dog"], params))
+    assert tokens(found[0]) == tokens(found[1])
+    assert [answer.stats.steps for answer in found[0]] == [answer.stats.steps for answer in found[1]]
+
+
 def test_four_processes_repeat_key_heads(tmp_path: Path) -> None:
     folder, _ = folders("mimo-fp8", tmp_path / "model")
-    with Engine.load(str(folder), replace(CONFIG, tensor_parallel=4, tree=TreeShape.parse("tree:6"))) as engine:
+    with Engine.load(
+        str(folder), replace(CONFIG, tensor_parallel=4, tree=TreeShape.parse("tree:6"), candidates="best")
+    ) as engine:
         assert {layer.attention.kv_heads for layer in engine.model_config.layers} == {1}
         answers = engine.generate(PROMPTS[:3], PARAMS[:3])
         with engine.undrafted() as plain:

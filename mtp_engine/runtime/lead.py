@@ -9,22 +9,19 @@ import atexit
 import itertools
 import logging
 import os
-import signal
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, final
 from zlib import crc32
 
-from mtp_engine.config import SamplingParams, Structure, TreeShape
 from mtp_engine.parallel.group import Group, RankLost
 from mtp_engine.parallel.launch import Children
-from mtp_engine.parallel.messages import Codec
+from mtp_engine.runtime.interrupts import uninterrupted
 from mtp_engine.runtime.loop import DecodeLoop
+from mtp_engine.runtime.messages import CODEC, Joined, Left, Message, Open, Score, Shut, Step
 from mtp_engine.runtime.ranks import Alone, Ranks
 from mtp_engine.runtime.request import Request
 from mtp_engine.sampling.stops import FinishReason
@@ -33,73 +30,6 @@ if TYPE_CHECKING:
     from mtp_engine.parallel.processes import Processes
 
 _LOG = logging.getLogger("mtp_engine")
-
-
-@final
-@dataclass(frozen=True)
-class Joined:
-    """A request that was queued. params: with its seed; said: tokens that it begins with."""
-
-    prompt: list[int]
-    params: SamplingParams
-    said: list[int]
-
-    @classmethod
-    def of(cls, request: Request) -> "Joined":
-        return cls(request.prompt, replace(request.params, seed=request.seed, timeout=None), request.output)
-
-
-@final
-@dataclass(frozen=True)
-class Left:
-    """After these have joined loop `loop`, its request `number` is ended from outside."""
-
-    loop: int
-    joined: tuple[Joined, ...]
-    number: int
-    reason: FinishReason
-
-
-@final
-@dataclass(frozen=True)
-class Step:
-    """Loop `loop` makes its step `number`, after these have joined. state: of rank 0's running requests, see `digest`."""
-
-    loop: int
-    joined: tuple[Joined, ...]
-    number: int
-    state: int
-
-
-@final
-@dataclass(frozen=True)
-class Score:
-    """Loop `loop` scores a text, see DecodeLoop.score."""
-
-    loop: int
-    tokens: tuple[int, ...]
-    start: int
-    most: int
-
-
-@final
-@dataclass(frozen=True)
-class Open:
-    """Another loop over the same weights, see Engine.undrafted."""
-
-    loop: int
-    changes: Mapping[str, Any]
-
-
-@final
-@dataclass(frozen=True)
-class Shut:
-    """A loop is not used any more; after loop 0 there is none."""
-
-    loop: int
-
-
-_CODEC = Codec(Joined, Left, Step, Score, Open, Shut, SamplingParams, Structure, TreeShape)
 
 
 class Team(Protocol):
@@ -160,9 +90,9 @@ class Leader:
                 self.tell(Open(number, changes))
         return LedLoop(self, number)
 
-    def tell(self, message: Step | Left | Score | Open | Shut) -> None:
+    def tell(self, message: Message) -> None:
         self.check()
-        self._processes.tell(_CODEC.write(message))
+        self._processes.tell(CODEC.write(message))
 
     def check(self) -> None:
         """Raises RankLost if another rank has ended."""
@@ -261,7 +191,7 @@ class Follower:
         """Do what rank 0 does, until it is done. another: makes a loop with some changes."""
         loops = {0: first}
         while True:
-            match _CODEC.read(self._processes.hear()):
+            match CODEC.read(self._processes.hear()):
                 case Step(loop, joined, number, state):
                     _join(loops[loop], joined)
                     if digest(loops[loop].scheduler.running) != state:
@@ -346,33 +276,3 @@ def _careful(request: Request, sink: Callable[[Any], None], cancel: Callable[[Re
             cancel(request)
 
     return take
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """A signal that comes inside is handled at the end: a step that is left half-way is lost on all ranks. The second one is
-    handled at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    came: list[tuple[int, FrameType | None]] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        came.append((number, frame))
-        handler = handlers[signal.Signals(number)]
-        if len(came) > 1 and callable(handler):
-            handler(number, frame)
-
-    held = [number for number, handler in handlers.items() if callable(handler)]
-    for number in held:
-        signal.signal(number, note)
-    try:
-        yield
-    finally:
-        for number in held:
-            signal.signal(number, handlers[number])
-        for last, frame in came[:1]:
-            handler = handlers[signal.Signals(last)]
-            assert callable(handler)
-            handler(last, frame)
