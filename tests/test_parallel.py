@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import together
 from real_config import REAL
+from test_decode_loop import make_loop
 from tiny import write_llama, write_mtp
 from torch import Tensor
 
@@ -26,8 +28,9 @@ from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.cli.main import main
 from mtp_engine.config import AttentionConfig, EngineConfig, RopeConfig, SamplingParams, Structure, TreeShape
-from mtp_engine.drafters import TorchDraftOps
+from mtp_engine.drafters import MTPDrafter, RootDrafter, TorchDraftOps
 from mtp_engine.drafters.expand import Growth, Level
+from mtp_engine.errors import EngineError
 from mtp_engine.models import loader
 from mtp_engine.models.checkpoint import Checkpoint, Part
 from mtp_engine.models.decoder import Decoder
@@ -40,6 +43,8 @@ from mtp_engine.parallel.packed import pack, unpack
 from mtp_engine.parallel.processes import Processes, new_store
 from mtp_engine.parallel.shard import Shard
 from mtp_engine.runtime.interrupts import uninterrupted
+from mtp_engine.runtime.memory import Memory
+from mtp_engine.runtime.step import ModelStep
 from mtp_engine.sampling.batch import Batch, SamplingBatch
 from mtp_engine.tree import DraftTree, VerifyResult
 from mtp_engine.verifiers import MatchVerifier, ShardedMatchVerifier
@@ -240,3 +245,79 @@ def test_messages_arrive_as_they_were_sent() -> None:
     for other in (Shard(0, 2), {1, 2}, print):
         with pytest.raises(TypeError, match="cannot hold"):
             codec.write([other])
+
+
+class Losing:
+    """A rank ends in the midst of the third step or a later one (Ranks)."""
+
+    WHY = "rank 1 was ended by SIGKILL; load the engine anew"
+
+    def __init__(self) -> None:
+        self.steps, self.lost, self.closed = 0, "", False
+
+    def added(self, *_: Any) -> None:
+        pass
+
+    def ending(self, *_: Any) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def step(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def begin(self, running: Any) -> None:
+        self.steps += 1
+
+    def check(self) -> None:
+        if self.lost:
+            raise RankLost(self.lost)
+
+    def failed(self, error: BaseException) -> str:
+        return self.lost
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("when", ["decoding", "reading", "landed"])
+def test_nothing_is_touched_once_a_rank_is_lost(
+    drafts: bool, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU what was queued when it ended goes on with garbage, and then every call fails: everybody ends with one line."""
+    model, module = load(*folders("llama", tmp_path), Group())
+    ranks, drafter = Losing(), MTPDrafter(module, TreeShape.parse("2x1"), slots=3) if drafts else RootDrafter()
+    loop = make_loop(model, drafter, ranks=ranks, slots=2)
+    fatal = "read" if when == "reading" else "verify"
+    for owner, name in ((ModelStep, fatal), *((Memory, name) for name in ("leave", "keep", "enter", "grow"))):
+        _poison(monkeypatch, owner, name, ranks, ends=name == fatal, raises=name != fatal or when != "landed")
+    first = loop.add([3, 5, 7], SamplingParams(max_tokens=60))
+    for _ in range(2):
+        loop.step()
+    second = loop.add(list(range(1, 30)), SamplingParams(max_tokens=60))
+    for _ in range(3):
+        if loop.requests:
+            loop.step()
+    late = loop.add([4], SamplingParams(max_tokens=4))
+    loop.step()
+    for request in (first, second, late):
+        assert (request.finish_reason, request.error) == ("error", Losing.WHY)
+    with pytest.raises(EngineError, match="rank 1 was ended"):
+        loop.step()
+    loop.add([4], SamplingParams(max_tokens=4))
+    loop.close()
+    assert ranks.closed
+    assert not loop.requests
+
+
+def _poison(patch: pytest.MonkeyPatch, owner: type, name: str, ranks: Losing, *, ends: bool, raises: bool) -> None:
+    """Once a rank is lost, or as it is lost by this very call, it fails as a GPU does."""
+    good = getattr(owner, name)
+
+    def call(*args: Any, **options: Any) -> Any:
+        if ends and ranks.steps > 2:
+            ranks.lost = Losing.WHY
+        if ranks.lost and raises:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return good(*args, **options)
+
+    patch.setattr(owner, name, call)

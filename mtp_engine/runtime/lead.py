@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any, Protocol, final
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, final
 from zlib import crc32
 
 from mtp_engine.parallel.group import Group, RankLost
@@ -68,7 +68,7 @@ class Leader:
         """children: the other ranks, where this process started them."""
         self.group, self.lock = processes.group, threading.Lock()
         self._processes, self._children, self._numbers = processes, children, itertools.count()
-        self.closed = False
+        self.closed, self._why = False, ""
         if children:
             children.on_lost = processes.abort
         self._at_exit = _closing(weakref.ref(self))
@@ -76,7 +76,13 @@ class Leader:
 
     @property
     def lost(self) -> str:
-        return self._children.said if self._children else ""
+        return (self._children.said if self._children else "") or self._why
+
+    def fail(self, why: str) -> str:
+        """Nothing can go on, and the others end. Returns why: which of them has ended, if one has."""
+        self._why = self.lost or why
+        self.close(tell=False)
+        return self._why
 
     @property
     def processes(self) -> list[int]:
@@ -136,8 +142,7 @@ class LedLoop:
     @contextmanager
     def ending(self, request: Request, reason: FinishReason) -> Iterator[None]:
         with nullcontext() if self._inside else self.step():
-            if not self._leader.lost:
-                self._leader.tell(Left(self._number, self._joined(), request.number, reason))
+            self._leader.tell(Left(self._number, self._joined(), request.number, reason))
             yield
 
     @contextmanager
@@ -158,9 +163,15 @@ class LedLoop:
     def scored(self, tokens: Sequence[int], start: int, most: int) -> None:
         self._leader.tell(Score(self._number, tuple(tokens), start, most))
 
-    def failed(self, error: BaseException) -> None:
-        if not isinstance(error, RankLost):
-            self._leader.close(tell=False)
+    @property
+    def lost(self) -> str:
+        return self._leader.lost
+
+    def failed(self, error: BaseException) -> str:
+        said = " ".join(str(error).split()) or type(error).__name__
+        return self._leader.fail(
+            said if isinstance(error, RankLost) else f"a step failed ({said}): load the engine anew"
+        )
 
     def close(self) -> None:
         with self._leader.lock:
@@ -233,14 +244,16 @@ class Following:
     def scored(self, tokens: Sequence[int], start: int, most: int) -> None:
         pass
 
-    def failed(self, error: BaseException) -> None:
+    lost = ""
+
+    def failed(self, error: BaseException) -> str:
         leave(error)
 
     def close(self) -> None:
         pass
 
 
-def leave(error: BaseException) -> None:
+def leave(error: BaseException) -> NoReturn:
     """End this process with one line, at once: nothing of it is of use to anybody."""
     print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr, flush=True)  # noqa: T201
     os._exit(1)

@@ -76,6 +76,7 @@ class DecodeLoop:
     def _step(self) -> list[StepOutput]:
         self._clock.start()
         try:
+            self._ranks.check()
             self.scheduler.sweep()
             self._ranks.begin(self.scheduler.running)
             while len(self._flying) < self.runner.in_flight and self._launch():
@@ -102,7 +103,8 @@ class DecodeLoop:
                 read = self.runner.read(plan.chunks)
                 launched = launched or read
             except Exception as error:
-                self._ranks.failed(error)
+                if self._ranks.failed(error):
+                    raise
                 self.scheduler.unread(plan.chunks, explain(error))
                 _LOG.error("reading a prompt failed", exc_info=error)
         if launched:
@@ -134,9 +136,14 @@ class DecodeLoop:
 
     def _restart(self, error: BaseException) -> None:
         """Everybody again, from what they have said. Raises what is no failure (Ctrl-C), and what nobody can end with."""
-        self._ranks.failed(error)
+        lost = self._ranks.failed(error)
         self._flying.clear()
-        anybody = self.scheduler.restart(explain(error) if isinstance(error, Exception) else None)
+        if lost:
+            anybody = self.scheduler.abandon(lost)
+        else:
+            anybody = self.scheduler.restart(explain(error) if isinstance(error, Exception) else None)
+        if lost and isinstance(error, Exception):
+            error = EngineError(lost)
         if not anybody or not isinstance(error, Exception):
             raise error
         _LOG.error("a step failed: %s", error, exc_info=None if isinstance(error, EngineError) else error)
@@ -145,12 +152,20 @@ class DecodeLoop:
     def score(self, tokens: Sequence[int], start: int, most: int) -> list[TokenLogprob]:
         """See `score`. For loops in which nothing else runs."""
         with self._ranks.step():
-            self._ranks.scored(tokens, start, most)
-            return score(self.work, tokens, start, most)
+            try:
+                self._ranks.scored(tokens, start, most)
+                return score(self.work, tokens, start, most)
+            except Exception as error:
+                if lost := self._ranks.failed(error):
+                    raise EngineError(lost) from error
+                raise
 
     def close(self) -> None:
         """End all requests and wait for what is queued."""
-        for request in self.requests:
-            self.remove(request)
-        self.runner.settle()
+        if lost := self._ranks.lost:
+            self.scheduler.abandon(lost)
+        else:
+            for request in self.requests:
+                self.remove(request)
+            self.runner.settle()
         self._ranks.close()

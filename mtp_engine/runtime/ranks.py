@@ -31,8 +31,11 @@ class Ranks(Protocol):
     def scored(self, tokens: Sequence[int], start: int, most: int) -> None:
         """A text is scored, see DecodeLoop.score."""
 
-    def failed(self, error: BaseException) -> None:
-        """A step broke off here, and the other ranks are in the midst of it."""
+    def failed(self, error: BaseException) -> str:
+        """A step broke off here. Returns why nothing can go on, as the other ranks are in the midst of it; empty if it can."""
+
+    @property
+    def lost(self) -> str: ...  # why nothing can go on since a rank has ended; empty if it can
 
     def close(self) -> None:
         """The loop is not used any more."""
@@ -60,8 +63,10 @@ class Alone:
     def scored(self, tokens: Sequence[int], start: int, most: int) -> None:
         pass
 
-    def failed(self, error: BaseException) -> None:
-        pass
+    lost = ""
+
+    def failed(self, error: BaseException) -> str:
+        return ""
 
     def close(self) -> None:
         pass

@@ -281,6 +281,18 @@ class Scheduler:
         self._free = list(range(self._slots))[::-1]
         return bool(ran or self.outputs)
 
+    def abandon(self, error: str) -> bool:
+        """End everybody, and touch nothing of what they ran in: it is lost. False if there was nobody, and nothing has come
+        of the step."""
+        ended, self._reading = [*self.running, *self.waiting], ()
+        for requests in (self.running, self.waiting, self._cancelled):
+            requests.clear()
+        for request in ended:
+            if not request.finish_reason:
+                request.end("error", error)
+            self._emit(request)
+        return bool(ended or self.outputs)
+
     def _requeue(self, request: Request, error: str | None = None) -> None:
         """Out of its slot and back into the queue, to go on from what it has said; error: it ends with that instead."""
         self._drop(request)
