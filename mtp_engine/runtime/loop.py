@@ -71,9 +71,10 @@ class DecodeLoop:
         A failure ends the request whose it is. If a whole step breaks off, all who ran are queued again and go on.
         """
         with self._ranks.step():
-            return self._step()
+            self._step()
+        return self.scheduler.take_outputs()
 
-    def _step(self) -> list[StepOutput]:
+    def _step(self) -> None:
         self._clock.start()
         try:
             self._ranks.check()
@@ -87,7 +88,6 @@ class DecodeLoop:
             self._restart(error)
         if not self.scheduler.running:
             self._flying.clear()  # only the ended have a part in it
-        return self.scheduler.take_outputs()
 
     def _launch(self) -> bool:
         """Start a step: all who can, decode, and behind them chunks of prompts are read."""
