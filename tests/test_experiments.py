@@ -167,7 +167,7 @@ def test_killed_three_times(prompts: str, tmp_path: Path, monkeypatch: pytest.Mo
 def test_cases_spread_over_processes(prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped half way, and with one device that there is not: the rows are those of one process."""
     monkeypatch.setattr(workers, "_LOOK", 0.2)
-    cases = Grid.of(settings(prompts, tree=["chain:2", "tree:4"], temperature=[0.0, 1.0], max_tokens=5)).cases
+    cases = Grid.of(settings(prompts, tree=["chain:2", "tree:4"], temperature=[0.0, 1.0], max_tokens=24)).cases
     whole, spread = (Experiment.begin(tmp_path / name, cases, {}) for name in ("whole", "spread"))
     run_cases(whole, "cpu")
 

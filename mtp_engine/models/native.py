@@ -28,6 +28,7 @@ from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.layers import Block, GatedMLP, Head, Join, LinearMap, RMSNorm, RotaryEmbedding
 from mtp_engine.models.moe import MoE
 from mtp_engine.models.mtp import FeatureMix, MTPModule
+from mtp_engine.parallel.group import Group
 from mtp_engine.protocols import Attention
 
 _CPU = torch.device("cpu")
@@ -218,6 +219,7 @@ class NativeMTP:
     main_norm: RMSNorm
     draft_ids: Tensor  # [n] int64
     mix: FeatureMix | None = None
+    group: Group = Group()  # noqa: RUF009  frozen; int8 runs in one process
 
     def main_hidden(self, hidden: Tensor) -> Tensor:
         """As MTPModule.main_hidden."""
