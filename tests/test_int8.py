@@ -56,6 +56,20 @@ def test_text_is_that_of_plain_decoding(plain: list[list[int]], options: dict[st
         assert sum(answer.stats.preemptions for answer in answers) or "kv_tokens" not in options
 
 
+@pytest.mark.parametrize("rule", ["match", "rrs", "rejection", "block", "traversal"])
+def test_rules_and_candidates_of_all_kinds(rule: str) -> None:
+    """They draft with the drafter of GPUs (MTPDrafter), which is given one prompt's chunk at a time here."""
+    tree = TreeShape.parse("chain:3" if rule in ("rejection", "block") else "2x2")
+    params, config = PARAMS[1], {"dtype": "int8", "threads": 1, "tree": tree, "verifier": rule, "candidates": "best"}
+    with Engine.load(hub.NANO, EngineConfig(**config, prefill_chunk=8)) as engine:  # type: ignore[arg-type]
+        answers = engine.generate(PROMPTS, params)
+        assert [(len(each.token_ids), each.error) for each in answers] == [(params.max_tokens, "")] * len(PROMPTS)
+        assert sum(each.stats.tokens for each in answers) > sum(each.stats.steps for each in answers)
+        if rule == "match":
+            plain = engine.undrafted().generate(PROMPTS, params)
+            assert [each.token_ids for each in answers] == [each.token_ids for each in plain]
+
+
 def test_experts_windows_and_sinks_draft_the_same_text() -> None:
     options: list[dict[str, Any]] = [
         {"drafter": "root"},
