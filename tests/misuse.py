@@ -36,7 +36,7 @@ _NASTY = (
 _VALUED = (
     "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--frequency-penalty",
     "--presence-penalty", "--min-tokens", "--stop", "--bad-word", "--seed", "--drafter", "--tree", "--verifier",
-    "--draft-vocab", "--device", "--dtype", "--attention", "--steps-in-flight", "--threads", "--window-keys",
+    "--draft-vocab", "--tensor-parallel", "--device", "--dtype", "--attention", "--steps-in-flight", "--threads", "--window-keys",
     "--max-context", "--model", "--mtp", "--system",
 )  # fmt: skip
 _GENERATE = (
