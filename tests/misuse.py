@@ -50,7 +50,7 @@ _FLAGS = (
 _TRAIN = (
     "--layers", "--window", "--width", "--features", "--init", "--data", "--text", "--prompts", "--shards",
     "--rows", "--row-length", "--steps", "--batch-tokens", "--lr", "--adam-lr", "--decay", "--target-temperature",
-    "--acceptance", "--reach", "--seed", "--eval-prompts", "--dtype",
+    "--acceptance", "--reach", "--seed", "--eval-prompts", "--dtype", "--recipe", "--optimiser", "--hidden", "--temperatures",
 )  # fmt: skip
 _SCHEMA = {
     "type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}}, "required": ["a"],
