@@ -120,11 +120,7 @@ def make_backend(
 ) -> Backend:  # fmt: skip
     """Raises EngineError where the kernels that config asks for cannot run here. group: the ranks that share the model."""
     if group.size > 1:
-        return Backend(
-            verifier=lambda rule: ShardedMatchVerifier(group) if rule == "match" else _rule(rule),
-            ops=lambda ranking: TorchDraftOps(ranking, group),
-            levels=None if device.type == "cuda" else lambda module: TorchLevels(module, TorchAttention),
-        )
+        return _shared(group, device)
     if device.type != "cuda" and config.attention == "flashinfer":
         raise EngineError("FlashInfer needs an NVIDIA GPU, and this runs on the CPU: leave --attention out")
     if config.dtype == "int8":
@@ -133,6 +129,21 @@ def make_backend(
         return Backend(levels=lambda module: TorchLevels(module, TorchAttention))
     if config.attention == "torch":
         return Backend()
+    _check_gpu(device)
+    return _kernels_of_a_gpu(config, device, progress)
+
+
+def _shared(group: Group, device: torch.device) -> Backend:
+    """For one of the ranks that share a model."""
+    return Backend(
+        verifier=lambda rule: ShardedMatchVerifier(group) if rule == "match" else _rule(rule),
+        ops=lambda ranking: TorchDraftOps(ranking, group),
+        levels=None if device.type == "cuda" else lambda module: TorchLevels(module, TorchAttention),
+    )
+
+
+def _check_gpu(device: torch.device) -> None:
+    """Raises EngineError where our kernels cannot run."""
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -143,6 +154,9 @@ def make_backend(
             f"{torch.cuda.get_device_name(device)} is of compute capability {capability[0]}.{capability[1]}; the kernels "
             "need 8.0 (Ampere) or above: use --attention torch --dtype fp32"
         )
+
+
+def _kernels_of_a_gpu(config: EngineConfig, device: torch.device, progress: Progress) -> Backend:
     from mtp_engine.attention.exact import MOST_ROWS, exact_attention
     from mtp_engine.drafters.device import DeviceDraftOps
     from mtp_engine.kernels.compiling import wake
