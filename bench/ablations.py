@@ -12,7 +12,6 @@ it was when the same --out is given again.
 import json
 import subprocess
 import sys
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from rich.table import Table
 
 from mtp_engine.experiments.analyse import ALL, compare, results
 from mtp_engine.experiments.store import Experiment
+from mtp_engine.hub.files import read_toml
 
 BASE = "base"
 _DATA = {"shards", "rows", "row-length", "temperatures", "prompts", "text"}  # options that change what is written
@@ -62,7 +62,7 @@ def _call(*arguments: Any) -> None:
 @click.option("--device", default="cpu", show_default=True)
 def main(plan: Path, out: Path, only: tuple[str, ...], trees: tuple[str, ...], **o: Any) -> None:
     commit = require_commit()
-    common = tomllib.loads(plan.read_text(encoding="utf-8"))
+    common = read_toml(plan, "a recipe with variants")
     variants = {BASE: {}, **common.pop("variants")}
     if unknown := [name for name in only if name not in variants]:
         raise click.UsageError(f"{plan} has no variant {unknown[0]!r}: {', '.join(variants)}")

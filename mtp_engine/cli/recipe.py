@@ -1,7 +1,6 @@
 """Recipes: the options of a command as a TOML file, so that what was done once can be done again."""
 
 import json
-import tomllib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import click
 from click.core import ParameterSource
 
 from mtp_engine.errors import EngineError
+from mtp_engine.hub.files import read_toml
 from mtp_engine.hub.wheel import sha256_of
 
 _DIGESTS = "sha256"  # the table of what the files held that an option names
@@ -26,12 +26,7 @@ def recipe_option(help: str) -> Any:
 def _load(context: click.Context, _: click.Parameter, path: Path | None) -> None:
     if path is None:
         return
-    try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EngineError(f"{path}: cannot be read ({error.strerror}); name a recipe") from error
-    except ValueError as error:
-        raise EngineError(f"{path}: is no TOML: {error}") from error
+    settings = read_toml(path, "a recipe")
     digests, known, values = settings.pop(_DIGESTS, {}), _parameters(context), {}
     for name, value in settings.items():
         if (parameter := known.get(name.replace("_", "-"))) is None:

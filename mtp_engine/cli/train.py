@@ -114,9 +114,10 @@ def train(context: click.Context, /, model: str, dry_run: bool, quiet: bool, **o
       mtp-engine generate --model ./my-llama --mtp heads "Once upon a time"
     """
     check_files(context)
-    job = replace(_job(model, options), recipe=recipe(context, without=_ONCE))
+    job = _job(model, options)
     if dry_run:
         return _show_plan(job)
+    job = replace(job, recipe=recipe(context, without=_ONCE))
     first = os.environ.get("RANK", "0") == "0"
     try:
         _train(job, first=first, quiet=quiet or not first)

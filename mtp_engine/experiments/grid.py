@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
@@ -12,6 +11,7 @@ from typing import Any, final
 from mtp_engine.checks import check_types
 from mtp_engine.config import DEFAULT_MODEL, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.errors import EngineError
+from mtp_engine.hub.files import read_toml
 
 _CHOICES = {"drafter": ("mtp", "ngram", "root"), "mode": ("run", "record")}
 
@@ -150,12 +150,7 @@ class Grid:
 
 def read_grid(path: Path) -> dict[str, Any]:
     """A grid file: settings as TOML, a list where several are to be tried. Raises EngineError for what is none."""
-    try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EngineError(f"{path}: cannot be read ({error.strerror}); name a grid file") from error
-    except ValueError as error:
-        raise EngineError(f"{path}: is no TOML: {error}") from error
+    settings = read_toml(path, "a grid file")
     if tables := [name for name, value in settings.items() if isinstance(value, dict)]:
         raise EngineError(f"{path}: [{tables[0]}] is a table; a grid has settings only, such as tree = ['chain:3']")
     return settings

@@ -1,8 +1,10 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and files of settings."""
 
 import os
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mtp_engine.errors import EngineError
 
@@ -18,6 +20,16 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def read_toml(path: Path, kind: str) -> dict[str, Any]:
+    """The settings in a file. kind: what it should be, as in "a recipe". Raises EngineError for what is no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EngineError(f"{path}: cannot be read ({error.strerror}); name {kind}") from error
+    except ValueError as error:
+        raise EngineError(f"{path}: is no TOML: {error}") from error
 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -13,7 +13,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, final
 from zlib import crc32
 
@@ -223,34 +223,11 @@ class Follower:
 
 
 @final
-class Following:
-    """One loop of another rank's (Ranks)."""
+class Following(Alone):
+    """One loop of another rank's (Ranks), which tells nobody."""
 
-    def added(self, requests: Sequence[Request], cancel: Callable[[Request], None]) -> None:
-        pass
-
-    def ending(self, request: Request, reason: FinishReason) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def step(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def begin(self, running: Sequence[Request]) -> None:
-        pass
-
-    def check(self) -> None:
-        pass
-
-    def scored(self, tokens: Sequence[int], start: int, most: int) -> None:
-        pass
-
-    lost = ""
-
-    def failed(self, error: BaseException) -> str:
+    def failed(self, error: BaseException) -> NoReturn:
         leave(error)
-
-    def close(self) -> None:
-        pass
 
 
 def leave(error: BaseException) -> NoReturn:

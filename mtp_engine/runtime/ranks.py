@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, final
+from typing import Protocol
 
 from mtp_engine.runtime.request import Request
 from mtp_engine.sampling.stops import FinishReason
@@ -41,9 +41,8 @@ class Ranks(Protocol):
         """The loop is not used any more."""
 
 
-@final
 class Alone:
-    """There are no others."""
+    """There are no others that have to be told."""
 
     def added(self, requests: Sequence[Request], cancel: Callable[[Request], None]) -> None:
         pass
