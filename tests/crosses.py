@@ -144,7 +144,8 @@ class Crosses:
     def case(self, number: int) -> Outcome:
         rng = random.Random(number)
         outcome, asked = Outcome(self.config(rng)), self.asked(rng)
-        outcome.breaks = frozenset(rng.randrange(30) for _ in range(rng.choice([0, 0, 0, 1, 2])))
+        breaks = rng.choice([0, 0, 0, 1, 2]) if outcome.config.tensor_parallel == 1 else 0  # of one rank ends them all
+        outcome.breaks = frozenset(rng.randrange(30) for _ in range(breaks))
         if outcome.config.drafter == "ngram" or outcome.config.drafter == "root":
             asked = [replace(each, params=replace(each.params, tree=None)) for each in asked]
         with Engine.load(self.model, outcome.config) as engine:
@@ -176,7 +177,7 @@ class Crosses:
                     requests[index] = loop.add(each.prompt, each.params)
                     said |= {answer: [] for answer in (requests[index], *requests[index].others)}
                 elif index in requests and each.gone and steps == each.at + each.gone:
-                    loop.remove(requests[index])
+                    loop.scheduler.cancel(requests[index])
             for output in loop.step():
                 said[output.request] += output.tokens
             steps += 1
