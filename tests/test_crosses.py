@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-from crosses import Asked, Crosses, Outcome
+from crossing import Asked, Crosses, Outcome
 
 from mtp_engine.runtime.request import Request
 
