@@ -12,7 +12,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 from torch.distributed.rendezvous import rendezvous
 
-from mtp_engine.parallel.group import Group, RankLost
+from mtp_engine.parallel.group import Group, RankLost, joined, ordered_sum
 from mtp_engine.parallel.shard import Shard
 
 _MEETING = timedelta(seconds=120)  # in which all processes must have come
@@ -71,11 +71,16 @@ class Processes:
     def group(self) -> Group:
         return Group(self.shard, self)
 
-    def gather(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor, *, join: bool = False) -> Tensor:
         """See Exchange. Raises RankLost."""
         out = x.new_empty(self.shard.size * x.numel())
         self._wait(lambda: self._tensors._allgather_base(out, x.view(-1)))
-        return out.view(self.shard.size, *x.shape)
+        parts = out.view(self.shard.size, *x.shape)
+        return joined(parts) if join else parts
+
+    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
+        """See Exchange. Raises RankLost."""
+        return ordered_sum(self.gather(partial), dtype, residual)
 
     def tell(self, data: bytes) -> None:
         """Rank 0: to all others, who `hear` it. Raises RankLost."""
