@@ -52,7 +52,8 @@ class Boxes:
         few = torch.tensor(addresses, dtype=torch.int64)
         turns = torch.zeros(_PROGRAMS + _MANY_PROGRAMS, dtype=torch.int32, device=device)
         many = (few + _few_bytes(len(addresses))).to(device)
-        return cls(rank, few.to(device), many, *turns.split([_PROGRAMS, _MANY_PROGRAMS]), stop, patience)
+        few_turns, many_turns = turns.split([_PROGRAMS, _MANY_PROGRAMS])
+        return cls(rank, few.to(device), many, few_turns, many_turns, stop, patience)
 
 
 def bytes_needed(ranks: int) -> int:

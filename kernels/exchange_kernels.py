@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 
-
 @triton.jit
 def _memory(boxes, rank, kind: tl.constexpr):
     """Where rank's memory begins."""

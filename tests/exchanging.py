@@ -20,7 +20,9 @@ from mtp_engine.kernels.exchange import Boxes
 def boxes_of(rank: int, size: int, folder: Path, patience: int) -> Boxes:
     """Each rank's memory is a file; all see it at addresses of their own."""
     count = exchange.bytes_needed(size) // 4
-    parts = [torch.from_file(str(folder / f"{each}"), shared=True, size=count, dtype=torch.int32) for each in range(size)]
+    parts = [
+        torch.from_file(str(folder / f"{each}"), shared=True, size=count, dtype=torch.int32) for each in range(size)
+    ]
     stop = torch.zeros(1, dtype=torch.int32)
     boxes = Boxes.over(rank, [part.data_ptr() for part in parts], stop, torch.device("cpu"), patience)
     KEPT.extend(parts)
