@@ -85,7 +85,7 @@ def few_kernel(
                     tl.store(out + target + r * width, got, mask=mask)
             waits = 1 - tl.min(there, 0)
             looks += 1
-            if (waits > 0) & (looks % 1024 == 0):
+            if (waits > 0) & (looks % 256 == 0):
                 waits = 1 - _stopped(stop, looks, PATIENCE).to(tl.int32)
         if SUM:
             tl.store(out + i, (total + base).to(out.dtype.element_ty), mask=mask)
@@ -120,7 +120,7 @@ def _await(
         seen = tl.load(at, mask=r < SIZE, other=0, volatile=True)
         waits = 1 - tl.min(((seen == turn) | (r == RANK) | (r >= SIZE)).to(tl.int32), 0)
         looks += 1
-        if (waits > 0) & (looks % 1024 == 0):
+        if (waits > 0) & (looks % 256 == 0):
             waits = 1 - _stopped(stop, looks, PATIENCE).to(tl.int32)
     tl.debug_barrier()
 

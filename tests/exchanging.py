@@ -1,53 +1,39 @@
-"""A rank of tests/test_exchange.py, a process of its own: talks to others over memory that the processes share."""
+"""A rank of tests/test_exchange.py, a process of its own: it runs the kernels over memory that all of them share."""
 
+import os
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-if not torch.cuda.is_available():
-    import os
-
-    os.environ["TRITON_INTERPRET"] = "1"
+os.environ["TRITON_INTERPRET"] = "1"
 
 import interpreter
+import torch
 
 from mtp_engine.kernels import exchange
-from mtp_engine.kernels.exchange import Boxes
+
+_SOON = 600  # looks after which it gives others up that do not come
 
 
-def boxes_of(rank: int, size: int, folder: Path, patience: int) -> Boxes:
-    """Each rank's memory is a file; all see it at addresses of their own."""
+def main() -> None:
+    """Each rank's memory is a file, which every process sees at addresses of its own."""
+    rank, size, folder, kind = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+    interpreter.repair()
+    torch.set_num_threads(1)
     count = exchange.bytes_needed(size) // 4
     parts = [
         torch.from_file(str(folder / f"{each}"), shared=True, size=count, dtype=torch.int32) for each in range(size)
     ]
-    stop = torch.zeros(1, dtype=torch.int32)
-    boxes = Boxes.over(rank, [part.data_ptr() for part in parts], stop, torch.device("cpu"), patience)
-    KEPT.extend(parts)
-    return boxes
-
-
-KEPT: list[Tensor] = []
-
-
-def main() -> None:
-    rank, size, folder, kind = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
-    interpreter.repair()
-    torch.set_num_threads(1)
-    boxes = boxes_of(rank, size, folder, 3000 if kind == "alone" else 1 << 29)
-    given = torch.load(folder / "given.pt")
+    stop, addresses = torch.zeros(1, dtype=torch.int32), [part.data_ptr() for part in parts]
+    patience = {"patience": _SOON} if kind == "alone" else {}
+    boxes = exchange.Boxes.over(rank, addresses, stop, torch.device("cpu"), **patience)
     found = []
-    for call in given:
+    for call in torch.load(folder / "given.pt"):
         x = call["x"][rank]
-        if call["kind"] == "gather":
-            found.append(exchange.gather(x, boxes, join=call["join"]))
-        else:
+        if call["sum"]:
             found.append(exchange.reduce(x, boxes, call["dtype"], call["residual"], few=call["few"]))
-        if kind == "alone":
-            found.append(boxes.stop.clone())
-    torch.save(found, folder / f"found{rank}.pt")
+        else:
+            found.append(exchange.gather(x, boxes, join=call["join"]))
+    torch.save([*found, stop], folder / f"found{rank}.pt")
 
 
 if __name__ == "__main__":

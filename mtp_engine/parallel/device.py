@@ -30,6 +30,10 @@ class DeviceExchange:
         self._boxes = exchange.Boxes.over(shard.rank, addresses, stop, device)
 
     def gather(self, x: Tensor, *, join: bool = False) -> Tensor:
+        """See Exchange. What is narrower than 32 bits travels as what holds it."""
+        if x.element_size() < 4:
+            wide = x.float() if x.is_floating_point() else x.int()
+            return self.gather(wide, join=join).to(x.dtype)
         return exchange.gather(x, self._boxes, join=join)
 
     def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
