@@ -67,7 +67,7 @@ def _settle_shared(config: EngineConfig, device: str, model: ModelConfig, mtp: M
         raise EngineError("FlashInfer runs on one GPU: leave --attention out with --tensor-parallel")
     check_divides(config.tensor_parallel, model, mtp)
     dtype: DType = "fp32" if config.dtype == "auto" and device == "cpu" else config.dtype
-    return replace(config, dtype=dtype, attention="torch")
+    return replace(config, dtype=dtype, attention="torch" if device == "cpu" else config.attention)
 
 
 def _dtype(config: EngineConfig, device: str, model: ModelConfig, mtp: MTPConfig | None) -> DType:

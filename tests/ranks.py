@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mtp_engine.parallel.group import Group
+from mtp_engine.parallel.group import Group, joined, ordered_sum
 from mtp_engine.parallel.shard import Shard
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class Seat:
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self._meeting, self._rank = meeting, rank
 
-    def gather(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor, *, join: bool = False) -> Tensor:
         assert x.is_contiguous()
         self._meeting.brought[self._rank] = x
         self._meeting.barrier.wait()
@@ -38,7 +38,10 @@ class Seat:
         together = torch.stack(self._meeting.brought)
         self._meeting.calls += self._rank == 0
         self._meeting.barrier.wait()
-        return together
+        return joined(together) if join else together
+
+    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
+        return ordered_sum(self.gather(partial), dtype, residual)
 
 
 def together(size: int, work: Callable[[Group], T]) -> list[T]:

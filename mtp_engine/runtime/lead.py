@@ -105,6 +105,7 @@ class Leader:
         """Raises RankLost if another rank has ended."""
         if self.lost:
             raise RankLost(self.lost)
+        self._processes.check()
 
     def close(self, *, tell: bool = True) -> None:
         """End the others. Closing twice does no harm. tell: False where they are in the midst of a step."""
@@ -115,6 +116,8 @@ class Leader:
         if tell:
             with suppress(RankLost):  # then there is nobody to tell
                 self.tell(Shut(0))
+        else:
+            self._processes.abort()
         self._processes.close()
         if self._children:
             self._children.close(wait=tell)
@@ -208,7 +211,7 @@ class Follower:
         self.group, self._processes = processes.group, processes
 
     def ranks(self, **changes: Any) -> Ranks:
-        return Following()
+        return Following(self._processes)
 
     def close(self) -> None:
         self._processes.close()
@@ -241,6 +244,12 @@ class Follower:
 @final
 class Following(Alone):
     """One loop of another rank's (Ranks), which tells nobody."""
+
+    def __init__(self, processes: "Processes") -> None:
+        self._processes = processes
+
+    def check(self) -> None:
+        self._processes.check()
 
     def failed(self, error: BaseException) -> NoReturn:
         leave(error)
