@@ -42,13 +42,22 @@ def main_bytes(config: ModelConfig, rows: int, batch: int, context: int, ranks: 
     """
     tensors = list(main_tensors(config))
     moe = next((layer.moe for layer in config.layers if layer.moe), None)
-    weights = _total(tensors, ranks=ranks) + (config.vocab_size * config.hidden_size * _BF16 // ranks if config.tied_head else 0)
+    weights = _total(tensors, ranks=ranks) + (
+        config.vocab_size * config.hidden_size * _BF16 // ranks if config.tied_head else 0
+    )
     experts = _total(tensors, experts=True) * hit_share(moe, rows) if moe else 0.0
     return weights + experts + sum(kv_bytes(layer.attention, batch, context) for layer in config.layers)
 
 
 def draft_bytes(
-    config: ModelConfig, mtp: MTPConfig, names: MTPNames, vocab: int, levels: int, batch: int, context: int, ranks: int = 1
+    config: ModelConfig,
+    mtp: MTPConfig,
+    names: MTPNames,
+    vocab: int,
+    levels: int,
+    batch: int,
+    context: int,
+    ranks: int = 1,
 ) -> float:
     """`levels` times (the level's MTP layer + draft head of `vocab` rows + KV). A re-used layer is read in every level,
     as no cache holds it. ranks: see main_bytes; vocab: the part's."""

@@ -60,7 +60,7 @@ def planned(name: str, layers: int, ranks: int, parts: Sequence[Part]) -> dict[s
     for part in parts:
         if part["part"] != "step":
             continue
-        batch, context, nodes = part["batch"], part["context"], 1 if not part["tree"] else 4 if part["tree"] == CHAIN else 16
+        batch, context, nodes = part["batch"], part["context"], {None: 1, CHAIN: 4}.get(part["tree"], 16)
         read = main_bytes(held, batch * nodes, batch, context, ranks)
         drafts = draft_bytes(held, held_mtp, names, config.vocab_size // ranks, 3, batch, context, ranks)
         read += drafts if part["tree"] else 0.0
@@ -170,7 +170,7 @@ def _last_words(processes: Sequence["subprocess.Popen[bytes]"], logs: Sequence[A
 @click.option("--dry-run", is_flag=True, help="The plan only: memory of each GPU, and what the bytes take.")
 @click.option("--parts", "kinds", default="all_reduce,steps", show_default=True)
 @click.option("--batch", "batches", multiple=True, type=SOME, default=[1, 8, 32, 64], show_default=True)
-@click.option("--context", "contexts", multiple=True, type=SOME, default=[1024, 16384, 65536, 262144], show_default=True)
+@click.option("--context", "contexts", multiple=True, type=SOME, default=[1 << 10, 1 << 14, 1 << 16, 1 << 18])
 @click.option("--steps", default=24, show_default=True, type=SOME)
 @click.option("--device", default="cuda", show_default=True, type=click.Choice(["cuda", "cpu"]))
 @click.option("--bandwidth", default=3.06, show_default=True, help="TB/s of a GPU, for floors; 4.2 for an H200.")

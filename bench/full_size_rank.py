@@ -21,7 +21,8 @@ from shapes import SHAPES, Model, Shape, build_shape
 from torch import Tensor
 
 from mtp_engine import EngineConfig, TreeShape
-from mtp_engine.parallel.group import Group
+from mtp_engine.kernels import exchange
+from mtp_engine.parallel.group import Group, joined, ordered_sum
 from mtp_engine.parallel.processes import Processes, join_store
 from mtp_engine.parallel.shard import Shard
 
@@ -54,8 +55,36 @@ class Echo:
     def __init__(self, size: int) -> None:
         self._size = size
 
-    def gather(self, x: Tensor) -> Tensor:
-        return x.expand(self._size, *x.shape)
+    def gather(self, x: Tensor, *, join: bool = False) -> Tensor:
+        parts = x.expand(self._size, *x.shape)
+        return joined(parts) if join else parts
+
+    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
+        return ordered_sum(self.gather(partial), dtype, residual)
+
+
+@final
+class Loopback:
+    """Echo on a GPU, through the kernel that ranks talk with: what is sent to a rank comes in where that rank's would. Larger
+    sums than it is made for are multiplied."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        slot = 128 * 8  # bytes of a rank's packets
+        self._size = size
+        self._memory = torch.zeros(exchange.bytes_needed(size) // 8 + size * slot, dtype=torch.int64, device=device)
+        addresses = [self._memory.data_ptr() + rank * slot for rank in range(size)]
+        stop = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self._boxes = exchange.Boxes.over(0, addresses, stop, device)
+
+    def gather(self, x: Tensor, *, join: bool = False) -> Tensor:
+        if x.element_size() < 4:
+            return self.gather(x.float(), join=join).to(x.dtype)
+        return exchange.gather(x, self._boxes, join=join)
+
+    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
+        if partial.numel() <= exchange.FEW:
+            return exchange.reduce(partial, self._boxes, dtype, residual)
+        return (partial * self._size if residual is None else torch.add(residual, partial, alpha=self._size)).to(dtype)
 
 
 def cut_shape(name: str, layers: int) -> Shape:
@@ -180,9 +209,11 @@ def main() -> None:
         torch.set_num_threads(1)
     shard = Shard(job.rank, job.ranks)
     if job.alone or job.ranks == 1:
-        group = Group(shard, Echo(job.ranks) if job.ranks > 1 else None)
+        itself = Loopback(job.ranks, device) if device.type == "cuda" else Echo(job.ranks)
+        group = Group(shard, itself if job.ranks > 1 else None)
     else:
-        group = Processes(join_store(job.port, job.ranks), shard, device).group
+        store, kernels = join_store(job.port, job.ranks), device.type == "cuda"
+        group = Processes(store, shard, device, kernels=kernels).group
     rank = Rank(job, group, device)
     with torch.inference_mode():
         for part in job.parts:

@@ -45,7 +45,7 @@ from mtp_engine.parallel.shard import Shard
 from mtp_engine.runtime.interrupts import uninterrupted
 from mtp_engine.runtime.memory import Memory
 from mtp_engine.runtime.step import ModelStep
-from mtp_engine.sampling.batch import Batch, SamplingBatch
+from mtp_engine.sampling.batch import Batch, Plan, SamplingBatch
 from mtp_engine.tree import DraftTree, VerifyResult
 from mtp_engine.verifiers import MatchVerifier, ShardedMatchVerifier
 
@@ -231,7 +231,7 @@ def test_a_signal_waits_for_the_step_and_the_second_does_not() -> None:
 
 
 def test_messages_arrive_as_they_were_sent() -> None:
-    codec = Codec(SamplingParams, Structure, TreeShape, EngineConfig)
+    codec = Codec(SamplingParams, Structure, TreeShape, EngineConfig, Plan)
     params = SamplingParams(
         temperature=0.1 + 0.2, seed=2**62, stop=("a\n\u00e9", "b"), bad_words=("x", (1, 2)), logit_bias={5: -1.5, 7: 1e-300},
         structure=Structure(json="{}"), tree=TreeShape.parse("tree:7"), allowed_token_ids=(3,),
@@ -240,6 +240,7 @@ def test_messages_arrive_as_they_were_sent() -> None:
         params,
         EngineConfig(tree=TreeShape.parse("auto")),
         [(1, True), {"a": Path("/x")}, None, float("inf")],
+        ((Plan(TreeShape.parse("tree:7"), 8), 4, 512, 1 / 3, None),),
     ):
         assert codec.read(codec.write(message)) == message
     for other in (Shard(0, 2), {1, 2}, print):
@@ -264,7 +265,7 @@ class Losing:
     def step(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def begin(self, running: Any) -> None:
+    def begin(self, running: Any, times: Any) -> None:
         self.steps += 1
 
     def check(self) -> None:

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
 from mtp_engine.models.make_tiny import make_tiny
 from mtp_engine.runtime.answer import Generation
+from mtp_engine.runtime.planner import Costs
 
 CONFIG = EngineConfig(
     tensor_parallel=2, device="cpu", dtype="fp32", tree=TreeShape.parse("2x2x1"), max_context=128, max_batch=3,
@@ -78,6 +81,51 @@ def test_all_say_what_one_process_says(engine: Engine, alone: list[Generation]) 
     for found, expected in zip(first[2].logprobs, alone[2].logprobs, strict=True):
         assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
         assert [token for token, _ in found.top] == [token for token, _ in expected.top]
+
+
+class Wavering(list[tuple[Any, ...]]):
+    """Times of steps, as if drafts were dear for some steps, and cheap for some more."""
+
+    count = 0
+
+    def append(self, spent: tuple[Any, ...]) -> None:
+        nodes, batch, _, _ = spent
+        self.count += 1
+        super().append((nodes, batch, 2.0 if self.count // 20 % 2 else 0.01, 1.0))
+
+
+@pytest.mark.parametrize("model", ["mimo"], indirect=True)
+def test_ranks_plan_alike(
+    model: tuple[Path, str | None], alone: list[Generation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All grow the same trees, whatever their own clocks and files say: here only rank 0 has a file, and its times change.
+    Requests join, leave, run out of memory and come again."""
+    folder, mtp = model
+    monkeypatch.setattr(Costs, "read", lambda path: Costs([0.0, 0.1, 0.2, 0.3], {1: 1.0, 4: 1.1, 16: 1.4}))
+    config = replace(CONFIG, tree=TreeShape.parse("auto"), kv_tokens=140)
+    with Engine.load(str(folder), config, mtp=mtp) as engine:
+        engine.loop.work.times = Wavering()
+        stream = engine.stream([PROMPTS[0]], replace(LONG, max_tokens=90))
+        next(stream)
+        stream.close()
+        first, again = (engine.generate(PROMPTS, PARAMS) for _ in range(2))
+        with engine.undrafted(max_batch=1) as plain:
+            assert tokens(plain.generate(PROMPTS[:2], PARAMS[:2])) == tokens(alone)[:2]
+    assert tokens(first) == tokens(again) == tokens(alone)
+    answers, trees = [*first, *again], sum((answer.stats.trees for answer in (*first, *again)), Counter())
+    assert sum(answer.stats.preemptions for answer in answers) > 0
+    assert len({depth for depth, _ in trees}) > 2, "the planner did not change its mind"
+    assert sum(answer.stats.accepted_per_depth[0] for answer in answers if answer.stats.accepted_per_depth) > 0
+
+
+def test_ranks_time_together() -> None:
+    """Where no costs are kept all measure them at load, in the same steps, and go by those of rank 0."""
+    config = replace(CONFIG, tree=TreeShape.parse("auto"), draft_int8=False)
+    with Engine.load(hub.NANO, config) as engine:
+        assert engine.config.tree == config.tree
+        [answer] = engine.generate(["Once upon a time"], LONG)
+        with engine.undrafted(max_batch=1) as plain:
+            assert tokens([answer]) == tokens(plain.generate(["Once upon a time"], LONG))
 
 
 @pytest.mark.parametrize("model", ["mimo-fp8"], indirect=True)

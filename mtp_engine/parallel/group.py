@@ -70,6 +70,14 @@ class Group:
         """Of every rank, one behind the other: [size, *shape]."""
         return part[None] if self.exchange is None else self.exchange.gather(part.contiguous())
 
+    def first(self, data: bytes, device: torch.device) -> bytes:
+        """Rank 0's data, on every rank. device: the exchange's."""
+        if self.exchange is None:
+            return data
+        length = int(self.exchange.gather(torch.tensor([len(data)], device=device))[0, 0])
+        own = torch.frombuffer(bytearray(data[:length].ljust(length + 1)), dtype=torch.uint8).to(device)
+        return self.exchange.gather(own)[0, :length].cpu().numpy().tobytes()
+
     def log_softmax(self, scores: Tensor) -> Tensor:
         """Of scores [..., n] whose last dimension is divided among the ranks; each gets its own part."""
         if self.exchange is None:

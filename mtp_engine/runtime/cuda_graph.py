@@ -200,7 +200,7 @@ class GraphRunner:
                 shapes.learn(plan, slots, accepted)
             host_s = None if self._idle is None else begin - self._idle
             if alone:  # what structures wait for is no shape's
-                shapes.timed(plan, count, key.bound, landed.draft_s + landed.verify_s, host_s)
+                self._step.times.append((plan, count, key.bound, landed.draft_s + landed.verify_s, host_s))
             self._idle = time.perf_counter()
 
         return Watched(flight, members.requests, [request.slot for request in members.requests], learn)
