@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
+import rank_checks
 import torch
 from floors import draft_bytes, main_bytes
 from layers import seconds
@@ -91,7 +92,7 @@ def cut_shape(name: str, layers: int) -> Shape:
     """The shape with its first `layers` layers; 0: with all."""
     shape = SHAPES[name]
     count = min(layers or shape.raw["num_hidden_layers"], shape.raw["num_hidden_layers"])
-    lists = {key: shape.raw[key][:count] for key in ("hybrid_layer_pattern", "moe_layer_freq")}
+    lists = {key: shape.raw[key][:count] for key in ("hybrid_layer_pattern", "moe_layer_freq") if key in shape.raw}
     return replace(shape, raw={**shape.raw, **lists, "num_hidden_layers": count})
 
 
@@ -110,7 +111,7 @@ class Rank:
 
     def run(self, part: dict[str, Any]) -> dict[str, Any]:
         begin = time.perf_counter()
-        found = {"weights": self.weights, "all_reduce": self.all_reduce, "step": self.step}[part["part"]](part)
+        found = getattr(self, part["part"])(part)
         gc.collect()  # graphs and caches go, before the next part makes its own
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -120,6 +121,20 @@ class Rank:
         shape = cut_shape(self.job.shape, self.job.layers)
         self.model = build_shape(self.job.shape, shape, self.config, self.group)
         return {"gb_of_each_rank": self.everywhere(self.held())}
+
+    def exchanges(self, part: dict[str, Any]) -> dict[str, Any]:
+        return rank_checks.exchanges(self.group, self.device, part["rounds"])
+
+    def kernels(self, part: dict[str, Any]) -> dict[str, Any]:
+        return {"us": rank_checks.kernels(self.group, self.device)}
+
+    def layers(self, part: dict[str, Any]) -> dict[str, Any]:
+        assert self.model is not None, "weights come first"
+        return rank_checks.layers(self.model, self.config, self.job.bandwidth)
+
+    def texts(self, part: dict[str, Any]) -> dict[str, Any]:
+        assert self.model is not None, "weights come first"
+        return rank_checks.texts(self.model, self.config, part["prompts"], part["tokens"])
 
     def all_reduce(self, part: dict[str, Any]) -> dict[str, Any]:
         """Microseconds of one of 20 sums that stand back to back, in a graph where there are any. Sizes: of the result."""
