@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from ranks import together
-from test_parallel import folders
+from test_parallel import WIDE
 from torch import Tensor
 
 pytest.importorskip("triton")
 
 from mtp_engine.attention.exact import MOST_ROWS, exact_attention
 from mtp_engine.attention.rows import StepRows
+from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import SamplingParams
 from mtp_engine.drafters.device import DeviceDraftOps
@@ -27,6 +28,7 @@ from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.kernels import exchange, linear
 from mtp_engine.models import loader
 from mtp_engine.models.fused import fuse, fuse_mtp
+from mtp_engine.models.make_tiny import make_tiny
 from mtp_engine.parallel.group import Group, joined, ordered_sum
 from mtp_engine.sampling.batch import Batch, SamplingBatch
 from mtp_engine.tree import DraftTree, VerifyResult
@@ -135,18 +137,19 @@ def test_ranks_choose_what_one_process_chooses(size: int) -> None:
         assert torch.equal(whole.parents, finished.parents)
 
 
-def read(folder: Path, mtp: Path, group: Group, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The fused main model's logits of a text, and hidden states and logits of its first MTP layer."""
+def read(folder: Path, group: Group, dtype: torch.dtype, *, fused: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """The main model's logits of a text, and hidden states and logits of its first MTP layer."""
     model = loader.load_main(folder, dtype, CPU, lambda *_: None, group=group)
-    module = fuse_mtp(loader.load_mtp(mtp, model, 0, lambda *_: None))
-    model, tokens = fuse(model), torch.tensor([[1 + i * 7 % 50 for i in range(5)]])
-    positions = torch.arange(5)[None]
+    module = loader.load_mtp(folder, model, 0, lambda *_: None)
+    if fused:
+        model, module = fuse(model), fuse_mtp(module)
+    tokens, positions = torch.tensor([[1, 8, 40]]), torch.arange(3)[None]
 
     def attention(layers: list[Any]) -> Any:
         pages = Pages(slots=1, tokens=64, page_size=16, device=CPU)
-        cache = HybridKV(layers, pages, max_nodes=MOST_ROWS, ring_page=16, kernels=True, dtype=dtype)
+        cache = HybridKV(layers, pages, max_nodes=MOST_ROWS, ring_page=16, kernels=fused, dtype=dtype)
         pages.reserve(0, 32)
-        return exact_attention(cache, StepRows.prompt(0, 0, 5, CPU))
+        return (exact_attention if fused else TorchAttention)(cache, StepRows.prompt(0, 0, 3, CPU))
 
     hidden = model.forward(tokens, positions, attention([layer.attention for layer in model.config.layers]))
     own = attention([module.config.layer.attention] * len(module.layers))
@@ -154,15 +157,18 @@ def read(folder: Path, mtp: Path, group: Group, dtype: torch.dtype) -> tuple[Ten
     return model.logits(hidden), output, group.join(module.logits(0, output))
 
 
-@pytest.mark.parametrize(("kind", "size"), [("mimo-7b", 2), ("mimo-7b", 4), ("mimo-fp8", 2)])
-def test_fused_models_over_ranks(kind: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits on all ranks, and one process's values."""
+@pytest.mark.parametrize(("family", "size"), [("mimo", 2), ("mimo", 4), ("mimo_v2_flash", 2)])
+def test_fused_models_over_ranks(family: Any, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits on all ranks, and the values of torch's modules in one process."""
     monkeypatch.setattr(linear, "packed_is_faster", lambda: False)  # kernels want weights as they are
-    folder, mtp = folders(kind, tmp_path / "model")
-    dtype = torch.bfloat16 if kind == "mimo-fp8" else torch.float32  # routers' kernels take bf16
+    dtype, changes = torch.float32, dict[str, Any](num_hidden_layers=1)
+    if family != "mimo":  # a dense and a sliding layer with experts, in FP8; routers' kernels take bf16
+        dtype = torch.bfloat16
+        changes = {**WIDE, "num_hidden_layers": 2, "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1]}
+    folder = make_tiny(tmp_path, family=family, fp8=family != "mimo", vocab_size=264, **changes)
     with torch.inference_mode():
-        alone = read(folder, mtp, Group(), dtype)
-    ranks = together(size, lambda group: read(folder, mtp, group, dtype), in_turns=True)
+        alone = read(folder, Group(), dtype, fused=False)
+    ranks = together(size, lambda group: read(folder, group, dtype), in_turns=True)
     for others in ranks[1:]:
         assert all(torch.equal(first, other) for first, other in zip(ranks[0], others, strict=True)), "other bits"
     for found, expected in zip(ranks[0], alone, strict=True):
