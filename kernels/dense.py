@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mtp_engine.kernels.dense_kernels import gated_kernel, linear_kernel, norm_kernel, place_kernel, qkv_kernel
+from mtp_engine.kernels.dense_kernels import (
+    gated_kernel,
+    linear_kernel,
+    place_kernel,
+    qkv_kernel,
+    rms_kernel,
+    scale_kernel,
+)
 from mtp_engine.kernels.fp8 import BlockMatrix
 from mtp_engine.kernels.launch import cdiv, hopper, next_power_of_2, overlap
 
@@ -120,12 +127,17 @@ def _choose(rows: int, k: int, itemsize: int, exact: bool, block: int, m: int) -
 
 
 def _normed(x: Tensor, norm: Tensor, eps: float, tile: Tile) -> tuple[Tensor, Tensor]:
-    """x * norm, rounded, and 1 / rms(x): [M, K] and [M] fp32. Some microseconds, while weights are fetched."""
+    """x * norm, rounded, and 1 / rms(x): [M, K] and [M] fp32. The product need not wait for the second: it is done long
+    before the sums are."""
     (m, k), y = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rms = torch.empty(m, dtype=torch.float32, device=x.device)
-    norm_kernel[(cdiv(m, 8), 1 + cdiv(k, 1024))](
-        x, x.stride(0), norm, eps, y, rms, m, K=k, BM=8, DEPTH=tile.depth, WARPS=tile.warps, COLUMNS=1024, PDL=overlap(m),
-        launch_pdl=overlap(m), num_warps=tile.warps, num_stages=6,
+    when = overlap(m)
+    scale_kernel[(cdiv(m, 8), cdiv(k, 1024))](
+        x, x.stride(0), norm, y, m, K=k, BM=8, COLUMNS=1024, PDL=when, launch_pdl=when > 0
+    )  # fmt: skip
+    rms_kernel[(cdiv(m, 8),)](
+        x, x.stride(0), eps, rms, m, K=k, BM=8, DEPTH=tile.depth, WARPS=tile.warps, PDL=when, launch_pdl=when > 0,
+        num_warps=tile.warps, num_stages=6,
     )  # fmt: skip
     return y, rms
 
@@ -162,7 +174,8 @@ def _launch(
     else:
         stage = tile.depth * tile.warps * (tile.rows * itemsize + (tokens + 1) * x.element_size())  # bytes
         stages = min(tile.stages, 1 + SHARED // stage)
-    pieces = 0 if inputs else min(max(32 * warps // tile.rows, 1), 8)
+    when = overlap(m)
+    pieces = 0 if inputs or (tile.wide and norm is not None) else min(max(32 * warps // tile.rows, 1), 8)
     ahead = min(k * itemsize, PREFETCH // data.shape[0]) // 128 * 128 // max(pieces, 1)
     aligned = data.data_ptr() % 16 == 0 and data.stride(0) * itemsize % 16 == 0
     first, second = inputs or (x, data)
@@ -170,8 +183,8 @@ def _launch(
         first, x.stride(0) if m > 1 else k, norm, eps, second, data.stride(0), scale, table,
         0 if scale is None else scale.stride(0), m, ahead if aligned else 0, **own,
         K=k, ROWS=tile.rows, BM=tokens, DEPTH=tile.depth, WARPS=tile.warps, BLOCK=block, WIDE=tile.wide, BOXES=tile.boxes,
-        PIECES=pieces, PDL=(2 if small else 1) * overlap(m),
-        launch_pdl=overlap(m), num_warps=warps, num_stages=stages, maxnreg=registers,
+        PIECES=pieces, PDL=2 if small and when == 1 else when,
+        launch_pdl=when > 0, num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
 
 
@@ -255,7 +268,7 @@ def qkv(
         y = linear(x, weight, norm=norm, eps=eps, bias=bias, tile=tile)
         pairs = next_power_of_2(max(qk_dim, v_dim) // 2)
         place_kernel[(cdiv(len(x), 16), heads + 2 * kv_heads)](
-            y, **shared, M=len(x), WIDTH=y.shape[1], P=pairs, BM=16
+            y, **shared, M=len(x), WIDTH=y.shape[1], P=pairs, BM=16, PDL=overlap(len(x)), launch_pdl=overlap(len(x)) > 0
         )  # fmt: skip
         return q
     pairs = tile.rows // 2

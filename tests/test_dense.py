@@ -256,12 +256,13 @@ def test_real_attention(shape: tuple[int, ...], k: int, rotary: int, fp8: bool) 
 
 
 @pytest.mark.cuda
-def test_chain_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [8, 64, 300])
+def test_chain_in_a_graph(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that start early wait for their inputs: a captured chain gives what single calls give, every time."""
     k, inner, layers = 576, 1536, 12
     weights = [(randn(2 * inner, k, seed=i) / 24, randn(k, inner, seed=-i - 1) / 39) for i in range(layers)]
     pairs = [(a.bfloat16(), b.bfloat16()) for a, b in weights]
-    norm, x = torch.ones(k, dtype=torch.bfloat16, device=DEVICE), randn(8, k, dtype=torch.bfloat16)
+    norm, x = torch.ones(k, dtype=torch.bfloat16, device=DEVICE), randn(rows, k, dtype=torch.bfloat16)
 
     def chain(y: Tensor) -> Tensor:
         for up, down in pairs:
