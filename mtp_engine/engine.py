@@ -11,7 +11,7 @@ from typing import Any, Literal, cast, final
 
 import torch
 
-from mtp_engine.assemble import learn_costs, load_main, make_drafter, make_loop, settle
+from mtp_engine.assemble import learn_costs, load_main, make_drafter, make_loop
 from mtp_engine.backend import Backend, describe_device, find_device, gpu_errors, make_backend
 from mtp_engine.cache.prefix_file import StoredPrefix
 from mtp_engine.config import DEFAULT_MODEL, EngineConfig, ModelConfig, SamplingParams
@@ -31,6 +31,7 @@ from mtp_engine.runtime.request import Request, StepOutput
 from mtp_engine.runtime.scheduler import Scheduler
 from mtp_engine.runtime.threads import pool_size
 from mtp_engine.runtime.turns import Turns
+from mtp_engine.settle import settle
 from mtp_engine.team import form_team
 from mtp_engine.text.tokenizer import Tokenizer
 

@@ -42,8 +42,9 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "assemble": (
         "attention backend cache config drafters errors hub kernels models parallel protocols runtime sampling text", "torch",
     ),
+    "settle": ("backend config errors hub models parallel", "torch"),
     "team": ("config errors hub models.loader parallel runtime", "torch"),
-    "engine": ("assemble backend cache config drafters errors hub models protocols runtime sampling team text", "torch"),
+    "engine": ("assemble backend cache config drafters errors hub models protocols runtime sampling settle team text", "torch"),
     "rank": ("engine parallel runtime team", "torch"),
     "async_engine": ("config engine errors protocols runtime", ""),
     "serve": (
