@@ -15,12 +15,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mtp_engine.kernels.dense_kernels import (
+    add_kernel,
     gated_kernel,
     linear_kernel,
     place_kernel,
     qkv_kernel,
     rms_kernel,
     scale_kernel,
+    slice_kernel,
 )
 from mtp_engine.kernels.fp8 import BlockMatrix
 from mtp_engine.kernels.launch import cdiv, hopper, next_power_of_2, overlap
@@ -47,6 +49,7 @@ class Tile:
     wide: int = 0  # so many warps take one slice of K after another; 0: every warp its own
     registers: int = 0  # a thread may have; 0: as many as it wants
     boxes: bool = False  # of a wide one: the copy engine fetches x and W
+    apart: bool = False  # of boxes: every slice of K has a CTA of its own, and the slices are added up by another kernel
 
 
 def tile_for(rows: int, k: int, itemsize: int, exact: bool) -> Tile:
@@ -126,17 +129,17 @@ def _choose(rows: int, k: int, itemsize: int, exact: bool, block: int, m: int) -
     return many(replace(tile, depth=min(tile.depth, block)) if block else tile, rows, k, m)
 
 
-def _normed(x: Tensor, norm: Tensor, eps: float, tile: Tile) -> tuple[Tensor, Tensor]:
+def _normed(x: Tensor, norm: Tensor, eps: float, weight: Weight, tile: Tile) -> tuple[Tensor, Tensor]:
     """x * norm, rounded, and 1 / rms(x): [M, K] and [M] fp32. The product need not wait for the second: it is done long
     before the sums are."""
     (m, k), y = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rms = torch.empty(m, dtype=torch.float32, device=x.device)
-    when = overlap(m)
+    when, byte = overlap(m), weight.data if isinstance(weight, BlockMatrix) else None
     scale_kernel[(cdiv(m, 8), cdiv(k, 1024))](
         x, x.stride(0), norm, y, m, K=k, BM=8, COLUMNS=1024, PDL=when, launch_pdl=when > 0
     )  # fmt: skip
     rms_kernel[(cdiv(m, 8),)](
-        x, x.stride(0), eps, rms, m, K=k, BM=8, DEPTH=tile.depth, WARPS=tile.warps, PDL=when, launch_pdl=when > 0,
+        x, x.stride(0), eps, rms, byte, m, K=k, BM=8, DEPTH=tile.depth, WARPS=tile.warps, PDL=when, launch_pdl=when > 0,
         num_warps=tile.warps, num_stages=6,
     )  # fmt: skip
     return y, rms
@@ -160,14 +163,15 @@ def _launch(
     tokens = tile.tokens or (16 if m <= 16 or small or _exact(x, weight) else 32)
     warps, registers = tile.wide or tile.warps, None
     assert tile.warps in (1, 2, 4), tile
+    first_norm = norm is not None and (tile.wide > 0 or (scale is not None and m > 16))  # else it is part of the product
+    if norm is not None and first_norm:
+        x, norm = _normed(x, norm, eps, weight, tile)
     if tile.wide:
         assert scale is None, "FP8's products take the columns of K in another order, which wgmma has not"
         assert x.dtype == data.dtype, (x.dtype, data.dtype)
         step = min(tile.depth, 64)
         stages = min(tile.stages, SHARED // (step * (tile.rows + tokens) * itemsize))
         registers = tile.registers or None
-        if norm is not None:
-            x, norm = _normed(x, norm, eps, tile)
         if tile.boxes:
             box = tile.rows // 2 if kernel is gated_kernel else tile.rows  # gate's rows and up's are apart
             inputs = TensorDescriptor.from_tensor(x, [tokens, step]), TensorDescriptor.from_tensor(data, [box, step])
@@ -175,7 +179,7 @@ def _launch(
         stage = tile.depth * tile.warps * (tile.rows * itemsize + (tokens + 1) * x.element_size())  # bytes
         stages = min(tile.stages, 1 + SHARED // stage)
     when = overlap(m)
-    pieces = 0 if inputs or (tile.wide and norm is not None) else min(max(32 * warps // tile.rows, 1), 8)
+    pieces = 0 if inputs or first_norm else min(max(32 * warps // tile.rows, 1), 8)
     ahead = min(k * itemsize, PREFETCH // data.shape[0]) // 128 * 128 // max(pieces, 1)
     aligned = data.data_ptr() % 16 == 0 and data.stride(0) * itemsize % 16 == 0
     first, second = inputs or (x, data)
@@ -183,9 +187,24 @@ def _launch(
         first, x.stride(0) if m > 1 else k, norm, eps, second, data.stride(0), scale, table,
         0 if scale is None else scale.stride(0), m, ahead if aligned else 0, **own,
         K=k, ROWS=tile.rows, BM=tokens, DEPTH=tile.depth, WARPS=tile.warps, BLOCK=block, WIDE=tile.wide, BOXES=tile.boxes,
-        PIECES=pieces, PDL=2 if small and when == 1 else when,
+        PIECES=pieces, PDL=2 if small and when == 1 else when, RMS=first_norm,
         launch_pdl=when > 0, num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
+
+
+def _slices(x: Tensor, norm: Tensor | None, eps: float, weight: Tensor, tile: Tile) -> tuple[Tensor, Tensor | None]:
+    """The sums of `slice_kernel`, [slices, M, N] fp32, and 1 / rms(x) if there is a norm."""
+    (m, k), factors, rms = x.shape, None, norm is not None
+    if norm is not None:
+        x, factors = _normed(x, norm, eps, weight, tile)
+    sums = torch.empty(tile.warps, m, len(weight), dtype=torch.float32, device=x.device)
+    step, when = min(tile.depth, 64), overlap(m)
+    inputs = TensorDescriptor.from_tensor(x, [tile.tokens, step]), TensorDescriptor.from_tensor(weight, [tile.rows, step])
+    slice_kernel[(cdiv(m, tile.tokens), cdiv(len(weight), tile.rows), tile.warps)](
+        *inputs, sums, m, N=len(weight), K=k, ROWS=tile.rows, BM=tile.tokens, DEPTH=tile.depth, SLICES=tile.warps,
+        PDL=when, RMS=rms, launch_pdl=when > 0, num_warps=tile.wide, num_stages=tile.stages,
+    )  # fmt: skip
+    return sums, factors
 
 
 def linear(
@@ -209,6 +228,14 @@ def linear(
     out = x.new_empty(len(x), rows, dtype=out_dtype or x.dtype)
     assert residual is None or residual.stride(1) == 1
     stride = 0 if residual is None else residual.stride(0) if len(x) > 1 else rows
+    if tile.apart:
+        assert isinstance(weight, Tensor)
+        sums, factors = _slices(x, norm, eps, weight, tile)
+        add_kernel[(len(x), cdiv(rows, 1024))](
+            sums, factors, bias, residual, stride, out, len(x), N=rows, SLICES=tile.warps, COLUMNS=1024,
+            PDL=overlap(len(x)), launch_pdl=overlap(len(x)) > 0,
+        )  # fmt: skip
+        return out
     _launch(
         linear_kernel, cdiv(rows, tile.rows), x, norm, eps, weight, tile,
         bias=bias, residual=residual, residual_stride=stride, out=out, N=rows,
@@ -221,6 +248,7 @@ def gated(
 ) -> Tensor:
     """silu(gate) * up with [gate; up] = rmsnorm(x) W^T, rounded once. weight: [2I, K]; x: [M, K] -> [M, I] in x's type."""
     columns, tile = _matrix(weight).shape[0] // 2, tile or _tile(x, weight)
+    assert not tile.apart, "gate and up are not added up apart"
     out = x.new_empty(len(x), columns)
     _launch(gated_kernel, cdiv(columns, tile.rows // 2), x, norm, eps, weight, tile, out=out, N=columns)
     return out
@@ -264,7 +292,7 @@ def qkv(
         "v_cache": v_cache, "v_row": v_cache.stride(0), "v_head": v_cache.stride(1),
         "HEADS": heads, "KV_HEADS": kv_heads, "QK_DIM": qk_dim, "V_DIM": v_dim, "ROTARY": cos.shape[1],
     }  # fmt: skip
-    if len(x) > _APART or tile.boxes:
+    if len(x) > _APART or tile.boxes or tile.apart:
         y = linear(x, weight, norm=norm, eps=eps, bias=bias, tile=tile)
         pairs = next_power_of_2(max(qk_dim, v_dim) // 2)
         place_kernel[(cdiv(len(x), 16), heads + 2 * kv_heads)](

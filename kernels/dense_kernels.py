@@ -67,6 +67,14 @@ def _add_squares(ones, wide, squares):
 
 
 @triton.jit
+def _ones_of_bytes(weight, ones):
+    """Still ones, but made from some byte: Triton lays out the operands of a product by the narrowest type that was loaded for
+    it, and x must have one layout in both products of FP8 weights, or its loads are not pipelined."""
+    byte = tl.load((weight + tl.arange(0, ones.shape[2])[None, None, :]).to(tl.pointer_type(tl.int8)))
+    return tl.broadcast_to(((byte | 1) & 1).to(tl.float32).to(ones.dtype), ones.shape)
+
+
+@triton.jit
 def _inverse_rms(squares, eps, K: tl.constexpr, WARPS: tl.constexpr, BM: tl.constexpr):
     """1 / rms of BM tokens from the sums of `_add_squares`."""
     total, _ = _halves(squares, WARPS, 8, BM)
@@ -94,10 +102,7 @@ def _sliced_product(
     if scale is not None:
         scale_at = scale + tl.load(table + row)[None, :] * scale_stride
         if norm is not None:
-            # still ones, but made from some byte: Triton lays out the operands of a product by the narrowest type that
-            # was loaded for it, and x must have one layout in both products, or its loads are not pipelined
-            byte = tl.load((weight + tl.arange(0, DEPTH)[None, None, :]).to(tl.pointer_type(tl.int8)))
-            ones = tl.broadcast_to(((byte | 1) & 1).to(tl.float32).to(kind), [WARPS, 16, DEPTH])
+            ones = _ones_of_bytes(weight, ones)
     for start in range(0, K, STEP):
         inside = k < K - start
         if EVEN:
@@ -196,20 +201,22 @@ def _box_product(
 ):  # fmt: skip
     """As `_wide_product`, with x and weight as tensor descriptors of [BM, STEP] and [P, STEP]: the copy engine fetches them.
 
-    The rows are row_a.., P of them, and BOTH: row_b.., too; else the second result means nothing.
+    The rows are row_a.., P of them, and BOTH: row_b.., too; else the second result means nothing. A loop for each slice:
+    in one over all, ptxas would let two accumulators wait for each other.
     """
     STEP: tl.constexpr = min(DEPTH, 64)
+    PARTS: tl.constexpr = DEPTH // STEP
     total_a, total_b = tl.zeros([P, BM], tl.float32), tl.zeros([P, BM], tl.float32)
-    a, b = tl.zeros([P, BM], tl.float32), tl.zeros([P, BM], tl.float32)
-    for i in range((K + DEPTH - 1) // DEPTH * (DEPTH // STEP)):
-        start, last = _step(i, K, DEPTH, SLICES, STEP)
-        values = tl.trans(x.load([first, start]))
-        a = tl.dot(weight.load([row_a, start]), values, a)
-        if BOTH:
-            b = tl.dot(weight.load([row_b, start]), values, b)
-        if last:
-            total_a, a = total_a + a, tl.zeros([P, BM], tl.float32)
-            total_b, b = total_b + b, tl.zeros([P, BM], tl.float32)
+    for s in range(SLICES):
+        a, b = tl.zeros([P, BM], tl.float32), tl.zeros([P, BM], tl.float32)
+        for i in range(s * PARTS, (s + tl.cdiv(K - s * DEPTH, SLICES * DEPTH)) * PARTS):
+            start = ((i // PARTS - s) * SLICES + s) * DEPTH + i % PARTS * STEP
+            values = tl.trans(x.load([first, start]))
+            a = tl.dot(weight.load([row_a, start]), values, a)
+            if BOTH:
+                b = tl.dot(weight.load([row_b, start]), values, b)
+        total_a += a
+        total_b += b
     return _scaled(total_a, total_b, rms, first + tl.arange(0, BM), M, PDL)
 
 
@@ -217,17 +224,17 @@ def _box_product(
 def _product(
     x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
     K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
+    """norm: of the RMS norm or, RMS, the factors of `rms_kernel`, where x has been multiplied with the norm already."""
     if WIDE:
         a, b = _wide_product(x, x_stride, norm, weight, w_stride, row, first, M, K, ROWS, BM, DEPTH, WARPS, PDL)
     else:
         a, b = _sliced_product(
-            x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
+            x, x_stride, None if RMS else norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
             K, ROWS, BM, DEPTH, WARPS, BLOCK,
         )  # fmt: skip
-        if PDL == 3:
-            tl.extra.cuda.gdc_launch_dependents()
+        a, b = _scaled(a, b, norm if RMS else None, first + tl.arange(0, BM), M, PDL)
     return a, b
 
 
@@ -248,10 +255,11 @@ def scale_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def rms_kernel(
-    x, x_stride, eps, rms, M, K: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr
+    x, x_stride, eps, rms, byte, M, K: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """1 / rms(x) in fp32, as `_sliced_product` has it. The next kernel starts once `scale_kernel`, which is before this
-    one, has ended, and waits for this one when its sums are done."""
+    """1 / rms(x) in fp32, as `_sliced_product` has it. byte: any, where the weight is FP8; the next kernel starts once
+    `scale_kernel`, which is before this one, has ended, and waits for this one when its sums are done."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -260,10 +268,59 @@ def rms_kernel(
     x_at = x + token.to(tl.int64)[None, :, None] * x_stride + k
     squares = tl.zeros([WARPS, 16, BM], tl.float32)
     ones = tl.full([WARPS, 16, DEPTH], 1.0, tl.float32).to(x.dtype.element_ty)
+    if byte is not None:
+        ones = _ones_of_bytes(byte, ones)
     for start in range(0, K, WARPS * DEPTH):
         values = tl.load(x_at + start, mask=(token < M)[None, :, None] & (k < K - start), other=0.0)
         squares = _add_squares(ones, values.to(tl.float32), squares)
     tl.store(rms + token, _inverse_rms(squares, eps, K, WARPS, BM), mask=token < M)
+
+
+@triton.jit(do_not_specialize=["M"])
+def slice_kernel(
+    x, weight, sums, M, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr,
+    SLICES: tl.constexpr, PDL: tl.constexpr, RMS: tl.constexpr,
+):  # fmt: skip
+    """One slice of K of `_box_product`, the third number of the program: sums [SLICES, M, N] fp32. RMS: see `_begin`'s WAIT."""
+    STEP: tl.constexpr = min(DEPTH, 64)
+    PARTS: tl.constexpr = DEPTH // STEP
+    if PDL and not RMS:
+        tl.extra.cuda.gdc_wait()
+    first, start, s = tl.program_id(0) * BM, tl.program_id(1) * ROWS, tl.program_id(2)
+    acc = tl.zeros([ROWS, BM], tl.float32)
+    for i in range((K + SLICES * DEPTH - 1) // (SLICES * DEPTH) * PARTS):  # beyond K there are zeros
+        at = (i // PARTS * SLICES + s) * DEPTH + i % PARTS * STEP
+        acc = tl.dot(weight.load([start, at]), tl.trans(x.load([first, at])), acc)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if RMS:
+            tl.extra.cuda.gdc_wait()
+    token = (first + tl.arange(0, BM)).to(tl.int64)[None, :]
+    n = start + tl.arange(0, ROWS)[:, None]
+    tl.store(sums + (s * M + token) * N + n, acc, mask=(token < M) & (n < N))
+
+
+@triton.jit(do_not_specialize=["M"])
+def add_kernel(
+    sums, rms, bias, residual, residual_stride, out, M, N: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """The slices of `slice_kernel` added up, the first one first, and what `linear_kernel` does then. A program takes COLUMNS
+    columns of a token."""
+    token, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    y = tl.zeros([COLUMNS], tl.float32)
+    for s in tl.static_range(SLICES):
+        y += tl.load(sums + (s * M + token) * N + n, mask=n < N, other=0.0)
+    if rms is not None:
+        y = y * tl.load(rms + token)
+    if bias is not None:
+        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    if residual is not None:
+        y += tl.load(residual + token * residual_stride + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out + token * N + n, y.to(out.dtype.element_ty), mask=n < N)
 
 
 @triton.jit(do_not_specialize=["M", "ahead"])
@@ -272,10 +329,11 @@ def linear_kernel(
     bias, residual, residual_stride, out, N: tl.constexpr,
     K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
     BLOCK: tl.constexpr, WIDE: tl.constexpr, BOXES: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
+    RMS: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(1) * ROWS
     row = tl.minimum(start + tl.arange(0, ROWS), N - 1).to(tl.int64)
-    _begin(weight, w_stride, row, ahead, ROWS, PIECES, PDL, not WIDE or norm is None)
+    _begin(weight, w_stride, row, ahead, ROWS, PIECES, PDL, not RMS)
     first = tl.program_id(0) * BM
     token = (first + tl.arange(0, BM)).to(tl.int64)[None, :]
     if BOXES:
@@ -299,7 +357,7 @@ def linear_kernel(
             bias_b = tl.load(bias + n2, mask=n2 < N, other=0.0).to(tl.float32)
         a, b = _product(
             x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
-            K, ROWS, BM, DEPTH, WARPS, BLOCK, WIDE, PDL,
+            K, ROWS, BM, DEPTH, WARPS, BLOCK, WIDE, PDL, RMS,
         )  # fmt: skip
         if bias is not None:
             a, b = a + bias_a, b + bias_b
@@ -318,12 +376,13 @@ def gated_kernel(
     out, N: tl.constexpr,
     K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
     BLOCK: tl.constexpr, WIDE: tl.constexpr, BOXES: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
+    RMS: tl.constexpr,
 ):  # fmt: skip
     """N: columns of `out`, half the rows of the weight."""
     P: tl.constexpr = ROWS // 2
     r = tl.arange(0, ROWS)
     row = (tl.minimum(tl.program_id(1) * P + r % P, N - 1) + r // P * N).to(tl.int64)
-    _begin(weight, w_stride, row, ahead, ROWS, PIECES, PDL, not WIDE or norm is None)
+    _begin(weight, w_stride, row, ahead, ROWS, PIECES, PDL, not RMS)
     first = tl.program_id(0) * BM
     if BOXES:
         n = tl.program_id(1) * P
@@ -331,7 +390,7 @@ def gated_kernel(
     else:
         gate, up = _product(
             x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
-            K, ROWS, BM, DEPTH, WARPS, BLOCK, WIDE, PDL,
+            K, ROWS, BM, DEPTH, WARPS, BLOCK, WIDE, PDL, RMS,
         )  # fmt: skip
     token = (first + tl.arange(0, BM)).to(tl.int64)[None, :]
     n = tl.program_id(1) * P + tl.arange(0, P)[:, None]
@@ -395,13 +454,14 @@ def qkv_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, QK_DIM: tl.constexpr, V_DIM: tl.constexpr, ROTARY: tl.constexpr,
     K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr,
     BLOCK: tl.constexpr, WIDE: tl.constexpr, BOXES: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
+    RMS: tl.constexpr,
 ):  # fmt: skip
     """A CTA's rows are pairs of dimensions of one head, as `_dimension` pairs them. k_row .. v_head: strides of the caches."""
     P: tl.constexpr = ROWS // 2
     values, head, part, dim, rotary, base = _unit(tl.program_id(1), P, HEADS, KV_HEADS, QK_DIM, V_DIM, ROTARY)
     r = tl.arange(0, ROWS)
     row = (base + _dimension(tl.minimum(part * P + r % P, dim // 2 - 1), r // P, dim, rotary)).to(tl.int64)
-    _begin(weight, w_stride, row, ahead, ROWS, PIECES, PDL, not WIDE or norm is None)
+    _begin(weight, w_stride, row, ahead, ROWS, PIECES, PDL, not RMS)
     first = tl.program_id(0) * BM
     token = (first + tl.arange(0, BM)).to(tl.int64)[None, :]
     p = part * P + tl.arange(0, P)[:, None]
@@ -416,7 +476,7 @@ def qkv_kernel(
         bias_b = tl.load(bias + base + j, mask=p < dim // 2, other=0.0).to(tl.float32)
     a, b = _product(
         x, x_stride, norm, eps, weight, w_stride, scale, table, scale_stride, row, first, M,
-        K, ROWS, BM, DEPTH, WARPS, BLOCK, WIDE, PDL,
+        K, ROWS, BM, DEPTH, WARPS, BLOCK, WIDE, PDL, RMS,
     )  # fmt: skip
     if bias is not None:
         a, b = a + bias_a, b + bias_b
