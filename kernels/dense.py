@@ -49,7 +49,9 @@ class Tile:
     wide: int = 0  # so many warps take one slice of K after another; 0: every warp its own
     registers: int = 0  # a thread may have; 0: as many as it wants
     boxes: bool = False  # of a wide one: the copy engine fetches x and W
-    apart: bool = False  # of boxes: every slice of K has a CTA of its own, and the slices are added up by another kernel
+    apart: bool = (
+        False  # of boxes: every slice of K has a CTA of its own, and the slices are added up by another kernel
+    )
 
 
 def tile_for(rows: int, k: int, itemsize: int, exact: bool) -> Tile:
@@ -68,44 +70,48 @@ def tile_for(rows: int, k: int, itemsize: int, exact: bool) -> Tile:
     return Tile(32, 64, 4, 3) if rows <= 65536 else Tile(64, 64, 2, 4)
 
 
+def _sliced(rows: int, tokens: int, stages: int) -> dict[str, Any]:
+    return {"rows": rows, "tokens": tokens, "stages": stages}
+
+
+def _wide(rows: int, tokens: int, warps: int, stages: int, **more: int) -> dict[str, Any]:
+    return {"rows": rows, "tokens": tokens, "wide": warps, "stages": stages, **more}
+
+
+_COUNTS = (32, 64, 128, 256)  # of tokens, at most
+_SWEPT = (  # more rows of the weight than, as many columns as, and the fastest tile for each of _COUNTS (an H100, bench/LOG.md)
+    (65536, 2048, (_sliced(32, 32, 3), _wide(128, 64, 4, 3, boxes=True), _wide(64, 128, 8, 4),
+                   _wide(128, 128, 8, 6, boxes=True))),
+    (8192, 2048, (_wide(64, 32, 4, 6), _wide(64, 64, 4, 3), _wide(128, 64, 4, 3, registers=168, boxes=True),
+                  _wide(128, 128, 8, 6))),
+    (4096, 2048, (_wide(64, 32, 4, 8), _wide(64, 64, 4, 8), _wide(64, 128, 8, 6), _wide(128, 128, 8, 6))),
+    (0, 8192, (_sliced(32, 32, 4), _wide(64, 64, 4, 6, apart=True), _wide(64, 64, 4, 8), _wide(128, 256, 8, 4, apart=True))),
+    (0, 2048, (_sliced(32, 32, 4), _sliced(32, 64, 3), _wide(64, 64, 4, 8), _wide(64, 128, 8, 6))),
+    (8192, 0, (_wide(64, 32, 4, 4), _wide(64, 64, 4, 4), _wide(128, 64, 4, 3, registers=168, boxes=True),
+               _wide(128, 128, 8, 4))),
+    (0, 0, (_wide(64, 32, 4, 4), _wide(64, 64, 4, 4), _wide(64, 128, 8, 4), _wide(128, 128, 8, 4))),
+)  # fmt: skip
+
+
 def many(tile: Tile, rows: int, k: int, m: int) -> Tile:
     """The tile of a bf16 weight [rows, k] for m tokens whose tile for few is `tile`: the same sums in the same order."""
     if m <= 16:
         return tile
-
-    def sliced(weights: int, tokens: int) -> Tile:
-        return replace(tile, rows=weights, tokens=tokens, stages=3)
-
-    def wide(weights: int, tokens: int, warps: int, stages: int, registers: int = 0) -> Tile:
-        return replace(tile, rows=weights, tokens=tokens, wide=warps, stages=stages, registers=registers)
-
-    def boxes(weights: int, tokens: int, warps: int, stages: int, registers: int = 0) -> Tile:
-        if not hopper() or k % 8:
-            return wide(128, 128, 8, 4)
-        return replace(wide(weights, tokens, warps, stages, registers), boxes=True)
-
     if rows * k * 2 <= PREFETCH:  # bound by latency: as many CTAs as there can be
         if m <= 32:
             return tile
-        if m <= 64 or (rows < 2048 and m <= 256):
-            return sliced(32, 32)
-        return wide(64, 64, 4, 4) if m <= 128 else wide(64, 128, 8, 4)
-    if m <= 32:
-        return sliced(32, 32) if k >= 2048 else wide(64, 32, 4, 4)
-    if m > 256:
-        large, small = (-(-tiles // _SMS) for tiles in (-(-rows // 128) * -(-m // 256), -(-rows // 128) * -(-m // 128)))
-        return (
-            boxes(128, 256, 8, 3) if large <= 0.58 * small else boxes(128, 128, 8, 4)
-        )  # a small one takes 0.58 as long
-    if rows <= 4096:  # few rows: smaller tiles
-        return sliced(32, 64) if m <= 64 else wide(64, 64, 4, 8) if m <= 128 else wide(64, 128, 8, 6)
-    if m <= 64:
-        return wide(64, 64, 4, 4)
-    if rows > 65536:
-        return boxes(128, 128, 8, 6) if m <= 128 else boxes(128, 256, 8, 3)
-    if m <= 128:
-        return boxes(128, 64, 4, 3, 168) if rows > 8192 else wide(64, 128, 8, 6 if k >= 2048 else 4)
-    return wide(128, 128, 8, 4)
+        few = m <= 64 or (rows < 2048 and m <= 256)
+        given = _sliced(32, 32, 3) if few else _wide(64, 64, 4, 4) if m <= 128 else _wide(64, 128, 8, 4)
+    elif m <= _COUNTS[-1]:
+        tiles = next(tiles for above, least, tiles in _SWEPT if rows > above and k >= least)
+        given = next(each for each, most in zip(tiles, _COUNTS, strict=True) if m <= most)
+    else:
+        large, small = (cdiv(cdiv(rows, 128) * cdiv(m, tokens), _SMS) for tokens in (256, 128))  # rounds of CTAs
+        fewer = large <= 0.58 * small  # a small one takes 0.58 as long
+        given = _wide(128, 256, 8, 3, boxes=True) if fewer else _wide(128, 128, 8, 4, boxes=True)
+    if ("boxes" in given or "apart" in given) and (k % 8 or not hopper()):
+        given = _wide(128, 128, 8, 4)
+    return replace(tile, **given)
 
 
 def _matrix(weight: Weight) -> Tensor:
@@ -163,7 +169,9 @@ def _launch(
     tokens = tile.tokens or (16 if m <= 16 or small or _exact(x, weight) else 32)
     warps, registers = tile.wide or tile.warps, None
     assert tile.warps in (1, 2, 4), tile
-    first_norm = norm is not None and (tile.wide > 0 or (scale is not None and m > 16))  # else it is part of the product
+    first_norm = norm is not None and (
+        tile.wide > 0 or (scale is not None and m > 16)
+    )  # else it is part of the product
     if norm is not None and first_norm:
         x, norm = _normed(x, norm, eps, weight, tile)
     if tile.wide:
@@ -199,7 +207,10 @@ def _slices(x: Tensor, norm: Tensor | None, eps: float, weight: Tensor, tile: Ti
         x, factors = _normed(x, norm, eps, weight, tile)
     sums = torch.empty(tile.warps, m, len(weight), dtype=torch.float32, device=x.device)
     step, when = min(tile.depth, 64), overlap(m)
-    inputs = TensorDescriptor.from_tensor(x, [tile.tokens, step]), TensorDescriptor.from_tensor(weight, [tile.rows, step])
+    inputs = (
+        TensorDescriptor.from_tensor(x, [tile.tokens, step]),
+        TensorDescriptor.from_tensor(weight, [tile.rows, step]),
+    )
     slice_kernel[(cdiv(m, tile.tokens), cdiv(len(weight), tile.rows), tile.warps)](
         *inputs, sums, m, N=len(weight), K=k, ROWS=tile.rows, BM=tile.tokens, DEPTH=tile.depth, SLICES=tile.warps,
         PDL=when, RMS=rms, launch_pdl=when > 0, num_warps=tile.wide, num_stages=tile.stages,
@@ -231,8 +242,8 @@ def linear(
     if tile.apart:
         assert isinstance(weight, Tensor)
         sums, factors = _slices(x, norm, eps, weight, tile)
-        add_kernel[(len(x), cdiv(rows, 1024))](
-            sums, factors, bias, residual, stride, out, len(x), N=rows, SLICES=tile.warps, COLUMNS=1024,
+        add_kernel[(len(x), cdiv(rows, 512))](
+            sums, factors, bias, residual, stride, out, len(x), N=rows, SLICES=tile.warps, COLUMNS=512,
             PDL=overlap(len(x)), launch_pdl=overlap(len(x)) > 0,
         )  # fmt: skip
         return out

@@ -32,7 +32,9 @@ def _halves(acc, WARPS: tl.constexpr, P: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def _begin(weight, w_stride, row, ahead, ROWS: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr):
+def _begin(
+    weight, w_stride, row, ahead, ROWS: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr
+):
     """Asks for the first bytes of the weight rows and waits for the previous kernel. PDL: see launch.overlap.
 
     row: [ROWS] int64; ahead: bytes per piece, a multiple of 16, or 0; PIECES: of a row, 0: ask for nothing; WAIT: or
@@ -243,7 +245,10 @@ def scale_kernel(
     x, x_stride, norm, y, M, K: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """y = x * norm, rounded, as `_sliced_product` has it. A program takes COLUMNS columns of BM tokens."""
-    token, column = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    token, column = (
+        tl.program_id(0) * BM + tl.arange(0, BM),
+        tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :],
+    )
     keep = (token < M)[:, None] & (column < K)
     factor = tl.load(norm + column, mask=column < K, other=0.0).to(tl.float32)
     if PDL:
