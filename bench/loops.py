@@ -41,6 +41,9 @@ class Recorder:
     def prepare(self, members: Members, bound: int) -> None:
         self._inner.prepare(members, bound)
 
+    def prepare_reading(self, chunks: Sequence[PromptChunk]) -> None:
+        self._inner.prepare_reading(chunks)
+
     def settle(self) -> None:
         self._inner.settle()
 

@@ -94,7 +94,7 @@ def chain_attention(
     assert not fresh or (packed and window and all(x.is_contiguous() for x in fresh)), "rows of a windowed layer"
     new = torch.zeros if packed and packed.padded else torch.empty
     out = new(*q.shape[:3], v_dim, dtype=q.dtype, device=q.device)
-    early = overlap(q.shape[0] * q.shape[1])
+    when = overlap(q.shape[0] * q.shape[1])
     taken = min(plan.rows // group, plan.tile)
     per = cdiv(min(nodes, plan.tile), taken)
     tiles = 1 + cdiv(nodes - 1, plan.tile)  # of positions: the first row may stand anywhere in its own
@@ -110,7 +110,7 @@ def chain_attention(
         scale * LOG2E.value, GROUP=group, KV_HEADS=kv_heads, DK=dim, DV=v_dim, D0=whole, D1=rest,
         DV_PAD=max(16, next_power_of_2(v_dim)), PAGE=page_size, WINDOW=window, TILE=plan.tile, SPLITS=plan.splits,
         ROWS=plan.rows, TAKEN=taken, DEPTH=plan.depth, FIRST=first is not None, SINK=sink is not None,
-        PACKED=packed is not None, FRESH=fresh is not None, PDL=early, launch_pdl=early, num_warps=plan.warps,
+        PACKED=packed is not None, FRESH=fresh is not None, PDL=when, launch_pdl=when > 0, num_warps=plan.warps,
         enable_fp_fusion=False,
     )  # fmt: skip
     return out

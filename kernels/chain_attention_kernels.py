@@ -68,6 +68,7 @@ def chain_kernel(
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
+    if PDL == 1:
         tl.extra.cuda.gdc_launch_dependents()
     kv_head, block = tl.program_id(0) % KV_HEADS, tl.num_programs(0) // KV_HEADS - 1 - tl.program_id(0) // KV_HEADS
     b = tl.program_id(1)
@@ -130,6 +131,8 @@ def chain_kernel(
                 run, queries, k_cache, v_cache, number.to(tl.int64) * PAGE + pos % PAGE, exists, seen, scale, k_row,
                 v_row, DK, DV, D0, D1, DV_PAD,
             )  # fmt: skip
+    if PDL == 3:
+        tl.extra.cuda.gdc_launch_dependents()
     m, total, acc = _merge(state, run)
     y = _finish(m, total, acc, tl.load(sink + head, mask=valid, other=0.0).to(tl.float32) if SINK else total, SINK)
     out += line * (KV_HEADS * GROUP * DV)
