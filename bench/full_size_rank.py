@@ -17,7 +17,7 @@ import rank_checks
 import torch
 from floors import draft_bytes, main_bytes
 from layers import seconds
-from loops import ROOM, Forced, build, measure, pretend
+from loops import ROOM, Forced, build, kernel_times, measure, pretend
 from shapes import SHAPES, Model, Shape, build_shape
 from torch import Tensor
 
@@ -84,7 +84,7 @@ class Loopback:
 
     def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
         if partial.numel() <= exchange.FEW:
-            return exchange.reduce(partial, self._boxes, dtype, residual)
+            return exchange.reduce(partial, self._boxes, dtype, residual, few=1 << 40)  # the other kernel would not do
         return (partial * self._size if residual is None else torch.add(residual, partial, alpha=self._size)).to(dtype)
 
 
@@ -135,6 +135,15 @@ class Rank:
     def texts(self, part: dict[str, Any]) -> dict[str, Any]:
         assert self.model is not None, "weights come first"
         return rank_checks.texts(self.model, self.config, part["prompts"], part["tokens"])
+
+    def profile(self, part: dict[str, Any]) -> dict[str, Any]:
+        """The kernels of a step that take longest: microseconds and calls."""
+        assert self.model is not None, "weights come first"
+        bench = build(self.model, part["tree"], part["batch"], part["context"], self.config)
+        pretend(bench.loop, part["batch"], part["context"])
+        found = kernel_times(bench)
+        bench.close()
+        return {"kernels": {name[:60]: [round(us, 1), calls] for name, (us, calls) in list(found.items())[:16]}}
 
     def all_reduce(self, part: dict[str, Any]) -> dict[str, Any]:
         """Microseconds of one of 20 sums that stand back to back, in a graph where there are any. Sizes: of the result."""

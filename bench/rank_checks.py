@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mtp_engine import EngineConfig, SamplingParams
 from mtp_engine.kernels.exchange import reduce
-from mtp_engine.parallel.device import DeviceExchange
 from mtp_engine.parallel.group import Group, joined, ordered_sum
 
 _WIDTH = 4096
@@ -139,7 +138,3 @@ def texts(model: Model, config: EngineConfig, prompts: int, tokens: int) -> dict
     equal = {name: sum(a == b for a, b in zip(said, plain, strict=True)) for name, said in found.items()}
     sums = torch.tensor([crc32(repr((plain, found)).encode())], device=model.main.embedding.device)
     return {"as_plain": equal, "of": prompts, "ranks_alike": len(model.main.group.gather(sums).unique()) == 1}
-
-
-def is_shared(group: Group) -> bool:
-    return isinstance(group.exchange, DeviceExchange)

@@ -99,10 +99,13 @@ def on_gpus(kind: str, ranks: int, layers: int, seconds: float) -> list[Part]:
     """What ranks measured of made-up models."""
     exchange: list[Part] = [{"part": "exchanges", "rounds": 300}, {"part": "kernels"}]
     texts: Part = {"part": "texts", "prompts": 40, "tokens": 64}
+    profile: Part = {"part": "profile", "batch": 16, "context": 1024, "tree": "chain:3"}
     plans: dict[str, list[tuple[str, int, int, list[Part]]]] = {
         "exchange": [("tiny", 0, ranks, [*exchange, texts])],
-        "7b": [("mimo-7b", 0, 1, steps((1, 16))), ("mimo-7b", 0, ranks, [*steps((1, 16)), texts])],
-        "flash": [("mimo-v2-flash", layers, ranks, [*steps((1,)), {"part": "layers"}, *steps((4, 16))])],
+        "7b": [("mimo-7b", 0, 1, steps((1, 16))), ("mimo-7b", 0, ranks, [*steps((1, 16)), texts, profile])],
+        "flash": [
+            ("mimo-v2-flash", layers, ranks, [*steps((1,)), {"part": "layers"}, *steps((16,)), {**profile, "batch": 1}])
+        ],
     }
     found, limits = list[Part](), Limits(60.0, 120.0, time.monotonic() + seconds)
     for shape, count, size, parts in plans[kind]:

@@ -18,8 +18,9 @@ from mtp_engine.kernels.launch import cdiv, next_power_of_2, pdl
 _BLOCK, _PROGRAMS = 128, 1024  # of `few_kernel`: one warp, four words a thread
 _ROOM, _MANY_PROGRAMS = 4096, 528  # of `many_kernel`: words of all ranks that a program takes at a time
 _LEAST = 256  # words of a block there
-_PATIENCE = 1 << 29  # looks at what has come before a rank gives the others up: minutes
-FEW = 1 << 17  # values up to which every rank sends all of them to all
+_LOOKS = 1 << 15  # at what has come, before one at `stop`: 10 ms
+_PATIENCE = 1 << 29  # of these looks before a rank gives the others up: minutes
+FEW = 1 << 18  # values times other ranks up to which every rank sends all of them to all
 
 
 @final
@@ -90,7 +91,7 @@ def reduce(partial: Tensor, boxes: Boxes, dtype: torch.dtype, residual: Tensor |
     assert partial.dtype == torch.float32
     assert residual is None or (residual.is_contiguous() and residual.shape == partial.shape)
     out, count = torch.empty_like(partial, dtype=dtype), partial.numel()
-    if count <= few:
+    if count * (boxes.size - 1) <= few:
         _few(partial, residual, out, boxes, count, sums=True)
         return out
     room = block = _room(boxes.size)
@@ -98,7 +99,8 @@ def reduce(partial: Tensor, boxes: Boxes, dtype: torch.dtype, residual: Tensor |
         block //= 2
     many_kernel[(min(_MANY_PROGRAMS, cdiv(count, boxes.size * block)),)](
         partial, residual, out, boxes.many, boxes.many_turns, boxes.stop, count, RANK=boxes.rank, SIZE=boxes.size,
-        PADDED=next_power_of_2(boxes.size), PROGRAMS=_MANY_PROGRAMS, BLOCK=block, ROOM=room, PATIENCE=boxes.patience,
+        PADDED=next_power_of_2(boxes.size), PROGRAMS=_MANY_PROGRAMS, BLOCK=block, ROOM=room,
+        LOOKS=min(_LOOKS, boxes.patience), PATIENCE=boxes.patience,
         num_warps=4,
     )  # fmt: skip
     return out
@@ -110,5 +112,6 @@ def _few(x: Tensor, residual: Tensor | None, out: Tensor, boxes: Boxes, width: i
         return
     few_kernel[(min(_PROGRAMS, cdiv(count, _BLOCK)),)](
         x, residual, out, boxes.few, boxes.few_turns, boxes.stop, count, width, RANK=boxes.rank, SIZE=boxes.size,
-        BLOCK=_BLOCK, SUM=sums, PATIENCE=boxes.patience, PDL=pdl(), launch_pdl=pdl(), num_warps=1,
+        BLOCK=_BLOCK, SUM=sums, LOOKS=min(_LOOKS, boxes.patience), PATIENCE=boxes.patience, PDL=pdl(), launch_pdl=pdl(),
+        num_warps=1,
     )  # fmt: skip

@@ -18,7 +18,8 @@ def _memory(boxes, rank, kind: tl.constexpr):
 @triton.jit
 def _stopped(stop, looks, PATIENCE: tl.constexpr):
     """Whether to wait no longer: somebody has said so, or it took too long, which is then said to all. The same in all
-    threads."""
+    threads. `stop` is memory of the host, and is seldom to be looked at: hundreds of programs that do so at a time take a
+    millisecond, in which other ranks' programs would come to look at theirs, and so on."""
     late = looks > PATIENCE
     if late:
         tl.store(stop, 1)
@@ -34,7 +35,7 @@ def _next(turn):
 @triton.jit
 def few_kernel(
     x, residual, out, boxes, turns, stop, count, width,
-    RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr, PATIENCE: tl.constexpr,
+    RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr, LOOKS: tl.constexpr, PATIENCE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """SUM: out = the sum of all ranks' x (fp32), plus residual if there is one. Else all ranks' x (int32), in rows of
@@ -85,7 +86,7 @@ def few_kernel(
                     tl.store(out + target + r * width, got, mask=mask)
             waits = 1 - tl.min(there, 0)
             looks += 1
-            if (waits > 0) & (looks % 256 == 0):
+            if (waits > 0) & (looks % LOOKS == 0):
                 waits = 1 - _stopped(stop, looks, PATIENCE).to(tl.int32)
         if SUM:
             tl.store(out + i, (total + base).to(out.dtype.element_ty), mask=mask)
@@ -110,7 +111,7 @@ def _tell(boxes, program, kind: tl.constexpr, turn, RANK: tl.constexpr, SIZE: tl
 @triton.jit
 def _await(
     boxes, stop, program, kind: tl.constexpr, turn,
-    RANK: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, PATIENCE: tl.constexpr,
+    RANK: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, LOOKS: tl.constexpr, PATIENCE: tl.constexpr,
 ):  # fmt: skip
     """Until all others have told `kind` of this turn."""
     r = tl.arange(0, PADDED)
@@ -120,7 +121,7 @@ def _await(
         seen = tl.load(at, mask=r < SIZE, other=0, volatile=True)
         waits = 1 - tl.min(((seen == turn) | (r == RANK) | (r >= SIZE)).to(tl.int32), 0)
         looks += 1
-        if (waits > 0) & (looks % 256 == 0):
+        if (waits > 0) & (looks % LOOKS == 0):
             waits = 1 - _stopped(stop, looks, PATIENCE).to(tl.int32)
     tl.debug_barrier()
 
@@ -129,7 +130,7 @@ def _await(
 def many_kernel(
     x, residual, out, boxes, turns, stop, count,
     RANK: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
-    ROOM: tl.constexpr, PATIENCE: tl.constexpr,
+    ROOM: tl.constexpr, LOOKS: tl.constexpr, PATIENCE: tl.constexpr,
 ):  # fmt: skip
     """As `few_kernel`'s sums, with less traffic: of SIZE blocks each rank sums one, and sends what comes of it to all.
 
@@ -160,7 +161,7 @@ def many_kernel(
         base = tl.zeros([BLOCK], tl.float32)
         if residual is not None:
             base = tl.load(residual + i, mask=mask, other=0.0).to(tl.float32)
-        _await(boxes, stop, program, 0, turn, RANK, SIZE, PADDED, PATIENCE)
+        _await(boxes, stop, program, 0, turn, RANK, SIZE, PADDED, LOOKS, PATIENCE)
         total = tl.zeros([BLOCK], tl.float32)
         for r in tl.static_range(SIZE):
             if r == RANK:
@@ -178,7 +179,7 @@ def many_kernel(
             if r != RANK:
                 tl.store(_memory(boxes, r, kind) + there + RANK * step, total, mask=mask, cache_modifier=".wt")
         _tell(boxes, program, 1, turn, RANK, SIZE)
-        _await(boxes, stop, program, 1, turn, RANK, SIZE, PADDED, PATIENCE)
+        _await(boxes, stop, program, 1, turn, RANK, SIZE, PADDED, LOOKS, PATIENCE)
         for r in tl.static_range(SIZE):
             if r != RANK:
                 i = start + r * BLOCK + lane
