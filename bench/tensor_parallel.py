@@ -2,13 +2,13 @@
 end all?
 
     python bench/tensor_parallel.py
-    python bench/tensor_parallel.py --device cuda --ranks 2 --dtype bf16 --parts exchange,texts,7b,flash,equal,killed
+    python bench/tensor_parallel.py --device cuda --ranks 2 --dtype bf16 --parts exchange,7b,flash,equal,killed
 
 equal: of mimo-nano and of tiny random models, answers that are the same token for token: drafted and plain on the ranks, and
 both against one process (in bf16, and between kernels and torch, a near tie may flip). times: of a decoding step. killed:
 seconds from kill -9 of the last rank, in the midst of an answer, until its one line is out, and which ranks are left.
-On GPUs: exchange: bits and times of sums and gatherings; texts: of random models, drafted and plain; 7b: MiMo-7B's shape on
-one GPU and on all of them; flash: as many of MiMo-V2-Flash's layers as --layers says, layer by layer and in whole steps (see
+On GPUs: exchange: bits and times of sums and gatherings; 7b: MiMo-7B's shape on one GPU and on all of them, steps and texts;
+flash: as many of MiMo-V2-Flash's layers as --layers says, layer by layer and in whole steps (see
 full_size.py).
 """
 
@@ -100,11 +100,12 @@ def on_gpus(kind: str, ranks: int, layers: int, batches: Sequence[int], seconds:
     texts: Part = {"part": "texts", "prompts": 40, "tokens": 64}
     profile: Part = {"part": "profile", "batch": batches[-1], "context": 1024, "tree": "chain:3"}
     exchange: list[Part] = [{"part": "exchanges", "rounds": 300}, {"part": "kernels"}]
-    shares = [*steps(batches), profile]
     plans: dict[str, list[tuple[str, int, int, list[Part]]]] = {
         "exchange": [("tiny", 0, ranks, exchange)],
-        "texts": [("tiny", 0, ranks, [texts]), ("mimo-7b", 0, ranks, [texts])],
-        "7b": [("mimo-7b", 0, 1, shares), ("mimo-7b", 0, ranks, shares)],
+        "7b": [
+            ("mimo-7b", 0, 1, steps(batches)),
+            ("mimo-7b", 0, ranks, [*exchange[1:], *steps(batches), texts, profile]),
+        ],
         "flash": [("mimo-v2-flash", layers, ranks, [*steps((1,)), {"part": "layers"}, profile])],
     }
     found, limits = list[Part](), Limits(60.0, 120.0, time.monotonic() + seconds)
@@ -151,7 +152,7 @@ def main(
         prefix_cache_gb=0.01,
     )  # fmt: skip
     found: dict[str, Any] = {"bench": "tensor_parallel", "ranks": ranks, "dtype": dtype}
-    for kind in ("exchange", "texts", "7b", "flash"):
+    for kind in ("exchange", "7b", "flash"):
         if kind in kinds:
             found[kind] = on_gpus(kind, ranks, layers, batches, budget)
     if "equal" in kinds:
