@@ -29,7 +29,7 @@ class DeviceDraftOps:
     ) -> None:  # fmt: skip
         """group: of ranks that share the tokens to choose from; all logits are gathered where candidates are drawn."""
         self._ranking, self._group = ranking, group
-        self._all_ids: Tensor | None = None  # where they are gathered
+        self._all_ids: Tensor | None = None  # of the tree that grows now, where all logits are gathered
         self._arrivals = torch.zeros(
             max_batch * 65, dtype=torch.int32, device=device
         )  # a frontier has at most 64 nodes
@@ -43,9 +43,8 @@ class DeviceDraftOps:
         self._by_twin = batch.guide is not None or max(width for width, _ in levels) > MOST_CHILDREN
         if self._by_twin:
             return self._twin.start(batch, levels, ids, vocab)
-        if self._group.size > 1 and self._ranking == "drawn" and self._all_ids is None:
-            self._all_ids = self._group.join(ids)
-        ids = ids if self._all_ids is None else self._all_ids
+        if self._group.size > 1 and self._ranking == "drawn":
+            ids = self._all_ids = self._group.join(ids)  # in every graph, as what is made in one belongs to it
         count, most = len(batch.slots), most_nodes(levels, len(ids))
         self._nodes = Nodes.empty(count, most, batch.slots.device)
         if self._ranking == "drawn":

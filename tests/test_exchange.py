@@ -72,6 +72,8 @@ def test_exchanges_are_their_twins(size: int, tmp_path: Path) -> None:
             x[0, 0, :3], x[1, 0, :3] = torch.tensor([0.0, -0.0, 1e-45]), torch.tensor([-0.0, -0.0, 0.0])
             calls.append({"x": x, "sum": True, "dtype": torch.float32, "residual": residual, "few": few})
             calls.append({"x": x, "sum": True, "dtype": torch.float32, "residual": None, "few": few})
+            whole = {"x": (x * 4).round(), "residual": residual.round()}  # as the interpreter rounds to bf16 otherwise
+            calls.append({**whole, "sum": True, "dtype": torch.bfloat16, "few": few})
     for join in (False, True):
         calls.append({"x": torch.randint(-(2**63), 2**63 - 1, (size, 3, 5)), "sum": False, "join": join})
         calls.append({"x": torch.arange(size * 600).view(size, 2, 3, 100).float(), "sum": False, "join": join})
@@ -135,6 +137,26 @@ def test_ranks_choose_what_one_process_chooses(size: int) -> None:
         assert torch.equal(whole.size, finished.size)
         assert torch.equal(whole.tokens, finished.tokens)
         assert torch.equal(whole.parents, finished.parents)
+
+
+def test_drawn_candidates_are_those_of_one_process() -> None:
+    """Whose distribution is of all tokens."""
+    torch.manual_seed(0)
+    scores, sampling = torch.randn(2, 1, 64), SamplingBatch.build([SamplingParams(temperature=0.9)] * 2, [5, 6], CPU)
+    batch = Batch(torch.arange(2), torch.tensor([3, 4]), torch.tensor([9, 40]), 80, sampling)
+
+    def grown(group: Group) -> DraftTree:
+        part = group.shard.part(64)
+        ids, ops = torch.arange(part.start, part.stop), DeviceDraftOps(2, CPU, "drawn", group)
+        level = Level(scores[..., part.start : part.stop], ids, 1, 3, 3)
+        return ops.finish(ops.start(batch, [(3, 3)], ids, 64), batch, level, 0, torch.ones(2, dtype=torch.int64))
+
+    expected = grown(Group())
+    for found in together(2, grown, in_turns=True):
+        assert torch.equal(found.tokens, expected.tokens)
+        assert found.draft is not None
+        assert expected.draft is not None
+        assert torch.equal(found.draft, expected.draft)
 
 
 def read(folder: Path, group: Group, dtype: torch.dtype, *, fused: bool = True) -> tuple[Tensor, Tensor, Tensor]:
