@@ -5,17 +5,17 @@ end all?
     python bench/tensor_parallel.py --device cuda --ranks 2 --dtype bf16 --parts exchange,7b,flash,equal,killed
 
 equal: of mimo-nano and of tiny random models, answers that are the same token for token: drafted and plain on the ranks, and
-both against one process (in bf16, and between kernels and torch, a near tie may flip). killed:
-seconds from kill -9 of the last rank, in the midst of an answer, until its one line is out. times: of a decoding step.
-On GPUs: exchange: bits and times of sums and gatherings; 7b: MiMo-7B's shape on one GPU and on all of them, and its texts;
-flash: as many of MiMo-V2-Flash's layers as --layers says, layer by layer and in whole steps (see full_size.py).
+both against one process (in bf16, and between kernels and torch, a near tie may flip). times: of a decoding step. killed:
+seconds from kill -9 of the last rank, in the midst of an answer, until its one line is out, and which ranks are left.
+On GPUs: exchange: bits and times of sums and gatherings; 7b: MiMo-7B's shape on one GPU and on all of them, steps and texts;
+flash: as many of MiMo-V2-Flash's layers as --layers says, layer by layer and in whole steps (see
+full_size.py).
 """
 
 import json
 import os
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -95,17 +95,18 @@ def steps(batches: Sequence[int], context: int = 1024) -> list[Part]:
     ]
 
 
-def on_gpus(kind: str, ranks: int, layers: int, seconds: float) -> list[Part]:
+def on_gpus(kind: str, ranks: int, layers: int, batches: Sequence[int], seconds: float) -> list[Part]:
     """What ranks measured of made-up models."""
-    exchange: list[Part] = [{"part": "exchanges", "rounds": 300}, {"part": "kernels"}]
     texts: Part = {"part": "texts", "prompts": 40, "tokens": 64}
-    profile: Part = {"part": "profile", "batch": 16, "context": 1024, "tree": "chain:3"}
+    profile: Part = {"part": "profile", "batch": batches[-1], "context": 1024, "tree": "chain:3"}
+    exchange: list[Part] = [{"part": "exchanges", "rounds": 300}, {"part": "kernels"}]
     plans: dict[str, list[tuple[str, int, int, list[Part]]]] = {
-        "exchange": [("tiny", 0, ranks, [*exchange, texts])],
-        "7b": [("mimo-7b", 0, 1, steps((1, 16))), ("mimo-7b", 0, ranks, [*steps((1, 16)), texts, profile])],
-        "flash": [
-            ("mimo-v2-flash", layers, ranks, [*steps((1,)), {"part": "layers"}, *steps((16,)), {**profile, "batch": 1}])
+        "exchange": [("tiny", 0, ranks, exchange)],
+        "7b": [
+            ("mimo-7b", 0, 1, steps(batches)),
+            ("mimo-7b", 0, ranks, [*exchange[1:], *steps(batches), texts, profile]),
         ],
+        "flash": [("mimo-v2-flash", layers, ranks, [*steps((1,)), {"part": "layers"}, profile])],
     }
     found, limits = list[Part](), Limits(60.0, 120.0, time.monotonic() + seconds)
     for shape, count, size, parts in plans[kind]:
@@ -117,19 +118,19 @@ def on_gpus(kind: str, ranks: int, layers: int, seconds: float) -> list[Part]:
 
 
 def killed(name: str, config: EngineConfig) -> dict[str, Any]:
+    """The last rank, in the midst of an answer."""
     with Engine.load(name, config) as engine:
         assert isinstance(engine.team, Leader)
-        victim, begun = engine.team.processes[-1], list[float]()
-
-        def kill() -> None:
-            begun.append(time.perf_counter())
-            os.kill(victim, signal.SIGKILL)
-
-        threading.Timer(1.0, kill).start()
-        try:
-            engine.generate(PROMPTS[:1], SamplingParams(max_tokens=8000, ignore_eos=True))
-        except EngineError as error:
-            return {"seconds": time.perf_counter() - begun[0], "said": str(error)}
+        victims, begun = engine.team.processes, 0.0
+        params = SamplingParams(max_tokens=8000, ignore_eos=True)
+        for number, chunk in enumerate(engine.stream(PROMPTS[:1], params)):
+            if number == 40:
+                begun = time.perf_counter()
+                os.kill(victims[-1], signal.SIGKILL)
+            if chunk.finished and begun and chunk.finished.error:
+                seconds = time.perf_counter() - begun
+                left = [victim for victim in victims if Path(f"/proc/{victim}").exists()]
+                return {"seconds": seconds, "said": chunk.finished.error, "left": left}
     raise EngineError("the answer was over before the rank was killed")
 
 
@@ -140,8 +141,11 @@ def killed(name: str, config: EngineConfig) -> dict[str, Any]:
 @click.option("--tokens", default=60, type=click.IntRange(1))
 @click.option("--parts", default="equal,times,killed")
 @click.option("--layers", default=18, type=click.IntRange(1), help="Of MiMo-V2-Flash.")
+@click.option("--batch", "batches", multiple=True, default=[1, 16], type=click.IntRange(1), help="Of MiMo-7B's steps.")
 @click.option("--budget", default=200.0, help="Seconds of each part on GPUs, after which nothing more is begun in it.")
-def main(device: str, dtype: Any, ranks: int, tokens: int, parts: str, layers: int, budget: float) -> None:
+def main(
+    device: str, dtype: Any, ranks: int, tokens: int, parts: str, layers: int, batches: tuple[int, ...], budget: float
+) -> None:
     commit, kinds = require_commit(), parts.split(",")
     config = EngineConfig(
         device=device, dtype=dtype, tensor_parallel=ranks, tree=TreeShape.parse("2x2x1"), max_batch=4, max_context=512,
@@ -150,7 +154,7 @@ def main(device: str, dtype: Any, ranks: int, tokens: int, parts: str, layers: i
     found: dict[str, Any] = {"bench": "tensor_parallel", "ranks": ranks, "dtype": dtype}
     for kind in ("exchange", "7b", "flash"):
         if kind in kinds:
-            found[kind] = on_gpus(kind, ranks, layers, budget)
+            found[kind] = on_gpus(kind, ranks, layers, batches, budget)
     if "equal" in kinds:
         found["equal"] = all_equal(config, tokens)
     if "times" in kinds:

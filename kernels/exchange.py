@@ -30,7 +30,8 @@ class Boxes:
 
     few, many: [ranks] int64, where each rank's part for `few_kernel` and for `many_kernel` begins, as this process sees it.
     few_turns, many_turns: int32 zeros, a counter for each of their programs. stop: [1] int32, memory of the host that the
-    device sees; where it is not 0 nobody waits any longer, and what they then give means nothing.
+    device sees; where it is not 0 nobody waits any longer, and what they then give means nothing. halted: [1] int32 zero, where
+    kernels that found that tell later ones.
     """
 
     rank: int
@@ -39,6 +40,7 @@ class Boxes:
     few_turns: Tensor
     many_turns: Tensor
     stop: Tensor
+    halted: Tensor
     patience: int = _PATIENCE
 
     @property
@@ -51,10 +53,10 @@ class Boxes:
     ) -> "Boxes":
         """addresses: of each rank's memory, `bytes_needed` of zeros at a multiple of 16."""
         few = torch.tensor(addresses, dtype=torch.int64)
-        turns = torch.zeros(_PROGRAMS + _MANY_PROGRAMS, dtype=torch.int32, device=device)
+        turns = torch.zeros(_PROGRAMS + _MANY_PROGRAMS + 1, dtype=torch.int32, device=device)
         many = (few + _few_bytes(len(addresses))).to(device)
-        few_turns, many_turns = turns.split([_PROGRAMS, _MANY_PROGRAMS])
-        return cls(rank, few.to(device), many, few_turns, many_turns, stop, patience)
+        few_turns, many_turns, halted = turns.split([_PROGRAMS, _MANY_PROGRAMS, 1])
+        return cls(rank, few.to(device), many, few_turns, many_turns, stop, halted, patience)
 
 
 def bytes_needed(ranks: int) -> int:
@@ -98,7 +100,7 @@ def reduce(partial: Tensor, boxes: Boxes, dtype: torch.dtype, residual: Tensor |
     while block > _LEAST and cdiv(count, boxes.size * block) < _MANY_PROGRAMS // 2:
         block //= 2
     many_kernel[(min(_MANY_PROGRAMS, cdiv(count, boxes.size * block)),)](
-        partial, residual, out, boxes.many, boxes.many_turns, boxes.stop, count, RANK=boxes.rank, SIZE=boxes.size,
+        partial, residual, out, boxes.many, boxes.many_turns, boxes.stop, boxes.halted, count, RANK=boxes.rank, SIZE=boxes.size,
         PADDED=next_power_of_2(boxes.size), PROGRAMS=_MANY_PROGRAMS, BLOCK=block, ROOM=room,
         LOOKS=min(_LOOKS, boxes.patience), PATIENCE=boxes.patience,
         num_warps=4,
@@ -111,7 +113,7 @@ def _few(x: Tensor, residual: Tensor | None, out: Tensor, boxes: Boxes, width: i
     if not count:
         return
     few_kernel[(min(_PROGRAMS, cdiv(count, _BLOCK)),)](
-        x, residual, out, boxes.few, boxes.few_turns, boxes.stop, count, width, RANK=boxes.rank, SIZE=boxes.size,
+        x, residual, out, boxes.few, boxes.few_turns, boxes.stop, boxes.halted, count, width, RANK=boxes.rank, SIZE=boxes.size,
         BLOCK=_BLOCK, SUM=sums, LOOKS=min(_LOOKS, boxes.patience), PATIENCE=boxes.patience, PDL=pdl(), launch_pdl=pdl(),
         num_warps=1,
     )  # fmt: skip

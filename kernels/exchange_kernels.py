@@ -16,14 +16,18 @@ def _memory(boxes, rank, kind: tl.constexpr):
 
 
 @triton.jit
-def _stopped(stop, looks, PATIENCE: tl.constexpr):
-    """Whether to wait no longer: somebody has said so, or it took too long, which is then said to all. The same in all
-    threads. `stop` is memory of the host, and is seldom to be looked at: hundreds of programs that do so at a time take a
-    millisecond, in which other ranks' programs would come to look at theirs, and so on."""
+def _stopped(stop, halted, looks, PATIENCE: tl.constexpr):
+    """Whether to wait no longer: somebody has said so, or it took too long, which is then said to all. Once it is so,
+    `halted`, on this device, says so to later kernels. `stop` is memory of the host, and is seldom to be looked at: hundreds
+    of programs that do so at a time take a millisecond, in which other ranks' programs would come to look at theirs, and so
+    on. Warps may find out one after the other, as there is no barrier where they wait."""
     late = looks > PATIENCE
     if late:
         tl.store(stop, 1)
-    return late | (tl.max(tl.load(stop + tl.zeros([32], tl.int32), volatile=True), 0) != 0)
+    over = late | (tl.max(tl.load(stop + tl.zeros([32], tl.int32), volatile=True), 0) != 0)
+    if over:
+        tl.store(halted, 1)
+    return over
 
 
 @triton.jit
@@ -34,7 +38,7 @@ def _next(turn):
 
 @triton.jit
 def few_kernel(
-    x, residual, out, boxes, turns, stop, count, width,
+    x, residual, out, boxes, turns, stop, halted, count, width,
     RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr, LOOKS: tl.constexpr, PATIENCE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +53,7 @@ def few_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
-    turn = tl.load(turns + program)
+    turn, patient = tl.load(turns + program), 1 - tl.load(halted)
     lane = tl.arange(0, BLOCK)
     mine = _memory(boxes, RANK, tl.int64)
     for start in range(program * BLOCK, count, tl.num_programs(0) * BLOCK):
@@ -84,10 +88,10 @@ def few_kernel(
                     total += got.to(tl.float32, bitcast=True)
                 else:
                     tl.store(out + target + r * width, got, mask=mask)
-            waits = 1 - tl.min(there, 0)
+            waits = patient * (1 - tl.min(there, 0))
             looks += 1
             if (waits > 0) & (looks % LOOKS == 0):
-                waits = 1 - _stopped(stop, looks, PATIENCE).to(tl.int32)
+                waits = 1 - _stopped(stop, halted, looks, PATIENCE).to(tl.int32)
         if SUM:
             tl.store(out + i, (total + base).to(out.dtype.element_ty), mask=mask)
     tl.store(turns + program, turn)
@@ -110,7 +114,7 @@ def _tell(boxes, program, kind: tl.constexpr, turn, RANK: tl.constexpr, SIZE: tl
 
 @triton.jit
 def _await(
-    boxes, stop, program, kind: tl.constexpr, turn,
+    boxes, stop, halted, patient, program, kind: tl.constexpr, turn,
     RANK: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, LOOKS: tl.constexpr, PATIENCE: tl.constexpr,
 ):  # fmt: skip
     """Until all others have told `kind` of this turn."""
@@ -119,16 +123,16 @@ def _await(
     waits, looks = 1, 0
     while waits > 0:
         seen = tl.load(at, mask=r < SIZE, other=0, volatile=True)
-        waits = 1 - tl.min(((seen == turn) | (r == RANK) | (r >= SIZE)).to(tl.int32), 0)
+        waits = patient * (1 - tl.min(((seen == turn) | (r == RANK) | (r >= SIZE)).to(tl.int32), 0))
         looks += 1
         if (waits > 0) & (looks % LOOKS == 0):
-            waits = 1 - _stopped(stop, looks, PATIENCE).to(tl.int32)
+            waits = 1 - _stopped(stop, halted, looks, PATIENCE).to(tl.int32)
     tl.debug_barrier()
 
 
 @triton.jit
 def many_kernel(
-    x, residual, out, boxes, turns, stop, count,
+    x, residual, out, boxes, turns, stop, halted, count,
     RANK: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
     ROOM: tl.constexpr, LOOKS: tl.constexpr, PATIENCE: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +143,7 @@ def many_kernel(
     is overwritten, and no flag goes on, before it has been seen.
     """
     program = tl.program_id(0)
-    turn = tl.load(turns + program)
+    turn, patient = tl.load(turns + program), 1 - tl.load(halted)
     lane = tl.arange(0, BLOCK)
     FLAGS: tl.constexpr = PROGRAMS * 2 * SIZE
     kind: tl.constexpr = out.dtype.element_ty
@@ -161,7 +165,7 @@ def many_kernel(
         base = tl.zeros([BLOCK], tl.float32)
         if residual is not None:
             base = tl.load(residual + i, mask=mask, other=0.0).to(tl.float32)
-        _await(boxes, stop, program, 0, turn, RANK, SIZE, PADDED, LOOKS, PATIENCE)
+        _await(boxes, stop, halted, patient, program, 0, turn, RANK, SIZE, PADDED, LOOKS, PATIENCE)
         total = tl.zeros([BLOCK], tl.float32)
         for r in tl.static_range(SIZE):
             if r == RANK:
@@ -179,7 +183,7 @@ def many_kernel(
             if r != RANK:
                 tl.store(_memory(boxes, r, kind) + there + RANK * step, total, mask=mask, cache_modifier=".wt")
         _tell(boxes, program, 1, turn, RANK, SIZE)
-        _await(boxes, stop, program, 1, turn, RANK, SIZE, PADDED, LOOKS, PATIENCE)
+        _await(boxes, stop, halted, patient, program, 1, turn, RANK, SIZE, PADDED, LOOKS, PATIENCE)
         for r in tl.static_range(SIZE):
             if r != RANK:
                 i = start + r * BLOCK + lane

@@ -21,6 +21,7 @@ from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
 from mtp_engine.models.make_tiny import make_tiny
 from mtp_engine.runtime.answer import Generation
+from mtp_engine.runtime.cuda_graph import GraphRunner
 from mtp_engine.runtime.planner import Costs
 
 CONFIG = EngineConfig(
@@ -127,6 +128,25 @@ def test_ranks_time_together() -> None:
         [answer] = engine.generate(["Once upon a time"], LONG)
         with engine.undrafted(max_batch=1) as plain:
             assert tokens([answer]) == tokens(plain.generate(["Once upon a time"], LONG))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("model", ["mimo-fp8", "mimo-7b"], indirect=True)
+def test_two_gpus_draft_what_they_say_plainly(model: tuple[Path, str | None]) -> None:
+    """As above, through kernels and graphs: requests of all kinds, more than slots, memory running short, prefix hits."""
+    folder, mtp = model
+    config = replace(CONFIG, device="cuda", dtype="bf16", kv_tokens=300)
+    with Engine.load(str(folder), config, mtp=mtp) as engine:
+        with engine.undrafted(max_batch=1) as plain:
+            expected = plain.generate(PROMPTS, PARAMS)
+        first, again = (engine.generate(PROMPTS, PARAMS) for _ in range(2))
+        runner = engine.loop.runner
+    assert tokens(first) == tokens(again) == tokens(expected)
+    assert sum(answer.stats.accepted_per_depth[0] for answer in first if answer.stats.accepted_per_depth) > 0
+    assert again[0].stats.cached_tokens > 0
+    assert isinstance(runner, GraphRunner)
+    assert (runner.replayed > 0, runner.slow) == (True, 0), "something did not run as graphs"
 
 
 @pytest.mark.parametrize("model", ["mimo-fp8"], indirect=True)
@@ -241,10 +261,17 @@ def alive(process: int) -> bool:
         return False
 
 
-@pytest.fixture
-def running() -> Iterator[subprocess.Popen[str]]:
+TWO_GPUS = pytest.param(
+    "cuda",
+    marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")],
+)
+
+
+@pytest.fixture(params=["cpu", TWO_GPUS])
+def running(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
     """A command in the midst of an answer."""
-    process = subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [request.param if word == "cpu" else word for word in COMMAND]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.read(40)
     yield process
