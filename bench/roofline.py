@@ -1,7 +1,7 @@
 """What a step costs and what its bytes cost: plain steps, drafts, verification of N nodes, over contexts and batches.
 
     python bench/roofline.py --model mimo-7b --model default --model mimo-slice
-    python bench/roofline.py --many results/full-size.jsonl       # 48 layers on many GPUs, from what full_size.py measured
+    python bench/roofline.py --many bench/results/full-size.jsonl       # 48 layers on many GPUs, from what full_size.py measured
 
 Bandwidth is measured first. A floor is bytes (floors.py) over that read bandwidth. Models with random weights are timed
 only: an accepted length comes from `Forced`, and the output says so. Times are medians of CUDA graph replays (events of
@@ -234,10 +234,10 @@ def print_many(results: list[dict[str, Any]]) -> None:
 def main(models: tuple[str, ...], contexts: tuple[int, ...], tree: str | None, steps: int, draft_vocab: int | None,
          attention: Any, in_flight: int, path: str, mtp: str | None, device: str, dtype: Any, budget: float,
          many: TextIO | None, **options: Any) -> None:  # fmt: skip
+    commit = require_commit()
     if many:
         print_many([json.loads(line) for line in many])
         return
-    commit = require_commit()
     begin, where = time.perf_counter(), torch.device(device)
     if dtype == "auto":
         dtype = "bf16" if where.type == "cuda" else "fp32"

@@ -146,7 +146,8 @@ def killed(name: str, config: EngineConfig) -> dict[str, Any]:
 def main(
     device: str, dtype: Any, ranks: int, tokens: int, parts: str, layers: int, batches: tuple[int, ...], budget: float
 ) -> None:
-    commit, kinds = require_commit(), parts.split(",")
+    commit = require_commit()
+    kinds = parts.split(",")
     config = EngineConfig(
         device=device, dtype=dtype, tensor_parallel=ranks, tree=TreeShape.parse("2x2x1"), max_batch=4, max_context=512,
         prefix_cache_gb=0.01,
