@@ -1,15 +1,12 @@
 """Byte floors: the least that a step must read from memory, from the configuration alone."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from mtp_engine.config import AttentionConfig, ModelConfig, MoEConfig, MTPConfig
 from mtp_engine.models.build import MTPNames
 from mtp_engine.models.tensors import Stored, main_tensors, mtp_tensors
 
 _BF16 = 2
-_ALL_REDUCE_S = 10e-6  # assumed, of some KB among 8 GPUs with NVLink in a CUDA graph; there are two per layer
-_GPUS = 8
 _DIVIDED = ("lm_head.weight", "eh_proj.weight")  # among ranks, though no field of the configuration says so
 
 
@@ -79,24 +76,6 @@ def layer_bytes(config: ModelConfig, index: int, hits: int, batch: int, context:
     rest = _total(t for t in tensors if t not in first)
     share = hits / layer.moe.experts if layer.moe else 0.0
     return attention, rest + _total(tensors, experts=True) * share
-
-
-def on_paper(config: ModelConfig, rows: int, context: int, bandwidth: float, times_floor: float) -> dict[str, Any]:
-    """One step of a single request on 8 GPUs that share every matrix evenly, in milliseconds.
-
-    KV heads are spread over the GPUs, and copied where there are fewer than GPUs. bytes per GPU / bandwidth is the floor;
-    `times_floor` (what a slice on one GPU reached) times that, plus two all-reduces a layer, is the estimate.
-    """
-    weights = main_bytes(config, rows, 1, 0) / _GPUS
-    cached = sum(
-        kv_bytes(layer.attention, 1, context) / min(_GPUS, layer.attention.kv_heads) for layer in config.layers
-    )
-    floor, reduces = (weights + cached) / bandwidth, 2 * len(config.layers) * _ALL_REDUCE_S
-    return {
-        "rows": rows, "context": context, "gb_per_gpu": round((weights + cached) / 1e9, 3),
-        "floor_ms": round(floor * 1e3, 3), "all_reduce_ms": round(reduces * 1e3, 3),
-        "estimate_ms": round((floor * times_floor + reduces) * 1e3, 3),
-    }  # fmt: skip
 
 
 def flops(config: ModelConfig, tokens: int) -> float:

@@ -48,7 +48,11 @@ def plan_parts(kinds: Sequence[str], batches: Sequence[int], contexts: Sequence[
     pairs += [(b, c, *chain) for c in longer for b in batches[2:]]
     pairs += [(b, c, *plain) for c in longer for b in batches[2:]]
     steps = [{"part": "step", "batch": b, "context": c, "tree": tree, "forced": forced} for b, c, tree, forced in pairs]
-    return [*({"part": kind} for kind in kinds if kind != "steps"), *(steps if "steps" in kinds else [])]
+    first_steps, others = (steps[:2], steps[2:]) if "steps" in kinds else ([], [])
+    sums, more = (
+        [{"part": kind} for kind in kinds if kind != "steps" and (kind == "all_reduce") == a] for a in (True, False)
+    )
+    return [*sums, *first_steps, *more, *others]
 
 
 def planned(name: str, layers: int, ranks: int, parts: Sequence[Part]) -> dict[str, Any]:

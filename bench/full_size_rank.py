@@ -223,7 +223,7 @@ class Rank:
         return [round(one, 2) for one in each.flatten().tolist()]
 
 
-def main() -> None:
+def work() -> None:
     job = Job(**json.loads(sys.argv[1]))
     index = 0 if job.alone else job.rank
     device = torch.device(f"cuda:{index}" if job.device == "cuda" else "cpu")
@@ -258,4 +258,4 @@ def command(job: Job) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    work()

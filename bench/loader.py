@@ -86,7 +86,10 @@ def child(folder: Path, dtype: str, dequantize: bool, rank: int, ranks: int, cor
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[rank * cores : (rank + 1) * cores])
     torch.set_num_threads(cores)
-    group, where = Group(Shard(rank, ranks)), torch.device(f"cuda:{rank}" if device == "cuda" else "cpu")
+    group, where = (
+        Group(Shard(rank, ranks)),
+        torch.device(f"cuda:{rank % torch.cuda.device_count()}" if device == "cuda" else "cpu"),
+    )
     torch.zeros(1, device=where)
 
     for file in folder.glob("*.safetensors"):  # into the page cache, not into this process

@@ -141,6 +141,7 @@ class Engine:
         engine = cls._build(files, config, team, hub.silent)
         with torch.inference_mode():
             team.follow(engine.loop, lambda **changes: engine.undrafted(**changes).loop)
+        team.close()
 
     @property
     def device_note(self) -> str:

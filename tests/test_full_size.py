@@ -13,6 +13,7 @@ import pytest
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 import full_size  # noqa: E402
+import paper  # noqa: E402
 from full_size_rank import Job  # noqa: E402
 
 STEP = {"part": "step", "batch": 1, "context": 48, "tree": None, "forced": 0.0}
@@ -73,3 +74,18 @@ def test_what_fails_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.Monke
     assert "no memory" in found[3]["failed"]
     late = full_size.measured(job, parts, full_size.Limits(3.0, 10.0, time.monotonic() - 1), 3)
     assert [row["failed"] for row in late] == ["not begun"] * 4
+
+
+def test_the_table_for_eight() -> None:
+    """What one GPU took for sums with itself gives way to what they take among 8; what was measured among ranks stays."""
+    plain, chain = STEP | {"context": 1024, "wall": 3.0, "floor": 2.0}, {"tree": "chain:3", "forced": 2.7, "wall": 5.0}
+    result = {
+        "alone": True, "ranks": 8, "layers": 48, "device": "H100",
+        "measured": [{"part": "all_reduce", "us": {"8 KB": 3.0, "32 KB": 4.8}}, plain, plain | chain],
+    }  # fmt: skip
+    first, *others = paper.estimates(result)
+    assert first["plain"] == pytest.approx(3 + 96 * 4.8e-3, abs=0.006)
+    assert first["chain:3"] == pytest.approx(5 + 105 * 3e-3, abs=0.006)
+    assert others == [{"batch": batch} for batch in (8, 32, 64)]
+    assert paper.estimates(result | {"alone": False})[0]["plain"] == 3.0
+    assert paper.table(result, [first, *others]).row_count == 4

@@ -43,6 +43,7 @@ from mtp_engine.parallel.packed import pack, unpack
 from mtp_engine.parallel.processes import Processes, new_store
 from mtp_engine.parallel.shard import Shard
 from mtp_engine.runtime.interrupts import uninterrupted
+from mtp_engine.runtime.lead import LedLoop
 from mtp_engine.runtime.memory import Memory
 from mtp_engine.runtime.step import ModelStep
 from mtp_engine.sampling.batch import Batch, Plan, SamplingBatch
@@ -246,6 +247,41 @@ def test_messages_arrive_as_they_were_sent() -> None:
     for other in (Shard(0, 2), {1, 2}, print):
         with pytest.raises(TypeError, match="cannot hold"):
             codec.write([other])
+
+
+class Telling:
+    """A Leader that notes what it tells."""
+
+    lost = ""
+
+    def __init__(self) -> None:
+        self.lock, self.told = threading.Lock(), list[Any]()
+
+    def tell(self, message: Any) -> None:
+        self.told.append(message)
+
+    def check(self) -> None:
+        pass
+
+
+def test_what_all_do_alike_is_told_to_nobody(tmp_path: Path) -> None:
+    """Requests that join, run and are ended while steps are timed; later ones are told, with the times of steps."""
+    model, _ = load(*folders("llama", tmp_path), Group())
+    leader: Any = Telling()
+    loop = make_loop(model, RootDrafter(), ranks=LedLoop(leader, 0), slots=2)
+    with loop.alike():
+        first = loop.add([3, 5, 7], SamplingParams(max_tokens=60))
+        for _ in range(3):
+            loop.step()
+        loop.remove(first)
+    assert (first.finish_reason, leader.told) == ("abort", [])
+    loop.work.times.append((1, 2, 0.5, 0.25))
+    second = loop.add([4], SamplingParams(max_tokens=60, ignore_eos=True))
+    loop.step()
+    loop.remove(second)
+    step, left = leader.told
+    assert ([each.prompt for each in step.joined], step.times) == ([[4]], ((1, 2, 0.5, 0.25),))
+    assert (left.number, left.reason, loop.work.times) == (second.number, "abort", [])
 
 
 class Losing:

@@ -29,6 +29,7 @@ CONFIG = EngineConfig(
     page_size=16, prefill_chunk=16, threads=1, prefix_cache_gb=0.01,
 )  # fmt: skip
 PROMPTS = [[5, 9, 2, 40, 17, 33, 8], [3], [7] * 4 + [11, 30] * 17, [60, 21], list(range(1, 40)), [12, 50, 44]]
+PORT = 29500 + os.getpid() % 2000  # where hosts meet
 LONG = SamplingParams(max_tokens=25, ignore_eos=True)
 PARAMS = [
     LONG,
@@ -319,21 +320,22 @@ def test_a_server_ends_with_its_ranks() -> None:
     )
 
 
-def test_torchrun() -> None:
-    """It starts the ranks itself; the first of them answers."""
-    run = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        "-m",
-        "mtp_engine.cli",
-    ]
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_torchrun(hosts: int) -> None:
+    """It starts the ranks itself, on one host or several; the first of them answers."""
     told = ["--drafter", "root", "--compare", "off", "--max-tokens", "20", "--raw", "--quiet", "Once upon a time"]
-    done = subprocess.run([*run, *COMMAND[3:10], *told], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    started = []
+    for number in range(hosts):
+        where = ["--standalone", "--nproc-per-node", "2"]
+        if hosts == 2:
+            meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{PORT}", "--rdzv-id", "two"]
+            where = ["--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(number), *meeting]
+        run = [sys.executable, "-m", "torch.distributed.run", *where, "-m", "mtp_engine.cli"]
+        started.append(
+            subprocess.Popen([*run, *COMMAND[3:10], *told], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    said = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0] * hosts, said
     with Engine.load(hub.NANO, replace(CONFIG, tensor_parallel=1, tree=None, drafter="root")) as one:
         [answer] = one.generate(["Once upon a time"], SamplingParams(max_tokens=20))
-    assert done.stdout == answer.text + "\n"
+    assert [out for out, _ in said] == [answer.text + "\n", ""][:hosts]

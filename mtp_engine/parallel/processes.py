@@ -135,6 +135,8 @@ class Processes:
         if self._device:
             self._device.close()
             self._device = None
+        elif self._tensors is not self._messages and self._tensors is not None:
+            self._tensors.abort()  # with nothing under way; NCCL warns of groups that merely go
         self._tensors = self._messages = self._store = None
 
 
