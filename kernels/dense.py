@@ -165,6 +165,7 @@ def _launch(
     assert data.stride(1) == x.stride(1) == 1, (x.stride(), data.stride())
     # what is read in less than 3 us is bound by latency: more CTAs then beat larger ones, and starting the next kernel
     # early only takes their places
+    # (attention starts after QKV has waited: see runs_kernel)
     small = data.numel() * itemsize <= PREFETCH
     tokens = tile.tokens or (16 if m <= 16 or small or _exact(x, weight) else 32)
     warps, registers = tile.wide or tile.warps, None
@@ -195,7 +196,7 @@ def _launch(
         first, x.stride(0) if m > 1 else k, norm, eps, second, data.stride(0), scale, table,
         0 if scale is None else scale.stride(0), m, ahead if aligned else 0, **own,
         K=k, ROWS=tile.rows, BM=tokens, DEPTH=tile.depth, WARPS=tile.warps, BLOCK=block, WIDE=tile.wide, BOXES=tile.boxes,
-        PIECES=pieces, PDL=2 if small and when == 1 else when, RMS=first_norm,
+        PIECES=pieces, PDL=2 if when == 1 and (small or kernel is qkv_kernel) else when, RMS=first_norm,
         launch_pdl=when > 0, num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
 
