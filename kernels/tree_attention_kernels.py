@@ -124,7 +124,9 @@ def _far_step(
 
 
 @triton.jit
-def _ask(pages, k, v, base, stop, k_row, v_row, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr):
+def _ask(
+    pages, k, v, base, stop, k_row, v_row, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr
+):
     """Asks for the keys and values of the tile of cached positions at `base` to come to L2, and does not wait for them."""
     pos = tl.minimum(base + tl.arange(0, TILE), tl.maximum(stop - 1, 0))
     rows = tl.load(pages + pos // PAGE).to(tl.int64) * PAGE + pos % PAGE
