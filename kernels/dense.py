@@ -82,16 +82,14 @@ def _launch(
     assert data.shape[1] == k, (x.shape, data.shape)
     assert data.stride(1) == x.stride(1) == 1, (x.stride(), data.stride())
     # what is read in less than 3 us is bound by latency: more CTAs then beat larger ones, and starting the next kernel
-    # early only takes their places
-    # (attention starts after QKV has waited: see runs_kernel)
+    # early only takes their places. Attention starts when QKV has waited, see runs_kernel
     small = data.numel() * itemsize <= PREFETCH
     tokens = tile.tokens or (16 if m <= 16 or small or _exact(x, weight) else 32)
     warps, registers = tile.wide or tile.warps, None
     assert tile.warps in (1, 2, 4), tile
-    first_norm = norm is not None and (
-        tile.wide > 0 or (scale is not None and m > 16)
-    )  # else it is part of the product
-    if norm is not None and first_norm:
+    ahead_of_it = tile.wide > 0 or (scale is not None and m > 16)  # where the norm is; else part of the product
+    rms = norm is not None and ahead_of_it
+    if norm is not None and rms:
         x, norm = _normed(x, norm, eps, weight, tile)
     if tile.wide:
         assert scale is None, "FP8's products take the columns of K in another order, which wgmma has not"
@@ -106,7 +104,7 @@ def _launch(
         stage = tile.depth * tile.warps * (tile.rows * itemsize + (tokens + 1) * x.element_size())  # bytes
         stages = min(tile.stages, 1 + SHARED // stage)
     when = overlap(m)
-    pieces = 0 if inputs or first_norm else min(max(32 * warps // tile.rows, 1), 8)
+    pieces = 0 if inputs or rms else min(max(32 * warps // tile.rows, 1), 8)
     ahead = min(k * itemsize, PREFETCH // data.shape[0]) // 128 * 128 // max(pieces, 1)
     aligned = data.data_ptr() % 16 == 0 and data.stride(0) * itemsize % 16 == 0
     first, second = inputs or (x, data)
@@ -114,7 +112,7 @@ def _launch(
         first, x.stride(0) if m > 1 else k, norm, eps, second, data.stride(0), scale, table,
         0 if scale is None else scale.stride(0), m, ahead if aligned else 0, **own,
         K=k, ROWS=tile.rows, BM=tokens, DEPTH=tile.depth, WARPS=tile.warps, BLOCK=block, WIDE=tile.wide, BOXES=tile.boxes,
-        PIECES=pieces, PDL=2 if when == 1 and (small or kernel is qkv_kernel) else when, RMS=first_norm,
+        PIECES=pieces, PDL=2 if when == 1 and (small or kernel is qkv_kernel) else when, RMS=rms,
         launch_pdl=when > 0, num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
 

@@ -26,9 +26,7 @@ class Tile:
     wide: int = 0  # so many warps take one slice of K after another; 0: every warp its own
     registers: int = 0  # a thread may have; 0: as many as it wants
     boxes: bool = False  # of a wide one: the copy engine fetches x and W
-    apart: bool = (
-        False  # of boxes: every slice of K has a CTA of its own, and the slices are added up by another kernel
-    )
+    apart: bool = False  # of a wide one with boxes: a slice of K has CTAs of its own, and another kernel adds up
 
 
 def tile_for(rows: int, k: int, itemsize: int, exact: bool) -> Tile:

@@ -142,7 +142,8 @@ class ExactAttention:
                 store_rows(*fresh, k, v, step.kept[index])
             return y
         tree = q, k, v, pages, rows.lengths, rows.positions, step.ancestry[0], step.first
-        if suits_forest(*q.shape[:2], k.shape[1], rows.bound):
+        batch, nodes = rows.positions.shape
+        if suits_forest(batch, nodes, k.shape[1], rows.bound):
             return forest_attention(*tree, **given)
         return tree_attention(*tree, bound=rows.bound, **given)
 
