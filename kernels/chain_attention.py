@@ -68,8 +68,9 @@ def chain_plan(dtype: torch.dtype, nodes: int, heads: int, kv_heads: int, dim: i
     plan = Plan.default(dtype, 1, kv_heads, dim)
     if dtype == torch.float32:
         return plan
-    few = nodes * (heads // kv_heads) <= 64
-    return replace(plan, rows=64, warps=4, depth=2) if few else replace(plan, rows=128, warps=8, depth=2)
+    rows = nodes * (heads // kv_heads)
+    depth = 3 if batch * kv_heads <= 132 else 1  # one program may have a multiprocessor to itself (measured on an H100)
+    return replace(plan, rows=64, warps=4, depth=depth) if rows <= 64 else replace(plan, rows=128, warps=8, depth=2)
 
 
 def chain_attention(
