@@ -1,14 +1,11 @@
 """The dense layers of steps and prompts. Of few rows, whose time is the time to read the weights once, up to thousands.
 
-Every CTA also reads its tokens, from L2: per weight byte, 1 / rows + 1 / tokens of a tile, times the tokens there are. L2
-gives not quite twice what memory gives, so from 32 tokens on tiles must grow (`many`), at the price of fewer CTAs.
-
 Under programmatic dependent launch a kernel asks for the first part of its weights before it waits for its input.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,95 +21,15 @@ from mtp_engine.kernels.dense_kernels import (
     scale_kernel,
     slice_kernel,
 )
+from mtp_engine.kernels.dense_tiles import PREFETCH, Tile, many, tile_for
 from mtp_engine.kernels.fp8 import BlockMatrix
-from mtp_engine.kernels.launch import cdiv, hopper, next_power_of_2, overlap
+from mtp_engine.kernels.launch import cdiv, next_power_of_2, overlap
 
 Weight = Tensor | BlockMatrix
 """[out, in], last dimension contiguous: bf16 or fp32, or FP8 with scales."""
 
 SHARED = 220_000  # bytes of shared memory that the stages of a CTA may take (an H100 has 232,448)
-_SMS = 132  # multiprocessors of an H100; on another GPU the choice of tiles is a little worse
 _APART = 256  # from so many tokens on, placing queries, keys and values is a kernel of its own
-PREFETCH = 8 << 20  # bytes of a weight that are asked for before the input is there: 2.7 us at 3 TB/s
-
-
-@final
-@dataclass(frozen=True)
-class Tile:
-    """What a CTA takes at a time. `depth` and `warps` set the order of additions along K, the others do not."""
-
-    rows: int  # of W
-    depth: int  # of K, per warp and step; at least 64 where there is a bf16 norm, or its loads are not pipelined
-    warps: int
-    stages: int
-    tokens: int = 0  # of x; 0: 16 or 32, see `_launch`
-    wide: int = 0  # so many warps take one slice of K after another; 0: every warp its own
-    registers: int = 0  # a thread may have; 0: as many as it wants
-    boxes: bool = False  # of a wide one: the copy engine fetches x and W
-    apart: bool = (
-        False  # of boxes: every slice of K has a CTA of its own, and the slices are added up by another kernel
-    )
-
-
-def tile_for(rows: int, k: int, itemsize: int, exact: bool) -> Tile:
-    """The tile of a weight [rows, k]: 100 CTAs or more, all at once on the chip, with 5 MB or more in flight.
-
-    itemsize: of the weight in bytes; exact: the product is in fp32, without tensor cores.
-    """
-    if exact:
-        return Tile(16 if rows < 4096 else 32, 32, 4, 3)
-    if rows < 3200:
-        return Tile(16, 64, 4, 4 if k <= 768 else 6)
-    if rows <= 8192:
-        return Tile(16, 64, 4, 5) if rows > k else Tile(16 if itemsize == 2 else 32, 128, 4, 4)
-    if itemsize == 1:
-        return Tile(64, 64, 4, 4)
-    return Tile(32, 64, 4, 3) if rows <= 65536 else Tile(64, 64, 2, 4)
-
-
-def _sliced(rows: int, tokens: int, stages: int) -> dict[str, Any]:
-    return {"rows": rows, "tokens": tokens, "stages": stages}
-
-
-def _wide(rows: int, tokens: int, warps: int, stages: int, **more: int) -> dict[str, Any]:
-    return {"rows": rows, "tokens": tokens, "wide": warps, "stages": stages, **more}
-
-
-_COUNTS = (32, 64, 128, 256)  # of tokens, at most
-_SWEPT = (  # more rows of the weight than, as many columns as, and the fastest tile for each of _COUNTS (an H100, bench/LOG.md)
-    (65536, 2048, (_sliced(32, 32, 3), _wide(128, 64, 4, 3, boxes=True), _wide(64, 128, 8, 4),
-                   _wide(128, 128, 8, 6, boxes=True))),
-    (8192, 2048, (_wide(64, 32, 4, 6), _wide(64, 64, 4, 3), _wide(128, 64, 4, 3, registers=168, boxes=True),
-                  _wide(128, 128, 8, 6))),
-    (4096, 2048, (_wide(64, 32, 4, 8), _wide(64, 64, 4, 8), _wide(64, 128, 8, 6), _wide(128, 128, 8, 6))),
-    (0, 8192, (_sliced(32, 32, 4), _wide(64, 64, 4, 6, apart=True), _wide(64, 64, 4, 8), _wide(128, 256, 8, 4, apart=True))),
-    (3200, 2048, (_sliced(32, 32, 4), _sliced(32, 64, 3), _wide(64, 64, 4, 8), _wide(64, 128, 8, 6))),
-    (0, 2048, (_wide(64, 32, 4, 6), _wide(64, 64, 4, 8), _wide(64, 64, 4, 8), _wide(64, 128, 8, 6))),  # parts of ranks
-    (8192, 0, (_wide(64, 32, 4, 4), _wide(64, 64, 4, 4), _wide(128, 64, 4, 3, registers=168, boxes=True),
-               _wide(128, 128, 8, 4))),
-    (0, 0, (_wide(64, 32, 4, 4), _wide(64, 64, 4, 4), _wide(64, 128, 8, 4), _wide(128, 128, 8, 4))),
-)  # fmt: skip
-
-
-def many(tile: Tile, rows: int, k: int, m: int) -> Tile:
-    """The tile of a bf16 weight [rows, k] for m tokens whose tile for few is `tile`: the same sums in the same order."""
-    if m <= 16:
-        return tile
-    if rows * k * 2 <= PREFETCH:  # bound by latency: as many CTAs as there can be
-        if m <= 32:
-            return tile
-        few = m <= 64 or (rows < 2048 and m <= 256)
-        given = _sliced(32, 32, 3) if few else _wide(64, 64, 4, 4) if m <= 128 else _wide(64, 128, 8, 4)
-    elif m <= _COUNTS[-1]:
-        tiles = next(tiles for above, least, tiles in _SWEPT if rows > above and k >= least)
-        given = next(each for each, most in zip(tiles, _COUNTS, strict=True) if m <= most)
-    else:
-        large, small = (cdiv(cdiv(rows, 128) * cdiv(m, tokens), _SMS) for tokens in (256, 128))  # rounds of CTAs
-        fewer = large <= 0.58 * small  # a small one takes 0.58 as long
-        given = _wide(128, 256, 8, 3, boxes=True) if fewer else _wide(128, 128, 8, 4, boxes=True)
-    if ("boxes" in given or "apart" in given) and (k % 8 or not hopper()):
-        given = _wide(128, 128, 8, 4)
-    return replace(tile, **given)
 
 
 def _matrix(weight: Weight) -> Tensor:
@@ -165,15 +82,14 @@ def _launch(
     assert data.shape[1] == k, (x.shape, data.shape)
     assert data.stride(1) == x.stride(1) == 1, (x.stride(), data.stride())
     # what is read in less than 3 us is bound by latency: more CTAs then beat larger ones, and starting the next kernel
-    # early only takes their places
+    # early only takes their places. Attention starts when QKV has waited, see runs_kernel
     small = data.numel() * itemsize <= PREFETCH
     tokens = tile.tokens or (16 if m <= 16 or small or _exact(x, weight) else 32)
     warps, registers = tile.wide or tile.warps, None
     assert tile.warps in (1, 2, 4), tile
-    first_norm = norm is not None and (
-        tile.wide > 0 or (scale is not None and m > 16)
-    )  # else it is part of the product
-    if norm is not None and first_norm:
+    ahead_of_it = tile.wide > 0 or (scale is not None and m > 16)  # where the norm is; else part of the product
+    rms = norm is not None and ahead_of_it
+    if norm is not None and rms:
         x, norm = _normed(x, norm, eps, weight, tile)
     if tile.wide:
         assert scale is None, "FP8's products take the columns of K in another order, which wgmma has not"
@@ -188,7 +104,7 @@ def _launch(
         stage = tile.depth * tile.warps * (tile.rows * itemsize + (tokens + 1) * x.element_size())  # bytes
         stages = min(tile.stages, 1 + SHARED // stage)
     when = overlap(m)
-    pieces = 0 if inputs or first_norm else min(max(32 * warps // tile.rows, 1), 8)
+    pieces = 0 if inputs or rms else min(max(32 * warps // tile.rows, 1), 8)
     ahead = min(k * itemsize, PREFETCH // data.shape[0]) // 128 * 128 // max(pieces, 1)
     aligned = data.data_ptr() % 16 == 0 and data.stride(0) * itemsize % 16 == 0
     first, second = inputs or (x, data)
@@ -196,7 +112,7 @@ def _launch(
         first, x.stride(0) if m > 1 else k, norm, eps, second, data.stride(0), scale, table,
         0 if scale is None else scale.stride(0), m, ahead if aligned else 0, **own,
         K=k, ROWS=tile.rows, BM=tokens, DEPTH=tile.depth, WARPS=tile.warps, BLOCK=block, WIDE=tile.wide, BOXES=tile.boxes,
-        PIECES=pieces, PDL=2 if small and when == 1 else when, RMS=first_norm,
+        PIECES=pieces, PDL=2 if when == 1 and (small or kernel is qkv_kernel) else when, RMS=rms,
         launch_pdl=when > 0, num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
 

@@ -32,7 +32,7 @@ def forest_attention(
     batch, nodes, heads, dim = q.shape
     kv_heads, v_dim = v_cache.shape[1:]
     group = heads // kv_heads
-    plan = plan or chain_plan(q.dtype, nodes, heads, kv_heads, dim)
+    plan = plan or chain_plan(q.dtype, nodes, heads, kv_heads, dim, batch)
     assert nodes <= MAX_NODES <= plan.tile, "more rows, or smaller tiles, and far keys would differ between rows"
     assert group <= plan.rows, "a node's heads must fit into one block"
     assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (q, k_cache, v_cache, pages, positions)), "last dimension"

@@ -11,8 +11,9 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from mtp_engine.kernels.dense import Tile, Weight, gated, linear, many, qkv, tile_for  # noqa: E402
+from mtp_engine.kernels.dense import Weight, gated, linear, qkv  # noqa: E402
 from mtp_engine.kernels.dense_reference import gated_twin, linear_twin, qkv_twin  # noqa: E402
+from mtp_engine.kernels.dense_tiles import Tile, many, tile_for  # noqa: E402
 from mtp_engine.kernels.fp8 import BlockMatrix, fused_rows, fused_sizes, plain_rows, quantise_blocks  # noqa: E402
 from mtp_engine.kernels.launch import pdl  # noqa: E402
 
