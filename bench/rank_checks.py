@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mtp_engine import EngineConfig, SamplingParams
 from mtp_engine.kernels.exchange import reduce
+from mtp_engine.parallel.device import DeviceExchange
 from mtp_engine.parallel.group import Group, joined, ordered_sum
 
 _WIDTH = 4096
@@ -86,7 +87,8 @@ def _replayed(group: Group, device: torch.device, replays: int) -> int:
 def kernels(group: Group, device: torch.device) -> dict[str, Any]:
     """Microseconds of one of 20 back to back in a graph: both ways to sum, by the size of the result in bf16, and a gathering
     of one number of 64 bits a row."""
-    boxes, found = group.exchange._boxes, dict[str, Any]()  # type: ignore[union-attr]
+    assert isinstance(group.exchange, DeviceExchange), "of GPUs"
+    boxes, found = group.exchange.boxes, dict[str, Any]()
     residual = torch.zeros(256, _WIDTH, dtype=torch.bfloat16, device=device)
     for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         partial = torch.randn(rows, _WIDTH, device=device)

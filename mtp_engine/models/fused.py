@@ -6,7 +6,7 @@ five launches: norm + QKV + rotation + cache write, attention, output + residual
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast, final
+from typing import cast, final
 
 import torch
 from torch import Tensor
@@ -98,32 +98,26 @@ class FusedJoin:
     join: Join
 
     def __call__(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        projection = self.join.projection
-        shared = isinstance(projection, SummedLinear)
-        linear, own = (
-            (projection.linear, projection.own) if isinstance(projection, SummedLinear) else (projection, None)
-        )
-        weight = weight_of(linear)
+        projection, width = self.join.projection, embedded.shape[-1]
+        shared = projection if isinstance(projection, SummedLinear) else None
+        weight = weight_of(shared.linear if shared else projection)
         assert isinstance(weight, Tensor), "eh_proj is never quantised"
+        own = (shared and shared.own) or range(2 * width)  # columns of the whole weight
         halves = [(embedded, self.join.embedding_norm), (hidden, self.join.hidden_norm)]
-        width, y = embedded.shape[-1], None
-        own = own or range(2 * width)
+        y = None
         for half, (x, norm) in enumerate(halves[::-1] if self.join.hidden_first else halves):
-            columns = range(max(own.start, half * width), min(own.stop, (half + 1) * width))
-            if not columns:
+            first = half * width
+            start, stop = max(own.start, first), min(own.stop, first + width)
+            if start >= stop:
                 continue
-            part = weight[:, columns.start - own.start : columns.stop - own.start]
-            rows, last = x.flatten(0, -2), not shared and columns.stop == own.stop
-            given: dict[str, Any] = {"residual": y, "out_dtype": x.dtype if last else _FP32}
-            if len(columns) == width:
-                y = dense.linear(rows, part, norm=norm.weight, eps=norm.eps, **given)
+            rows, part = x.flatten(0, -2), weight[:, start - own.start : stop - own.start]
+            dtype = _FP32 if shared or stop < own.stop else x.dtype
+            if stop - start == width:
+                y = dense.linear(rows, part, norm=norm.weight, eps=norm.eps, residual=y, out_dtype=dtype)
             else:  # the norm is that of the whole row
-                first = half * width
-                y = dense.linear(norm(rows)[:, columns.start - first : columns.stop - first], part, **given)
+                y = dense.linear(norm(rows)[:, start - first : stop - first], part, residual=y, out_dtype=dtype)
         assert y is not None
-        if isinstance(projection, SummedLinear):
-            y = projection.group.sum(y, embedded.dtype)
-        return y.view(embedded.shape)
+        return (shared.group.sum(y, embedded.dtype) if shared else y).view(embedded.shape)
 
 
 @final

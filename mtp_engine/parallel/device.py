@@ -27,26 +27,26 @@ class DeviceExchange:
             for rank, name in enumerate(names)
         ]
         stop = torch.zeros(1, dtype=torch.int32).pin_memory()
-        self._boxes = exchange.Boxes.over(shard.rank, addresses, stop, device)
+        self.boxes = exchange.Boxes.over(shard.rank, addresses, stop, device)
 
     def gather(self, x: Tensor, *, join: bool = False) -> Tensor:
         """See Exchange. What is narrower than 32 bits travels as what holds it."""
         if x.element_size() < 4:
             wide = x.float() if x.is_floating_point() else x.int()
             return self.gather(wide, join=join).to(x.dtype)
-        return exchange.gather(x, self._boxes, join=join)
+        return exchange.gather(x, self.boxes, join=join)
 
     def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
-        return exchange.reduce(partial, self._boxes, dtype, residual)
+        return exchange.reduce(partial, self.boxes, dtype, residual)
 
     def check(self) -> None:
         """Raises RankLost where somebody did not wait to the end."""
-        if int(self._boxes.stop):
+        if int(self.boxes.stop):
             raise RankLost("another rank does not answer: load the engine anew")
 
     def abort(self) -> None:
         """Let nothing wait any longer. From any thread."""
-        self._boxes.stop.fill_(1)
+        self.boxes.stop.fill_(1)
 
     def close(self) -> None:
         self._memory.close()
