@@ -8,7 +8,7 @@ equal: of mimo-nano and of tiny random models, answers that are the same token f
 both against one process (in bf16, and between kernels and torch, a near tie may flip). times: of a decoding step. killed:
 seconds from kill -9 of the last rank, in the midst of an answer, until its one line is out, and which ranks are left.
 On GPUs: exchange: bits and times of sums and gatherings; 7b: MiMo-7B's shape on one GPU and on all of them, steps and texts;
-flash: as many of MiMo-V2-Flash's layers as --layers says, layer by layer and in whole steps (see
+smol: texts of the default model's shape, which 3 divides; flash: as many of MiMo-V2-Flash's layers as --layers says, layer by layer and in whole steps (see
 full_size.py).
 """
 
@@ -106,6 +106,7 @@ def on_gpus(kind: str, ranks: int, layers: int, batches: Sequence[int], seconds:
             ("mimo-7b", 0, 1, steps(batches)),
             ("mimo-7b", 0, ranks, [*exchange[1:], *steps(batches), texts, profile]),
         ],
+        "smol": [("smol", 0, ranks, [texts])],
         "flash": [("mimo-v2-flash", layers, ranks, [*steps((1,)), {"part": "layers"}, profile])],
     }
     found, limits = list[Part](), Limits(60.0, 120.0, time.monotonic() + seconds)
@@ -153,7 +154,7 @@ def main(
         prefix_cache_gb=0.01,
     )  # fmt: skip
     found: dict[str, Any] = {"bench": "tensor_parallel", "ranks": ranks, "dtype": dtype}
-    for kind in ("exchange", "7b", "flash"):
+    for kind in ("exchange", "7b", "smol", "flash"):
         if kind in kinds:
             found[kind] = on_gpus(kind, ranks, layers, batches, budget)
     if "equal" in kinds:
