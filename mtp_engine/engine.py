@@ -131,7 +131,7 @@ class Engine:
         if config.capture == "load":
             with torch.inference_mode():
                 engine.captured = loop.runner.capture(config.max_batch, loop.intake.max_context, progress)
-            learn_costs(loop, files, config, backend, progress)
+            learn_costs(loop, model, files, config, backend, progress)
         group.join(torch.zeros(1, device=device))  # when all have come so far
         return engine
 
@@ -141,6 +141,7 @@ class Engine:
         engine = cls._build(files, config, team, hub.silent)
         with torch.inference_mode():
             team.follow(engine.loop, lambda **changes: engine.undrafted(**changes).loop)
+        team.close()
 
     @property
     def device_note(self) -> str:

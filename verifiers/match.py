@@ -30,7 +30,7 @@ class DeviceMatchVerifier:
     """MatchVerifier in one launch; the noise is never stored."""
 
     def __init__(self, max_batch: int, device: torch.device) -> None:
-        self._arrivals = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        self.arrivals = torch.zeros(max_batch, dtype=torch.int32, device=device)
 
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         from mtp_engine.kernels.accept import verify
@@ -40,7 +40,7 @@ class DeviceMatchVerifier:
         least = floors(logits, given.temperature, given.top_k, given.top_p, given.min_p) if given.truncated else None
         return VerifyResult(
             *verify(
-                logits, batch.lengths, given.seed, given.temperature, self._arrivals, tree, ahead=1, floors=least
+                logits, batch.lengths, given.seed, given.temperature, self.arrivals, tree, ahead=1, floors=least
             )
         )  # fmt: skip
 
@@ -85,6 +85,25 @@ class ShardedMatchVerifier:
         own = scores.argmax(-1, keepdim=True)
         _, tokens = self._group.best(scores.gather(-1, own), own + first)
         return longest_match(tree, tokens[..., 0])
+
+
+@final
+class DeviceShardedMatchVerifier:
+    """ShardedMatchVerifier in three launches."""
+
+    def __init__(self, group: Group, max_batch: int, device: torch.device) -> None:
+        self._group, self._whole = group, DeviceMatchVerifier(max_batch, device)
+
+    def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
+        """See ShardedMatchVerifier."""
+        from mtp_engine.kernels.accept import accept_best, best
+
+        sampling = batch.sampling
+        if not sampling.bare:
+            return self._whole.verify(tree, logits, batch)
+        own = self._group.shard.rank * logits.shape[-1]
+        found = best(logits, batch.lengths, sampling.seed, sampling.temperature, self._whole.arrivals, tree, own)
+        return VerifyResult(*accept_best(tree, self._group.gather(found)))
 
 
 def longest_match(tree: DraftTree, choices: Tensor) -> VerifyResult:

@@ -10,7 +10,7 @@ may want besides tokens, and without. On a CPU the same steps run with the same 
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import final
 
@@ -87,6 +87,8 @@ class GraphRunner:
         self._progress = progress
         self._cuda, self._complete, self._told = device.type == "cuda", False, False
         self._prepared: dict[Key, Prepared] = {}
+        self._compiled = set[Key]()
+        self._most = step.cache.pages.count * step.cache.pages.page_size
         self._next = Key(0, 0, False, True)  # of the step that is launched next
         self._shapes = step.shapes
         self._idle: float | None = None  # since when the host has worked for steps alone
@@ -200,7 +202,7 @@ class GraphRunner:
                 shapes.learn(plan, slots, accepted)
             host_s = None if self._idle is None else begin - self._idle
             if alone:  # what structures wait for is no shape's
-                shapes.timed(plan, count, key.bound, landed.draft_s + landed.verify_s, host_s)
+                self._step.times.append((plan, count, key.bound, landed.draft_s + landed.verify_s, host_s))
             self._idle = time.perf_counter()
 
         return Watched(flight, members.requests, [request.slot for request in members.requests], learn)
@@ -243,7 +245,10 @@ class GraphRunner:
         if self._lane:
             try:
                 if not compiled:
-                    self._compile(partial(self._run, [(key, members, given)]))
+                    far = replace(key, bound=min(key.bound * _BOUND_STEP**2, bound_bucket(self._most)))
+                    new = [each for each in dict.fromkeys((key, far)) if each not in self._compiled]
+                    self._compiled.update(new)  # longer contexts have kernels of their own, which others then wait for
+                    self._compile(partial(self._run, [(each, members, given) for each in new]))
                 parts = Captured(self._step, members, key.bound, given, self._lane, partial(self._plan, key.batch))
             except torch.OutOfMemoryError:
                 raise

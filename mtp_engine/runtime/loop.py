@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import final
 
 import torch
@@ -79,7 +80,10 @@ class DecodeLoop:
         try:
             self._ranks.check()
             self.scheduler.sweep()
-            self._ranks.begin(self.scheduler.running)
+            times = tuple(self.work.times)
+            self.work.times.clear()
+            self._ranks.begin(self.scheduler.running, times)
+            self.work.learn(times)
             while len(self._flying) < self.runner.in_flight and self._launch():
                 pass
             if self._flying:
@@ -147,6 +151,10 @@ class DecodeLoop:
         if not anybody or not isinstance(error, Exception):
             raise error
         _LOG.error("a step failed: %s", error, exc_info=None if isinstance(error, EngineError) else error)
+
+    def alike(self) -> AbstractContextManager[None]:
+        """See Ranks.alike."""
+        return self._ranks.alike()
 
     @torch.inference_mode()
     def score(self, tokens: Sequence[int], start: int, most: int) -> list[TokenLogprob]:

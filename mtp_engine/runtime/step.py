@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, final
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
@@ -37,6 +37,13 @@ class ModelStep:
     kernels: bool = False
     shapes: StepPlanner | None = None  # chooses each step's shape, where a runner records several
     shares: bool = False  # the verifier chooses among ranks, each over its own logits, where nothing else decides
+    times: list[tuple[Any, ...]] = field(default_factory=list)  # of steps; a planner learns them before the next one
+
+    def learn(self, times: Sequence[tuple[Any, ...]]) -> None:
+        """Tell the planner, if there is one, how long steps took: what its `timed` takes."""
+        planner: Any = self.planner or self.shapes
+        for each in times if planner else ():
+            planner.timed(*each)
 
     def read(self, chunks: Sequence[PromptChunk]) -> None:
         """Read chunks of prompts in one pass: chains whose paths are known. The drafter is told of those that want drafts."""
@@ -252,7 +259,7 @@ class EagerRunner:
         rows = table.tolist()
         draft_s, verify_s = drafted - begin, time.perf_counter() - drafted
         if self._step.planner and members.speculates:
-            self._step.planner.timed(tree.nodes, len(rows), draft_s, verify_s)
+            self._step.times.append((tree.nodes, len(rows), draft_s, verify_s))
         kept = None if notes is None else Notes(notes.cpu())
         return Done(Landed(rows, draft_s, verify_s, kept, guide.failed if guide else {}))
 
