@@ -44,6 +44,9 @@ class Recorder:
     def settle(self) -> None:
         self._inner.settle()
 
+    def complete(self) -> None:
+        self._inner.complete()
+
     def read(self, chunks: Sequence[PromptChunk]) -> Launched:
         return self._inner.read(chunks)
 

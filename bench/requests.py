@@ -20,6 +20,7 @@ from typing import Any
 import click
 import torch
 from common import SOME, conditions, encode, read_prompts, require_commit, run
+from pauses import Watch
 from rich.console import Console
 from rich.table import Table
 
@@ -99,7 +100,7 @@ def rate(
 def speed(
     engines: dict[str, Engine], prompts: Sequence[list[int]], tokens: int, batches: Sequence[int], kinds: Sequence[str]
 ) -> dict[str, Any]:
-    table, found = Table("engine", "batch", "request", "tokens/s", "x greedy", "ms a step", "x greedy's"), {}
+    table, found = Table("engine", "batch", "request", "tokens/s", "x greedy", "ms a step", "x greedy's", "tokens"), {}
     for name, engine in engines.items():
         for batch in batches:
             groups = [prompts[at : at + batch] for at in range(0, max(batch, 4), batch)]
@@ -115,17 +116,19 @@ def speed(
                     round(ratio, 3),
                     round(measured[1], 4),
                     round(cost, 3),
+                    round(each := measured[0] * measured[1] / 1000 / batch, 3),
                 ]
                 table.add_row(
-                    name, str(batch), kind, f"{measured[0]:.0f}", f"{ratio:.2f}", f"{measured[1]:.3f}", f"{cost:.2f}"
-                )
+                    name, str(batch), kind, f"{measured[0]:.0f}", f"{ratio:.2f}", f"{measured[1]:.3f}", f"{cost:.2f}",
+                    f"{each:.2f}",
+                )  # fmt: skip
             if batch > 1 and "JSON schema" in kinds:
                 mixed = rate(engine, prompts[:batch], ["JSON schema"] + ["greedy"] * (batch - 1), tokens)[2]
                 alone = rate(engine, prompts[:batch], ["greedy"] * batch, tokens)[2]
                 ratio = sum(mixed[1:]) / sum(alone[1:])
                 found[f"{name}/{batch}/greedy beside one JSON schema"] = [round(sum(mixed[1:]), 1), round(ratio, 3)]
                 table.add_row(
-                    name, str(batch), "greedy beside one JSON schema", f"{sum(mixed[1:]):.0f}", f"{ratio:.2f}", "", ""
+                    name, str(batch), "greedy beside one JSON schema", f"{sum(mixed[1:]):.0f}", f"{ratio:.2f}"
                 )
     Console(stderr=True, width=120).print(table)
     return found
@@ -177,20 +180,20 @@ def load(engine: Engine, prompts: Sequence[list[int]], steps: int, most: int) ->
     before = counters(runner)
     compiled = compilations()
     times, plain, target, peak = list[float](), list[float](), 1, 0
+    watch = Watch(loop)
     for step in range(steps):
         if step % 40 == 0:
-            target = rng.choice([1, 2, 5, 9, 16, 30, most])
-        while len(loop.requests) < target and rng.random() < 0.5:
+            target = rng.choice([1, 2, 5, 9, 16, 30, most, most])
+        while len(loop.requests) < target and rng.random() < 0.8:
             kind = rng.choice(names)
             loop.add(rng.choice(prompts), params(kind, step, rng.choice([8, 30, 90]), ignore_eos=True))
         if not loop.requests:
             loop.add(prompts[0], params("greedy", step, 30))
         peak, reads = max(peak, len(loop.requests)), any(not request.decoding for request in loop.requests)
-        begin = time.perf_counter()
-        loop.step()
-        times.append(1000 * (time.perf_counter() - begin))
+        times.append(watch.step())
         if not reads:
             plain.append(times[-1])
+    watch.close()
     for request in list(loop.requests):
         loop.remove(request)
     ordered, after = sorted(times), counters(runner)
@@ -199,7 +202,7 @@ def load(engine: Engine, prompts: Sequence[list[int]], steps: int, most: int) ->
         "ms_median": round(ordered[steps // 2], 3), "ms_p99": round(ordered[steps * 99 // 100], 3),
         "ms_longest": [round(each, 3) for each in ordered[-3:]], "longest_at": times.index(ordered[-1]),
         "steps_without_a_prompt": len(plain), "ms_median_without": round(statistics.median(plain), 3),
-        "ms_longest_without": [round(each, 3) for each in sorted(plain)[-5:]],
+        "ms_longest_without": [round(each, 3) for each in sorted(plain)[-5:]], "longest": watch.longest(12),
     }  # fmt: skip
 
 

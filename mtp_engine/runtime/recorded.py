@@ -19,6 +19,8 @@ from mtp_engine.runtime.structures import Given
 from mtp_engine.sampling.batch import SamplingBatch
 from mtp_engine.tree import DraftTree
 
+SMALLEST_BOUND, _BOUND_STEP = 512, 4  # tokens
+
 
 @final
 class Uncaptured:
@@ -144,6 +146,14 @@ class Prepared:
             limits = members.limits or TreeLimits.none(count, members.slots.device)
             held.limits.widths[:count].copy_(limits.widths)
             held.limits.nodes[:count].copy_(limits.nodes)
+
+
+def bound_bucket(bound: int) -> int:
+    """The context bound to capture for: kernels launch for the bound and leave at once what lies past the length."""
+    wanted = SMALLEST_BOUND
+    while wanted < bound:
+        wanted *= _BOUND_STEP
+    return wanted
 
 
 @contextmanager

@@ -176,7 +176,8 @@ def told(chunks: Sequence[PromptChunk]) -> list[Chunk]:
 
 
 Said = Callable[[Request], Sequence[int]]
-"""What the steps in flight emit for a request. Waits for them, so it is asked for requests with a structure only."""
+"""What the steps before, which are in flight still, emit for a request. Waits for them, so it is asked for requests with a
+structure only."""
 
 
 class Runner(Protocol):
@@ -195,7 +196,11 @@ class Runner(Protocol):
     def prepare_reading(self, chunks: Sequence[PromptChunk]) -> None:
         """The same for `read`."""
 
-    def launch(self, members: Members, bound: int, said: Said) -> Launched: ...
+    def launch(self, members: Members, bound: int, said: Said) -> Launched:
+        """Start a step. Where a structure has a say, what is chosen may wait for `complete`, or until the step is waited for."""
+
+    def complete(self) -> None:
+        """Launch what is left of the newest step: before slots change hands, and before any other."""
 
     def read(self, chunks: Sequence[PromptChunk]) -> Launched: ...
 
@@ -236,6 +241,9 @@ class EagerRunner:
         pass
 
     def settle(self) -> None:
+        pass
+
+    def complete(self) -> None:
         pass
 
     def launch(self, members: Members, bound: int, said: Said) -> Launched:

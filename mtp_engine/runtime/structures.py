@@ -1,7 +1,7 @@
 """What the host adds to recorded steps for requests with a structure: drafts that must come, and what may follow each."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -31,7 +31,8 @@ class Drafted:
     guide: Guide
     table: Tensor  # [B, 2 N + 1] int64: tokens, parents and size of each tree
     done: Mark
-    forced: Mapping[int, list[int]]  # by row, chains in place of trees
+    depth: int  # of the trees, at most
+    forced: dict[int, list[int]] = field(default_factory=dict)  # by row, chains in place of trees
 
     def wait(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
         """Tokens, parents and sizes, by row."""
@@ -64,22 +65,29 @@ class Structures:
         mask = self._masks[: batch * nodes * self._words].view(batch, nodes, self._words)
         return Given(mask, self._forced[:batch] if nodes > 1 else None)
 
-    def begin(self, tree: DraftTree, members: Members, said: Said) -> Drafted | None:
-        """A step is drafting, and its model does not run yet. Where drafts are forced, what steps in flight say is waited for.
-        None where nobody has a structure."""
+    def begin(self, tree: DraftTree, members: Members) -> Drafted | None:
+        """A step is drafting, and its model does not run yet. None where nobody has a structure."""
         guide, count = members.guide, len(members.slots)
         if guide is None or tree.nodes == 1:
             self._force({})
-            return None if guide is None else Drafted(guide, torch.tensor([[0, -1, 1]] * count), HostMark(), {})
+            return None if guide is None else Drafted(guide, torch.tensor([[0, -1, 1]] * count), HostMark(), 0)
         table = self._host(torch.cat([tree.tokens, tree.parents, tree.size[:, None]], 1)[:count])
         done = self._mark()
         done.record()
+        return Drafted(guide, table, done, min(tree.max_depth, tree.nodes - 1))
+
+    def force(self, drafted: Drafted, members: Members, said: Said) -> bool:
+        """Tell the guide of another step, for which what steps in flight say is waited for, and put chains that are forced in
+        place of trees. False where there are none, as nothing is drafted."""
+        guide = drafted.guide
         guide.begin(members.requests, said)
+        if not drafted.depth:
+            return False
         params = [request.params for request in members.requests]
         free = [row for row in guide.rows if params[row].speculate and params[row].tree is None]
-        forced = guide.forced(free, min(tree.max_depth, tree.nodes - 1))
-        self._force(forced)
-        return Drafted(guide, table, done, forced)
+        drafted.forced.update(guide.forced(free, drafted.depth))
+        self._force(drafted.forced)
+        return True
 
     def _force(self, chains: Mapping[int, list[int]]) -> None:
         if not (chains or self._any):
@@ -93,13 +101,9 @@ class Structures:
         self._copied = self._mark()
         self._copied.record()
 
-    def allow(
-        self, given: Given, drafted: Drafted, members: Members, said: Said
-    ) -> Mapping[tuple[int, tuple[int, ...]], str]:
+    def allow(self, given: Given, drafted: Drafted) -> Mapping[tuple[int, tuple[int, ...]], str]:
         """Write what may follow each node, while the model runs. Returns Guide.failed."""
         guide, trees = drafted.guide, drafted.wait()
-        if len(trees[0][0]) == 1:
-            guide.begin(members.requests, said)
         self._settle()
         written = self._written[: given.mask.numel()].view(given.mask.shape)
         guide.fill(written, *trees)

@@ -85,7 +85,7 @@ class Guide:
         tokens, parents: [B, N]. None may where the constraint raised.
         """
         self.failed, nodes = {}, masks.shape[1]
-        waiting, workers = list[tuple[Any, int]](), None
+        waiting, workers, written = list[tuple[Any, int]](), None, masks.numpy()
         for row in self.rows:
             constraint, said, paths = self._constraints[row], len(self._said[row]), [self._said[row]]
             assert constraint is not None
@@ -97,9 +97,9 @@ class Guide:
                 if state is not None:
                     waiting.append((state, row * nodes + node))
                 elif (mask := self._mask(row, paths[node][said:])) is None:
-                    masks[row, node].zero_()
+                    written[row, node] = 0
                 else:
-                    masks[row, node].copy_(mask)
+                    written[row, node] = mask.numpy()
         if workers and waiting:
             workers.write(waiting, masks.flatten(0, 1))
 
