@@ -196,6 +196,8 @@ class Forced:
     The real verifier runs too, so that its time counts; its choice at the root is the last token of the step.
     """
 
+    picks = False
+
     def __init__(self, verifier: Verifier, counts: int) -> None:
         self.verifier, self.counts = verifier, counts
 
@@ -214,6 +216,8 @@ class Forced:
 @final
 class Scores:
     """Keeps the scores that the last step's choices were made from, noise included."""
+
+    picks = False
 
     def __init__(self, verifier: Verifier) -> None:
         self.verifier = verifier

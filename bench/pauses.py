@@ -5,12 +5,14 @@ import time
 from collections.abc import Callable
 from typing import Any, final
 
+from mtp_engine.runtime.request import Members
+
 _LEAST = 0.1  # ms: shorter parts are left out
 
 
 @final
 class Watch:
-    """Times the parts of a loop's steps from now on. Parts lie in one another: `enter` and `keep` in `plan` or `commit`."""
+    """Times the parts of a loop's steps from now on. Parts lie in one another: `load` and `start` in `enter`, that in `plan`."""
 
     def __init__(self, loop: Any) -> None:
         self._loop, self._parts = loop, dict[str, float]()
@@ -18,14 +20,17 @@ class Watch:
         runner, scheduler, memory = loop.runner, loop.scheduler, loop.memory
         for owner, names in (
             (runner, ("complete", "prepare", "launch", "read")), (scheduler, ("plan", "commit", "sweep")),
-            (memory, ("enter", "keep", "leave")), (loop, ("_land",)),
+            (memory, ("enter", "keep", "leave", "_load")), (memory.processors, ("start",)), (loop, ("_land",)),
         ):  # fmt: skip
             for name in names:
                 setattr(owner, name, self._timed(name.strip("_"), getattr(owner, name)))
+        self._build = Members.build
+        Members.build = self._timed("members", Members.build)  # type: ignore[method-assign]
         gc.callbacks.append(self._collected)
 
     def close(self) -> None:
         gc.callbacks.remove(self._collected)
+        Members.build = self._build  # type: ignore[method-assign]
 
     def step(self) -> float:
         """Run one; returns its milliseconds."""

@@ -175,6 +175,9 @@ class StepPlanner(Protocol):
 
 
 class Verifier(Protocol):
+    @property
+    def picks(self) -> bool: ...  # the token behind a node by its logits alone, as the one that comes first among them
+
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         """logits: [B, N, V] fp32 of the main model at every node."""
 

@@ -198,6 +198,38 @@ def test_masks_of_many_nodes_are_those_of_each_alone(own: bool) -> None:
     assert len({tuple(mask.tolist()) for mask in masks.flatten(0, 1)}) > 8
 
 
+@pytest.mark.parametrize("within", [0, 60])
+def test_what_fits_is_what_masks_allow(within: int) -> None:
+    """One token after another, beyond the end of an answer, too."""
+    schema = json.dumps({"type": "array", "items": {"type": "string", "maxLength": 6}, "minItems": 2})
+    with Engine.load("mimo-nano", EngineConfig(device="cpu", threads=1, max_context=64)) as engine:
+        tokenizer, vocab = engine.tokenizer, engine.model.vocab_size
+        start = Grammars(tokenizer.folder, vocab, tokenizer.eos_ids).start
+    rng, counts = random.Random(2), list[int]()
+    structures = [Structure(regex="(ab|[a-c]x){1,9}"), Structure(json=schema, within=within)]
+    for structure in structures * 5:
+        state, twin, said = start(structure), start(structure), list[int]()
+        while len(said) < 50:
+            path, fit = list[int](), None
+            for _ in range(5):
+                allowed = unpack(twin.mask(tuple(path))).nonzero()[:, 0].tolist()
+                token = rng.choice(allowed) if rng.random() < 0.8 else rng.choice([*range(vocab), -1])
+                fit = len(path) if fit is None and token not in allowed else fit
+                path.append(token)
+                if fit is not None:
+                    break
+            counts.append(len(path) if fit is None else fit)
+            assert state.fits((), path) == counts[-1]
+            assert state.fits(tuple(path[:1]), path[1:]) == counts[-1] - 1 or not counts[-1]
+            kept = path[: min(counts[-1], 2)]
+            if set(kept) & set(tokenizer.eos_ids):
+                break
+            said += kept
+            for each in (state, twin):
+                each.advance(kept)
+    assert set(counts) == {0, 1, 2, 3, 4, 5}
+
+
 # ---- answers that end in time --------------------------------------------------------------------------------------
 
 TEXT, WHOLE, NUMBER = {"type": "string"}, {"type": "integer"}, {"type": "number"}

@@ -2,9 +2,10 @@
 
 Between two steps the host only queues the next graphs: lengths, last tokens, caches and what requests want of their
 logits are on the device. Results come back through pinned memory, and the host waits for the oldest step in flight
-alone. Only a structure needs the host in between: while the model runs over the drafts of its request, the host works out
-what may follow each, and what is chosen is in a graph of its own, behind that. Every step is recorded with what requests
-may want besides tokens, and without. On a CPU the same steps run with the same padding, operation by operation.
+alone. Only a structure needs the host in between: what would be chosen without it is looked at first, and where it may not
+be, the host works out what may; what is chosen in earnest is in a graph of its own, behind that. Every step is recorded
+with what requests may want besides tokens, and without. On a CPU the same steps run with the same padding, operation by
+operation.
 """
 
 import gc
@@ -91,6 +92,7 @@ class GraphRunner:
         self._prepared: dict[Key, Prepared] = {}
         self._next = Key(0, 0, False, True)  # of the step that is launched next
         self._shapes = step.shapes
+        self._likely: Key | None = None  # whose kernels are compiled
         self._open: Opened | None = None  # the newest step, if something is left of it to launch
         self._idle: float | None = None  # since when the host has worked for steps alone
         self._lane = Lane(device) if self._cuda else None
@@ -105,6 +107,8 @@ class GraphRunner:
     def capture(self, batch: int, longest: int, progress: Progress) -> str:
         """See Runner. Raises EngineError where memory is not enough."""
         begin, free = time.perf_counter(), self._free()
+        gc.collect()  # what is left of other engines
+        gc.freeze()  # what is there stays: else a full collection goes through all of it in the midst of the work
         longest += (self.in_flight + 1) * self._step.drafter.max_nodes
         bounds = {bound_bucket(bound) for bound in range(1, longest + 1, SMALLEST_BOUND)} | {bound_bucket(longest)}
         sizes = sorted(
@@ -127,7 +131,7 @@ class GraphRunner:
             ) from error
         self._complete = True
         gc.collect()
-        gc.freeze()  # what is there stays: else the next full collection goes through all of it in the midst of the work
+        gc.freeze()
         took, room = time.perf_counter() - begin, (free - self._free()) / 1e9
         progress("capturing CUDA graphs", len(keys), len(keys))
         return f"{len(keys) + prompts} CUDA graphs captured in {took:.1f} s, {room:.2f} GB"
@@ -158,7 +162,20 @@ class GraphRunner:
 
     def prepare_reading(self, chunks: Sequence[PromptChunk]) -> None:
         self.complete()
-        self.prompts.prepare(chunks)
+        if not self._lane or self._prepared:
+            self.prompts.prepare(chunks)
+            return
+        key = self._likely = self._first(chunks)
+        self.prompts.prepare(chunks, partial(self._run, [(key, *self._blank(key))]))
+
+    def _first(self, chunks: Sequence[PromptChunk]) -> Key:
+        """Of the step that comes behind the first prompts, most likely: its kernels are compiled together with theirs."""
+        members = Members.build([chunk.request for chunk in chunks], self._device)
+        bound = bound_bucket(members.longest + (self.in_flight + 1) * self._step.drafter.max_nodes)
+        batch, bare = bucket(len(chunks)), members.sampling.bare
+        plan = self._shapes.plans(batch)[-2] if self._shapes else None
+        drafts = bool(plan) or (members.speculates and self._step.drafter.max_nodes > 1)
+        return Key(batch, bound, drafts, bare, False, 0 if bare else self._step.processors.grown, plan)
 
     def launch(self, members: Members, bound: int, said: Said) -> Launched:
         self.complete()
@@ -187,7 +204,10 @@ class GraphRunner:
         assert step.given
         if self._structures.force(drafted, members, said):
             step.parts.forward()
-        return self._chosen(step, members, marks, self._structures.allow(step.given, drafted))
+        failed = self._structures.allow(
+            step.given, drafted, members, step.parts.peek if self._step.verifier.picks else None
+        )
+        return self._chosen(step, members, marks, failed)
 
     def complete(self) -> None:
         opened, self._open = self._open, None
@@ -276,7 +296,7 @@ class GraphRunner:
         parts: Recorded = Uncaptured(self._step, members, key.bound, given)
         if self._lane:
             try:
-                if not compiled:
+                if not (compiled or key == self._likely):
                     self._compile(partial(self._run, [(key, members, given)]))
                 parts = Captured(self._step, members, key.bound, given, self._lane, partial(self._plan, key.batch))
             except torch.OutOfMemoryError:

@@ -60,10 +60,10 @@ class RecordedPrompts:
         if self._reader:
             self._reader.record(self._reload, scratch)
 
-    def prepare(self, chunks: Sequence[PromptChunk]) -> None:
-        """Have compiled what they need for the first time."""
+    def prepare(self, chunks: Sequence[PromptChunk], also: Callable[[], None] = lambda: None) -> None:
+        """Have compiled what they need for the first time, and beside it what `also` does."""
         if new := [each for each in self._halves(chunks)[0] if each not in self._graphs]:
-            self._ahead(new)
+            self._ahead(new, also)
 
     def read(self, chunks: Sequence[PromptChunk]) -> None:
         """See ModelStep.read."""
@@ -105,12 +105,13 @@ class RecordedPrompts:
         progress("capturing passes over prompts", len(kinds), len(kinds))
         return self.captured - before
 
-    def _ahead(self, kinds: Sequence[tuple[Pass, Size]]) -> None:
+    def _ahead(self, kinds: Sequence[tuple[Pass, Size]], also: Callable[[], None] = lambda: None) -> None:
         """Compile what passes of these sizes need, all at once. The tables are nobody's then."""
 
         def run() -> None:
             for half, size in kinds:
                 half(size)
+            also()
 
         self._load([], [], [])
         self._compile(run)

@@ -137,6 +137,14 @@ class ModelStep:
             table[:, 3:].masked_fill_(stuck(processed, result), NO_TOKEN)
         return table, notes
 
+    def peek(self, batch: Batch, tree: DraftTree, logits: Tensor) -> Tensor:
+        """What would be chosen if structures allowed everything: how many tokens, which, and behind which nodes, [B, 1 + 2 (D+1)]
+        int64, with NO_TOKEN where nothing can be chosen. Nothing is changed by it."""
+        processed = self.processors.apply(tree, logits, batch)
+        result = self.verifier.verify(tree, processed, batch)
+        tokens = result.tokens.masked_fill(stuck(processed, result), NO_TOKEN)
+        return torch.cat([result.counts[:, None], tokens, result.path], 1)
+
     def rows(self, batch: Batch, tree: DraftTree) -> StepRows:
         positions = batch.lengths[:, None] + tree.depths
         return StepRows(

@@ -7,11 +7,16 @@ from typing import final
 import torch
 from torch import Tensor
 
+from mtp_engine.config import SamplingParams
 from mtp_engine.runtime.flight import HostMark, Mark
 from mtp_engine.runtime.request import Members
 from mtp_engine.runtime.step import Said
 from mtp_engine.sampling.masks import Guide
 from mtp_engine.tree import DraftTree
+
+
+def _truncates(params: SamplingParams) -> bool:
+    return params.temperature > 0 and bool(params.top_k or params.top_p < 1 or params.min_p)
 
 
 @final
@@ -59,6 +64,7 @@ class Structures:
         self._forced = torch.zeros(batch, 1 + depth, dtype=torch.int64, device=device)
         self._chains = self._host(self._forced)
         self._any = False  # whether something is forced at present
+        self._masked = False  # whether the masks are not all ones
         self._copied: Mark | None = None
 
     def given(self, batch: int, nodes: int) -> Given:
@@ -101,17 +107,49 @@ class Structures:
         self._copied = self._mark()
         self._copied.record()
 
-    def allow(self, given: Given, drafted: Drafted) -> Mapping[tuple[int, tuple[int, ...]], str]:
-        """Write what may follow each node, while the model runs. Returns Guide.failed."""
-        guide, trees = drafted.guide, drafted.wait()
+    def allow(
+        self, given: Given, drafted: Drafted, members: Members, peek: Callable[[], Tensor] | None
+    ) -> Mapping[tuple[int, tuple[int, ...]], str]:
+        """Write what may follow the nodes where that decides. Returns Guide.failed.
+
+        peek: what would be chosen without structures (ModelStep.peek). The likeliest of all tokens is the likeliest of those
+        that are allowed, if it is one of them: then no mask is needed. Elsewhere one is, for that node and those behind it. But
+        what is truncated (top-p) depends on what is allowed; there, and without `peek`, all nodes have one, made while the
+        model runs.
+        """
+        guide, params = drafted.guide, [request.params for request in members.requests]
+        late = [row for row in guide.rows if peek and not _truncates(params[row])]
+        looked = self._looked(peek, len(params)) if peek and late else None
+        trees = drafted.wait()
         self._settle()
+        if self._masked:
+            self._masks.fill_(-1)
         written = self._written[: given.mask.numel()].view(given.mask.shape)
-        guide.fill(written, *trees)
-        first, last = guide.rows[0], guide.rows[-1] + 1
-        given.mask[first:last].copy_(written[first:last], non_blocking=True)
-        self._copied = self._mark()
-        self._copied.record()
+        written.numpy()[guide.rows] = -1
+        begins = {row: 0 for row in guide.rows if row not in late}
+        guide.fill(written, *trees, begins)
+        if looked:
+            unfit = guide.unfit(late, looked())
+            guide.fill(written, *trees, unfit)
+            begins |= unfit
+        self._masked = bool(begins)
+        if begins:
+            first, last = min(begins), max(begins) + 1
+            given.mask[first:last].copy_(written[first:last], non_blocking=True)
+            self._copied = self._mark()
+            self._copied.record()
         return guide.failed
+
+    def _looked(self, peek: Callable[[], Tensor], count: int) -> Callable[[], list[list[int]]]:
+        """Launch it; what is returned waits for it."""
+        table, done = self._host(peek()[:count]), self._mark()
+        done.record()
+
+        def wait() -> list[list[int]]:
+            done.synchronize()
+            return table.tolist()  # type: ignore[no-any-return]
+
+        return wait
 
     def _settle(self) -> None:
         """Wait until what was written last has been read."""
