@@ -52,7 +52,7 @@ class Grammars:
         """A fresh answer's state. Raises EngineError if llguidance is missing or does not accept the structure."""
         make, matcher, seconds = self._compiled(replace(structure, within=0))
         matcher = make() if self._own and seconds < _QUICK else matcher.deep_copy()
-        closer = Closer(self._tokenizer, structure.within) if structure.json and structure.within else None
+        closer = Closer(self._tokenizer, structure.within, self._tokenizer.eos_token) if structure.json and structure.within else None
         return GrammarState(Matchers(matcher, frozenset(self._eos)), self._vocab, closer, self._pool)
 
     def _compile(self, structure: Structure) -> tuple[Callable[[], Any], Any, float]:
@@ -209,9 +209,9 @@ class Closer:
     _LONGEST_END tokens, as a string may need that must match a pattern, is left alone.
     """
 
-    def __init__(self, tokenizer: Any, within: int) -> None:
-        """tokenizer: llguidance's. within: tokens of the whole answer, end-of-text included."""
-        self._within = within
+    def __init__(self, tokenizer: Any, within: int, end: int) -> None:
+        """tokenizer: llguidance's. within: tokens of the whole answer, end-of-text included, which is `end`."""
+        self._within, self._end = within, end
         tokens: dict[str, int] = {
             text: tokenizer.tokenize_str(text)[-1] for text in ("}", "]", '"', ",", "0", "1", "e")
         }
@@ -239,10 +239,8 @@ class Closer:
         while not matcher.is_accepting():
             for rest in (known[number:] for number in range(min(_LEFT_OUT, len(known)))):
                 near = len(way) + len(rest) <= min(len(known) + _SPARE, _LONGEST_END)
-                if near and matcher.validate_tokens(list(rest)) == len(rest):
-                    trial = matcher.deep_copy()
-                    if trial.try_consume_tokens(list(rest)) == len(rest) and trial.is_accepting():
-                        return [*way, *rest]
+                if near and matcher.validate_tokens([*rest, self._end]) > len(rest):
+                    return [*way, *rest]
             step = matcher.compute_ff_tokens() or [self._step(matcher)]
             matcher = matcher if way else matcher.deep_copy()
             if len(way) + len(step) > _LONGEST_END or matcher.try_consume_tokens(step) < len(step):
