@@ -263,7 +263,7 @@ def main(**o: Any) -> None:
         return engine
 
     rows = read_prompts(Path(__file__).parent / "prompts/bench_core.jsonl", max(o["count"], *o["batches"]) * 2)
-    most = max(*o["batches"], *([] if set(o["parts"]) == {"speed"} else [o["most"]]))
+    most = max([*o["batches"], *([] if set(o["parts"]) == {"speed"} else [o["most"]])])
     plain, drafted = loaded(most, drafter="root"), loaded(most, tree=TreeShape.parse(o["trees"][0]))
     prompts = [ids for _, ids in encode(plain, rows, 300)]
     if "speed" in o["parts"]:

@@ -125,16 +125,18 @@ class Structures:
         if self._masked:
             self._masks.fill_(-1)
         written = self._written[: given.mask.numel()].view(given.mask.shape)
-        written.numpy()[guide.rows] = -1
         begins = {row: 0 for row in guide.rows if row not in late}
+        written.numpy()[list(begins)] = -1
         guide.fill(written, *trees, begins)
         if looked:
             unfit = guide.unfit(late, looked())
+            written.numpy()[list(unfit)] = -1
             guide.fill(written, *trees, unfit)
             begins |= unfit
         self._masked = bool(begins)
         if begins:
             first, last = min(begins), max(begins) + 1
+            written.numpy()[[row for row in late if first < row < last and row not in begins]] = -1
             given.mask[first:last].copy_(written[first:last], non_blocking=True)
             self._copied = self._mark()
             self._copied.record()

@@ -52,7 +52,8 @@ class Grammars:
         """A fresh answer's state. Raises EngineError if llguidance is missing or does not accept the structure."""
         make, matcher, seconds = self._compiled(replace(structure, within=0))
         matcher = make() if self._own and seconds < _QUICK else matcher.deep_copy()
-        closer = Closer(self._tokenizer, structure.within, self._tokenizer.eos_token) if structure.json and structure.within else None
+        ends = structure.json and structure.within
+        closer = Closer(self._tokenizer, structure.within, self._tokenizer.eos_token) if ends else None
         return GrammarState(Matchers(matcher, frozenset(self._eos)), self._vocab, closer, self._pool)
 
     def _compile(self, structure: Structure) -> tuple[Callable[[], Any], Any, float]:
