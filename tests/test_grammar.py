@@ -17,7 +17,7 @@ from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
 from mtp_engine.sampling.masks import Guide, unpack
-from mtp_engine.sampling.structure import Grammars
+from mtp_engine.sampling.structure import Grammars, GrammarState
 from mtp_engine.text.tool_calls import call_schema
 from mtp_engine.tree import DraftTree
 
@@ -103,6 +103,16 @@ def valid(name: str, text: str) -> bool:
         return True
     pattern = STRUCTURES[name].regex or r"[0-9]{1,3}(\+[0-9]{1,3})?=[0-9]{1,3}"
     return re.fullmatch(pattern, text) is not None
+
+
+@pytest.mark.model
+def test_a_step_in_flight_that_found_no_token_leaves_a_structure_at_rest(engine: Engine) -> None:
+    """Its request ends when it lands; meanwhile the next step is launched, behind a token of -1."""
+    [request] = engine.requests("x", SamplingParams(structure=Structure(regex="[a-z]+")))
+    state, path = request.trail.constraint, (*engine.encode("a"), -1)
+    assert isinstance(state, GrammarState)
+    assert state.state(path) is None
+    assert bool((state.mask(path) == -1).all())
 
 
 @pytest.mark.model

@@ -121,7 +121,9 @@ class Guide:
                 if node != begin and parents[row][node] not in behind:
                     continue
                 behind.add(node)
-                state = constraint.state(paths[node]) if workers else None
+                state = None
+                with suppress(Exception):  # `_mask` will meet it, too
+                    state = constraint.state(paths[node]) if workers else None
                 if state is not None:
                     waiting.append((state, row * nodes + node))
                 elif (mask := self._mask(row, paths[node][said:])) is None:

@@ -28,10 +28,11 @@ class Matchers:
         self._reached: dict[tuple[int, ...], Any] = {(): matcher}
 
     def at(self, path: tuple[int, ...]) -> Any:
-        """The matcher after `path`; None after the end, and where the grammar forbids it."""
+        """The matcher after `path`; None after the end, where the grammar forbids it, and behind a token below 0, with which
+        a step in flight says that none was left."""
         if path not in self._reached:
-            before, token = self.at(path[:-1]) if path[-1] not in self._eos else None, path[-1]
-            matcher = None
+            token, matcher = path[-1], None
+            before = self.at(path[:-1]) if token >= 0 and token not in self._eos else None
             if before is not None and before.validate_tokens([token]):  # to ask takes a tenth of what a copy takes
                 matcher = before.deep_copy()  # shares the lexer
                 matcher = matcher if matcher.try_consume_tokens([token]) else None
