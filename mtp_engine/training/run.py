@@ -138,7 +138,7 @@ class Training:
         """The layers as they are, with the report and the card."""
         job, info = self.job, self.corpus.info
         about = {"name": job.out.name, "base_model": job.model, "steps": report.step}
-        draft_ids = by_frequency(self.corpus, self.engine.model.vocab_size)
+        draft_ids = data.by_frequency(self.corpus, self.engine.model.vocab_size)[:DRAFT_VOCAB].int()
         save_heads(job.out, self.config, self.trainer.weights.named(), draft_ids, about, fp8=job.fp8)
         write_report(job.out, f"MTP layers for {job.model}")
         seen = report.step * job.settings.tokens
@@ -192,12 +192,6 @@ def hidden_rms(main: Decoder, tokens: Tensor) -> float:
     """Root mean square of the main model's hidden states before its final norm. tokens: [B, L]."""
     hidden, _ = sequence_hidden(main, tokens.to(main.embedding.device).long())
     return float(hidden.float().pow(2).mean().sqrt())
-
-
-def by_frequency(corpus: Corpus, vocab: int) -> Tensor:
-    """The most frequent tokens of the answers, most frequent first, [n] int32."""
-    counts = torch.bincount(corpus.tokens[corpus.kinds >= data.ANSWER].long(), minlength=vocab)
-    return counts.argsort(descending=True, stable=True)[:DRAFT_VOCAB].int()
 
 
 def _check_init(folder: Path, wanted: MTPConfig) -> None:

@@ -17,11 +17,12 @@ from mtp_engine.errors import EngineError
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.training.checkpoint import RunState
-from mtp_engine.training.data import Corpus
+from mtp_engine.training.data import Corpus, by_frequency
 from mtp_engine.training.heads import FirstValues, build_heads
-from mtp_engine.training.objective import Measures, Objective, distill_step
+from mtp_engine.training.objective import DraftHead, Lesson, Measures, Objective, distill_step, teach
 from mtp_engine.training.optimiser import Optimiser, Rates, average_gradients
 from mtp_engine.training.processes import Process
+from mtp_engine.training.quick import quick_layers, quick_main
 from mtp_engine.training.trainable import TrainableWeights
 
 KEPT, STATE, LOG = "checkpoint", "state.safetensors", "log.jsonl"
@@ -30,13 +31,15 @@ KEPT, STATE, LOG = "checkpoint", "state.safetensors", "log.jsonl"
 @final
 @dataclass(frozen=True)
 class TrainSettings:
-    """How long and how: tokens are those of all processes together in one step."""
+    """How long and how: tokens are those of all processes together in one step. drafted: the layers learn to draft so many
+    of the most frequent tokens; 0 is all."""
 
     steps: int = 3000
     tokens: int = 41_472
     objective: Objective = field(default_factory=Objective)
     rates: Rates = field(default_factory=Rates)
     seed: int = 0
+    drafted: int = 0
     log_every: int = 20
     evaluate_every: int = 500
     checkpoint_s: float = 60.0  # seconds between checkpoints: what a kill can cost
@@ -68,12 +71,16 @@ class Trainer:
         self, main: Decoder, config: MTPConfig, first: FirstValues, corpus: Corpus, settings: TrainSettings, out: Path,
         process: Process = _ALONE,
     ) -> None:  # fmt: skip
-        self.main, self.config, self.corpus, self.settings, self.out = main, config, corpus, settings, out
+        self.main, self.config, self.corpus, self.settings, self.out = quick_main(main), config, corpus, settings, out
         self._process = process
+        frequent = by_frequency(corpus, main.vocab_size)[: settings.drafted] if settings.drafted else None
+        self.head = DraftHead.of(main, frequent)
         self.weights = TrainableWeights(first, main.embedding.dtype, main.embedding.device)
         self.module: MTPModule = build_heads(config, main, self.weights)
+        self._learner = quick_layers(self.module)
         self._optimiser = Optimiser(self.weights, settings.rates)
         self._state = RunState(out / KEPT / STATE, self.weights, self._optimiser)
+        self._tokens, self._kinds = (x.to(main.embedding.device) for x in (corpus.tokens, corpus.kinds))
         rows, length = corpus.tokens.shape
         self._rows = max(1, settings.tokens // length // process.world)  # of this process in a step
         self._per_epoch = rows // (self._rows * process.world)
@@ -121,22 +128,26 @@ class Trainer:
             raise
 
     def _train(self, step: int) -> Measures:
-        tokens, kinds = self._batch(step)
-        measures = distill_step(self.main, self.module, tokens, kinds, self.settings.objective)
+        return self.learn(step, teach(self.main, *self.batch(step), self.head, self.config.features))
+
+    def learn(self, step: int, lesson: Lesson) -> Measures:
+        """One step on a batch, which may be others' too."""
+        measures = distill_step(self._learner, lesson, self.settings.objective)
         average_gradients(self.weights.parameters)
         self._optimiser.step(step, self.settings.steps)
         return measures
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """This process's rows of a step: every epoch goes through the corpus in an order of its own."""
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Tokens [B, L] int64 and kinds [B, L] of a step, this process's rows: every epoch goes through the corpus in an
+        order of its own."""
         epoch, at = divmod(step, self._per_epoch)
         if epoch not in self._orders:
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-            self._orders = {epoch: torch.randperm(len(self.corpus.tokens), generator=generator)}
+            order = torch.randperm(len(self.corpus.tokens), generator=generator)
+            self._orders = {epoch: order.to(self._tokens.device)}
         start = (at * self._process.world + self._process.rank) * self._rows
         rows = self._orders[epoch][start : start + self._rows]
-        device = self.main.embedding.device
-        return self.corpus.tokens[rows].to(device).long(), self.corpus.kinds[rows].to(device)
+        return self._tokens[rows].long(), self._kinds[rows]
 
     def save(self) -> None:
         """Write a checkpoint, by the first process."""
