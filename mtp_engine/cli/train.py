@@ -78,6 +78,12 @@ _TRAINING = settings(
     ),
     click.option("--acceptance", default=0.0, type=click.FloatRange(0), help="Weight of -log acceptance in the loss."),
     click.option(
+        "--breadth", default=1.0, type=click.FloatRange(1), help="Candidates a node that --acceptance is for: trees have several."
+    ),
+    click.option(
+        "--drafted", default=0, type=click.IntRange(0), help="Learn to draft so many of the most frequent tokens; 0 is all."
+    ),
+    click.option(
         "--reach", default=0.0, type=click.FloatRange(0, 1), help="How far a row counts less if drafts before fail."
     ),
     click.option("--seed", default=0),
@@ -114,7 +120,7 @@ def train(context: click.Context, /, model: str, dry_run: bool, quiet: bool, **o
       mtp-engine generate --model ./my-llama --mtp heads "Once upon a time"
     """
     check_files(context)
-    job = _job(model, options)
+    job = make_job(model, options)
     if dry_run:
         return _show_plan(job)
     job = replace(job, recipe=recipe(context, without=_ONCE))
@@ -154,7 +160,7 @@ def _interrupted(job: "Job") -> str:
     return f"interrupted: {kept}; to go on:\n{job.command}"
 
 
-def _job(model: str, options: dict[str, Any]) -> "Job":
+def make_job(model: str, options: dict[str, Any]) -> "Job":
     from mtp_engine.training.dialogues import DialogueSettings
     from mtp_engine.training.objective import Objective
     from mtp_engine.training.optimiser import Rates
@@ -165,10 +171,10 @@ def _job(model: str, options: dict[str, Any]) -> "Job":
     out = o["out"] or Path(f"{Path(model).name}-mtp")
     if out.exists() and not out.is_dir():
         raise EngineError(f"{out} is no folder; choose another for --out")
-    objective = Objective(o["decay"], o["target_temperature"], o["acceptance"], o["reach"])
+    objective = Objective(o["decay"], o["target_temperature"], o["acceptance"], o["reach"], o["breadth"])
     rates = Rates(o["lr"], o["adam_lr"], warmup=min(100, max(1, o["steps"] // 10)), matrices=o["optimiser"])
     training = TrainSettings(
-        o["steps"], o["batch_tokens"], objective, rates, o["seed"], evaluate_every=o["eval_every"],
+        o["steps"], o["batch_tokens"], objective, rates, o["seed"], o["drafted"], evaluate_every=o["eval_every"],
         log_every=min(20, max(1, o["steps"] // 10)),
     )  # fmt: skip
     dialogues = DialogueSettings(

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtp_engine.config import DRAFT_VOCAB, EngineConfig, MTPConfig
+from mtp_engine.config import DRAFT_VOCAB, EngineConfig, ModelConfig, MTPConfig
 from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
@@ -31,7 +31,7 @@ from mtp_engine.training.dialogues import DialogueSettings, write_dialogues
 from mtp_engine.training.evaluate import accepted_length, held_out
 from mtp_engine.training.heads import FirstValues, plan_heads, save_heads
 from mtp_engine.training.plan import RunPlan, device_name, plan_run
-from mtp_engine.training.processes import join_processes, own_device
+from mtp_engine.training.processes import Process, join_processes, own_device
 from mtp_engine.training.prompts import read_prompts
 from mtp_engine.training.report import RECIPE, write_card, write_report
 from mtp_engine.training.trainer import KEPT, LOG, STATE, Report, Trainer, TrainSettings
@@ -81,30 +81,11 @@ class Training:
         """Loads the model, writes what the corpus lacks, makes the layers. Raises EngineError."""
         device = own_device(job.device)
         self.job, self.process = job, join_processes(device)
-        config = EngineConfig(
-            drafter="root",
-            attention="torch",
-            device=device,
-            dtype="fp32" if job.dtype == "auto" and device == "cpu" else job.dtype,  # int8 is for decoding
-            max_batch=_EVALUATED,
-            kv_tokens=_EVALUATED * 1024,
-        )  # fmt: skip
-        self.folder = hub.locate(job.model, progress=progress).folder
-        self.engine = Engine.load(job.model, config, progress=progress)
-        main = self.engine.model
-        self.config = plan_heads(
-            main.config, job.layers, chained=job.chained, window=job.window, width=job.width, features=job.features,
-            hidden=job.hidden,
-        )  # fmt: skip
-        if job.init:
-            _check_init(job.init, self.config)
+        self.folder, self.engine = load_main(job, device, progress)
+        self.config = planned(job, self.engine.model.config)
         self._write_corpus(progress)
         self.corpus = Corpus.load(job.corpus, tokenizer_sha=data.tokenizer_sha(self.folder))
-        first = FirstValues(
-            Checkpoint(self.folder), len(main.config.layers) - 1, hidden_rms(main, self.corpus.tokens[:4]),
-            Checkpoint(job.init) if job.init else None, job.settings.seed,
-        )  # fmt: skip
-        self.trainer = Trainer(main, self.config, first, self.corpus, job.settings, job.out, self.process)
+        self.trainer = make_trainer(job, self.folder, self.engine.model, self.corpus, self.process)
         self.resumed = self.trainer.resume()
 
     def run(self) -> Generator[Report, None, None]:
@@ -187,6 +168,40 @@ class Training:
             dist.barrier()
 
 
+def load_main(job: Job, device: str, progress: Progress = hub.silent) -> tuple[Path, Engine]:
+    """The main model's folder, and an engine that holds it unfused."""
+    config = EngineConfig(
+        drafter="root",
+        attention="torch",
+        device=device,
+        dtype="fp32" if job.dtype == "auto" and device == "cpu" else job.dtype,  # int8 is for decoding
+        max_batch=_EVALUATED,
+        kv_tokens=_EVALUATED * 1024,
+    )
+    folder = hub.locate(job.model, progress=progress).folder
+    return folder, Engine.load(job.model, config, progress=progress)
+
+
+def planned(job: Job, model: ModelConfig) -> MTPConfig:
+    """A job's layers. Raises EngineError for those that the model, or job.init, cannot have."""
+    config = plan_heads(
+        model, job.layers, chained=job.chained, window=job.window, width=job.width, features=job.features,
+        hidden=job.hidden,
+    )  # fmt: skip
+    if job.init:
+        _check_init(job.init, config)
+    return config
+
+
+def make_trainer(job: Job, folder: Path, main: Decoder, corpus: Corpus, process: Process) -> Trainer:
+    """A job's layers at their beginning. Raises EngineError, as `planned`."""
+    first = FirstValues(
+        Checkpoint(folder), len(main.config.layers) - 1, hidden_rms(main, corpus.tokens[:4]),
+        Checkpoint(job.init) if job.init else None, job.settings.seed,
+    )  # fmt: skip
+    return Trainer(main, planned(job, main.config), first, corpus, job.settings, job.out, process)
+
+
 @torch.no_grad()
 def hidden_rms(main: Decoder, tokens: Tensor) -> float:
     """Root mean square of the main model's hidden states before its final norm. tokens: [B, L]."""
@@ -247,8 +262,6 @@ def saved_step(out: Path) -> int | None:
 def plan(job: Job) -> RunPlan:
     """What the job will take. Reads configurations only."""
     model = read_config(hub.locate(job.model).folder)
-    heads = plan_heads(
-        model, job.layers, chained=job.chained, window=job.window, width=job.width, features=job.features
-    )
+    heads = planned(job, model)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    return plan_run(model, heads, job.settings.steps, job.settings.tokens, world, device_name(job.device))
+    return plan_run(model, heads, job.settings, world, device_name(job.device))
