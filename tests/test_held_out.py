@@ -35,7 +35,7 @@ def test_ranks_are_those_of_a_recording(unfused: Engine, temperature: float) -> 
     )  # fmt: skip
     module = unfused.loop.work.drafter.module  # type: ignore[attr-defined]
     vocab = unfused.model.vocab_size
-    found = rank(unfused.model, module, answers, torch.arange(vocab), [vocab // 4, vocab])
+    [found] = rank(unfused.model, [module], answers, torch.arange(vocab), [vocab // 4, vocab])
     assert isinstance(found, Ranks)
     lengths, start, seen = answers.lengths.tolist(), 0, 0
     recorded = {row["prompt"]: (row, notes) for row, notes in record(unfused, case, prompts)}

@@ -17,7 +17,7 @@ from mtp_engine.models.mtp import MTPModule
 from mtp_engine.training import objective
 from mtp_engine.training.attention import SequenceAttention
 from mtp_engine.training.heads import FirstValues, build_heads
-from mtp_engine.training.objective import DraftHead, Measures, Objective, distill_step, teach
+from mtp_engine.training.objective import Measures, Objective, distill_step, teach
 from mtp_engine.training.trainable import TrainableWeights
 
 CPU = torch.device("cpu")
@@ -36,8 +36,11 @@ def one_step(
     main: Decoder, module: MTPModule, tokens: Tensor, kinds: Tensor, settings: Objective, drafted: Tensor | None = None,
     *, keep: bool = False,
 ) -> Measures:  # fmt: skip
-    lesson = teach(main, tokens, kinds, DraftHead.of(main, drafted), module.config.features, keep=keep)
-    return distill_step(module, lesson, settings)
+    head = main.head_weight
+    if drafted is not None:
+        others = [token for token in range(main.vocab_size) if token not in drafted.tolist()]
+        head, settings = head[[*drafted.tolist(), *others]], replace(settings, drafted=len(drafted))
+    return distill_step(module, teach(main, tokens, kinds, head, module.config.features, keep=keep), settings)
 
 
 @pytest.mark.parametrize("window", [None, 5, 50])
@@ -103,7 +106,7 @@ def test_a_lesson_serves_layers_with_other_features(tmp_path: Path) -> None:
     """What is read of a lesson of more features is what a lesson of one's own would have said."""
     main = loader.load_main(write_llama(tmp_path / "main"), torch.float32, CPU, lambda *_: None)
     tokens = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(6))
-    kinds, head = torch.full((2, 9), 2, dtype=torch.uint8), DraftHead.of(main)
+    kinds, head = torch.full((2, 9), 2, dtype=torch.uint8), main.head_weight
     shared, alone = teach(main, tokens, kinds, head, (0,)), teach(main, tokens, kinds, head)
     assert shared.hidden.shape[-1] == 2 * alone.hidden.shape[-1]
     assert torch.equal(shared.states(()), alone.hidden)

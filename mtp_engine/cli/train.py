@@ -78,10 +78,16 @@ _TRAINING = settings(
     ),
     click.option("--acceptance", default=0.0, type=click.FloatRange(0), help="Weight of -log acceptance in the loss."),
     click.option(
-        "--breadth", default=1.0, type=click.FloatRange(1), help="Candidates a node that --acceptance is for: trees have several."
+        "--breadth",
+        default=1.0,
+        type=click.FloatRange(1),
+        help="Candidates a node that --acceptance is for: trees have several.",
     ),
     click.option(
-        "--drafted", default=0, type=click.IntRange(0), help="Learn to draft so many of the most frequent tokens; 0 is all."
+        "--drafted",
+        default=0,
+        type=click.IntRange(0),
+        help="Learn to draft so many of the most frequent tokens; 0 is all.",
     ),
     click.option(
         "--reach", default=0.0, type=click.FloatRange(0, 1), help="How far a row counts less if drafts before fail."
@@ -171,10 +177,12 @@ def make_job(model: str, options: dict[str, Any]) -> "Job":
     out = o["out"] or Path(f"{Path(model).name}-mtp")
     if out.exists() and not out.is_dir():
         raise EngineError(f"{out} is no folder; choose another for --out")
-    objective = Objective(o["decay"], o["target_temperature"], o["acceptance"], o["reach"], o["breadth"])
+    objective = Objective(
+        o["decay"], o["target_temperature"], o["acceptance"], o["reach"], o["breadth"], drafted=o["drafted"]
+    )
     rates = Rates(o["lr"], o["adam_lr"], warmup=min(100, max(1, o["steps"] // 10)), matrices=o["optimiser"])
     training = TrainSettings(
-        o["steps"], o["batch_tokens"], objective, rates, o["seed"], o["drafted"], evaluate_every=o["eval_every"],
+        o["steps"], o["batch_tokens"], objective, rates, o["seed"], evaluate_every=o["eval_every"],
         log_every=min(20, max(1, o["steps"] // 10)),
     )  # fmt: skip
     dialogues = DialogueSettings(

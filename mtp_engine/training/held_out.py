@@ -24,11 +24,11 @@ from mtp_engine.training.data import ANSWER
 from mtp_engine.training.dialogues import DialogueSettings, ShardPlan
 from mtp_engine.training.lockstep import ANSWER as ANSWERING
 from mtp_engine.training.lockstep import LockStep, most_answers
-from mtp_engine.training.objective import layer_outputs
+from mtp_engine.training.objective import chosen, layer_outputs
 from mtp_engine.training.prompts import Template
 from mtp_engine.training.quick import quick_layers, quick_main
 
-_ROWS = 8  # texts that go through the models at a time
+_ROWS = 16  # texts that go through the models at a time
 _SCORES = 1 << 27  # scores that are ranked at a time
 
 
@@ -88,18 +88,20 @@ class Ranks:
 
 
 @torch.no_grad()
-def rank(main: Decoder, module: MTPModule, answers: Answers, frequent: Tensor, sizes: Sequence[int]) -> Ranks:
-    """frequent: all tokens, the most frequent first, [V] int64; sizes: draft vocabularies, rising, V at most."""
-    module, main = quick_layers(module), quick_main(main)
+def rank(
+    main: Decoder, modules: Sequence[MTPModule], answers: Answers, frequent: Tensor, sizes: Sequence[int]
+) -> list[Ranks]:
+    """Of each module. frequent: all tokens, the most frequent first, [V] int64; sizes: draft vocabularies, rising."""
     device = main.embedding.device
     frequent = frequent.to(device)[: sizes[-1]]
     column = torch.full((main.vocab_size,), -1, device=device)
     column[frequent] = torch.arange(len(frequent), device=device)
-    head = main.head_weight[frequent]
-    ranker = _Ranker(head, frequent, column, tuple(sizes))
-    parts = [part for rows in _batches(answers, device) for part in ranker.ranks(main, module, rows)]
-    noise, best = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-    return Ranks(noise.cpu(), best.cpu())
+    features = tuple(sorted({each for module in modules for each in module.config.features}))
+    ranker = _Ranker(main.head_weight[frequent], frequent, column, tuple(sizes))
+    main, quick = replace(quick_main(main), features=features), [quick_layers(module) for module in modules]
+    parts = [part for rows in _batches(answers, device) for part in ranker.ranks(main, quick, rows)]
+    each = [[torch.cat([part[m][i] for part in parts]).cpu() for i in (0, 1)] for m in range(len(modules))]
+    return [Ranks(noise, best) for noise, best in each]
 
 
 def _batches(answers: Answers, device: torch.device) -> Iterator[Answers]:
@@ -118,23 +120,30 @@ class _Ranker:
     column: Tensor  # [V] int64: where a token stands in `ids`, or -1
     sizes: tuple[int, ...]
 
-    def ranks(self, main: Decoder, module: MTPModule, rows: Answers) -> Iterator[tuple[Tensor, Tensor]]:
-        """By noise and by probability, [p, D, W] each, for parts of the rows' positions, in their order."""
+    def ranks(
+        self, main: Decoder, modules: Sequence[MTPModule], rows: Answers
+    ) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Per module by noise and by probability, [p, D, W] each, for parts of the rows' positions, in their order."""
         tokens = rows.tokens.long()
-        hidden, positions = sequence_hidden(replace(main, features=module.config.features), tokens)
-        outputs = torch.stack(layer_outputs(module, tokens, module.main_hidden(hidden), positions), 2)  # [B, L, D, H]
+        hidden, positions = sequence_hidden(main, tokens)
+        outputs = []  # per module [B, L, D, H]
+        for module in modules:
+            states = module.main_hidden(chosen(hidden, main.features, module.config.features))
+            outputs.append(torch.stack(layer_outputs(module, tokens, states, positions), 2))
         at = torch.arange(tokens.shape[1], device=tokens.device)
         row, index = ((at >= rows.begins[:, None]) & (at < rows.ends[:, None])).nonzero(as_tuple=True)
-        depths = torch.arange(outputs.shape[2], device=tokens.device)
-        size = max(1, _SCORES // (len(self.ids) * len(depths)))
+        size = max(1, _SCORES // (len(self.ids) * outputs[0].shape[2]))
         for start in range(0, len(row), size):
             r, i = row[start : start + size], index[start : start + size]
-            drafted = F.linear(outputs[r[:, None], i[:, None] - depths - 2, depths], self.head).float()  # [p, D, n]
-            true = self.column[tokens[r, i]]
-            temperature = rows.temperature[r].view(-1, 1, 1)
+            true, temperature = self.column[tokens[r, i]], rows.temperature[r].view(-1, 1, 1)
             noise = gumbel(rows.seeds[r], i[:, None], self.ids) * (temperature > 0)
-            scaled = torch.where(temperature > 0, drafted / temperature.clamp(min=1e-6), drafted)
-            yield self._rank(scaled + noise, true), self._rank(drafted, true)
+            found = []
+            for output in outputs:
+                depths = torch.arange(output.shape[2], device=tokens.device)
+                drafted = F.linear(output[r[:, None], i[:, None] - depths - 2, depths], self.head).float()  # [p, D, n]
+                scaled = torch.where(temperature > 0, drafted / temperature.clamp(min=1e-6), drafted)
+                found.append((self._rank(scaled + noise, true), self._rank(drafted, true)))
+            yield found
 
     def _rank(self, scores: Tensor, true: Tensor) -> Tensor:
         """scores: [p, D, n]; true: [p] -> [p, D, W] int32."""
@@ -144,4 +153,3 @@ class _Ranker:
         counts = torch.stack(parts, -1).cumsum(-1)
         inside = (true.view(-1, 1) >= 0) & (true.view(-1, 1) < torch.tensor(self.sizes, device=true.device))
         return torch.where(inside[:, None], counts, -1).int()
-

@@ -32,7 +32,7 @@ class Objective:
     A row counts for what the path before it is worth: `reach` mixes 1 with the probability that all drafts of smaller
     depth were accepted, since otherwise the row is never used. The latter is the drafter's own, as in training on its own
     outputs (HASS, EAGLE-3), without the cost of drafting. given, looped: what tokens that the model did not write, and
-    those in its loops, count beside the answers' 1.
+    those in its loops, count beside the answers' 1. drafted: q is over so many tokens, the head's first; 0 is all.
     """
 
     decay: float = 0.8
@@ -42,6 +42,7 @@ class Objective:
     breadth: float = 1.0
     given: float = 0.1
     looped: float = 0.1
+    drafted: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -86,49 +87,36 @@ class Lesson:
     features: tuple[int, ...]  # layers whose outputs stand before the last one's in `hidden`
     hidden: Tensor  # [B, L, (F + 1) * H]
     normed: Tensor  # [B, L, H], after the final norm
-    head: "DraftHead"
-    logits: Tensor | None = None  # [B, L, V] of the head, where they are kept
+    head: Tensor  # [V, H]; of the first objective.drafted rows' tokens the layers learn to draft
+    logits: Tensor | None = None  # [B, L, V], where they are kept
 
     def states(self, features: Sequence[int]) -> Tensor:
         """`hidden` for layers that read these features only. [B, L, (f + 1) * H]."""
-        if tuple(features) == self.features:
-            return self.hidden
-        parts = self.hidden.chunk(len(self.features) + 1, -1)
-        return torch.cat([*(parts[self.features.index(each)] for each in features), parts[-1]], -1)
+        return chosen(self.hidden, self.features, features)
 
     def target(self, span: slice) -> Tensor:
         """The main model's logits for some of the sequences, [b * L, V]."""
-        found = F.linear(self.normed[span], self.head.weight) if self.logits is None else self.logits[span]
-        return found.view(-1, len(self.head.weight))
+        found = F.linear(self.normed[span], self.head) if self.logits is None else self.logits[span]
+        return found.view(-1, len(self.head))
 
 
-@final
-@dataclass(frozen=True)
-class DraftHead:
-    """The main model's head, [V, H], of which the layers learn to draft the first `drafted` rows' tokens."""
-
-    weight: Tensor
-    drafted: int
-
-    @classmethod
-    def of(cls, main: Decoder, frequent: Tensor | None = None) -> "DraftHead":
-        """frequent: [n] int64, the tokens to draft; None is all."""
-        if frequent is None:
-            return cls(main.head_weight, main.vocab_size)
-        others = torch.ones(main.vocab_size, dtype=torch.bool, device=frequent.device)
-        others[frequent] = False
-        order = torch.cat([frequent, others.nonzero()[:, 0]]).to(main.head_weight.device)
-        return cls(main.head_weight[order], len(frequent))
+def chosen(hidden: Tensor, there: Sequence[int], features: Sequence[int]) -> Tensor:
+    """Of hidden states with features `there` before them those with `features`. [..., (F + 1) * H] -> [..., (f + 1) * H]."""
+    if tuple(features) == tuple(there):
+        return hidden
+    parts = hidden.chunk(len(there) + 1, -1)
+    return torch.cat([*(parts[there.index(each)] for each in features), parts[-1]], -1)
 
 
 @torch.no_grad()
 def teach(
-    main: Decoder, tokens: Tensor, kinds: Tensor, head: DraftHead, features: tuple[int, ...] = (), *, keep: bool = False
+    main: Decoder, tokens: Tensor, kinds: Tensor, head: Tensor, features: tuple[int, ...] = (), *, keep: bool = False
 ) -> Lesson:
-    """tokens: [B, L] int64; kinds: [B, L] uint8. keep: the logits, 2 B L V bytes, for several sets of layers."""
+    """tokens: [B, L] int64; kinds: [B, L] uint8; head: the main model's, its tokens in any order. keep: the logits, of
+    2 B L V bytes, for several sets of layers."""
     hidden, positions = sequence_hidden(replace(main, features=features), tokens)
     normed = main.norm(hidden[..., -main.config.hidden_size :].contiguous())
-    logits = F.linear(normed, head.weight) if keep else None
+    logits = F.linear(normed, head) if keep else None
     return Lesson(tokens, kinds, positions, features, hidden, normed, head, logits)
 
 
@@ -148,13 +136,13 @@ def distill_step(module: MTPModule, lesson: Lesson, objective: Objective, *, sca
     total = mean_over_processes(weights[:, 2:].sum()).clamp(min=1.0)
     depth = len(normed)
     sums, mass = torch.zeros(depth, 4, device=tokens.device), torch.zeros(depth, device=tokens.device)
-    rows = max(1, _LOGIT_BYTES // (length * len(head.weight) * head.weight.element_size()))
+    rows = max(1, _LOGIT_BYTES // (length * len(head) * head.element_size()))
     distill = _distill_for(tokens.device)
     with torch.no_grad():
         for start in range(0, batch, rows):
             span = slice(start, start + rows)
             part = _Part(
-                head.weight[: head.drafted], [x[span] for x in leaves], [g[span] for g in grads], weights[span],
+                head[: objective.drafted or None], [x[span] for x in leaves], [g[span] for g in grads], weights[span],
                 lesson.kinds[span] == ANSWER,
             )  # fmt: skip
             part.run(lesson.target(span), objective, scale / total, distill, sums, mass)

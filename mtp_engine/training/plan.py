@@ -36,7 +36,7 @@ def plan_run(model: ModelConfig, mtp: MTPConfig, settings: TrainSettings, world:
     trained = sum(t.size for t in mtp_tensors(model, mtp, MTPNames()) if t.is_parameter)
     stored = sum(t.size for t in main_tensors(model) if t.is_parameter)
     head, hidden = 2 * model.vocab_size * model.hidden_size, model.hidden_size
-    draft_head = 2 * (settings.drafted or model.vocab_size) * hidden
+    draft_head = 2 * (settings.objective.drafted or model.vocab_size) * hidden
     # forward of the main model and its head; forward and backward of the layers; their heads are frozen, so two products
     flops = sum(2 * _active(layer, hidden) for layer in model.layers) + head + 6 * trained + mtp.depth * 2 * draft_head
     wide = mtp.depth * (12 * hidden + 4 * mtp.layer.intermediate)  # activations kept, per token

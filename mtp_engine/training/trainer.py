@@ -19,7 +19,7 @@ from mtp_engine.models.mtp import MTPModule
 from mtp_engine.training.checkpoint import RunState
 from mtp_engine.training.data import Corpus, by_frequency
 from mtp_engine.training.heads import FirstValues, build_heads
-from mtp_engine.training.objective import DraftHead, Lesson, Measures, Objective, distill_step, teach
+from mtp_engine.training.objective import Lesson, Measures, Objective, distill_step, teach
 from mtp_engine.training.optimiser import Optimiser, Rates, average_gradients
 from mtp_engine.training.processes import Process
 from mtp_engine.training.quick import quick_layers, quick_main
@@ -31,15 +31,13 @@ KEPT, STATE, LOG = "checkpoint", "state.safetensors", "log.jsonl"
 @final
 @dataclass(frozen=True)
 class TrainSettings:
-    """How long and how: tokens are those of all processes together in one step. drafted: the layers learn to draft so many
-    of the most frequent tokens; 0 is all."""
+    """How long and how: tokens are those of all processes together in one step."""
 
     steps: int = 3000
     tokens: int = 41_472
     objective: Objective = field(default_factory=Objective)
     rates: Rates = field(default_factory=Rates)
     seed: int = 0
-    drafted: int = 0
     log_every: int = 20
     evaluate_every: int = 500
     checkpoint_s: float = 60.0  # seconds between checkpoints: what a kill can cost
@@ -73,8 +71,8 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.main, self.config, self.corpus, self.settings, self.out = quick_main(main), config, corpus, settings, out
         self._process = process
-        frequent = by_frequency(corpus, main.vocab_size)[: settings.drafted] if settings.drafted else None
-        self.head = DraftHead.of(main, frequent)
+        drafted = settings.objective.drafted
+        self.head = main.head_weight[by_frequency(corpus, main.vocab_size)] if drafted else main.head_weight
         self.weights = TrainableWeights(first, main.embedding.dtype, main.embedding.device)
         self.module: MTPModule = build_heads(config, main, self.weights)
         self._learner = quick_layers(self.module)
