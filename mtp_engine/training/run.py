@@ -83,7 +83,7 @@ class Training:
         self.job, self.process = job, join_processes(device)
         self.folder, self.engine = load_main(job, device, progress)
         self.config = planned(job, self.engine.model.config)
-        self._write_corpus(progress)
+        write_corpus(job, self.folder, self.engine, self.process, progress)
         self.corpus = Corpus.load(job.corpus, tokenizer_sha=data.tokenizer_sha(self.folder))
         self.trainer = make_trainer(job, self.folder, self.engine.model, self.corpus, self.process)
         self.resumed = self.trainer.resume()
@@ -143,30 +143,6 @@ class Training:
             raise EngineError(f"{self.job.evaluation}: every prompt is longer than 400 tokens: give shorter ones")
         return found
 
-    def _begin_texts(self) -> None:
-        job = self.job
-        data.begin_corpus(job.corpus, {
-            "model": self.folder.name, "tokenizer": data.tokenizer_sha(self.folder), "row_length": job.dialogues.length,
-            "vocab_size": self.engine.model.vocab_size, "texts": _hashes(job.texts),
-        })  # fmt: skip
-
-    def _write_corpus(self, progress: Progress) -> None:
-        job, process = self.job, self.process
-        if job.texts:
-            if not process.rank:
-                self._begin_texts()
-            if not process.rank and not data.has_shard(job.corpus, 0):
-                tokens, kinds = data.pack_text(self.engine.tokenizer, job.texts, job.dialogues.length)
-                data.write_shard(job.corpus, 0, tokens, kinds)
-                data.finish_corpus(job.corpus)
-        elif not all(data.has_shard(job.corpus, index) for index in range(job.dialogues.shards)):
-            write_dialogues(
-                self.engine.model, self.engine.tokenizer, job.dialogues, job.corpus, rank=process.rank,
-                world=process.world, progress=progress,
-            )  # fmt: skip
-        if dist.is_initialized():
-            dist.barrier()
-
 
 def load_main(job: Job, device: str, progress: Progress = hub.silent) -> tuple[Path, Engine]:
     """The main model's folder, and an engine that holds it unfused."""
@@ -180,6 +156,31 @@ def load_main(job: Job, device: str, progress: Progress = hub.silent) -> tuple[P
     )
     folder = hub.locate(job.model, progress=progress).folder
     return folder, Engine.load(job.model, config, progress=progress)
+
+
+def write_corpus(job: Job, folder: Path, engine: Engine, process: Process, progress: Progress) -> None:
+    """What the job's corpus lacks, by all processes together. folder: the model's. Raises EngineError."""
+    if job.texts:
+        if not process.rank:
+            _write_texts(job, folder, engine)
+    elif not all(data.has_shard(job.corpus, index) for index in range(job.dialogues.shards)):
+        write_dialogues(
+            engine.model, engine.tokenizer, job.dialogues, job.corpus, rank=process.rank, world=process.world,
+            progress=progress,
+        )  # fmt: skip
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _write_texts(job: Job, folder: Path, engine: Engine) -> None:
+    data.begin_corpus(job.corpus, {
+        "model": folder.name, "tokenizer": data.tokenizer_sha(folder), "row_length": job.dialogues.length,
+        "vocab_size": engine.model.vocab_size, "texts": _hashes(job.texts),
+    })  # fmt: skip
+    if not data.has_shard(job.corpus, 0):
+        tokens, kinds = data.pack_text(engine.tokenizer, job.texts, job.dialogues.length)
+        data.write_shard(job.corpus, 0, tokens, kinds)
+        data.finish_corpus(job.corpus)
 
 
 def planned(job: Job, model: ModelConfig) -> MTPConfig:
