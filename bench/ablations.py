@@ -69,7 +69,9 @@ def job_of(recipe: Mapping[str, Any], out: Path, device: str) -> Job:
         elif value is True:
             arguments.append(f"--{name}")
         elif name != "model" and value is not False:
-            arguments += [part for each in (value if isinstance(value, list) else [value]) for part in (f"--{name}", str(each))]
+            arguments += [
+                part for each in (value if isinstance(value, list) else [value]) for part in (f"--{name}", str(each))
+            ]
     options = command.make_context("train", arguments).params
     return make_job(options.pop("model"), options)
 

@@ -1,7 +1,7 @@
 """Prompts over passages, sentences and code: summaries, questions about a text, translations, explanations; for training.
 
-    python bench/passages.py --text CC0:FACTBOOK --text "MIT OR Apache-2.0":BOOK/src --code MIT:ALGORITHMS --out passages.jsonl.xz \\
-        --beside prompts-permissive.jsonl.xz --held-out bench_core.jsonl --held-out spec-bench.jsonl
+    python bench/passages.py --text "public domain:FACTBOOK" --text "MIT OR Apache-2.0:BOOK/src" --code MIT:ALGORITHMS \\
+        --out passages.jsonl.xz --beside prompts-permissive.jsonl.xz --held-out bench_core.jsonl --held-out spec-bench.jsonl
 
 A source is LICENCE:FOLDER, whose .md, .txt, .rst and .json files (of the latter the strings) are read as text, or .py files as
 code. What shares a run of 13 words with a held-out prompt is left out. --beside: prompts that are there already, of which as
@@ -34,7 +34,11 @@ _ASKED = (
     "List the names and numbers in this text, each with what is said of it:\n\n{}",
 )  # fmt: skip
 _LANGUAGES = ("German", "German", "French", "Spanish", "Italian", "Portuguese", "Dutch")
-_TRANSLATION = ("Translate English to {}: {}", "Translate the following sentence into {}.\n\n{}", "How do you say this in {}?\n{}")
+_TRANSLATION = (
+    "Translate English to {}: {}",
+    "Translate the following sentence into {}.\n\n{}",
+    "How do you say this in {}?\n{}",
+)
 _CODE = (
     "Explain what this Python code does.\n\n```python\n{}\n```", "Add comments to this function.\n\n```python\n{}\n```",
     "Write unit tests for the following code.\n\n```python\n{}\n```", "Rewrite this in JavaScript.\n\n```python\n{}\n```",
@@ -88,7 +92,9 @@ def grams(text: str) -> set[str]:
     return {" ".join(words[i : i + _GRAM]) for i in range(len(words) - _GRAM + 1)}
 
 
-def asked(source: str, licence: str, found: Iterable[str], rng: random.Random, *, code: bool) -> Iterator[dict[str, str]]:
+def asked(
+    source: str, licence: str, found: Iterable[str], rng: random.Random, *, code: bool
+) -> Iterator[dict[str, str]]:
     """Prompts over pieces of a source. Kinds are sources of their own, so that no kind crowds out another."""
     for piece in found:
         if code:
@@ -142,7 +148,11 @@ def main(
     rng.shuffle(every)
     with lzma.open(out, "wt", encoding="utf-8", preset=9) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in every)
-    click.echo(json.dumps({"prompts": len(every), "new": len(clean), "left out": len(rows) - len(clean), "bytes": out.stat().st_size}))
+    click.echo(
+        json.dumps(
+            {"prompts": len(every), "new": len(clean), "left out": len(rows) - len(clean), "bytes": out.stat().st_size}
+        )
+    )
 
 
 if __name__ == "__main__":

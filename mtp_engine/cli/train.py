@@ -167,7 +167,7 @@ def _interrupted(job: "Job") -> str:
 
 
 def make_job(model: str, options: dict[str, Any]) -> "Job":
-    from mtp_engine.training.dialogues import DialogueSettings
+    from mtp_engine.training.dialogues import DialogueSettings, shares
     from mtp_engine.training.objective import Objective
     from mtp_engine.training.optimiser import Rates
     from mtp_engine.training.run import Job
@@ -187,7 +187,7 @@ def make_job(model: str, options: dict[str, Any]) -> "Job":
     )  # fmt: skip
     dialogues = DialogueSettings(
         shards=o["shards"], rows=o["rows"], length=o["row_length"], seed=o["seed"], prompts=o["prompts"],
-        temperatures=_temperatures(o["temperatures"]),
+        temperatures=shares(o["temperatures"]),
     )  # fmt: skip
     return Job(
         model, out, o["corpus"] or out / "data", o["layers"], o["chained"], o["window"], o["width"], _layers(o["features"]),
@@ -201,14 +201,6 @@ def _layers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part)
     except ValueError:
         raise EngineError(f"--features {text!r} is no list of layers, as in 9,18,26") from None
-
-
-def _temperatures(text: str) -> tuple[tuple[float, float], ...]:
-    try:
-        pairs = [part.split(":") for part in text.split(",")]
-        return tuple((float(temperature), float(share)) for temperature, share in pairs)
-    except ValueError:
-        raise EngineError(f"--temperatures {text!r} is no list of T:SHARE, as in 0:0.5,1:0.5") from None
 
 
 def _show_plan(job: "Job") -> None:
