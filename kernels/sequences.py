@@ -54,7 +54,8 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _turn(grads[0], *context.saved_tensors, -1.0), None, None
+        cos, sin = context.saved_tensors
+        return _turn(grads[0], cos, sin, -1.0), None, None
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

@@ -72,8 +72,8 @@ def write_answers(
     given = (kinds < ANSWER) & (at >= begins[:, None])
     ends = torch.where(given.any(1), given.int().argmax(1), length)
     back = torch.tensor(order).argsort()
-    found = tokens, begins, torch.minimum(ends, begins + max_tokens), seeds, torch.full((count,), temperature)
-    return Answers(*(each[back] for each in found))
+    ends = torch.minimum(ends, begins + max_tokens)
+    return Answers(tokens[back], begins[back], ends[back], seeds[back], torch.full((count,), temperature))
 
 
 @final
@@ -108,8 +108,11 @@ def _batches(answers: Answers, device: torch.device) -> Iterator[Answers]:
     for start in range(0, len(answers.tokens), _ROWS):
         some = slice(start, start + _ROWS)
         longest = int(answers.ends[some].max())
-        fields = answers.tokens[some, :longest], answers.begins[some], answers.ends[some], answers.seeds[some]
-        yield Answers(*(each.to(device) for each in fields), answers.temperature[some].to(device))
+        tokens, begins, ends, seeds, temperature = (
+            each[some].to(device)
+            for each in (answers.tokens[:, :longest], answers.begins, answers.ends, answers.seeds, answers.temperature)
+        )
+        yield Answers(tokens, begins, ends, seeds, temperature)
 
 
 @final
