@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mtp_engine.kernels.arrival import check_contiguous
 
-_BLOCK = 4096
+_BLOCK = 8192
 _WARPS = 16
 _ROWS_AT_ONCE = 2  # per multiprocessor: so few that what the first pass has read is in L2 for the others
 _NONE = tl.constexpr(-1e30)  # the logit of no token: an exponential of 0, and no NaN among differences
