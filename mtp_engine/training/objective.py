@@ -19,7 +19,6 @@ from mtp_engine.training.data import ANSWER
 from mtp_engine.training.processes import mean_over_processes
 
 _LOGIT_BYTES = 1 << 30  # of one matrix of logits
-Distill = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 @final
@@ -137,7 +136,7 @@ def distill_step(module: MTPModule, lesson: Lesson, objective: Objective, *, sca
     depth = len(normed)
     sums, mass = torch.zeros(depth, 4, device=tokens.device), torch.zeros(depth, device=tokens.device)
     rows = max(1, _LOGIT_BYTES // (length * len(head) * head.element_size()))
-    distill = _distill_for(tokens.device)
+    loss_of = _loss_for(tokens.device)
     with torch.no_grad():
         for start in range(0, batch, rows):
             span = slice(start, start + rows)
@@ -145,7 +144,7 @@ def distill_step(module: MTPModule, lesson: Lesson, objective: Objective, *, sca
                 head[: objective.drafted or None], [x[span] for x in leaves], [g[span] for g in grads], weights[span],
                 lesson.kinds[span] == ANSWER,
             )  # fmt: skip
-            part.run(lesson.target(span), objective, scale / total, distill, sums, mass)
+            part.run(lesson.target(span), objective, scale / total, loss_of, sums, mass)
     torch.autograd.backward(normed, grads)
     return Measures(sums, mass)
 
@@ -170,6 +169,15 @@ def layer_outputs(
 
 @final
 @dataclass(frozen=True)
+class _Loss:
+    """The functions of kernels.distill, or of its twin."""
+
+    survey: Callable[[Tensor, float], tuple[Tensor, Tensor]]
+    distill: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+@final
+@dataclass(frozen=True)
 class _Part:
     """Some sequences of a batch, whose logits fit in memory."""
 
@@ -180,10 +188,11 @@ class _Part:
     answers: Tensor  # [b, L] bool
 
     def run(
-        self, target: Tensor, objective: Objective, scale: Tensor, distill: Distill, sums: Tensor, mass: Tensor
+        self, target: Tensor, objective: Objective, scale: Tensor, loss_of: _Loss, sums: Tensor, mass: Tensor
     ) -> None:
         """target: [b * L, V], the main model's logits."""
         length = self.weights.shape[1]
+        known = loss_of.survey(target, objective.temperature)
         path = matched = torch.ones_like(self.weights)  # per row: all smaller depths were accepted, or matched
         for k, (leaf, grad) in enumerate(zip(self.leaves, self.grads, strict=True)):
             shift = k + 1
@@ -192,7 +201,7 @@ class _Part:
             row = counted * (1 - objective.reach + objective.reach * path)
             draft = F.linear(leaf, self.head).view(-1, len(self.head))
             settings = {name: getattr(objective, name) for name in ("temperature", "acceptance", "breadth")}
-            figures = distill(draft, target, (row * scale).flatten(), shift, **settings)
+            figures = loss_of.distill(draft, target, known, (row * scale).flatten(), shift, **settings)
             loss, accept, match = (x.view(-1, length) for x in figures)
             grad.copy_((draft @ self.head).view(leaf.shape))
             path, matched = path * accept, matched * match
@@ -202,9 +211,9 @@ class _Part:
             mass[k] += row.sum()
 
 
-def _distill_for(device: torch.device) -> Distill:
+def _loss_for(device: torch.device) -> _Loss:
     if device.type != "cuda":
-        return distill_reference.distill
-    from mtp_engine.kernels.distill import distill
+        return _Loss(distill_reference.survey, distill_reference.distill)
+    from mtp_engine.kernels.distill import distill, survey
 
-    return distill
+    return _Loss(survey, distill)
