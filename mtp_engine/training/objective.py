@@ -109,11 +109,14 @@ def chosen(hidden: Tensor, there: Sequence[int], features: Sequence[int]) -> Ten
 
 @torch.no_grad()
 def teach(
-    main: Decoder, tokens: Tensor, kinds: Tensor, head: Tensor, features: tuple[int, ...] = (), *, keep: bool = False
-) -> Lesson:
-    """tokens: [B, L] int64; kinds: [B, L] uint8; head: the main model's, its tokens in any order. keep: the logits, of
-    2 B L V bytes, for several sets of layers."""
-    hidden, positions = sequence_hidden(replace(main, features=features), tokens)
+    main: Decoder, tokens: Tensor, kinds: Tensor, head: Tensor, features: tuple[int, ...] = (), *,
+    hidden: Tensor | None = None, keep: bool = False,
+) -> Lesson:  # fmt: skip
+    """tokens: [B, L] int64; kinds: [B, L] uint8; head: the main model's, its tokens in any order. hidden: the model's states
+    with these features, if they are known. keep: the logits, of 2 B L V bytes, for several sets of layers."""
+    if hidden is None:
+        hidden = sequence_hidden(replace(main, features=features), tokens)[0]
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
     normed = main.norm(hidden[..., -main.config.hidden_size :].contiguous())
     logits = F.linear(normed, head) if keep else None
     return Lesson(tokens, kinds, positions, features, hidden, normed, head, logits)
