@@ -16,6 +16,7 @@ from mtp_engine.cli.options import settings
 from mtp_engine.cli.output import console, note, show
 from mtp_engine.cli.progress import Waits
 from mtp_engine.cli.recipe import check_files, recipe, recipe_option
+from mtp_engine.config import DRAFT_VOCAB
 from mtp_engine.errors import EngineError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ _DATA = settings(
 _TRAINING = settings(
     click.option("--steps", default=3000, type=click.IntRange(1)),
     click.option("--batch-tokens", default=41_472, type=click.IntRange(1), help="Of a step, all devices together."),
-    click.option("--lr", default=2e-3, type=click.FloatRange(0, min_open=True), help="Of Muon, for matrices."),
+    click.option("--lr", default=4e-3, type=click.FloatRange(0, min_open=True), help="Of Muon, for matrices."),
     click.option("--adam-lr", default=1e-3, type=click.FloatRange(0, min_open=True), help="Of AdamW, for the rest."),
     click.option(
         "--optimiser",
@@ -76,7 +77,7 @@ _TRAINING = settings(
     click.option(
         "--target-temperature", default=1.0, type=click.FloatRange(0.05), help="Of the main model's distribution."
     ),
-    click.option("--acceptance", default=0.0, type=click.FloatRange(0), help="Weight of -log acceptance in the loss."),
+    click.option("--acceptance", default=0.5, type=click.FloatRange(0), help="Weight of -log acceptance in the loss."),
     click.option(
         "--breadth",
         default=1.0,
@@ -85,12 +86,12 @@ _TRAINING = settings(
     ),
     click.option(
         "--drafted",
-        default=0,
+        default=DRAFT_VOCAB,
         type=click.IntRange(0),
         help="Learn to draft so many of the most frequent tokens; 0 is all.",
     ),
     click.option(
-        "--reach", default=0.0, type=click.FloatRange(0, 1), help="How far a row counts less if drafts before fail."
+        "--reach", default=0.7, type=click.FloatRange(0, 1), help="How far a row counts less if drafts before fail."
     ),
     click.option("--seed", default=0),
     click.option(
