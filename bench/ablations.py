@@ -45,7 +45,7 @@ from mtp_engine.training.trainer import Trainer
 BASE = "base"
 SIZES = (8192, 16384)  # draft vocabularies that are asked about
 _DATA = {"shards", "rows", "row-length", "temperatures", "prompts", "text"}  # options that change what is written
-_TIMED = 12  # steps from which the time of the others is known
+_COMPILING, _TIMED = 2, 12  # steps that are not timed, and those that say how long the others take
 _SHOWN = 50
 
 Variants = dict[str, dict[str, Any]]
@@ -90,15 +90,17 @@ def learn(trainers: Mapping[str, Trainer], seconds: float, log: Path) -> None:
     steps, kept = first.settings.steps, {name: [] for name in trainers}
     features = tuple(sorted({each for trainer in trainers.values() for each in trainer.config.features}))
     head = next((each.head for each in trainers.values() if each.settings.objective.drafted), first.head)
-    step = 0
+    step, compiled = 0, 0.0
     while step < steps:
         lesson = teach(first.main, *first.batch(step), head, features, keep=len(trainers) > 1)
         for name, trainer in trainers.items():
             kept[name].append(trainer.learn(step, lesson))
         step += 1
+        if step == _COMPILING:
+            compiled = _elapsed(begin, first)
         if step == _TIMED and seconds:  # the warm-up of the rates is not over: they fall to zero at the new end
-            each = _elapsed(begin, first) / step
-            steps = min(steps, max(step, int(seconds / each)))
+            each = (_elapsed(begin, first) - compiled) / (step - _COMPILING)
+            steps = min(steps, max(step, int((seconds - compiled) / each)))
             for trainer in trainers.values():
                 trainer.settings = replace(trainer.settings, steps=steps)
         if step % _SHOWN == 0 or step == steps:

@@ -78,7 +78,8 @@ def main(
     peak = next((value for name, value in PEAK_BF16.items() if name in conditions(commit, device)["device"]), None)
     record = {
         "bench": "training", "model": model, "rows": rows, "row_length": row_length, "batch_tokens": batch_tokens,
-        "drafted": drafted, "writing_tokens_per_s": round(writing), "training_tokens_per_s": round(speed), "flops_per_token": flops,
+        "drafted": drafted, "writing_tokens_per_s": round(writing), "training_tokens_per_s": round(speed),
+        "flops_per_token": flops,
         "training_share_of_bf16_peak": round(speed * flops / peak, 4) if peak else None,
         "kinds": dict(zip(("padding", "given", "answer", "loop"), counts, strict=True)),
     }  # fmt: skip
