@@ -119,7 +119,8 @@ class Training:
         """The layers as they are, with the report and the card."""
         job, info = self.job, self.corpus.info
         about = {"name": job.out.name, "base_model": job.model, "steps": report.step}
-        draft_ids = data.by_frequency(self.corpus, self.engine.model.vocab_size)[:DRAFT_VOCAB].int()
+        learnt = min(job.settings.objective.drafted or DRAFT_VOCAB, DRAFT_VOCAB)
+        draft_ids = data.by_frequency(self.corpus, self.engine.model.vocab_size)[:learnt].int()
         save_heads(job.out, self.config, self.trainer.weights.named(), draft_ids, about, fp8=job.fp8)
         write_report(job.out, f"MTP layers for {job.model}")
         seen = report.step * job.settings.tokens
