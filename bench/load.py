@@ -36,28 +36,9 @@ from mtp_engine.hub import hub
 
 CLIENTS, REGEX = 64, "[a-z ]{10,40}"
 WORDS = [
-    "The",
-    "old",
-    "lighthouse",
-    "keeper",
-    "walked",
-    "down",
-    "to",
-    "the",
-    "sea",
-    "where",
-    "a",
-    "small",
-    "boat",
-    "with",
-    "a",
-    "red",
-    "sail",
-    "was",
-    "waiting",
-    "for",
-    "him",
-]
+    "The", "old", "lighthouse", "keeper", "walked", "down", "to", "the", "sea", "where", "a", "small", "boat", "with",
+    "a", "red", "sail", "was", "waiting", "for", "him",
+]  # fmt: skip
 KINDS: list[tuple[dict[str, Any], dict[str, Any]]] = [  # as the request has it, and as the engine has it
     ({}, {}), ({"temperature": 0.0}, {}), ({"logprobs": True}, {"logprobs": 0}), ({"speculate": False}, {}),
     ({"stop": [".", "\n"]}, {"stop": (".", "\n")}), ({"tree": "chain:2"}, {}), ({"n": 2}, {}), ({"min_tokens": 8}, {}),

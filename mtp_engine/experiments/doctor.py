@@ -7,11 +7,8 @@ layers may accept more: the hidden state before or after the final norm, a posit
 swapped, one layer used for all depths.
 """
 
-import json
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, cast, final
 
 import numpy as np
@@ -19,12 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mtp_engine.assemble import load_main, make_loop
-from mtp_engine.config import EngineConfig, MTPConfig, SamplingParams, TreeShape
+from mtp_engine.assemble import make_loop
+from mtp_engine.config import EngineConfig, SamplingParams, TreeShape
 from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
 from mtp_engine.experiments.prompts import read_prompts
 from mtp_engine.experiments.record import watched
+from mtp_engine.experiments.wirings import Variant, variants
 from mtp_engine.hub import hub
 from mtp_engine.models import loader
 from mtp_engine.models.mtp import MTPModule
@@ -254,91 +252,6 @@ def _forced(module: MTPModule, reader: _Reader, main: Tensor, tokens: list[int],
     shared = min((len(fit) for fit in fits.values()), default=0) - depth
     nothing = np.full(max(shared, 0), np.nan)
     return Forced(right, np.stack([fits[k][-shared:] if k in fits else nothing for k in range(depth)], 1))
-
-
-Variant = tuple[str, str, MTPModule]
-"""What is tried, what is wrong if it accepts more, and the layers."""
-
-
-def variants(module: MTPModule, engine: Engine, files: hub.ModelFiles) -> Iterator[Variant]:
-    """The other wirings."""
-    config = module.config
-    if not module.mix:  # with features the final norm plays no part
-        other: Any = "pre_norm" if config.hidden == "post_norm" else "post_norm"
-        yield f"hidden: {other}", "hidden norm", replace(module, config=replace(config, hidden=other))
-    swapped = [replace(layer, join=_swapped(layer.join)) for layer in module.layers]
-    yield "projection: halves swapped", "swapped concat", replace(module, layers=swapped)
-    for by in (-1, 1):
-        shifted = cast(MTPModule, _Shifted(module, by))
-        yield f"hidden states: {by:+d} position", "shifted hidden states", shifted
-    fresh = from_files(engine, files, config)
-    if fresh is not None:
-        yield f"layers: all {len(fresh.layers)} of the files", "unused layers", fresh
-
-
-def _swapped(join: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    swapped: Callable[[Tensor, Tensor], Tensor] = replace(join, hidden_first=not join.hidden_first)
-    return swapped
-
-
-@final
-@dataclass(frozen=True)
-class _Shifted:
-    """MTP layers whose first level reads the hidden state of another position."""
-
-    module: MTPModule
-    by: int
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
-
-    def forward(self, level: int, embedded: Tensor, hidden: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        if level == 0 and hidden.shape[1] > 1:
-            hidden = hidden.roll(-self.by, 1)
-        return self.module.forward(level, embedded, hidden, positions, attention)
-
-
-def from_files(engine: Engine, files: hub.ModelFiles, config: MTPConfig) -> MTPModule | None:
-    """The layers as their files have them, one for each depth, wired as those in use."""
-    folder = files.mtp_folder or files.folder
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as name:
-        if "mtp" in raw:
-            there = Path(name)
-            for path in folder.glob("*.safetensors"):
-                (there / path.name).symlink_to(path.resolve())
-            raw["mtp"] |= {"depth": _count(folder), "reused": False}
-            (there / "config.json").write_text(json.dumps(raw), encoding="utf-8")
-            folder = there
-        main = engine.model
-        if engine.config.dtype == "int8":  # the engine's own is the library's, of which no layers can be made
-            main = load_main(files, engine.config, engine.backend, hub.silent)
-        module = loader.load_mtp(
-            folder,
-            main,
-            len(_ids(engine)),
-            hub.silent,
-            dequantize=engine.config.dtype == "int8",
-            make=engine.backend.make,
-        )
-    module = engine.backend.fuse_mtp(module)
-    depth = min(config.depth, module.config.depth)
-    wired = replace(config, depth=depth, reused=False)
-    return replace(module, config=wired, layers=list(module.layers)[:depth])
-
-
-def _ids(engine: Engine) -> Tensor:
-    ids: Tensor = cast(Any, engine.loop.work.drafter).module.draft_ids
-    return ids
-
-
-def _count(folder: Path) -> int:
-    """How many layers lie in a folder of ours."""
-    from mtp_engine.models.build import MTPNames
-    from mtp_engine.models.checkpoint import Checkpoint
-
-    prefix = f"{MTPNames().prefix}."
-    return len({name.removeprefix(prefix).split(".")[0] for name in Checkpoint(folder) if name.startswith(prefix)})
 
 
 def _check_variant(engine: Engine, texts: Sequence[Text], forced: Sequence[Forced], variant: Variant) -> Check:
