@@ -23,7 +23,7 @@ from mtp_engine.training.attention import sequence_hidden
 from mtp_engine.training.data import ANSWER
 from mtp_engine.training.dialogues import DialogueSettings, ShardPlan
 from mtp_engine.training.lockstep import ANSWER as ANSWERING
-from mtp_engine.training.lockstep import LockStep, most_answers
+from mtp_engine.training.lockstep import MID, LockStep, most_answers
 from mtp_engine.training.objective import chosen, layer_outputs
 from mtp_engine.training.prompts import Template
 from mtp_engine.training.quick import quick_layers, quick_main
@@ -63,7 +63,7 @@ def write_answers(
     seeds = torch.tensor([seed + i for i in order])
     plan = ShardPlan(
         [prompts[i] for i in order], torch.full((count,), ANSWERING), seeds,
-        torch.full((count, answers), temperature), torch.zeros(count, answers, dtype=torch.int64) + 1,
+        torch.full((count, answers), temperature), torch.full((count, answers), MID),
     )  # fmt: skip
     writer = LockStep(main, tokenizer, Template.cut(tokenizer), settings)
     tokens, kinds = writer.write(plan, lambda done: progress("answering held-out prompts", done, count * length))
