@@ -10,6 +10,7 @@ from torch import Tensor
 from mtp_engine.models.decoder import Decoder
 
 _ALIGNED = 8  # head dimensions of the fused kernels are multiples of this
+_WIDEST = 256  # and no more than that
 
 
 @final
@@ -29,7 +30,7 @@ class SequenceAttention:
         if window is not None and window >= length:
             window = None
         width = v.shape[3]
-        if sink is None and width == q.shape[3] and q.is_cuda and q.dtype == torch.bfloat16:
+        if sink is None and width == q.shape[3] and flash_takes(q):
             return flash(q, k, v, scale, window)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if window is None and sink is None and width == q.shape[3]:
@@ -54,6 +55,11 @@ class SequenceAttention:
                 seen = torch.cat([seen, extra], 1)
             self._masks[key] = seen
         return self._masks[key]
+
+
+def flash_takes(q: Tensor) -> bool:
+    """Whether `flash` does."""
+    return q.is_cuda and q.dtype == torch.bfloat16 and q.shape[3] % _ALIGNED == 0 and q.shape[3] <= _WIDEST
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
