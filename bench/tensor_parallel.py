@@ -8,8 +8,8 @@ equal: of mimo-nano and of tiny random models, answers that are the same token f
 both against one process (in bf16, and between kernels and torch, a near tie may flip). times: of a decoding step. killed:
 seconds from kill -9 of the last rank, in the midst of an answer, until its one line is out, and which ranks are left.
 On GPUs: exchange: bits and times of sums and gatherings; 7b: MiMo-7B's shape on one GPU and on all of them, steps and texts;
-smol: texts of the default model's shape, which 3 divides; flash: as many of MiMo-V2-Flash's layers as --layers says, layer by layer and in whole steps (see
-full_size.py).
+smol: texts of the default model's shape, which 3 divides; flash: as many of MiMo-V2-Flash's layers as --layers says, layer by
+layer and in whole steps (see full_size.py).
 """
 
 import json
