@@ -99,6 +99,8 @@ class ShardedMatchVerifier:
 class DeviceShardedMatchVerifier:
     """ShardedMatchVerifier in three launches."""
 
+    picks = True
+
     def __init__(self, group: Group, max_batch: int, device: torch.device) -> None:
         self._group, self._whole = group, DeviceMatchVerifier(max_batch, device)
 
