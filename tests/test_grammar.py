@@ -212,11 +212,16 @@ def test_masks_of_many_nodes_are_those_of_each_alone(own: bool) -> None:
 def test_what_fits_is_what_masks_allow(within: int) -> None:
     """One token after another, beyond the end of an answer, too."""
     schema = json.dumps({"type": "array", "items": {"type": "string", "maxLength": 6}, "minItems": 2})
+    record = json.dumps(of(name={**TEXT, "maxLength": 4}, kind={"enum": ["yes", "perhaps"]}, born=WHOLE))
     with Engine.load("mimo-nano", EngineConfig(device="cpu", threads=1, max_context=64)) as engine:
         tokenizer, vocab = engine.tokenizer, engine.model.vocab_size
         start = Grammars(tokenizer.folder, vocab, tokenizer.eos_ids).start
+        short = [token for text in (" x", " y", '"', " n", " b", "n", "p", "y") for token in tokenizer.encode(text)]
     rng, counts = random.Random(2), list[int]()
-    structures = [Structure(regex="(ab|[a-c]x){1,9}"), Structure(json=schema, within=within)]
+    structures = [
+        Structure(regex="(ab|[a-c]x){1,9}"),
+        *(Structure(json=each, within=within) for each in (schema, record)),
+    ]
     for structure in structures * 5:
         state, twin, said = start(structure), start(structure), list[int]()
         while len(said) < 50:
@@ -224,6 +229,7 @@ def test_what_fits_is_what_masks_allow(within: int) -> None:
             for _ in range(5):
                 allowed = unpack(twin.mask(tuple(path))).nonzero()[:, 0].tolist()
                 token = rng.choice(allowed) if rng.random() < 0.8 else rng.choice([*range(vocab), -1])
+                token = rng.choice(short) if rng.random() < 0.2 else token  # as text it may be allowed, as a token not
                 fit = len(path) if fit is None and token not in allowed else fit
                 path.append(token)
                 if fit is not None:

@@ -19,6 +19,21 @@ class Pool:
         self._executor.unsafe_compute_mask_ptr(states, masks.data_ptr(), 4 * masks.shape[1], len(masks))
 
 
+def _canonical(matcher: Any, tokens: Sequence[int]) -> int:
+    """How many of these tokens, which a grammar can take one after the other, masks have: where text is forced, llguidance's
+    have the one token that writes it in the tokenizer's own way, and others that write the same text are none of theirs."""
+    for number, token in enumerate(tokens):
+        if number:
+            matcher = matcher.deep_copy() if number == 1 else matcher
+            matcher.consume_token(tokens[number - 1])
+        if not matcher.compute_ff_bytes():
+            continue
+        forced = matcher.compute_ff_tokens()
+        if forced[0] != token if forced else not matcher.compute_bitmask()[token // 8] >> token % 8 & 1:
+            return number
+    return len(tokens)
+
+
 @final
 class Matchers:
     """Where an answer stands, and after drafts, until it leaves that."""
@@ -45,7 +60,8 @@ class Matchers:
         if matcher is None:
             return len(tokens)
         known = next((n for n, token in enumerate(tokens) if token < 0 or token in self._eos), len(tokens))
-        fit = int(matcher.validate_tokens(list(tokens[:known])))
+        valid = int(matcher.validate_tokens(list(tokens[:known])))
+        fit = _canonical(matcher, tokens[:valid])
         if fit < known or known == len(tokens) or tokens[known] not in self._eos:
             return fit
         ended = self.at(
