@@ -78,6 +78,7 @@ class Shape:
 FLASH = Shape(_FLASH, 3, (1024, 16384, 65536))  # 312 GB: for figures on paper
 SHAPES = {
     "mimo-7b": Shape(_MIMO_7B, 1, (1024, 16384)),
+    "mimo-v2-flash": FLASH,
     "smol": Shape(_SMOL, 1, (1024, 4096)),
     # layer 0, a global and five sliding MoE layers, three MTP layers, embedding and head: 44 GB
     "mimo-slice": Shape(

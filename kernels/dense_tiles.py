@@ -61,7 +61,8 @@ _SWEPT = (  # more rows of the weight than, as many columns as, and the fastest 
                   _wide(128, 128, 8, 6))),
     (4096, 2048, (_wide(64, 32, 4, 8), _wide(64, 64, 4, 8), _wide(64, 128, 8, 6), _wide(128, 128, 8, 6))),
     (0, 8192, (_sliced(32, 32, 4), _wide(64, 64, 4, 6, apart=True), _wide(64, 64, 4, 8), _wide(128, 256, 8, 4, apart=True))),
-    (0, 2048, (_sliced(32, 32, 4), _sliced(32, 64, 3), _wide(64, 64, 4, 8), _wide(64, 128, 8, 6))),
+    (3199, 2048, (_sliced(32, 32, 4), _sliced(32, 64, 3), _wide(64, 64, 4, 8), _wide(64, 128, 8, 6))),
+    (0, 2048, (_wide(64, 32, 4, 6), _wide(64, 64, 4, 8), _wide(64, 64, 4, 8), _wide(64, 128, 8, 6))),  # parts of ranks
     (8192, 0, (_wide(64, 32, 4, 4), _wide(64, 64, 4, 4), _wide(128, 64, 4, 3, registers=168, boxes=True),
                _wide(128, 128, 8, 4))),
     (0, 0, (_wide(64, 32, 4, 4), _wide(64, 64, 4, 4), _wide(64, 128, 8, 4), _wide(128, 128, 8, 4))),
