@@ -80,6 +80,12 @@ class DeviceRows:
             for group, targets in zip(self.cache.groups, self.targets, strict=True)
         ]
 
+    def launch(self, *, tree: bool) -> None:
+        """Have worked out what attention reads besides queries and keys: before what makes those, see runs_kernel."""
+        _ = self.pages
+        if tree:
+            _ = self.ancestry, self.first
+
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """See protocols.DeviceAttention."""
         index, member = self.cache.place[layer]
@@ -114,8 +120,7 @@ class ExactAttention:
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         index, member = self._step.cache.place[layer]
         group = self._step.cache.groups[index]
-        # what attention reads besides queries and keys must have been launched before what makes those: see runs_kernel
-        _ = self._step.pages if self._chains(index) else (self._step.pages, self._step.ancestry, self._step.first)
+        self._step.launch(tree=not self._chains(index))
         if self._step.packed is None or not isinstance(group, WindowKV):
             return self._step.destination(layer)
         k, v = (x[member].new_empty(len(self._lines), *x.shape[2:]) for x in (group.k, group.v))
