@@ -1,7 +1,8 @@
 """Prompts over passages, sentences and code: summaries, questions about a text, translations, explanations; for training.
 
-    python bench/passages.py --text "public domain:FACTBOOK" --text "MIT OR Apache-2.0:BOOK/src" --code MIT:ALGORITHMS \\
-        --out passages.jsonl.xz --beside prompts-permissive.jsonl.xz --held-out bench_core.jsonl --held-out spec-bench.jsonl
+    python -m mtp_engine.training.passages --text "public domain:FACTBOOK" --text "MIT OR Apache-2.0:BOOK/src" \\
+        --code MIT:ALGORITHMS --beside prompts-permissive.jsonl.xz --out prompts.jsonl.xz \\
+        --held-out bench_core.jsonl --held-out spec-bench.jsonl
 
 A source is LICENCE:FOLDER, whose .md, .txt, .rst and .json files (of the latter the strings) are read as text, or .py files as
 code. What shares a run of 13 words with a held-out prompt is left out. --beside: prompts that are there already, of which as
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from common import run
 
 _GRAM = 13  # words
 _WORDS = (90, 380)  # of a passage
@@ -156,4 +156,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    main()
