@@ -139,7 +139,7 @@ def main(
     others = _lines(beside) if beside else []
     rng.shuffle(others)
     taken: dict[str, int] = {}
-    kept = []
+    kept: list[dict[str, Any]] = []
     for row in others:
         taken[row["source"]] = taken.get(row["source"], 0) + 1
         if len(kept) < len(clean) * share / (1 - share) and taken[row["source"]] <= per_source:
