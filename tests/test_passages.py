@@ -5,6 +5,7 @@ import lzma
 import random
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from mtp_engine.training.passages import functions, grams, main, passages
@@ -79,3 +80,20 @@ def test_held_out_prompts_stay_held_out(tmp_path: Path) -> None:
     kinds = {row["source"] for row in rows}
     assert {"source/summary", "source/code", "old-0", "old-1"} <= kinds
     assert sorted(read_prompts(out)) == sorted(row["prompt"].strip() for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("held", "given", "words"),
+    [
+        ('{"turns": ["Hi"]}', ["--text", "CC0"], "LICENCE:FOLDER"),
+        ('{"turns": ["Hi"]}', ["--code", "CC0:none"], "LICENCE:FOLDER"),
+        ('{"prompt": "Hi"}', [], "with `turns`"),
+        ("Hi", [], "not lines of JSON"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, held: str, given: list[str], words: str) -> None:
+    path = tmp_path / "held.jsonl"
+    path.write_text(held + "\n")
+    done = CliRunner().invoke(main, [*given, "--held-out", str(path), "--out", str(tmp_path / "x.xz")])
+    assert done.exit_code == 2
+    assert words in done.stderr
