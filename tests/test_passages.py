@@ -11,24 +11,10 @@ from click.testing import CliRunner
 from mtp_engine.training.passages import functions, grams, main, passages
 from mtp_engine.training.prompts import read_prompts
 
-WORDS = [
-    "river",
-    "bridge",
-    "people",
-    "houses",
-    "hill",
-    "town",
-    "winter",
-    "market",
-    "horse",
-    "ship",
-    "harbour",
-    "corn",
-    "miller",
-    "daughter",
-    "stone",
-    "gate",
-]
+WORDS = (
+    "river", "bridge", "people", "houses", "hill", "town", "winter", "market", "horse", "ship", "harbour", "corn", "miller",
+    "daughter", "stone", "gate",
+)  # fmt: skip
 CODE = """def add_{0}(first: int, second: int) -> int:
     # two numbers and {0}, and what they are together
     total = first + second + {0}
