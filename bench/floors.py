@@ -1,15 +1,13 @@
 """Byte floors: the least that a step must read from memory, from the configuration alone."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from mtp_engine.config import AttentionConfig, ModelConfig, MoEConfig, MTPConfig
 from mtp_engine.models.build import MTPNames
 from mtp_engine.models.tensors import Stored, main_tensors, mtp_tensors
 
 _BF16 = 2
-_ALL_REDUCE_S = 10e-6  # assumed, of some KB among 8 GPUs with NVLink in a CUDA graph; there are two per layer
-_GPUS = 8
+_DIVIDED = ("lm_head.weight", "eh_proj.weight")  # among ranks, though no field of the configuration says so
 
 
 def hit_share(moe: MoEConfig, rows: int) -> float:
@@ -22,34 +20,49 @@ def kv_bytes(a: AttentionConfig, batch: int, context: int) -> int:
     return batch * min(context, a.window or context) * a.kv_heads * (a.qk_dim + a.v_dim) * _BF16
 
 
-def _total(tensors: Iterable[Stored], experts: bool = False) -> int:
-    """The experts', or the rest without the embedding table, of which a token reads one row."""
-    return sum(t.nbytes for t in tensors if (".experts." in t.name) == experts and "embed_tokens" not in t.name)
+def _total(tensors: Iterable[Stored], experts: bool = False, ranks: int = 1) -> int:
+    """The experts', or the rest without the embedding table, of which a token reads one row. ranks: that share what the
+    configuration of a rank's part does not say."""
+    return sum(
+        t.nbytes // (ranks if t.name.endswith(_DIVIDED) else 1)
+        for t in tensors
+        if (".experts." in t.name) == experts and "embed_tokens" not in t.name
+    )
 
 
-def main_bytes(config: ModelConfig, rows: int, batch: int, context: int) -> float:
-    """A forward pass over `rows` rows in all: dense weights once + experts' weights * hit_share(rows) + KV once.
+def main_bytes(config: ModelConfig, rows: int, batch: int, context: int, ranks: int = 1) -> float:
+    """A forward pass over `rows` rows in all: dense weights once + experts' weights * hit_share(rows) + KV once. Of a rank's
+    part of the model where `config` is that part's (Shard.model) and `ranks` share it.
 
     The head counts once (also where it is the embedding table), norms and FP8 scales as stored. Activations, logits and
     the rows written do not count. MiMo-7B, batch 1: 14.00 GB of weights + 147 KB a token = 4.58 ms at 3.06 TB/s.
     """
     tensors = list(main_tensors(config))
     moe = next((layer.moe for layer in config.layers if layer.moe), None)
-    weights = _total(tensors) + (config.vocab_size * config.hidden_size * _BF16 if config.tied_head else 0)
+    weights = _total(tensors, ranks=ranks) + (
+        config.vocab_size * config.hidden_size * _BF16 // ranks if config.tied_head else 0
+    )
     experts = _total(tensors, experts=True) * hit_share(moe, rows) if moe else 0.0
     return weights + experts + sum(kv_bytes(layer.attention, batch, context) for layer in config.layers)
 
 
 def draft_bytes(
-    config: ModelConfig, mtp: MTPConfig, names: MTPNames, vocab: int, levels: int, batch: int, context: int
+    config: ModelConfig,
+    mtp: MTPConfig,
+    names: MTPNames,
+    vocab: int,
+    levels: int,
+    batch: int,
+    context: int,
+    ranks: int = 1,
 ) -> float:
     """`levels` times (the level's MTP layer + draft head of `vocab` rows + KV). A re-used layer is read in every level,
-    as no cache holds it."""
+    as no cache holds it. ranks: see main_bytes; vocab: the part's."""
     tensors = list(mtp_tensors(config, mtp, names))
     total = 0.0
     for level in range(levels):
         prefix = f"{names.prefix}.{0 if mtp.reused else level}."
-        total += _total(t for t in tensors if t.name.startswith(prefix))
+        total += _total((t for t in tensors if t.name.startswith(prefix)), ranks=ranks)
         total += vocab * config.hidden_size * _BF16 + kv_bytes(mtp.layer.attention, batch, context)
     return total
 
@@ -63,24 +76,6 @@ def layer_bytes(config: ModelConfig, index: int, hits: int, batch: int, context:
     rest = _total(t for t in tensors if t not in first)
     share = hits / layer.moe.experts if layer.moe else 0.0
     return attention, rest + _total(tensors, experts=True) * share
-
-
-def on_paper(config: ModelConfig, rows: int, context: int, bandwidth: float, times_floor: float) -> dict[str, Any]:
-    """One step of a single request on 8 GPUs that share every matrix evenly, in milliseconds.
-
-    KV heads are spread over the GPUs, and copied where there are fewer than GPUs. bytes per GPU / bandwidth is the floor;
-    `times_floor` (what a slice on one GPU reached) times that, plus two all-reduces a layer, is the estimate.
-    """
-    weights = main_bytes(config, rows, 1, 0) / _GPUS
-    cached = sum(
-        kv_bytes(layer.attention, 1, context) / min(_GPUS, layer.attention.kv_heads) for layer in config.layers
-    )
-    floor, reduces = (weights + cached) / bandwidth, 2 * len(config.layers) * _ALL_REDUCE_S
-    return {
-        "rows": rows, "context": context, "gb_per_gpu": round((weights + cached) / 1e9, 3),
-        "floor_ms": round(floor * 1e3, 3), "all_reduce_ms": round(reduces * 1e3, 3),
-        "estimate_ms": round((floor * times_floor + reduces) * 1e3, 3),
-    }  # fmt: skip
 
 
 def flops(config: ModelConfig, tokens: int) -> float:

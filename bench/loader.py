@@ -1,14 +1,16 @@
 """Loader: GB/s from page cache into resident weights, and peak memory against what stays resident.
 
-    python bench/loader.py [--gb 1.5] [--repeat 3]
+    python bench/loader.py [--gb 1.5] [--repeat 3] [--ranks 2 [--device cuda]]
 
 Writes a MiMo-V2-Flash checkpoint of that size to a temporary folder, FP8 with the fused grid and BF16, then loads each
 in a fresh process. Peak is the growth of the process (VmHWM) over its size with everything imported; the last line is
-JSON with the median of the repeats.
+JSON with the median of the repeats. --ranks: experts have the real size, and are loaded by one process, and then by so many
+at the same time, each its share; every process has the same number of cores for itself. Rates are of the whole checkpoint.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,18 +27,19 @@ _LAYER = {  # the real model's heads and FP8 block; width and experts scaled dow
     "intermediate_size": 8192, "moe_intermediate_size": 1024, "n_routed_experts": 24, "num_experts_per_tok": 8,
     "sliding_window": 128, "vocab_size": 8192,
 }  # fmt: skip
+_REAL = _LAYER | {"hidden_size": 4096, "moe_intermediate_size": 2048}
 _CASES = (("fp8", "bf16", False), ("bf16", "bf16", False), ("bf16", "fp32", False), ("fp8", "bf16", True))
 
 
-def write(folder: Path, gigabytes: float, fp8: bool) -> Path:
+def write(folder: Path, gigabytes: float, fp8: bool, sizes: dict[str, Any]) -> Path:
     from mtp_engine.models.make_tiny import make_tiny
 
-    per_layer = 24 * 3 * 2048 * 1024 * (1 if fp8 else 2) / 1e9  # its experts
+    per_layer = 24 * 3 * sizes["hidden_size"] * sizes["moe_intermediate_size"] * (1 if fp8 else 2) / 1e9  # its experts
     layers = max(2, round(gigabytes / per_layer))
     pattern = [int(i % 6 != 0) for i in range(layers)]
     return make_tiny(
         folder, fp8=fp8, block=128, shards=4, num_hidden_layers=layers, hybrid_layer_pattern=pattern,
-        moe_layer_freq=[0, *[1] * (layers - 1)], **_LAYER,
+        moe_layer_freq=[0, *[1] * (layers - 1)], **sizes,
     )  # fmt: skip
 
 
@@ -72,33 +75,72 @@ def resident_bytes(root: Any) -> int:
     return sum(seen.values())
 
 
-def child(folder: Path, dtype: str, dequantize: bool) -> None:
-    """Load once and print what it took."""
+def child(folder: Path, dtype: str, dequantize: bool, rank: int, ranks: int, cores: int, device: str) -> None:
+    """Load a rank's share once, when told to, and print what it took."""
     import time
 
     from mtp_engine.kernels.linear import packed_is_faster
     from mtp_engine.models import loader
+    from mtp_engine.parallel.group import Group
+    from mtp_engine.parallel.shard import Shard
+
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[rank * cores : (rank + 1) * cores])
+    torch.set_num_threads(cores)
+    group, where = (
+        Group(Shard(rank, ranks)),
+        torch.device(f"cuda:{rank % torch.cuda.device_count()}" if device == "cuda" else "cpu"),
+    )
+    torch.zeros(1, device=where)
 
     for file in folder.glob("*.safetensors"):  # into the page cache, not into this process
         subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)
     packed_is_faster()  # measured once per process; not part of loading
+    print(flush=True)
+    sys.stdin.readline()
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     start = time.perf_counter()
     types = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    main = loader.load_main(folder, types[dtype], torch.device("cpu"), lambda *_: None, dequantize=dequantize)
+    main = loader.load_main(folder, types[dtype], where, lambda *_: None, dequantize=dequantize, group=group)
     module = loader.load_mtp(folder, main, 0, lambda *_: None, dequantize=dequantize)
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
     seconds = time.perf_counter() - start
     peak, resident = memory("VmHWM") - before, resident_bytes([main, module.layers])
     read = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     print(json.dumps({"seconds": seconds, "read": read, "resident": resident, "peak": peak}))
 
 
-def measure(folder: Path, dtype: str, dequantize: bool, repeat: int) -> dict[str, Any]:
+def together(folder: Path, dtype: str, dequantize: bool, ranks: int, cores: int, device: str) -> dict[str, Any]:
+    """One loading by so many processes: the slowest one's seconds and the largest peak, and what rank 0 says of the rest."""
     command = [sys.executable, __file__, "--child", str(folder), dtype, str(int(dequantize))]
-    runs = [
-        json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(repeat)
+    children = [
+        subprocess.Popen(
+            [*command, str(rank), str(ranks), str(cores), device], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for rank in range(ranks)
     ]
+    for each in children:
+        assert each.stdout is not None
+        each.stdout.readline()
+    said = [json.loads(out) for out in _go(children)]
+    return said[0] | {key: max(each[key] for each in said) for key in ("seconds", "peak")}
+
+
+def _go(children: list["subprocess.Popen[bytes]"]) -> list[bytes]:
+    for each in children:
+        assert each.stdin is not None
+        each.stdin.write(b"\n")
+        each.stdin.flush()
+    return [each.communicate()[0] for each in children]
+
+
+def measure(
+    folder: Path, dtype: str, dequantize: bool, repeat: int, ranks: int = 1, cores: int = 0, device: str = "cpu"
+) -> dict[str, Any]:
+    """cores: of each process; 0: all."""
+    cores = cores or len(os.sched_getaffinity(0))
+    runs = [together(folder, dtype, dequantize, ranks, cores, device) for _ in range(repeat)]
     seconds = statistics.median(run["seconds"] for run in runs)
     last = runs[-1]
     return {
@@ -111,10 +153,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gb", type=float, default=1.5)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--child", nargs=3)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--child", nargs=7)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
     if options.child:
-        child(Path(options.child[0]), options.child[1], options.child[2] == "1")
+        folder, dtype, dequantize, *numbers, device = options.child
+        child(Path(folder), dtype, dequantize == "1", *map(int, numbers), device)
         return
     if not (0 < options.gb < 1000 and options.repeat >= 1):
         parser.error("--gb must be above 0 and --repeat at least 1")
@@ -122,13 +167,23 @@ def main() -> None:
     results = {}
     print(f"{'stored -> engine':28} {'read GB':>8} {'resident':>9} {'seconds':>8} {'GB/s':>6} {'peak/resident':>14}")
     with tempfile.TemporaryDirectory(prefix="loader-") as root:
-        folders = {kind: write(Path(root) / kind, options.gb, kind == "fp8") for kind in ("fp8", "bf16")}
-        for stored, dtype, dequantize in _CASES:
-            name = f"{stored} -> {'fp8' if stored == 'fp8' and not dequantize else dtype}"
-            r = results[name] = measure(folders[stored], dtype, dequantize, options.repeat)
-            print(f"{name:28} {r['read_gb']:8.2f} {r['resident_gb']:9.2f} {r['seconds']:8.2f} {r['gb_per_s']:6.2f} "
-                  f"{r['peak_over_resident']:14.3f}")  # fmt: skip
-    print(json.dumps({"bench": "loader", "results": results, **conditions(commit)}))
+        sizes = _LAYER if options.ranks == 1 else _REAL
+        folders = {kind: write(Path(root) / kind, options.gb, kind == "fp8", sizes) for kind in ("fp8", "bf16")}
+        cores = len(os.sched_getaffinity(0)) // options.ranks
+        for stored, dtype, dequantize in _CASES if options.ranks == 1 else _CASES[:2]:
+            for ranks in sorted({1, options.ranks}):
+                name = f"{stored} -> {'fp8' if stored == 'fp8' and not dequantize else dtype}"
+                name += f", {ranks} x {cores} cores" if options.ranks > 1 else ""
+                r = results[name] = measure(
+                    folders[stored], dtype, dequantize, options.repeat, ranks, cores, options.device
+                )
+                print(f"{name:28} {r['read_gb']:8.2f} {r['resident_gb']:9.2f} {r['seconds']:8.2f} {r['gb_per_s']:6.2f} "
+                      f"{r['peak_over_resident']:14.3f}", flush=True)  # fmt: skip
+    print(
+        json.dumps(
+            {"bench": "loader", "ranks": options.ranks, "results": results, **conditions(commit, options.device)}
+        )
+    )
 
 
 if __name__ == "__main__":

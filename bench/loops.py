@@ -41,8 +41,14 @@ class Recorder:
     def prepare(self, members: Members, bound: int) -> None:
         self._inner.prepare(members, bound)
 
+    def prepare_reading(self, chunks: Sequence[PromptChunk]) -> None:
+        self._inner.prepare_reading(chunks)
+
     def settle(self) -> None:
         self._inner.settle()
+
+    def complete(self) -> None:
+        self._inner.complete()
 
     def read(self, chunks: Sequence[PromptChunk]) -> Launched:
         return self._inner.read(chunks)
@@ -94,11 +100,13 @@ def build(
     model: Model, tree: str | None, batch: int, context: int, config: EngineConfig, *, packs: bool = True
 ) -> Bench:
     """A loop with room for `batch` requests of `context` tokens. tree None: plain decoding. packs: see Scheduler."""
-    shape = TreeShape.parse(tree) if tree else None
-    config = replace(config, tree=shape, max_batch=batch, max_context=0, kv_tokens=batch * (context + 2 * ROOM))
+    shape, group = TreeShape.parse(tree) if tree else None, model.main.group
+    config = replace(
+        config, tree=shape, max_batch=batch, max_context=0, kv_tokens=batch * (context + 2 * ROOM), tensor_parallel=group.size
+    )  # fmt: skip
     device, recorders = model.main.embedding.device, []
     backend = replace(
-        make_backend(config, device, lambda *_: None), fuse_mtp=lambda module: module, packs=packs
+        make_backend(config, device, lambda *_: None, group), fuse_mtp=lambda module: module, packs=packs
     )  # it is fused already
 
     def runner(slots: int) -> Callable[..., Runner]:
@@ -188,17 +196,23 @@ def kernel_times(bench: Bench, steps: int = 8) -> dict[str, tuple[float, float]]
 
 @final
 class Forced:
-    """Pretends that every step keeps `counts` nodes, or what there is, on the way to a deep node. For timing only.
+    """Pretends that every step keeps `counts` nodes, or what there is, on the way to a deep node. For timing only. Of 2.7
+    some steps keep 3 and others 2, as a request's length says.
 
     The real verifier runs too, so that its time counts; its choice at the root is the last token of the step.
     """
 
-    def __init__(self, verifier: Verifier, counts: int) -> None:
+    picks = False
+
+    def __init__(self, verifier: Verifier, counts: float) -> None:
         self.verifier, self.counts = verifier, counts
 
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         result = self.verifier.verify(tree, logits, batch)
-        depth = torch.where(tree.real, tree.depths, 0).amax(1).clamp(max=self.counts - 1)  # [B], of the last kept node
+        fewest, share = divmod(self.counts, 1)
+        more = (batch.lengths * 7919 % 1009) < share * 1009  # neighbouring lengths fall anywhere
+        most = torch.where(more, int(fewest), int(fewest) - 1)
+        depth = torch.where(tree.real, tree.depths, 0).amax(1).minimum(most)  # [B], of the last kept node
         upwards = [((tree.depths == depth[:, None]) & tree.real).int().argmax(1)]
         for _ in range(tree.max_depth):
             upwards.append(tree.parents.gather(1, upwards[-1][:, None])[:, 0].clamp(min=0))
@@ -211,6 +225,8 @@ class Forced:
 @final
 class Scores:
     """Keeps the scores that the last step's choices were made from, noise included."""
+
+    picks = False
 
     def __init__(self, verifier: Verifier) -> None:
         self.verifier = verifier

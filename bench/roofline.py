@@ -1,6 +1,7 @@
 """What a step costs and what its bytes cost: plain steps, drafts, verification of N nodes, over contexts and batches.
 
     python bench/roofline.py --model mimo-7b --model default --model mimo-slice
+    python bench/roofline.py --many bench/results/full-size.jsonl       # 48 layers on many GPUs, from what full_size.py measured
 
 Bandwidth is measured first. A floor is bytes (floors.py) over that read bandwidth. Models with random weights are timed
 only: an accepted length comes from `Forced`, and the output says so. Times are medians of CUDA graph replays (events of
@@ -9,23 +10,23 @@ the runner); `gap` is wall time per step less the graphs', `idle` the GPU's paus
 
 import gc
 import json
-import statistics
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, final
+from typing import Any, TextIO, final
 
 import click
 import torch
 from common import SOME, conditions, require_commit, run
-from floors import draft_bytes, main_bytes, on_paper
+from floors import draft_bytes, main_bytes
 from layers import measure_layers, seconds
 from loops import Forced, build, kernel_times, measure, pretend
+from paper import estimates, table
 from rich.console import Console
 from rich.table import Table
-from shapes import FLASH, SHAPES, Model, load
+from shapes import SHAPES, Model, load
 
 from mtp_engine import EngineConfig, TreeShape
 from mtp_engine.config import DEFAULT_MODEL, DRAFT_VOCAB
@@ -191,10 +192,6 @@ def measure_model(session: Session, options: dict[str, Any], contexts: tuple[int
         result["layers"] = layers
         if "rows" in layers:
             CONSOLE.print(layers_table(layers["rows"]))
-            ratio = statistics.mean(row["layer_x"] for row in layers["rows"])
-            paper = [on_paper(FLASH.parse()[0], rows, 16384, session.read, ratio) for rows in (1, 4)]
-            result["paper_48_layers_8_gpus"] = paper
-            click.echo("\n".join(f"48 layers on 8 GPUs, on paper: {json.dumps(each)}" for each in paper))
     if options["profiled"]:
         result["profile"] = [
             session.attempt({"tree": each}, lambda each=each: {"us": session.profiled(each, contexts[0])})
@@ -206,6 +203,13 @@ def measure_model(session: Session, options: dict[str, Any], contexts: tuple[int
     ]
     CONSOLE.print(steps_table(model, result["steps"]))
     return result
+
+
+def print_many(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        rows = estimates(result)
+        CONSOLE.print(table(result, rows))
+        click.echo(json.dumps({key: result[key] for key in ("ranks", "alone", "device", "commit")} | {"rows": rows}))
 
 
 @click.command()
@@ -225,11 +229,15 @@ def measure_model(session: Session, options: dict[str, Any], contexts: tuple[int
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--profile", "profiled", is_flag=True, help="Kernel times of a plain and of a speculative step.")
+@click.option("--many", type=click.File(), help="Lines of full_size.py: print their table, and measure nothing.")
 @click.option("--budget", default=540.0, show_default=True, help="Seconds after which no case is begun.")
 def main(models: tuple[str, ...], contexts: tuple[int, ...], tree: str | None, steps: int, draft_vocab: int | None,
          attention: Any, in_flight: int, path: str, mtp: str | None, device: str, dtype: Any, budget: float,
-         **options: Any) -> None:  # fmt: skip
+         many: TextIO | None, **options: Any) -> None:  # fmt: skip
     commit = require_commit()
+    if many:
+        print_many([json.loads(line) for line in many])
+        return
     begin, where = time.perf_counter(), torch.device(device)
     if dtype == "auto":
         dtype = "bf16" if where.type == "cuda" else "fp32"

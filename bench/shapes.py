@@ -14,7 +14,7 @@ from mtp_engine import Engine, EngineConfig
 from mtp_engine.backend import make_backend
 from mtp_engine.config import DEFAULT_MODEL, AttentionConfig, ModelConfig, MTPConfig
 from mtp_engine.kernels.experts import ExpertStack, PlainStack
-from mtp_engine.kernels.fp8 import FP8, BlockLinear, BlockMatrix, fused_rows, fused_sizes, plain_rows
+from mtp_engine.kernels.fp8 import FP8, BlockLinear, BlockMatrix, fused_rows, plain_rows
 from mtp_engine.kernels.linear import Linear
 from mtp_engine.models import build, mimo, mimo_v2_flash
 from mtp_engine.models.build import MTPNames
@@ -24,7 +24,9 @@ from mtp_engine.models.layers import LinearMap, RotaryEmbedding
 from mtp_engine.models.make_tiny import TINY
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.models.tensors import Stored, main_tensors, mtp_tensors
-from mtp_engine.models.weights import Parts
+from mtp_engine.models.weights import Cut, Parts, Split
+from mtp_engine.parallel.group import Group
+from mtp_engine.parallel.linear import SummedLinear
 
 _CHUNK = (1 << 24) + 1  # random values that are drawn; odd, so that no two rows of a tiled matrix are alike
 _FP8_SPREAD = 48.0  # standard deviation of the stored e4m3 numbers, whose largest is 448
@@ -76,6 +78,7 @@ class Shape:
 FLASH = Shape(_FLASH, 3, (1024, 16384, 65536))  # 312 GB: for figures on paper
 SHAPES = {
     "mimo-7b": Shape(_MIMO_7B, 1, (1024, 16384)),
+    "mimo-v2-flash": FLASH,
     "smol": Shape(_SMOL, 1, (1024, 4096)),
     # layer 0, a global and five sliding MoE layers, three MTP layers, embedding and head: 44 GB
     "mimo-slice": Shape(
@@ -92,74 +95,90 @@ DEFAULT_CONTEXTS, DEFAULT_TREE = (1024, 4096), "tree:31"  # of the default model
 class RandomWeights:
     """models.weights.Weights without a checkpoint: the same shapes and dtypes, random values, all on the device.
 
-    Matrices keep the size of what goes through them, and norms are 1, so that activations stay finite.
+    Matrices keep the size of what goes through them, and norms are 1, so that activations stay finite. What every rank of a
+    group holds whole is the same on all.
     """
 
-    def __init__(self, stored: Iterable[Stored], dtype: torch.dtype, device: torch.device, block: int | None) -> None:
-        self.dtype, self.device, self.make_linear = dtype, device, Linear
+    def __init__(
+        self, stored: Iterable[Stored], dtype: torch.dtype, device: torch.device, block: int | None, group: Group
+    ) -> None:
+        self.dtype, self.device, self.group = dtype, device, group
         self._fp8 = {tensor.name for tensor in stored if tensor.dtype == "F8_E4M3"}
         self._block = block or 0
         generator = torch.Generator(device).manual_seed(0)
         self._chunk = torch.randn(_CHUNK, generator=generator, device=device)
         self._drawn = 0
 
-    def _draw(self, shape: Sequence[int], dtype: torch.dtype, scale: float) -> Tensor:
-        """Normal values times `scale`, from another place of the chunk in every call."""
+    def _draw(self, shape: Sequence[int], dtype: torch.dtype, scale: float, *, own: bool = True) -> Tensor:
+        """Normal values times `scale`, from another place of the chunk in every call. own: other ones on every rank."""
         out = torch.empty(tuple(shape), dtype=dtype, device=self.device)
         self._drawn += 104729
-        values = (self._chunk.roll(self._drawn) * scale).to(dtype)
+        start = self._drawn + (self.group.shard.rank * 15485863 if own else 0)
+        values = (self._chunk.roll(start) * scale).to(dtype)
         # torch copies FP8 faster as the bytes it is
         flat, values = (x.view(torch.uint8) if dtype == FP8 else x for x in (out.view(-1), values))
         for part in flat.split(len(values)):
             part.copy_(values[: len(part)])
         return out
 
-    def tensor(self, name: str, *shape: int) -> Tensor:
+    def tensor(self, name: str, *shape: int, split: bool = False) -> Tensor:
         if "norm" in name:
             return torch.ones(shape, dtype=self.dtype, device=self.device)
-        return self._draw(shape, self.dtype, 1.0 if "embed_tokens" in name or len(shape) == 1 else shape[1] ** -0.5)
+        rows = len(self.group.shard.part(shape[0])) if split else shape[0]
+        scale = 1.0 if "embed_tokens" in name or len(shape) == 1 else shape[1] ** -0.5
+        return self._draw((rows, *shape[1:]), self.dtype, scale, own=split)
 
     def exact(self, name: str, *shape: int) -> Tensor:
         """The router, whose scores shall differ clearly, and its small bias."""
-        return self._draw(shape, torch.float32, 0.01 if len(shape) == 1 else 2 * shape[1] ** -0.5)
+        return self._draw(shape, torch.float32, 0.01 if len(shape) == 1 else 2 * shape[1] ** -0.5, own=False)
 
-    def linear(self, parts: Parts, columns: int, *, bias: bool = False) -> LinearMap:
-        sizes = [rows for _, rows in parts]
-        if f"{parts[0][0]}.weight" not in self._fp8:
-            return self._plain_linear(sum(sizes), columns, bias)
-        return self._fp8_linear(plain_rows(sizes, self._block), columns, bias)
+    def linear(self, parts: Parts, columns: int, *, split: Split = "none") -> LinearMap:
+        cut = Cut.of(parts, columns, split, self.group)
+        table = plain_rows([rows for _, rows in parts], self._block) if self._quantised(parts) else None
+        made = self._linear(cut, table)
+        if split not in ("columns", "inputs") or self.group.size == 1:
+            return made
+        return SummedLinear(made, self.group, cut.columns if split == "inputs" else None)
 
     def qkv(self, prefix: str, a: AttentionConfig, columns: int) -> LinearMap:
         """As Weights.qkv: the global layers of an FP8 checkpoint have scales of fused sections."""
         sizes = (a.heads * a.qk_dim, a.kv_heads * a.qk_dim, a.kv_heads * a.v_dim)
         parts = [(f"{prefix}.{name}_proj", rows) for name, rows in zip("qkv", sizes, strict=True)]
-        if a.window is not None or f"{parts[0][0]}.weight" not in self._fp8:
-            return self.linear(parts, columns, bias=a.bias)
-        section = (sizes[0] // a.kv_heads, a.qk_dim, a.v_dim)
-        assert sum(fused_sizes(*section, self._block)), "a section has blocks"
-        return self._fp8_linear(fused_rows(a.kv_heads, *section, self._block), columns, a.bias)
+        heads, kv_heads = self.group.shard.part(a.heads), self.group.shard.kv_heads(a)
+        held = ((heads, a.qk_dim), (kv_heads, a.qk_dim), (kv_heads, a.v_dim))
+        cut, table = Cut(parts, columns, [range(h.start * d, h.stop * d) for h, d in held], range(columns)), None
+        if self._quantised(parts):
+            fused = a.window is None
+            table = (
+                fused_rows(a.kv_heads, sizes[0] // a.kv_heads, a.qk_dim, a.v_dim, self._block)
+                if fused
+                else plain_rows(list(sizes), self._block)
+            )
+        return self._linear(cut, table, bias=a.bias)
 
-    def experts(self, names: Sequence[Parts], columns: int) -> ExpertStack:
-        sizes = [rows for _, rows in names[0]]
-        if f"{names[0][0][0]}.weight" not in self._fp8:
-            return PlainStack(self._draw((len(names), sum(sizes), columns), self.dtype, columns**-0.5))
-        return self._blocks(len(names), plain_rows(sizes, self._block), columns)
+    def experts(self, names: Sequence[Parts], columns: int, *, split: Split = "none") -> ExpertStack:
+        cut = Cut.of(names[0], columns, split, self.group)
+        if not self._quantised(names[0]):
+            return PlainStack(self._draw((len(names), *cut.shape), self.dtype, columns**-0.5))
+        return self._blocks(len(names), cut, plain_rows([rows for _, rows in names[0]], self._block))
 
-    def _plain_linear(self, rows: int, columns: int, bias: bool) -> LinearMap:
-        added = self._draw((rows,), self.dtype, 0.1) if bias else None
-        return self.make_linear(self._draw((rows, columns), self.dtype, columns**-0.5), added)
+    def _quantised(self, parts: Parts) -> bool:
+        return f"{parts[0][0]}.weight" in self._fp8
 
-    def _fp8_linear(self, table: Tensor, columns: int, bias: bool) -> LinearMap:
-        stack = self._blocks(1, table, columns)
-        added = self._draw((len(table),), self.dtype, 0.1) if bias else None
+    def _linear(self, cut: Cut, table: Tensor | None, *, bias: bool = False) -> LinearMap:
+        """table: see Cut.grid; None: not in FP8."""
+        added = self._draw(cut.shape[:1], self.dtype, 0.1) if bias else None
+        if table is None:
+            return Linear(self._draw(cut.shape, self.dtype, cut.width**-0.5), added)
+        stack = self._blocks(1, cut, table)
         return BlockLinear(BlockMatrix(stack.data[0], stack.scale[0], stack.rows, stack.block), added)
 
-    def _blocks(self, count: int, table: Tensor, columns: int) -> BlockMatrix:
-        """table: [R] int64, the scale row of every row."""
-        data = self._draw((count, len(table), columns), FP8, _FP8_SPREAD)
-        shape = (count, int(table.max()) + 1, -(-columns // self._block))
-        scale = self._draw(shape, torch.float32, 0.1).add_(1.0).clamp_(min=0.5).mul_(columns**-0.5 / _FP8_SPREAD)
-        return BlockMatrix(data, scale, table.to(self.device), self._block)
+    def _blocks(self, count: int, cut: Cut, table: Tensor) -> BlockMatrix:
+        data = self._draw((count, *cut.shape), FP8, _FP8_SPREAD)
+        whole = torch.empty(1, int(table.max()) + 1, -(-cut.width // self._block))
+        rows, grid = cut.grid(table, whole, self._block)
+        scale = self._draw((count, *grid.shape[1:]), torch.float32, 0.1).add_(1.0).clamp_(min=0.5)
+        return BlockMatrix(data, scale.mul_(cut.width**-0.5 / _FP8_SPREAD), rows.to(self.device), self._block)
 
 
 @final
@@ -179,23 +198,31 @@ class Model:
         return self.main.config
 
 
-def load(name: str, config: EngineConfig, path: str = DEFAULT_MODEL, mtp: str | None = None) -> Model:
+def load(
+    name: str, config: EngineConfig, path: str = DEFAULT_MODEL, mtp: str | None = None, group: Group = Group()  # noqa: B008
+) -> Model:  # fmt: skip
     """`default`, the default model with its own weights from `path` and `mtp`, or one of SHAPES, with random ones.
-    A draft_vocab of 0 lets all tokens be drafted."""
+    A draft_vocab of 0 lets all tokens be drafted. group: of ranks that share one of SHAPES; this one's part is made."""
     if name == "default":
         engine = Engine.load(path, config, mtp=mtp)
         return Model(name, engine.model, engine.loop.work.drafter.module, MTPNames(), DEFAULT_CONTEXTS, DEFAULT_TREE)  # type: ignore[attr-defined]
-    shape, device = SHAPES[name], torch.device(config.device)
+    return build_shape(name, SHAPES[name], config, group)
+
+
+def build_shape(name: str, shape: Shape, config: EngineConfig, group: Group = Group()) -> Model:  # noqa: B008
+    """A model of random weights. config: settled, its device with its number where there are several."""
+    device, shard = torch.device(config.device), group.shard
     (main_config, mtp_config), names = shape.parse(), shape.family.MTP_NAMES
     stored = [*main_tensors(main_config), *mtp_tensors(main_config, mtp_config, names)]
-    weights: Any = RandomWeights(stored, _DTYPES[config.dtype], device, main_config.fp8_block)
+    weights: Any = RandomWeights(stored, _DTYPES[config.dtype], device, main_config.fp8_block, group)
     main = build.decoder(weights, main_config, lambda *_: None)
-    vocab = config.draft_vocab or main_config.vocab_size
-    head = main.unembed if vocab >= main_config.vocab_size else Linear(main.head_weight[:vocab].contiguous())
+    vocab = min(config.draft_vocab or main_config.vocab_size, main_config.vocab_size)
+    own = shard.part(vocab)
+    head = main.unembed if vocab == main_config.vocab_size else Linear(main.head_weight[: len(own)].contiguous())
     count = 1 if mtp_config.reused else mtp_config.depth
     layers = [build.mtp_layer(weights, names, k, mtp_config, main, head) for k in range(count)]
     rotary = RotaryEmbedding(mtp_config.layer.attention.rope, device)
-    ids = torch.arange(min(vocab, main_config.vocab_size), device=device)
-    module = MTPModule(mtp_config, layers, main.embedding, main.norm, ids, rotary)
-    backend = make_backend(config, device, lambda *_: None)
+    ids = torch.arange(own.start, own.stop, device=device)
+    module = MTPModule(shard.mtp(mtp_config), layers, main.embedding, main.norm, ids, rotary, group=group)
+    backend = make_backend(config, device, lambda *_: None, group)
     return Model(name, backend.fuse(main), backend.fuse_mtp(module), names, shape.contexts, shape.tree)

@@ -1,28 +1,31 @@
-"""A model that several processes share: does it say what one process says, and does a rank that ends end all?
+"""A model that several processes share: does it say what one process says, how long does it take, and does a rank that ends
+end all?
 
     python bench/tensor_parallel.py
-    python bench/tensor_parallel.py --device cuda --ranks 2 --dtype bf16 --parts equal,times
+    python bench/tensor_parallel.py --device cuda --ranks 2 --dtype bf16 --parts exchange,7b,flash,equal,killed
 
 equal: of mimo-nano and of tiny random models, answers that are the same token for token: drafted and plain on the ranks, and
-both against one process with the same operations (in bf16 a near tie may flip). times: seconds of a decoding step and of an
-exchange of sums. killed: seconds from kill -9 of the last rank, in the midst of an answer, until its one line is out.
+both against one process (in bf16, and between kernels and torch, a near tie may flip). times: of a decoding step. killed:
+seconds from kill -9 of the last rank, in the midst of an answer, until its one line is out, and which ranks are left.
+On GPUs: exchange: bits and times of sums and gatherings; 7b: MiMo-7B's shape on one GPU and on all of them, steps and texts;
+smol: texts of the default model's shape, which 3 divides; flash: as many of MiMo-V2-Flash's layers as --layers says, layer by
+layer and in whole steps (see full_size.py).
 """
 
 import json
 import os
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import click
-import torch
 from common import conditions, require_commit, run
+from full_size import Limits, Part, measured
+from full_size_rank import Job
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.errors import EngineError
@@ -45,6 +48,7 @@ def answers(engine: Engine, tokens: int) -> list[list[int]]:
 
 
 def all_equal(config: EngineConfig, tokens: int) -> dict[str, Any]:
+    """mimo-nano, and tiny models."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, model in {
@@ -58,7 +62,7 @@ def all_equal(config: EngineConfig, tokens: int) -> dict[str, Any]:
 
 
 def equal(name: str, config: EngineConfig, tokens: int) -> dict[str, Any]:
-    with Engine.load(name, replace(config, tensor_parallel=1, attention="torch")) as one:
+    with Engine.load(name, replace(config, tensor_parallel=1)) as one:
         alone = answers(one, tokens)
     with Engine.load(name, config) as engine:
         drafted = answers(engine, tokens)
@@ -79,52 +83,55 @@ def times(name: str, config: EngineConfig) -> dict[str, float]:
     with Engine.load(name, config) as engine:
         [answer] = engine.generate(PROMPTS[:1], SamplingParams(max_tokens=200, ignore_eos=True))
         stats = answer.stats
-        assert isinstance(engine.team, Leader)
-        return {
-            "step_s": stats.decode_s / stats.steps,
-            "accepted_length": stats.mean_accepted_length,
-            "exchange_us": exchange(engine),
-        }
+        return {"step_s": stats.decode_s / stats.steps, "accepted_length": stats.mean_accepted_length}
 
 
-def exchange(engine: Engine) -> float:
-    """Of one row's sums in the midst of an answer: median microseconds on rank 0, the device waited for."""
-    found, inner = list[float](), engine.team.group.exchange
-    assert inner is not None
-    gather, device = inner.gather, torch.device(engine.config.device)
-
-    def timed(x: torch.Tensor) -> torch.Tensor:
-        wait(device)
-        begin = time.perf_counter()
-        y = gather(x)
-        wait(device)
-        found.append(time.perf_counter() - begin)
-        return y
-
-    inner.gather = timed  # type: ignore[method-assign]
-    engine.generate(PROMPTS[:1], SamplingParams(max_tokens=30, ignore_eos=True))
-    return median(found) * 1e6
+def steps(batches: Sequence[int], context: int = 1024) -> list[Part]:
+    """Plain ones, and chain:3 with 2.7 tokens a step."""
+    return [
+        {"part": "step", "batch": batch, "context": context, "tree": tree, "forced": 2.7 if tree else 0.0}
+        for batch in batches
+        for tree in (None, "chain:3")
+    ]
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def on_gpus(kind: str, ranks: int, layers: int, batches: Sequence[int], seconds: float) -> list[Part]:
+    """What ranks measured of made-up models."""
+    texts: Part = {"part": "texts", "prompts": 40, "tokens": 64}
+    profile: Part = {"part": "profile", "batch": batches[-1], "context": 1024, "tree": "chain:3"}
+    exchange: list[Part] = [{"part": "exchanges", "rounds": 300}, {"part": "kernels"}]
+    plans: dict[str, list[tuple[str, int, int, list[Part]]]] = {
+        "exchange": [("tiny", 0, ranks, exchange)],
+        "7b": [
+            ("mimo-7b", 0, 1, steps(batches)),
+            ("mimo-7b", 0, ranks, [*exchange[1:], *steps(batches), texts, profile]),
+        ],
+        "smol": [("smol", 0, ranks, [texts])],
+        "flash": [("mimo-v2-flash", layers, ranks, [*steps((1,)), {"part": "layers"}, profile])],
+    }
+    found, limits = list[Part](), Limits(60.0, 120.0, time.monotonic() + seconds)
+    for shape, count, size, parts in plans[kind]:
+        job = Job(0, size, 0, False, shape, count, "cuda", 40, 3.06e12, [])
+        for each in measured(job, parts, limits, 0):
+            click.echo(json.dumps({"shape": shape, "ranks": size, **each}))
+            found.append({"shape": shape, "ranks": size, **each})
+    return found
 
 
 def killed(name: str, config: EngineConfig) -> dict[str, Any]:
+    """The last rank, in the midst of an answer."""
     with Engine.load(name, config) as engine:
         assert isinstance(engine.team, Leader)
-        victim, begun = engine.team.processes[-1], list[float]()
-
-        def kill() -> None:
-            begun.append(time.perf_counter())
-            os.kill(victim, signal.SIGKILL)
-
-        threading.Timer(1.0, kill).start()
-        try:
-            engine.generate(PROMPTS[:1], SamplingParams(max_tokens=8000, ignore_eos=True))
-        except EngineError as error:
-            return {"seconds": time.perf_counter() - begun[0], "said": str(error)}
+        victims, begun = engine.team.processes, 0.0
+        params = SamplingParams(max_tokens=8000, ignore_eos=True)
+        for number, chunk in enumerate(engine.stream(PROMPTS[:1], params)):
+            if number == 40:
+                begun = time.perf_counter()
+                os.kill(victims[-1], signal.SIGKILL)
+            if chunk.finished and begun and chunk.finished.error:
+                seconds = time.perf_counter() - begun
+                left = [victim for victim in victims if Path(f"/proc/{victim}").exists()]
+                return {"seconds": seconds, "said": chunk.finished.error, "left": left}
     raise EngineError("the answer was over before the rank was killed")
 
 
@@ -134,18 +141,27 @@ def killed(name: str, config: EngineConfig) -> dict[str, Any]:
 @click.option("--ranks", default=2, type=click.IntRange(2))
 @click.option("--tokens", default=60, type=click.IntRange(1))
 @click.option("--parts", default="equal,times,killed")
-def main(device: str, dtype: Any, ranks: int, tokens: int, parts: str) -> None:
+@click.option("--layers", default=18, type=click.IntRange(1), help="Of MiMo-V2-Flash.")
+@click.option("--batch", "batches", multiple=True, default=[1, 16], type=click.IntRange(1), help="Of MiMo-7B's steps.")
+@click.option("--budget", default=200.0, help="Seconds of each part on GPUs, after which nothing more is begun in it.")
+def main(
+    device: str, dtype: Any, ranks: int, tokens: int, parts: str, layers: int, batches: tuple[int, ...], budget: float
+) -> None:
     commit = require_commit()
+    kinds = parts.split(",")
     config = EngineConfig(
         device=device, dtype=dtype, tensor_parallel=ranks, tree=TreeShape.parse("2x2x1"), max_batch=4, max_context=512,
         prefix_cache_gb=0.01,
     )  # fmt: skip
     found: dict[str, Any] = {"bench": "tensor_parallel", "ranks": ranks, "dtype": dtype}
-    if "equal" in parts:
+    for kind in ("exchange", "7b", "smol", "flash"):
+        if kind in kinds:
+            found[kind] = on_gpus(kind, ranks, layers, batches, budget)
+    if "equal" in kinds:
         found["equal"] = all_equal(config, tokens)
-    if "times" in parts:
+    if "times" in kinds:
         found["times"] = times("mimo-nano", replace(config, tree=TreeShape.parse("chain:3")))
-    if "killed" in parts:
+    if "killed" in kinds:
         found["killed"] = killed("mimo-nano", replace(config, max_context=0))
     click.echo(json.dumps({**found, **conditions(commit, device)}))
 

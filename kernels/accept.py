@@ -64,11 +64,12 @@ def _walk(
 @triton.jit
 def _choose_kernel(
     logits, positions, seed, temperature, floors, partial, arrivals, choices,
-    tokens, parents, depths, size, path, out, counts, vocab, ahead, stride_b, stride_n, splits,
-    BY_DEPTH: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, SPAN: tl.constexpr, SP: tl.constexpr, BLOCK: tl.constexpr,
-    DEPTH: tl.constexpr, DP: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr,
+    tokens, parents, depths, size, path, out, counts, vocab, own, ahead, stride_b, stride_n, splits,
+    BY_DEPTH: tl.constexpr, PACKED: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, SPAN: tl.constexpr,
+    SP: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, DP: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (split, node, request): the best token of SPAN; the last of a request: its choices, or its walk."""
+    """Program (split, node, request): the best token of SPAN; the last of a request: its choices, or its walk. own: the
+    logits' first token. PACKED: choices are stored with their scores."""
     split, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -91,36 +92,46 @@ def _choose_kernel(
         if floors is not None:
             x = tl.where(x < floor, -float("inf"), x)
         if heat > 0:
-            x = tl.fma(gumbel_of(first, second, token.to(tl.uint32)), heat, x)
+            x = tl.fma(gumbel_of(first, second, (own + token).to(tl.uint32)), heat, x)
         at = tl.where(x > best, token, at)
         best = tl.maximum(x, best)
     rank = rank_of(best)
     top = tl.max(rank, 0)
-    tl.store(partial + (b * N + n) * splits + split, pack(top, tl.min(tl.where(rank == top, at, LARGEST), 0)))
+    tl.store(
+        partial + (b * N + n) * splits + split, pack(top, own + tl.min(tl.where(rank == top, at, LARGEST - own), 0))
+    )
     node, part = tl.arange(0, NP), tl.arange(0, SP)
     if tokens is not None:  # read now, while nothing depends on it
         real, token, up, depth = _read_tree(b, node, tokens, parents, depths, size, N)
     if arrives_last(arrivals + b, N * splits):
         where = partial + (b * N + node)[:, None] * splits + part[None, :]
         mask = (node < N)[:, None] & (part < splits)[None, :]
-        chosen = unpack_index(tl.max(tl.load(where, mask=mask, other=-(1 << 63), cache_modifier=".cg"), 1))
+        best_of = tl.max(tl.load(where, mask=mask, other=-(1 << 63), cache_modifier=".cg"), 1)
+        chosen = unpack_index(best_of)
         if tokens is None:
-            tl.store(choices + b * N + node, chosen, mask=node < N)
+            tl.store(choices + b * N + node, best_of if PACKED else chosen, mask=node < N)
         else:
             _walk(b, chosen, node, real, token, up, depth, path, out, counts, NP, DEPTH, DP, STEPS)
 
 
 @triton.jit
 def _accept_kernel(
-    choices, tokens, parents, depths, size, path, out, counts,
-    N: tl.constexpr, NP: tl.constexpr, DEPTH: tl.constexpr, DP: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr,
+    choices, tokens, parents, depths, size, path, out, counts, B,
+    RANKS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, DEPTH: tl.constexpr, DP: tl.constexpr, STEPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     b, node = tl.program_id(0), tl.arange(0, NP)
     real, token, up, depth = _read_tree(b, node, tokens, parents, depths, size, N)
-    chosen = tl.load(choices + b * N + node, mask=node < N, other=0).to(tl.int32)
+    if RANKS:
+        best = tl.load(choices + b * N + node, mask=node < N, other=0)
+        for r in tl.static_range(1, RANKS):
+            best = tl.maximum(best, tl.load(choices + (r * B + b) * N + node, mask=node < N, other=0))
+        chosen = unpack_index(best)
+    else:
+        chosen = tl.load(choices + b * N + node, mask=node < N, other=0).to(tl.int32)
     _walk(b, chosen, node, real, token, up, depth, path, out, counts, NP, DEPTH, DP, STEPS)
 
 
@@ -152,6 +163,19 @@ def choose(
     return choices
 
 
+def best(
+    logits: Tensor, lengths: Tensor, seed: Tensor, temperature: Tensor, arrivals: Tensor, tree: Tree, own: int
+) -> Tensor:
+    """Of every node the best of some tokens and its score as one number, [B, N] int64, larger for a better score and for the
+    lower of equal tokens: what ranks that share the tokens exchange. The first half of `verify`; `accept_best` is the other.
+
+    logits: [B, N, v] of the tokens own..own + v - 1; lengths: [B] int64, positions of the roots.
+    """
+    choices = torch.empty_like(tree.depths)
+    _launch_choose(logits, lengths, seed, temperature, arrivals, 1, None, choices, None, own=own, depths=tree.depths)
+    return choices
+
+
 def verify(
     logits: Tensor,
     positions: Tensor,
@@ -178,11 +202,20 @@ def accept(tree: Tree, choices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     choices: [B, N] int64.
     """
+    return _accept(tree, choices, 0)
+
+
+def accept_best(tree: Tree, choices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`accept` of the best of what all ranks found. choices: [ranks, B, N] int64, from `best`."""
+    return _accept(tree, choices, len(choices))
+
+
+def _accept(tree: Tree, choices: Tensor, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, nodes = tree.tokens.shape
     kept = _outputs(tree)
     check_contiguous(choices, tree.tokens, tree.parents, tree.depths, tree.size)
     _accept_kernel[(batch,)](
-        choices, tree.tokens, tree.parents, tree.depths, tree.size, *kept, **_walk_sizes(tree), N=nodes,
+        choices, tree.tokens, tree.parents, tree.depths, tree.size, *kept, batch, RANKS=ranks, **_walk_sizes(tree), N=nodes,
         NP=_padded(nodes), PDL=pdl(), launch_pdl=pdl(), num_warps=1,
     )  # fmt: skip
     return kept
@@ -198,7 +231,10 @@ def _launch_choose(
     floors: Tensor | None,
     choices: Tensor | None,
     walk: tuple[Tree, tuple[Tensor, Tensor, Tensor]] | None,
+    own: int = 0,
+    depths: Tensor | None = None,
 ) -> None:
+    """depths: of nodes whose choices are packed, see `best`."""
     batch, nodes, vocab = logits.shape
     by_depth = positions.dim() == 1
     assert positions.shape == ((batch,) if by_depth else (batch, nodes))
@@ -210,14 +246,15 @@ def _launch_choose(
     span = _TILE * -(-vocab // (_TILE * splits))
     splits = -(-vocab // span)
     partial = torch.empty(batch * nodes * splits, dtype=torch.int64, device=logits.device)
-    tree: tuple[Tensor | None, ...] = (None,) * 7
+    tree: tuple[Tensor | None, ...] = (None, None, depths, None, None, None, None)
     sizes = {"DEPTH": 0, "DP": 1, "STEPS": 0}
     if walk is not None:
         tree = (walk[0].tokens, walk[0].parents, walk[0].depths, walk[0].size, *walk[1])
         sizes = _walk_sizes(walk[0])
     _choose_kernel[(splits, nodes, batch)](
-        logits, positions, seed, temperature, floors, partial, arrivals, choices, *tree, vocab, ahead,
-        logits.stride(0), logits.stride(1), splits, **sizes, BY_DEPTH=by_depth, N=nodes, NP=padded, SPAN=span,
+        logits, positions, seed, temperature, floors, partial, arrivals, choices, *tree, vocab, own, ahead,
+        logits.stride(0), logits.stride(1), splits, **sizes, BY_DEPTH=by_depth, PACKED=depths is not None,
+        N=nodes, NP=padded, SPAN=span,
         SP=triton.next_power_of_2(splits), BLOCK=_TILE, PDL=pdl(), launch_pdl=pdl(), num_warps=_TILE_WARPS,
     )  # fmt: skip
 

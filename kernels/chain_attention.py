@@ -62,14 +62,15 @@ def suits_chain(batch: int, nodes: int, kv_heads: int) -> bool:
     return nodes > MAX_NODES or batch * kv_heads >= PROGRAMS
 
 
-def chain_plan(dtype: torch.dtype, nodes: int, heads: int, kv_heads: int, dim: int) -> Plan:
+def chain_plan(dtype: torch.dtype, nodes: int, heads: int, kv_heads: int, dim: int, batch: int = 64) -> Plan:
     """Tiles and splits are tree_attention's; the rest changes no bit. nodes: rows of a request, or of all that are packed;
     dim: of queries."""
     plan = Plan.default(dtype, 1, kv_heads, dim)
     if dtype == torch.float32:
         return plan
-    few = nodes * (heads // kv_heads) <= 64
-    return replace(plan, rows=64, warps=4, depth=2) if few else replace(plan, rows=128, warps=8, depth=2)
+    rows = nodes * (heads // kv_heads)
+    depth = 3 if batch * kv_heads <= 132 else 1  # one program may have a multiprocessor to itself (measured on an H100)
+    return replace(plan, rows=64, warps=4, depth=depth) if rows <= 64 else replace(plan, rows=128, warps=8, depth=2)
 
 
 def chain_attention(
@@ -88,13 +89,13 @@ def chain_attention(
     (nodes, heads, dim), batch = q.shape[1:], len(lengths)
     kv_heads, v_dim = v_cache.shape[1:]
     group = heads // kv_heads
-    plan = plan or chain_plan(q.dtype, nodes, heads, kv_heads, dim)
+    plan = plan or chain_plan(q.dtype, nodes, heads, kv_heads, dim, batch)
     assert group <= plan.rows, "a node's heads must fit into one block"
     assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (q, k_cache, v_cache, pages)), "last dimension"
     assert not fresh or (packed and window and all(x.is_contiguous() for x in fresh)), "rows of a windowed layer"
     new = torch.zeros if packed and packed.padded else torch.empty
     out = new(*q.shape[:3], v_dim, dtype=q.dtype, device=q.device)
-    early = overlap(q.shape[0] * q.shape[1])
+    when = overlap(q.shape[0] * q.shape[1])
     taken = min(plan.rows // group, plan.tile)
     per = cdiv(min(nodes, plan.tile), taken)
     tiles = 1 + cdiv(nodes - 1, plan.tile)  # of positions: the first row may stand anywhere in its own
@@ -110,7 +111,7 @@ def chain_attention(
         scale * LOG2E.value, GROUP=group, KV_HEADS=kv_heads, DK=dim, DV=v_dim, D0=whole, D1=rest,
         DV_PAD=max(16, next_power_of_2(v_dim)), PAGE=page_size, WINDOW=window, TILE=plan.tile, SPLITS=plan.splits,
         ROWS=plan.rows, TAKEN=taken, DEPTH=plan.depth, FIRST=first is not None, SINK=sink is not None,
-        PACKED=packed is not None, FRESH=fresh is not None, PDL=early, launch_pdl=early, num_warps=plan.warps,
+        PACKED=packed is not None, FRESH=fresh is not None, PDL=when, launch_pdl=when > 0, num_warps=plan.warps,
         enable_fp_fusion=False,
     )  # fmt: skip
     return out

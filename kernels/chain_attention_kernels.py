@@ -6,6 +6,7 @@ import triton.language as tl
 from mtp_engine.kernels.tree_attention_kernels import (
     _SMALL,
     _absorb,
+    _ask,
     _far_step,
     _finish,
     _fresh,
@@ -66,9 +67,8 @@ def chain_kernel(
     a program serves. FRESH: the keys and values of a windowed layer's rows are in k_new and v_new, row by row, and only
     those before them in the cache.
     """
-    if PDL:
+    if PDL and PACKED:  # the table of blocks may be the newest of all; else see runs_kernel
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     kv_head, block = tl.program_id(0) % KV_HEADS, tl.num_programs(0) // KV_HEADS - 1 - tl.program_id(0) // KV_HEADS
     b = tl.program_id(1)
     if PACKED:
@@ -90,15 +90,21 @@ def chain_kernel(
     high = tl.minimum(tl.minimum(low + TAKEN, (tile + 1) * TILE), length + nodes)  # positions low..high-1
     if low >= high:
         return
+    pages += b * page_stride
+    k_cache += kv_head * k_head
+    v_cache += kv_head * v_head
+    if PDL and not PACKED:
+        if not WINDOW:
+            _ask(pages, k_cache, v_cache, begin // TILE * TILE, length, k_row, v_row, DK, DV, PAGE, TILE)
+        tl.extra.cuda.gdc_wait()
+    if PDL == 1:
+        tl.extra.cuda.gdc_launch_dependents()
     r, dv, t = tl.arange(0, ROWS), tl.arange(0, DV_PAD), tl.arange(0, TILE)
     own = low + r // GROUP
     valid = own < high
     head = kv_head * GROUP + r % GROUP
     node = own - length
     queries = _queries(q + origin + node.to(tl.int64) * q_node + head * q_head, valid, DK, D0, D1)
-    pages += b * page_stride
-    k_cache += kv_head * k_head
-    v_cache += kv_head * v_head
 
     state, run = _fresh(ROWS, DV_PAD), _fresh(ROWS, DV_PAD)
     if not WINDOW:
@@ -130,6 +136,8 @@ def chain_kernel(
                 run, queries, k_cache, v_cache, number.to(tl.int64) * PAGE + pos % PAGE, exists, seen, scale, k_row,
                 v_row, DK, DV, D0, D1, DV_PAD,
             )  # fmt: skip
+    if PDL == 3:
+        tl.extra.cuda.gdc_launch_dependents()
     m, total, acc = _merge(state, run)
     y = _finish(m, total, acc, tl.load(sink + head, mask=valid, other=0.0).to(tl.float32) if SINK else total, SINK)
     out += line * (KV_HEADS * GROUP * DV)

@@ -60,11 +60,18 @@ class Missing:
             done = [pool.submit(_compile, *each, device) for each in self._found.values()]
             for number, _ in enumerate(as_completed(done)):
                 progress("compiling kernels", number, len(done))
+        for each in done:
+            with suppress(Exception), torch.cuda.device(device):
+                each.result().run  # noqa: B018  which loads it
         progress("compiling kernels", len(done), len(done))
 
 
-def _compile(function: Any, how: dict[str, Any], device: torch.device) -> None:
-    """As JITFunction.preload does, which would make lists of tuples among the constants, and so another kernel."""
+def _compile(function: Any, how: dict[str, Any], device: torch.device) -> Any:
+    """As JITFunction.preload does, which would make lists of tuples among the constants, and so another kernel.
+
+    The launcher is made, too, which a C compiler does, but not kept: all launchers are modules of one name, and of two that
+    threads load at a time either may be handed out for the other. They are loaded one after the other, from the disk.
+    """
     options = json.loads(how["specialization_data"])["options"]
     backend = function.device_caches[how["device"]][3]
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
@@ -73,7 +80,8 @@ def _compile(function: Any, how: dict[str, Any], device: torch.device) -> None:
             how["key"], how["signature"], how["device"], how["constants"], backend.parse_options(given), how["configs"][0],
             warmup=True,
         )  # fmt: skip
-        kernel.run  # noqa: B018  which makes its launcher, and loads it
+        driver.active.launcher_cls(kernel.src, kernel.metadata)
+    return kernel
 
 
 def wake() -> None:

@@ -1,101 +1,35 @@
 """The dense layers of steps and prompts. Of few rows, whose time is the time to read the weights once, up to thousands.
 
-Every CTA also reads its tokens, from L2: per weight byte, 1 / rows + 1 / tokens of a tile, times the tokens there are. L2
-gives not quite twice what memory gives, so from 32 tokens on tiles must grow (`many`), at the price of fewer CTAs.
-
 Under programmatic dependent launch a kernel asks for the first part of its weights before it waits for its input.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mtp_engine.kernels.dense_kernels import gated_kernel, linear_kernel, norm_kernel, place_kernel, qkv_kernel
+from mtp_engine.kernels.dense_kernels import (
+    add_kernel,
+    gated_kernel,
+    linear_kernel,
+    place_kernel,
+    qkv_kernel,
+    rms_kernel,
+    scale_kernel,
+    slice_kernel,
+)
+from mtp_engine.kernels.dense_tiles import PREFETCH, Tile, many, tile_for
 from mtp_engine.kernels.fp8 import BlockMatrix
-from mtp_engine.kernels.launch import cdiv, hopper, next_power_of_2, overlap
+from mtp_engine.kernels.launch import cdiv, next_power_of_2, overlap
 
 Weight = Tensor | BlockMatrix
 """[out, in], last dimension contiguous: bf16 or fp32, or FP8 with scales."""
 
 SHARED = 220_000  # bytes of shared memory that the stages of a CTA may take (an H100 has 232,448)
-_SMS = 132  # multiprocessors of an H100; on another GPU the choice of tiles is a little worse
 _APART = 256  # from so many tokens on, placing queries, keys and values is a kernel of its own
-PREFETCH = 8 << 20  # bytes of a weight that are asked for before the input is there: 2.7 us at 3 TB/s
-
-
-@final
-@dataclass(frozen=True)
-class Tile:
-    """What a CTA takes at a time. `depth` and `warps` set the order of additions along K, the others do not."""
-
-    rows: int  # of W
-    depth: int  # of K, per warp and step; at least 64 where there is a bf16 norm, or its loads are not pipelined
-    warps: int
-    stages: int
-    tokens: int = 0  # of x; 0: 16 or 32, see `_launch`
-    wide: int = 0  # so many warps take one slice of K after another; 0: every warp its own
-    registers: int = 0  # a thread may have; 0: as many as it wants
-    boxes: bool = False  # of a wide one: the copy engine fetches x and W
-
-
-def tile_for(rows: int, k: int, itemsize: int, exact: bool) -> Tile:
-    """The tile of a weight [rows, k]: 100 CTAs or more, all at once on the chip, with 5 MB or more in flight.
-
-    itemsize: of the weight in bytes; exact: the product is in fp32, without tensor cores.
-    """
-    if exact:
-        return Tile(16 if rows < 4096 else 32, 32, 4, 3)
-    if rows < 3200:
-        return Tile(16, 64, 4, 4 if k <= 768 else 6)
-    if rows <= 8192:
-        return Tile(16, 64, 4, 5) if rows > k else Tile(16 if itemsize == 2 else 32, 128, 4, 4)
-    if itemsize == 1:
-        return Tile(64, 64, 4, 4)
-    return Tile(32, 64, 4, 3) if rows <= 65536 else Tile(64, 64, 2, 4)
-
-
-def many(tile: Tile, rows: int, k: int, m: int) -> Tile:
-    """The tile of a bf16 weight [rows, k] for m tokens whose tile for few is `tile`: the same sums in the same order."""
-    if m <= 16:
-        return tile
-
-    def sliced(weights: int, tokens: int) -> Tile:
-        return replace(tile, rows=weights, tokens=tokens, stages=3)
-
-    def wide(weights: int, tokens: int, warps: int, stages: int, registers: int = 0) -> Tile:
-        return replace(tile, rows=weights, tokens=tokens, wide=warps, stages=stages, registers=registers)
-
-    def boxes(weights: int, tokens: int, warps: int, stages: int, registers: int = 0) -> Tile:
-        if not hopper() or k % 8:
-            return wide(128, 128, 8, 4)
-        return replace(wide(weights, tokens, warps, stages, registers), boxes=True)
-
-    if rows * k * 2 <= PREFETCH:  # bound by latency: as many CTAs as there can be
-        if m <= 32:
-            return tile
-        if m <= 64 or (rows < 2048 and m <= 256):
-            return sliced(32, 32)
-        return wide(64, 64, 4, 4) if m <= 128 else wide(64, 128, 8, 4)
-    if m <= 32:
-        return sliced(32, 32) if k >= 2048 else wide(64, 32, 4, 4)
-    if m > 256:
-        large, small = (-(-tiles // _SMS) for tiles in (-(-rows // 128) * -(-m // 256), -(-rows // 128) * -(-m // 128)))
-        return (
-            boxes(128, 256, 8, 3) if large <= 0.58 * small else boxes(128, 128, 8, 4)
-        )  # a small one takes 0.58 as long
-    if rows <= 4096:  # few rows: smaller tiles
-        return sliced(32, 64) if m <= 64 else wide(64, 64, 4, 8) if m <= 128 else wide(64, 128, 8, 6)
-    if m <= 64:
-        return wide(64, 64, 4, 4)
-    if rows > 65536:
-        return boxes(128, 128, 8, 6) if m <= 128 else boxes(128, 256, 8, 3)
-    if m <= 128:
-        return boxes(128, 64, 4, 3, 168) if rows > 8192 else wide(64, 128, 8, 6 if k >= 2048 else 4)
-    return wide(128, 128, 8, 4)
 
 
 def _matrix(weight: Weight) -> Tensor:
@@ -119,13 +53,18 @@ def _choose(rows: int, k: int, itemsize: int, exact: bool, block: int, m: int) -
     return many(replace(tile, depth=min(tile.depth, block)) if block else tile, rows, k, m)
 
 
-def _normed(x: Tensor, norm: Tensor, eps: float, tile: Tile) -> tuple[Tensor, Tensor]:
-    """x * norm, rounded, and 1 / rms(x): [M, K] and [M] fp32. Some microseconds, while weights are fetched."""
+def _normed(x: Tensor, norm: Tensor, eps: float, weight: Weight, tile: Tile) -> tuple[Tensor, Tensor]:
+    """x * norm, rounded, and 1 / rms(x): [M, K] and [M] fp32. The product need not wait for the second: it is done long
+    before the sums are."""
     (m, k), y = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rms = torch.empty(m, dtype=torch.float32, device=x.device)
-    norm_kernel[(cdiv(m, 8), 1 + cdiv(k, 1024))](
-        x, x.stride(0), norm, eps, y, rms, m, K=k, BM=8, DEPTH=tile.depth, WARPS=tile.warps, COLUMNS=1024, PDL=overlap(m),
-        launch_pdl=overlap(m), num_warps=tile.warps, num_stages=6,
+    when, byte = overlap(m), weight.data if isinstance(weight, BlockMatrix) else None
+    scale_kernel[(cdiv(m, 8), cdiv(k, 1024))](
+        x, x.stride(0), norm, y, m, K=k, BM=8, COLUMNS=1024, PDL=when, launch_pdl=when > 0
+    )  # fmt: skip
+    rms_kernel[(cdiv(m, 8),)](
+        x, x.stride(0), eps, rms, byte, m, K=k, BM=8, DEPTH=tile.depth, WARPS=tile.warps, PDL=when, launch_pdl=when > 0,
+        num_warps=tile.warps, num_stages=6,
     )  # fmt: skip
     return y, rms
 
@@ -143,26 +82,29 @@ def _launch(
     assert data.shape[1] == k, (x.shape, data.shape)
     assert data.stride(1) == x.stride(1) == 1, (x.stride(), data.stride())
     # what is read in less than 3 us is bound by latency: more CTAs then beat larger ones, and starting the next kernel
-    # early only takes their places
+    # early only takes their places. Attention starts when QKV has waited, see runs_kernel
     small = data.numel() * itemsize <= PREFETCH
     tokens = tile.tokens or (16 if m <= 16 or small or _exact(x, weight) else 32)
     warps, registers = tile.wide or tile.warps, None
     assert tile.warps in (1, 2, 4), tile
+    ahead_of_it = tile.wide > 0 or (scale is not None and m > 16)  # where the norm is; else part of the product
+    rms = norm is not None and ahead_of_it
+    if norm is not None and rms:
+        x, norm = _normed(x, norm, eps, weight, tile)
     if tile.wide:
         assert scale is None, "FP8's products take the columns of K in another order, which wgmma has not"
         assert x.dtype == data.dtype, (x.dtype, data.dtype)
         step = min(tile.depth, 64)
         stages = min(tile.stages, SHARED // (step * (tile.rows + tokens) * itemsize))
         registers = tile.registers or None
-        if norm is not None:
-            x, norm = _normed(x, norm, eps, tile)
         if tile.boxes:
             box = tile.rows // 2 if kernel is gated_kernel else tile.rows  # gate's rows and up's are apart
             inputs = TensorDescriptor.from_tensor(x, [tokens, step]), TensorDescriptor.from_tensor(data, [box, step])
     else:
         stage = tile.depth * tile.warps * (tile.rows * itemsize + (tokens + 1) * x.element_size())  # bytes
         stages = min(tile.stages, 1 + SHARED // stage)
-    pieces = 0 if inputs else min(max(32 * warps // tile.rows, 1), 8)
+    when = overlap(m)
+    pieces = 0 if inputs or rms else min(max(32 * warps // tile.rows, 1), 8)
     ahead = min(k * itemsize, PREFETCH // data.shape[0]) // 128 * 128 // max(pieces, 1)
     aligned = data.data_ptr() % 16 == 0 and data.stride(0) * itemsize % 16 == 0
     first, second = inputs or (x, data)
@@ -170,9 +112,27 @@ def _launch(
         first, x.stride(0) if m > 1 else k, norm, eps, second, data.stride(0), scale, table,
         0 if scale is None else scale.stride(0), m, ahead if aligned else 0, **own,
         K=k, ROWS=tile.rows, BM=tokens, DEPTH=tile.depth, WARPS=tile.warps, BLOCK=block, WIDE=tile.wide, BOXES=tile.boxes,
-        PIECES=pieces, PDL=(2 if small else 1) * overlap(m),
-        launch_pdl=overlap(m), num_warps=warps, num_stages=stages, maxnreg=registers,
+        PIECES=pieces, PDL=2 if when == 1 and (small or kernel is qkv_kernel) else when, RMS=rms,
+        launch_pdl=when > 0, num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
+
+
+def _slices(x: Tensor, norm: Tensor | None, eps: float, weight: Tensor, tile: Tile) -> tuple[Tensor, Tensor | None]:
+    """The sums of `slice_kernel`, [slices, M, N] fp32, and 1 / rms(x) if there is a norm."""
+    (m, k), factors, rms = x.shape, None, norm is not None
+    if norm is not None:
+        x, factors = _normed(x, norm, eps, weight, tile)
+    sums = torch.empty(tile.warps, m, len(weight), dtype=torch.float32, device=x.device)
+    step, when = min(tile.depth, 64), overlap(m)
+    inputs = (
+        TensorDescriptor.from_tensor(x, [tile.tokens, step]),
+        TensorDescriptor.from_tensor(weight, [tile.rows, step]),
+    )
+    slice_kernel[(cdiv(m, tile.tokens), cdiv(len(weight), tile.rows), tile.warps)](
+        *inputs, sums, m, N=len(weight), K=k, ROWS=tile.rows, BM=tile.tokens, DEPTH=tile.depth, SLICES=tile.warps,
+        PDL=when, RMS=rms, launch_pdl=when > 0, num_warps=tile.wide, num_stages=tile.stages,
+    )  # fmt: skip
+    return sums, factors
 
 
 def linear(
@@ -196,6 +156,14 @@ def linear(
     out = x.new_empty(len(x), rows, dtype=out_dtype or x.dtype)
     assert residual is None or residual.stride(1) == 1
     stride = 0 if residual is None else residual.stride(0) if len(x) > 1 else rows
+    if tile.apart:
+        assert isinstance(weight, Tensor)
+        sums, factors = _slices(x, norm, eps, weight, tile)
+        add_kernel[(len(x), cdiv(rows, 512))](
+            sums, factors, bias, residual, stride, out, len(x), N=rows, SLICES=tile.warps, COLUMNS=512,
+            PDL=overlap(len(x)), launch_pdl=overlap(len(x)) > 0,
+        )  # fmt: skip
+        return out
     _launch(
         linear_kernel, cdiv(rows, tile.rows), x, norm, eps, weight, tile,
         bias=bias, residual=residual, residual_stride=stride, out=out, N=rows,
@@ -208,6 +176,8 @@ def gated(
 ) -> Tensor:
     """silu(gate) * up with [gate; up] = rmsnorm(x) W^T, rounded once. weight: [2I, K]; x: [M, K] -> [M, I] in x's type."""
     columns, tile = _matrix(weight).shape[0] // 2, tile or _tile(x, weight)
+    if tile.apart:  # what gate and up are not added up for
+        tile = replace(tile, rows=64, tokens=64, wide=4, stages=8, apart=False)
     out = x.new_empty(len(x), columns)
     _launch(gated_kernel, cdiv(columns, tile.rows // 2), x, norm, eps, weight, tile, out=out, N=columns)
     return out
@@ -251,11 +221,11 @@ def qkv(
         "v_cache": v_cache, "v_row": v_cache.stride(0), "v_head": v_cache.stride(1),
         "HEADS": heads, "KV_HEADS": kv_heads, "QK_DIM": qk_dim, "V_DIM": v_dim, "ROTARY": cos.shape[1],
     }  # fmt: skip
-    if len(x) > _APART or tile.boxes:
+    if len(x) > _APART or tile.boxes or tile.apart:
         y = linear(x, weight, norm=norm, eps=eps, bias=bias, tile=tile)
         pairs = next_power_of_2(max(qk_dim, v_dim) // 2)
         place_kernel[(cdiv(len(x), 16), heads + 2 * kv_heads)](
-            y, **shared, M=len(x), WIDTH=y.shape[1], P=pairs, BM=16
+            y, **shared, M=len(x), WIDTH=y.shape[1], P=pairs, BM=16, PDL=overlap(len(x)), launch_pdl=overlap(len(x)) > 0
         )  # fmt: skip
         return q
     pairs = tile.rows // 2

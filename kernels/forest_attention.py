@@ -32,7 +32,7 @@ def forest_attention(
     batch, nodes, heads, dim = q.shape
     kv_heads, v_dim = v_cache.shape[1:]
     group = heads // kv_heads
-    plan = plan or chain_plan(q.dtype, nodes, heads, kv_heads, dim)
+    plan = plan or chain_plan(q.dtype, nodes, heads, kv_heads, dim, batch)
     assert nodes <= MAX_NODES <= plan.tile, "more rows, or smaller tiles, and far keys would differ between rows"
     assert group <= plan.rows, "a node's heads must fit into one block"
     assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (q, k_cache, v_cache, pages, positions)), "last dimension"
@@ -41,12 +41,12 @@ def forest_attention(
     scratch = Scratch.empty(batch * nodes * heads, 2, v_dim, q.device)
     taken = plan.rows // group
     blocks, tiles = cdiv(nodes, taken), 1 if nodes == 1 else 2
-    whole, rest = head_blocks(dim)
+    (whole, rest), when = head_blocks(dim), overlap(batch * nodes)
     strides = (*q.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2], positions.stride(0), pages.stride(0))
     shared = {
         "GROUP": group, "KV_HEADS": kv_heads, "DK": dim, "DV": v_dim, "D0": whole, "D1": rest, "PAGE": page_size,
         "DV_PAD": max(16, next_power_of_2(v_dim)), "WINDOW": window, "TILE": plan.tile,
-        "PDL": overlap(batch * nodes), "launch_pdl": overlap(batch * nodes), "enable_fp_fusion": False,
+        "PDL": when, "launch_pdl": when > 0, "enable_fp_fusion": False,
     }  # fmt: skip
     shared_kernel[(tiles * blocks * kv_heads, batch)](
         q, k_cache, v_cache, pages, lengths, positions, first, scratch.acc, scratch.stats, *strides, wrap, nodes, blocks,

@@ -34,6 +34,7 @@ def shared_kernel(
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
+    if PDL == 1:
         tl.extra.cuda.gdc_launch_dependents()
     b = tl.program_id(1)
     kv_head, block = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
@@ -69,6 +70,8 @@ def shared_kernel(
             run, queries, k_cache, v_cache, number.to(tl.int64) * PAGE + pos % PAGE, exists, pos >= oldest[:, None],
             scale, k_row, v_row, DK, DV, D0, D1, DV_PAD,
         )  # fmt: skip
+    if PDL == 3:
+        tl.extra.cuda.gdc_launch_dependents()
     row = (((b * KV_HEADS + kv_head) * nodes + origin) * GROUP).to(tl.int64) * 2
     if not WINDOW:
         _store_run(state, acc_out, stats_out, row, 2, valid, dv, ROWS, DV)
@@ -88,6 +91,7 @@ def own_kernel(
     """The rest of the near run of one node, from what `shared_kernel` stored, and the result."""
     if PDL:
         tl.extra.cuda.gdc_wait()
+    if PDL == 1:
         tl.extra.cuda.gdc_launch_dependents()
     b = tl.program_id(1)
     kv_head, node = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
@@ -119,6 +123,8 @@ def own_kernel(
             run, queries, k_cache, v_cache, number.to(tl.int64) * PAGE + slot % PAGE, exists, exists[None, :], scale,
             k_row, v_row, DK, DV, D0, D1, DV_PAD,
         )  # fmt: skip
+    if PDL == 3:
+        tl.extra.cuda.gdc_launch_dependents()
     m, total, acc = _merge(state, run)
     y = _finish(m, total, acc, tl.load(sink + head, mask=valid, other=0.0).to(tl.float32) if SINK else total, SINK)
     out += (b.to(tl.int64) * nodes + node) * (KV_HEADS * GROUP * DV)

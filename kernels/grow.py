@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from mtp_engine.kernels.arrival import check_contiguous
-from mtp_engine.kernels.grow_kernels import candidates_kernel
+from mtp_engine.kernels.grow_kernels import candidates_kernel, shared_level_kernel
 from mtp_engine.kernels.launch import pdl
 
 _LONG = 65536  # draft vocabularies above this are split more coarsely
@@ -118,17 +118,65 @@ def draft_level(
     batch, frontier, _ = logits.shape
     logp = torch.empty(batch, frontier, width, dtype=torch.float32, device=logits.device)
     chosen = torch.empty(logp.shape, dtype=torch.int64, device=logits.device)
+    grow, rest, out = _growing(nodes, first, frontier, width, keep, roots, finish)
+    grow["DRAWN"] = drawn
+    _launch_candidates(logits, positions, ids, seed, temperature, arrivals, ahead, logp, chosen, rest, grow)
+    return out
+
+
+def own_best(
+    logits: Tensor,
+    positions: Tensor,
+    ids: Tensor,
+    seed: Tensor,
+    temperature: Tensor,
+    arrivals: Tensor,
+    width: int,
+    *,
+    ahead: int = 0,
+) -> Tensor:
+    """What ranks that share the tokens tell each other of `candidates`, whose inputs these are: [B, F, width + 1] int64.
+    The first half of `draft_level`; `shared_level` is the other."""
+    chosen = torch.empty(*logits.shape[:2], width + 1, dtype=torch.int64, device=logits.device)
+    grow = {"cap": 0, "first": 0, "KEEP": 0, "GP": 1, "PRUNE": 0, "QP": 1, "DRAWN": False}
+    _launch_candidates(logits, positions, ids, seed, temperature, arrivals, ahead, None, chosen, (None,) * 12, grow)
+    return chosen
+
+
+def shared_level(
+    shared: Tensor, arrivals: Tensor, nodes: Nodes, first: int, keep: int, *,
+    roots: Roots | None = None, finish: Finish | None = None,
+) -> Finished | None:  # fmt: skip
+    """Add a level to `nodes` as `draft_level` does, of what all ranks found; among equal scores the lower token comes first.
+
+    shared: [ranks, B, F, width + 1] int64, what `own_best` gave on each. arrivals: [>= B] int32 zeros."""
+    (ranks, batch, frontier, width), device = shared.shape, shared.device
+    width -= 1
+    logp = torch.empty(batch, frontier, width, dtype=torch.float32, device=device)
+    chosen = torch.empty(logp.shape, dtype=torch.int64, device=device)
+    grow, rest, out = _growing(nodes, first, frontier, width, keep, roots, finish)
+    check_contiguous(shared, arrivals)
+    shared_level_kernel[(batch * frontier,)](
+        shared, arrivals, logp, chosen, *rest, **grow, RANKS=ranks, RP=triton.next_power_of_2(ranks), F=frontier,
+        WIDTH=width, WP=triton.next_power_of_2(width), CP=triton.next_power_of_2(ranks * width), PDL=pdl(),
+        launch_pdl=pdl(), num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def _growing(
+    nodes: Nodes, first: int, frontier: int, width: int, keep: int, roots: Roots | None, finish: Finish | None
+) -> tuple[dict[str, int], tuple[Tensor | None, ...], Finished | None]:
+    """Of a level: sizes, where its nodes and the finished tree go, and that tree."""
     grow = {"cap": nodes.tokens.shape[1], "first": first, **_grow_sizes(nodes, first, frontier, width, keep)}
+    grow |= {"PRUNE": 0, "QP": 1}
     count, out = first + frontier + grow["KEEP"] - 1, None
     ends: tuple[Tensor | None, ...] = (None,) * 6
-    grow |= {"PRUNE": 0, "QP": 1, "DRAWN": drawn}
     if finish is not None:
         grow |= _prune_sizes(count, finish)
         out = _finished(nodes, count, finish)
         ends = (out.tokens, out.parents, out.depths, out.scores, finish.ready, out.size)
-    rest = (*_arrays(nodes), *_roots(roots), *ends)
-    _launch_candidates(logits, positions, ids, seed, temperature, arrivals, ahead, logp, chosen, rest, grow)
-    return out
+    return grow, (*_arrays(nodes), *_roots(roots), *ends), out
 
 
 def _launch_candidates(
@@ -139,13 +187,13 @@ def _launch_candidates(
     temperature: Tensor,
     arrivals: Tensor,
     ahead: int,
-    logp: Tensor,
+    logp: Tensor | None,
     chosen: Tensor,
     rest: tuple[Tensor | None, ...],
     grow: dict[str, int],
 ) -> None:
     batch, frontier, n = logits.shape
-    width = logp.shape[2]
+    width = chosen.shape[2] - (logp is None)
     assert 0 < width <= min(16, n)
     assert logits.stride(2) == 1
     assert arrivals.numel() >= batch * (frontier + 1)

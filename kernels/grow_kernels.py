@@ -36,12 +36,12 @@ def _best(rank, index, w, WIDTH: tl.constexpr, partial):
 
 
 @triton.jit
-def _merge(
-    row, partial, sums, ids, logp, chosen, splits,
-    WIDTH: tl.constexpr, WP: tl.constexpr, SP: tl.constexpr, CP: tl.constexpr,
+def _merged(
+    row, partial, sums, w, splits, WIDTH: tl.constexpr, SP: tl.constexpr, CP: tl.constexpr
 ):  # fmt: skip
-    """The best of all splits of a row and their log-softmax."""
-    s, c, w = tl.arange(0, SP), tl.arange(0, CP), tl.arange(0, WP)
+    """The best of all splits of a row, ranks and indices at w = 0, 1, ..., and the largest score and the sum of
+    exp(score - largest)."""
+    s, c = tl.arange(0, SP), tl.arange(0, CP)
     base = sums + row * splits * 2 + s * 2
     tops = tl.load(base, mask=s < splits, other=-float("inf"), cache_modifier=".cg")
     totals = tl.load(base + 1, mask=s < splits, other=0.0, cache_modifier=".cg")
@@ -50,8 +50,36 @@ def _merge(
     top = tl.max(tops, 0)
     total = tl.sum(totals * tl.exp(tops - top), 0)
     ranks, places = _best((packed >> 32).to(tl.int32), unpack_index(packed), w, WIDTH, None)
+    return ranks, places, top, total
+
+
+@triton.jit
+def _merge(
+    row, partial, sums, ids, logp, chosen, splits,
+    WIDTH: tl.constexpr, WP: tl.constexpr, SP: tl.constexpr, CP: tl.constexpr,
+):  # fmt: skip
+    """The best of all splits of a row and their log-softmax."""
+    w = tl.arange(0, WP)
+    ranks, places, top, total = _merged(row, partial, sums, w, splits, WIDTH, SP, CP)
     tl.store(logp + row * WIDTH + w, (value_of(ranks) - top) - tl.log(total), mask=w < WIDTH)
     tl.store(chosen + row * WIDTH + w, tl.load(ids + places, mask=w < WIDTH, other=0), mask=w < WIDTH)
+
+
+@triton.jit
+def _share(
+    row, partial, sums, ids, out, splits,
+    WIDTH: tl.constexpr, WP: tl.constexpr, SP: tl.constexpr, CP: tl.constexpr,
+):  # fmt: skip
+    """What other ranks need of a row, WIDTH + 1 numbers: the best, packed with their tokens, then largest score and sum."""
+    w = tl.arange(0, WP)
+    ranks, places, top, total = _merged(row, partial, sums, w, splits, WIDTH, SP, CP)
+    token = tl.load(ids + places, mask=w < WIDTH, other=0).to(tl.int32)
+    here = out + row * (WIDTH + 1)
+    tl.store(here + w, pack(ranks, token), mask=w < WIDTH)
+    both = (top.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (
+        total.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    )
+    tl.store(here + WIDTH, both)
 
 
 @triton.jit
@@ -155,7 +183,8 @@ def candidates_kernel(
     F: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr, SPLIT: tl.constexpr, SP: tl.constexpr, CP: tl.constexpr,
     KEEP: tl.constexpr, GP: tl.constexpr, PRUNE: tl.constexpr, QP: tl.constexpr, DRAWN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (split, row): the best of a split of a row; the last of a row merges; the last row of a request grows."""
+    """Program (split, row): the best of a split of a row; the last of a row merges; the last row of a request grows. Without
+    `logp` what was found is for other ranks, in `chosen`."""
     split, row = tl.program_id(0), tl.program_id(1)
     b = row // F
     index = split * SPLIT + tl.arange(0, SPLIT)
@@ -183,7 +212,10 @@ def candidates_kernel(
     if slots is not None:
         slot = tl.load(slots + b)  # read now, while nothing depends on it
     if arrives_last(arrivals + row, splits):
-        _merge(row, partial, sums, ids, logp, chosen, splits, WIDTH, WP, SP, CP)
+        if logp is None:
+            _share(row, partial, sums, ids, chosen, splits, WIDTH, WP, SP, CP)
+        else:
+            _merge(row, partial, sums, ids, logp, chosen, splits, WIDTH, WP, SP, CP)
         if KEEP > 0:
             done = True
             if F > 1:
@@ -198,3 +230,48 @@ def candidates_kernel(
                     b, tokens, parents, depths, scores, out_tokens, out_parents, out_depths, out_scores, cap,
                     first + F + KEEP - 1, ready, size, PRUNE, QP,
                 )  # fmt: skip
+
+
+@triton.jit
+def shared_level_kernel(
+    shared, arrivals, logp, chosen,
+    tokens, parents, depths, scores, roots, slots, out_tokens, out_parents, out_depths, out_scores, ready, size,
+    cap, first,
+    RANKS: tl.constexpr, RP: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, WP: tl.constexpr, CP: tl.constexpr,
+    KEEP: tl.constexpr, GP: tl.constexpr, PRUNE: tl.constexpr, QP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program row: the best of what all ranks found for it (`_share`), [RANKS, rows, WIDTH + 1]; the last row of a request
+    grows."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row, rows = tl.program_id(0), tl.num_programs(0)
+    b = row // F
+    s, c, w = tl.arange(0, RP), tl.arange(0, CP), tl.arange(0, WP)
+    both = tl.load(shared + (s * rows + row) * (WIDTH + 1) + WIDTH, mask=s < RANKS, other=0)
+    tops = tl.where(s < RANKS, (both >> 32).to(tl.int32).to(tl.float32, bitcast=True), -float("inf"))
+    totals = both.to(tl.int32).to(tl.float32, bitcast=True)  # 0 where there is none
+    packed = tl.load(
+        shared + (c // WIDTH * rows + row) * (WIDTH + 1) + c % WIDTH, mask=c < RANKS * WIDTH, other=-(1 << 63)
+    )
+    top = tl.max(tops, 0)
+    total = tl.sum(totals * tl.exp(tops - top), 0)
+    ranks, found = _best((packed >> 32).to(tl.int32), unpack_index(packed), w, WIDTH, None)
+    tl.store(logp + row * WIDTH + w, (value_of(ranks) - top) - tl.log(total), mask=w < WIDTH)
+    tl.store(chosen + row * WIDTH + w, found.to(tl.int64), mask=w < WIDTH)
+    slot = 0
+    if slots is not None:
+        slot = tl.load(slots + b)
+    done = True
+    if F > 1:
+        done = arrives_last(arrivals + b, F)
+    else:
+        tl.debug_barrier()
+    if done:
+        _grow(
+            b, logp, chosen, tokens, parents, depths, scores, roots, slot, cap, first, F, WIDTH, KEEP, GP
+        )  # fmt: skip
+        _finish(
+            b, tokens, parents, depths, scores, out_tokens, out_parents, out_depths, out_scores, cap,
+            first + F + KEEP - 1, ready, size, PRUNE, QP,
+        )  # fmt: skip

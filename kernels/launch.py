@@ -16,10 +16,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def overlap(rows: int) -> bool:
-    """Whether a launch of so many rows of activations uses programmatic dependent launch. With more of them a kernel's own
-    work is long, and kernels that wait for it early only take its room (measured, see bench/LOG.md)."""
-    return rows <= 32 and pdl()
+def overlap(rows: int) -> int:
+    """Programmatic dependent launch of a kernel over so many rows of activations: 0 none; when it lets the next kernel start,
+    1: at once, 3: when its sums are done. (2, after it has waited for the one before, is for weights that are read in no
+    time.) With more rows a kernel's own work is long, and kernels that wait for it from the start only take its room."""
+    return pdl() and (1 if rows <= 32 else 3)
 
 
 @cache

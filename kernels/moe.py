@@ -110,11 +110,11 @@ def gate_up(y: Tensor, routing: Routing, stack: Stack, tile: Tile = GATE_UP) -> 
     return h
 
 
-def down(h: Tensor, routing: Routing, stack: Stack, residual: Tensor, tile: Tile = DOWN) -> Tensor:
+def down(h: Tensor, routing: Routing, stack: Stack, residual: Tensor | None, tile: Tile = DOWN) -> Tensor:
     """residual + the weighted sum of down(h) over each token's experts, in ascending order, rounded once at the end.
 
     h: [M * k, I] from `gate_up`, which must have run since `route`; stack: [E, H, I]; residual: [M, H]. Returns [M, H]
-    in residual's dtype.
+    in residual's dtype; without one in fp32, for ranks that share the experts to sum.
     """
     weight, scale, table, block = _parts(stack)
     tokens, per_token = routing.weights.shape
@@ -126,7 +126,7 @@ def down(h: Tensor, routing: Routing, stack: Stack, residual: Tensor, tile: Tile
         block > 0, columns, width, _tile_tokens(tokens, tile), tile.unroll,
         4 if inner * weight.itemsize >= 512 else 1, pdl(),
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl())  # fmt: skip
-    out = torch.empty_like(residual)
+    out = torch.empty_like(residual) if residual is not None else y.new_empty(tokens, hidden)
     sum_kernel[(cdiv(hidden, _SUM_COLUMNS), tokens)](
         y, routing.weights, residual, out, hidden, per_token, _SUM_COLUMNS, pdl(), launch_pdl=pdl())  # fmt: skip
     return out

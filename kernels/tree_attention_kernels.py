@@ -124,6 +124,21 @@ def _far_step(
 
 
 @triton.jit
+def _ask(
+    pages, k, v, base, stop, k_row, v_row, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr
+):
+    """Asks for the keys and values of the tile of cached positions at `base` to come to L2, and does not wait for them."""
+    pos = tl.minimum(base + tl.arange(0, TILE), tl.maximum(stop - 1, 0))
+    rows = tl.load(pages + pos // PAGE).to(tl.int64) * PAGE + pos % PAGE
+    LINE: tl.constexpr = 1024 // k.dtype.element_ty.primitive_bitwidth  # 128 bytes
+    k_lines = (k + rows * k_row)[:, None] + tl.arange(0, 1 if DK < 2 * LINE else 2) * LINE
+    v_lines = (v + rows * v_row)[:, None] + tl.arange(0, 1 if DV < 2 * LINE else 2) * LINE
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [k_lines], dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise(asm, "=r,l", [v_lines], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _queries(q, valid, DK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     """Queries at pointers q [R], cut where their dimension is no power of two: [R, D0] and, if D1 is not 0, [R, D1]."""
     d0 = tl.arange(0, D0)
@@ -220,10 +235,11 @@ def runs_kernel(
     TILE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
     DEPTH: tl.constexpr, WHOLE: tl.constexpr, SINK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One run of one block of rows, see `_block`; the result itself where there is no other run (WHOLE)."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    """One run of one block of rows, see `_block`; the result itself where there is no other run (WHOLE).
+
+    The kernel before, which makes the queries and the rows' own keys, lets this one start only after what was before it has
+    ended: all else may be read, and cached keys asked for, before waiting.
+    """
     b = tl.program_id(1)
     far, kv_head, node, split, origin, valid, row, head = _block(nodes, splits, GROUP, KV_HEADS, ROWS)
 
@@ -236,6 +252,15 @@ def runs_kernel(
     own = tl.load(positions + node, mask=not far, other=-1).to(tl.int32)
     above = tl.load(path + e, mask=(e < nodes) & (not far), other=-1)
     position = tl.load(positions + row, mask=valid, other=0).to(tl.int32)
+    pages += b * page_stride
+    k_cache += kv_head * k_head
+    v_cache += kv_head * v_head
+    if PDL:
+        if WINDOW == 0 and far:
+            low = tl.maximum(_split_start(split, SPLITS), begin)
+            _ask(pages, k_cache, v_cache, low // TILE * TILE, length, k_row, v_row, DK, DV, PAGE, TILE)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     queries = _queries(q + b.to(tl.int64) * q_batch + row * q_node + head * q_head, valid, DK, D0, D1)
 
     root = length
@@ -247,9 +272,6 @@ def runs_kernel(
     if low // TILE * TILE >= stop:
         return
     ancestors = _ancestors(path, length, nodes, not far, TILE)  # read here, out of the way of the loop's loads
-    pages += b * page_stride
-    k_cache += kv_head * k_head
-    v_cache += kv_head * v_head
     if WINDOW == 0 and far:
         end = _far_end(position, length, TILE)
         page = _page(pages, low // TILE * TILE, stop, PAGE)
@@ -293,15 +315,15 @@ def merge_kernel(
     TILE: tl.constexpr, SPLITS: tl.constexpr, SINK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The runs of one node's head, merged one by one. Run 0 is the near one and comes last, run c + 1 is that of split c."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     row, head = tl.program_id(0) // (KV_HEADS * GROUP), tl.program_id(0) % (KV_HEADS * GROUP)
     b, node = row // nodes, row % nodes
     position = tl.load(positions + b * position_stride + node).to(tl.int32)
     end = _far_end(position, tl.load(lengths + b).to(tl.int32), TILE)
     begin = tl.load(first + b).to(tl.int32)
     weight = tl.load(sink + head).to(tl.float32) if SINK else 0.0
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     dv = tl.arange(0, DV_PAD)
     state = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32), tl.zeros([DV_PAD], tl.float32)
     runs = ((b * KV_HEADS + head // GROUP) * nodes * GROUP + node * GROUP + head % GROUP).to(tl.int64) * (splits + 1)

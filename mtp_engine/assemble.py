@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -52,6 +53,7 @@ from mtp_engine.sampling.structure import Grammars
 from mtp_engine.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger("mtp_engine")
+C = TypeVar("C", Costs, ShapeCosts)
 _COSTS = 2  # version of what is kept of them
 _ROUNDS = 20  # of steps with each tree that are timed at most; the best ones count
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
@@ -132,7 +134,18 @@ def decode_loop(
     )
     state = SlotState(slots + 1, device, kernels=kernels)  # the last slot is scratch, with which runners pad batches
     work = ModelStep(
-        model, cache, drafter, verifier, processors, state, attention, device, planner, kernels, shapes, shares
+        model,
+        cache,
+        drafter,
+        verifier,
+        processors,
+        state,
+        attention,
+        device,
+        planner,
+        kernels,
+        shapes,
+        shares,
     )
     runs = runner(work)
     rows = max(drafter.max_nodes, drafter.scratch_rows if drafter.cache and drafter.cache.paged else 0)
@@ -182,18 +195,37 @@ def make_drafter(
     if not backend.levels:
         return shaped_drafter(module, config, backend)
     drafting = len(module.draft_ids), config.draft_int8, config.window_keys
-    path = _plans(files, processor(), config.dtype, config.threads, *drafting)
-    costs = Costs.read(path)
-    if costs is None:
+    path = _plans(files, processor(), config.dtype, config.threads, *drafting, *_shared(config))
+
+    def measure() -> Costs:
         progress("timing drafts", 0, None)
-        costs = measured_costs(backend.fuse(replace(model, features=module.config.features)), module, config, backend)
-        costs.write(path)
+        return measured_costs(backend.fuse(replace(model, features=module.config.features)), module, config, backend)
+
+    costs = _agreed(Costs, path, measure, model)
     if costs.hopeless:
         _LOG.info(
             "nothing is drafted: it would gain too little here even if every draft were accepted; --tree chain:3 drafts"
         )
         return RootDrafter()
     return mtp_drafter(module, config, backend, Planner(costs))
+
+
+def _shared(config: EngineConfig) -> tuple[int, ...]:
+    """Of how many processes costs are, where that matters."""
+    return (config.tensor_parallel,) if config.tensor_parallel > 1 else ()
+
+
+def _agreed(kind: type[C], path: Path, measure: Callable[[], C], model: Decoder) -> C:
+    """What an earlier start left in `path`, or what is measured now and left there. All ranks measure together, and go by what
+    rank 0 has."""
+    group, device = model.group, model.embedding.device
+    kept = kind.read(path)
+    if text := group.first(kept.text().encode() if kept else b"", device):
+        return kind.parse(text.decode())
+    measured = kind.parse(group.first(measure().text().encode(), device).decode())
+    if not group.shard.rank:
+        measured.write(path)
+    return measured
 
 
 def _plans(files: ModelFiles, *about: object) -> Path:
@@ -223,7 +255,7 @@ def shaped_drafter(module: MTPModule, config: EngineConfig, backend: Backend) ->
 
 
 def learn_costs(
-    loop: DecodeLoop, files: ModelFiles, config: EngineConfig, backend: Backend, progress: Progress
+    loop: DecodeLoop, model: Decoder, files: ModelFiles, config: EngineConfig, backend: Backend, progress: Progress
 ) -> None:
     """Let a loop that has recorded its steps know what they cost, from its own timing or an earlier one here."""
     planner = loop.work.shapes
@@ -232,12 +264,14 @@ def learn_costs(
     batches = sorted({backend.bucket(size) for size in range(1, config.max_batch + 1)})
     names = [(batch, str(plan)) for batch in batches for plan in planner.plans(batch)]
     device = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else processor()
-    path = _plans(files, device, config.dtype, config.max_context, config.draft_vocab, config.prefill_chunk, names)
-    if known := ShapeCosts.read(path):
-        planner.know(known)
-        return
-    time_shapes(loop, planner, batches, min(config.prefill_chunk, backend.chunk_rows), progress)
-    planner.costs.write(path)
+    about = device, config.dtype, config.max_context, config.draft_vocab, config.prefill_chunk, names, *_shared(config)
+
+    def measure() -> ShapeCosts:
+        with loop.alike():
+            time_shapes(loop, planner, batches, min(config.prefill_chunk, backend.chunk_rows), progress)
+        return planner.costs
+
+    planner.know(_agreed(ShapeCosts, _plans(files, *about), measure, model))
 
 
 def mtp_drafter(
@@ -269,6 +303,7 @@ def measured_costs(model: Decoder, module: MTPModule, config: EngineConfig, back
     loop = decode_loop(
         model, cache, drafter, backend.verifier("match"), slots=1, max_context=tokens, eos_token_ids=(), prefill_chunk=64,
         device=model.embedding.device, attention=backend.attention, packs=backend.packs, planner=planner,
+        shares=model.group.size > 1,
     )  # fmt: skip
     request = loop.add(
         [number % model.vocab_size for number in range(7, 71)], SamplingParams(max_tokens=tokens - 100, ignore_eos=True)
@@ -284,7 +319,7 @@ def measured_costs(model: Decoder, module: MTPModule, config: EngineConfig, back
                     raise EngineError(f"a trial of the model failed: {request.error or request.finish_reason}")
         if not number:
             planner.tried.clear()  # it was to warm up
-        elif time.perf_counter() > end:
+        elif model.group.first(b"enough" if time.perf_counter() > end else b"", model.embedding.device):
             break
     loop.close()
     return Costs.best_of(planner.tried)

@@ -28,6 +28,7 @@ from mtp_engine.verifiers import (
     BlockVerifier,
     DeviceMatchVerifier,
     DeviceRRSVerifier,
+    DeviceShardedMatchVerifier,
     MatchVerifier,
     NativeMatchVerifier,
     RejectionVerifier,
@@ -119,7 +120,7 @@ def make_backend(
     config: EngineConfig, device: torch.device, progress: Progress, group: Group = Group()  # noqa: B008  frozen
 ) -> Backend:  # fmt: skip
     """Raises EngineError where the kernels that config asks for cannot run here. group: the ranks that share the model."""
-    if group.size > 1:
+    if group.size > 1 and (device.type != "cuda" or config.attention == "torch"):
         return _shared(group, device)
     if device.type != "cuda" and config.attention == "flashinfer":
         raise EngineError("FlashInfer needs an NVIDIA GPU, and this runs on the CPU: leave --attention out")
@@ -130,11 +131,11 @@ def make_backend(
     if config.attention == "torch":
         return Backend()
     _check_gpu(device)
-    return _kernels_of_a_gpu(config, device, progress)
+    return _kernels_of_a_gpu(config, device, progress, group)
 
 
 def _shared(group: Group, device: torch.device) -> Backend:
-    """For one of the ranks that share a model."""
+    """For one of the ranks that share a model, by torch's operations."""
     return Backend(
         verifier=lambda rule: ShardedMatchVerifier(group) if rule == "match" else _rule(rule),
         ops=lambda ranking: TorchDraftOps(ranking, group),
@@ -156,7 +157,7 @@ def _check_gpu(device: torch.device) -> None:
         )
 
 
-def _kernels_of_a_gpu(config: EngineConfig, device: torch.device, progress: Progress) -> Backend:
+def _kernels_of_a_gpu(config: EngineConfig, device: torch.device, progress: Progress, group: Group) -> Backend:
     from mtp_engine.attention.exact import MOST_ROWS, exact_attention
     from mtp_engine.drafters.device import DeviceDraftOps
     from mtp_engine.kernels.compiling import wake
@@ -187,13 +188,15 @@ def _kernels_of_a_gpu(config: EngineConfig, device: torch.device, progress: Prog
         **_RULES, "match": lambda: DeviceMatchVerifier(most, device), "rrs": DeviceRRSVerifier,
         "rejection": DeviceRRSVerifier,
     }  # fmt: skip
+    if group.size > 1:
+        rules["match"] = lambda: DeviceShardedMatchVerifier(group, most, device)
     return Backend(
         attention=attention,
         runner=runner,
         fuse=fuse,
         fuse_mtp=fuse_mtp,
         verifier=lambda rule: rules[rule](),
-        ops=lambda ranking: DeviceDraftOps(most, device, ranking),
+        ops=lambda ranking: DeviceDraftOps(most, device, ranking, group),
         in_flight=in_flight,
         ring_page=config.page_size,
         ring_rows=MOST_ROWS,

@@ -1,5 +1,6 @@
 """The engine: loads a model, takes prompts from any number of threads, gives answers."""
 
+import gc
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -131,7 +132,7 @@ class Engine:
         if config.capture == "load":
             with torch.inference_mode():
                 engine.captured = loop.runner.capture(config.max_batch, loop.intake.max_context, progress)
-            learn_costs(loop, files, config, backend, progress)
+            learn_costs(loop, model, files, config, backend, progress)
         group.join(torch.zeros(1, device=device))  # when all have come so far
         return engine
 
@@ -141,6 +142,7 @@ class Engine:
         engine = cls._build(files, config, team, hub.silent)
         with torch.inference_mode():
             team.follow(engine.loop, lambda **changes: engine.undrafted(**changes).loop)
+        team.close()
 
     @property
     def device_note(self) -> str:
@@ -158,6 +160,7 @@ class Engine:
                 self.closed = True
                 self.loop.close()
                 del self.model, self.loop
+                gc.unfreeze()  # see GraphRunner.capture
 
     def __enter__(self) -> "Engine":
         return self

@@ -12,7 +12,7 @@ def main() -> None:
     from mtp_engine.engine import Engine
     from mtp_engine.parallel.processes import Processes, join_store
     from mtp_engine.runtime.lead import Follower, leave
-    from mtp_engine.team import WORK
+    from mtp_engine.team import WORK, by_kernels
 
     try:
         work = WORK.read(given)
@@ -20,7 +20,8 @@ def main() -> None:
         store, device = join_store(work.port, work.shard.size), torch.device(work.config.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # where what names no index goes
-        Engine.follow(work.files, work.config, Follower(Processes(store, work.shard, device)))
+        processes = Processes(store, work.shard, device, kernels=by_kernels(work.config))
+        Engine.follow(work.files, work.config, Follower(processes))
     except BaseException as error:
         leave(error)
     os._exit(0)

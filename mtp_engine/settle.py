@@ -53,7 +53,6 @@ def settle(config: EngineConfig, files: ModelFiles) -> EngineConfig:
             raise EngineError(f"tree shape {shape} is deeper than the model's {mtp.depth} MTP layers")
         plans = (device == "cpu" or config.attention == "exact") and config.verifier == "match"
         plans = plans and config.candidates == "auto"
-        plans = plans and config.tensor_parallel == 1  # ranks must not go by clocks of their own
         if shape.auto and not plans:
             shape = TreeShape.parse("tree:15" if device == "cuda" else "tree:7")
         check_tree(shape, config, device)
@@ -68,7 +67,7 @@ def _settle_shared(config: EngineConfig, device: str, model: ModelConfig, mtp: M
         raise EngineError("FlashInfer runs on one GPU: leave --attention out with --tensor-parallel")
     check_divides(config.tensor_parallel, model, mtp)
     dtype: DType = "fp32" if config.dtype == "auto" and device == "cpu" else config.dtype
-    return replace(config, dtype=dtype, attention="torch")
+    return replace(config, dtype=dtype, attention="torch" if device == "cpu" else config.attention)
 
 
 def _dtype(config: EngineConfig, device: str, model: ModelConfig, mtp: MTPConfig | None) -> DType:

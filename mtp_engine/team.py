@@ -1,5 +1,6 @@
 """Bringing the ranks of an engine together: processes that this one starts, or those of torchrun."""
 
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from mtp_engine.parallel.launch import Children
 from mtp_engine.parallel.shard import Shard
 from mtp_engine.runtime.lead import Follower, Leader, Solo, Team
 from mtp_engine.runtime.threads import pool_size
+
+_LOG = logging.getLogger("mtp_engine")
 
 
 @final
@@ -54,7 +57,9 @@ def form_team(config: EngineConfig, files: ModelFiles) -> tuple[Team, EngineConf
     children = Children("mtp_engine.rank", [WORK.write(work) for work in works])
     torch.set_num_threads(each[0].threads)
     try:
-        return Leader(Processes(store, Shard(0, size), torch.device(each[0].device), children.lost), children), each[0]
+        device = torch.device(each[0].device)
+        kernels = by_kernels(each[0])
+        return Leader(Processes(store, Shard(0, size), device, children.lost, kernels=kernels), children), each[0]
     except BaseException:
         children.close()
         raise
@@ -72,12 +77,20 @@ def _join_torchrun(config: EngineConfig, files: ModelFiles) -> tuple[Team, Engin
     from mtp_engine.parallel.processes import Processes, torchrun_store
 
     config = replace(config, device=_device(config, local), threads=_threads(config, here))
+    if here < size and by_kernels(config):
+        _LOG.warning("ranks on several hosts exchange tensors through NCCL, without CUDA graphs, which is slower")
+        config = replace(config, attention="torch")
     torch.set_num_threads(config.threads)
     if config.device != "cpu":
         torch.cuda.set_device(config.device)  # where what names no index goes
     store, rank, _ = torchrun_store()
-    processes = Processes(store, Shard(rank, size), torch.device(config.device))
+    processes = Processes(store, Shard(rank, size), torch.device(config.device), kernels=by_kernels(config))
     return (Follower(processes) if rank else Leader(processes, None)), config
+
+
+def by_kernels(config: EngineConfig) -> bool:
+    """Whether ranks exchange tensors by kernels. config: settled."""
+    return torch.device(config.device).type == "cuda" and config.attention != "torch"
 
 
 def _device(config: EngineConfig, rank: int) -> str:

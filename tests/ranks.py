@@ -3,12 +3,13 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from mtp_engine.parallel.group import Group
+from mtp_engine.parallel.group import Group, joined, ordered_sum
 from mtp_engine.parallel.shard import Shard
 
 T = TypeVar("T")
@@ -20,34 +21,48 @@ class Meeting:
     def __init__(self, size: int) -> None:
         self.brought: list[Any] = [None] * size
         self.barrier = threading.Barrier(size, timeout=60)
+        self.turn: threading.Lock | None = None  # held by who computes, where only one may
         self.calls = 0
 
     def exchange(self, rank: int) -> "Seat":
         return Seat(self, rank)
+
+    def wait(self) -> None:
+        if self.turn:
+            self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            if self.turn:
+                self.turn.acquire()
 
 
 class Seat:
     def __init__(self, meeting: Meeting, rank: int) -> None:
         self._meeting, self._rank = meeting, rank
 
-    def gather(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor, *, join: bool = False) -> Tensor:
         assert x.is_contiguous()
         self._meeting.brought[self._rank] = x
-        self._meeting.barrier.wait()
+        self._meeting.wait()
         assert len({(each.shape, each.dtype) for each in self._meeting.brought}) == 1
         together = torch.stack(self._meeting.brought)
         self._meeting.calls += self._rank == 0
-        self._meeting.barrier.wait()
-        return together
+        self._meeting.wait()
+        return joined(together) if join else together
+
+    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
+        return ordered_sum(self.gather(partial), dtype, residual)
 
 
-def together(size: int, work: Callable[[Group], T]) -> list[T]:
-    """What `work` returns on every rank."""
+def together(size: int, work: Callable[[Group], T], *, in_turns: bool = False) -> list[T]:
+    """What `work` returns on every rank. in_turns: only one computes at a time, as Triton's interpreter wants it."""
     meeting = Meeting(size)
+    meeting.turn = threading.Lock() if in_turns else None
 
     def one(rank: int) -> T:
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), meeting.turn or nullcontext():
                 return work(Group(Shard(rank, size), meeting.exchange(rank)))
         except BaseException:
             meeting.barrier.abort()

@@ -24,10 +24,15 @@ class Driver:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
     def get_current_device(self): return 0
     def get_current_stream(self, device): return 0
+    def launcher_cls(self, src, metadata): order.append("made")
 
+order = []
 driver.set_active(Driver())
 ran = []
-CompiledKernel.run = property(lambda self: lambda *_: ran.append(self.name))
+def load(self):
+    order.append("loaded" if threading.current_thread() is threading.main_thread() else "loaded beside others")
+    return lambda *_: ran.append(self.name)
+CompiledKernel.run = property(load)
 CompiledKernel.function = CompiledKernel.packed_metadata = None
 CompiledKernel.launch_metadata = lambda *_: None
 torch.cuda.device = lambda device: nullcontext()
@@ -55,10 +60,10 @@ with missing:
     launches()  # each is noted once
     thread = threading.Thread(target=lambda: other.append(last_rows(torch.zeros(2, 5, 32), torch.ones(2, dtype=torch.int64))))
     thread.start(); thread.join()
-found["ran"], ran[:] = list(ran), []
+found["ran"], ran[:], order[:] = list(ran), [], []
 found["missing"] = len(missing)
 missing.compile(torch.device("cpu"), 2, lambda *each: said.append(each))
-found["said"] = [said[0], said[-1]]
+found["said"], found["order"] = [said[0], said[-1]], list(order)
 again = Missing()
 with again:
     launches()
@@ -87,6 +92,8 @@ def test_what_is_missing_is_compiled_at_once_and_only_once(tmp_path: Path) -> No
     assert isinstance(count, int)
     assert count >= 3
     assert found["said"] == [["compiling kernels", 0, count], ["compiling kernels", count, count]]
+    order = ["made"] * count + ["loaded"] * count
+    assert found["order"] == order, "Triton's launchers get mixed up where threads load them at a time"
     assert found["again"] == 0
     assert found["launched"] == count
     made = {path.name for path in tmp_path.iterdir()}

@@ -11,8 +11,9 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from mtp_engine.kernels.dense import Tile, Weight, gated, linear, many, qkv, tile_for  # noqa: E402
+from mtp_engine.kernels.dense import Weight, gated, linear, qkv  # noqa: E402
 from mtp_engine.kernels.dense_reference import gated_twin, linear_twin, qkv_twin  # noqa: E402
+from mtp_engine.kernels.dense_tiles import Tile, many, tile_for  # noqa: E402
 from mtp_engine.kernels.fp8 import BlockMatrix, fused_rows, fused_sizes, plain_rows, quantise_blocks  # noqa: E402
 from mtp_engine.kernels.launch import pdl  # noqa: E402
 
@@ -69,7 +70,7 @@ MANY = [
     (Tile(16, 16, 4, 3), 96, [Tile(64, 16, 4, 3, 64), Tile(32, 16, 4, 4, 64, 4)]),
     (Tile(32, 16, 2, 3), 40, [Tile(32, 16, 2, 3, 32), Tile(64, 16, 2, 3, 128, 8)]),
     (Tile(16, 128, 4, 3), 640, [Tile(64, 128, 4, 3, 64, 4)]),
-    (Tile(16, 16, 4, 3), 96, [Tile(8, 16, 4, 3, 64, 4, True)]),
+    (Tile(16, 16, 4, 3), 96, [Tile(16, 16, 4, 3, 64, 4, boxes=True), Tile(16, 16, 4, 3, 64, 4, apart=True)]),
 ]
 
 
@@ -88,7 +89,7 @@ def test_many_tokens_add_up_as_few(few: Tile, k: int, tiles: list[Tile]) -> None
             cache.zero_()
         found = [
             linear(x[:m], weight, **options, residual=residual[:m], tile=tile), linear(x[:m], weight, tile=tile),
-            gated(x[:m], weight, **options, tile=tile), qkv(**case | part, tile=tile),
+            qkv(**case | part, tile=tile), gated(x[:m], weight, **options, tile=few if tile.apart else tile),
         ]  # fmt: skip
         return found + [cache[part["rows"]] for cache in caches]
 
@@ -256,12 +257,13 @@ def test_real_attention(shape: tuple[int, ...], k: int, rotary: int, fp8: bool) 
 
 
 @pytest.mark.cuda
-def test_chain_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [8, 64, 300])
+def test_chain_in_a_graph(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that start early wait for their inputs: a captured chain gives what single calls give, every time."""
     k, inner, layers = 576, 1536, 12
     weights = [(randn(2 * inner, k, seed=i) / 24, randn(k, inner, seed=-i - 1) / 39) for i in range(layers)]
     pairs = [(a.bfloat16(), b.bfloat16()) for a, b in weights]
-    norm, x = torch.ones(k, dtype=torch.bfloat16, device=DEVICE), randn(8, k, dtype=torch.bfloat16)
+    norm, x = torch.ones(k, dtype=torch.bfloat16, device=DEVICE), randn(rows, k, dtype=torch.bfloat16)
 
     def chain(y: Tensor) -> Tensor:
         for up, down in pairs:

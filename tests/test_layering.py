@@ -31,7 +31,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "verifiers": ("tree protocols config sampling kernels parallel.group", "torch"),
     "runtime": ("attention.rows cache config errors kernels protocols sampling tree", "torch"),
     "runtime.lead": ("config parallel runtime sampling.stops", ""),
-    "runtime.messages": ("config parallel.codec runtime sampling.stops", ""),
+    "runtime.messages": ("config parallel.codec runtime sampling.batch sampling.stops", ""),
     "runtime.scheduler": ("config errors runtime sampling.stops", ""),
     "text": ("errors", "tokenizers jinja2"),
     "hub": ("config errors models protocols", "torch platformdirs filelock huggingface_hub"),

@@ -1,5 +1,6 @@
 """A request that moves to another worker goes on with the same text, whatever its parameters look back at."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from mtp_engine import Engine, EngineConfig, SamplingParams
 from mtp_engine.config import Structure
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
-from mtp_engine.serve.migration import Ledger, Turn, chunk_of, read
+from mtp_engine.runtime.lead import Solo
+from mtp_engine.serve.migration import Ledger, Turn, chunk_of, lost, read
 
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0}, "seeded": {"temperature": 0.9, "seed": 3}, "unseeded": {"temperature": 0.9},
@@ -104,3 +106,15 @@ def test_chunks_carry_logprobs(engine: Engine) -> None:
     assert chunk["log_probs"] == [each.logprob for each in answer.logprobs]
     assert [len(each) for each in chunk["top_logprobs"]] == [2, 2, 2]
     assert "log_probs" not in chunk_of([1], ())
+
+
+def test_a_worker_hears_of_a_lost_rank() -> None:
+    async def watch() -> str:
+        team: Any = Solo()
+        watching = asyncio.create_task(lost(team))
+        await asyncio.sleep(0.3)
+        assert not watching.done()
+        team.lost = "rank 1 has ended"
+        return await watching
+
+    assert asyncio.run(watch()) == "rank 1 has ended"

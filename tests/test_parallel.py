@@ -43,9 +43,10 @@ from mtp_engine.parallel.packed import pack, unpack
 from mtp_engine.parallel.processes import Processes, new_store
 from mtp_engine.parallel.shard import Shard
 from mtp_engine.runtime.interrupts import uninterrupted
+from mtp_engine.runtime.lead import LedLoop
 from mtp_engine.runtime.memory import Memory
 from mtp_engine.runtime.step import ModelStep
-from mtp_engine.sampling.batch import Batch, SamplingBatch
+from mtp_engine.sampling.batch import Batch, Plan, SamplingBatch
 from mtp_engine.tree import DraftTree, VerifyResult
 from mtp_engine.verifiers import MatchVerifier, ShardedMatchVerifier
 
@@ -231,7 +232,7 @@ def test_a_signal_waits_for_the_step_and_the_second_does_not() -> None:
 
 
 def test_messages_arrive_as_they_were_sent() -> None:
-    codec = Codec(SamplingParams, Structure, TreeShape, EngineConfig)
+    codec = Codec(SamplingParams, Structure, TreeShape, EngineConfig, Plan)
     params = SamplingParams(
         temperature=0.1 + 0.2, seed=2**62, stop=("a\n\u00e9", "b"), bad_words=("x", (1, 2)), logit_bias={5: -1.5, 7: 1e-300},
         structure=Structure(json="{}"), tree=TreeShape.parse("tree:7"), allowed_token_ids=(3,),
@@ -240,11 +241,47 @@ def test_messages_arrive_as_they_were_sent() -> None:
         params,
         EngineConfig(tree=TreeShape.parse("auto")),
         [(1, True), {"a": Path("/x")}, None, float("inf")],
+        ((Plan(TreeShape.parse("tree:7"), 8), 4, 512, 1 / 3, None),),
     ):
         assert codec.read(codec.write(message)) == message
     for other in (Shard(0, 2), {1, 2}, print):
         with pytest.raises(TypeError, match="cannot hold"):
             codec.write([other])
+
+
+class Telling:
+    """A Leader that notes what it tells."""
+
+    lost = ""
+
+    def __init__(self) -> None:
+        self.lock, self.told = threading.Lock(), list[Any]()
+
+    def tell(self, message: Any) -> None:
+        self.told.append(message)
+
+    def check(self) -> None:
+        pass
+
+
+def test_what_all_do_alike_is_told_to_nobody(tmp_path: Path) -> None:
+    """Requests that join, run and are ended while steps are timed; later ones are told, with the times of steps."""
+    model, _ = load(*folders("llama", tmp_path), Group())
+    leader: Any = Telling()
+    loop = make_loop(model, RootDrafter(), ranks=LedLoop(leader, 0), slots=2)
+    with loop.alike():
+        first = loop.add([3, 5, 7], SamplingParams(max_tokens=60))
+        for _ in range(3):
+            loop.step()
+        loop.remove(first)
+    assert (first.finish_reason, leader.told) == ("abort", [])
+    loop.work.times.append((1, 2, 0.5, 0.25))
+    second = loop.add([4], SamplingParams(max_tokens=60, ignore_eos=True))
+    loop.step()
+    loop.remove(second)
+    step, left = leader.told
+    assert ([each.prompt for each in step.joined], step.times) == ([[4]], ((1, 2, 0.5, 0.25),))
+    assert (left.number, left.reason, loop.work.times) == (second.number, "abort", [])
 
 
 class Losing:
@@ -264,7 +301,7 @@ class Losing:
     def step(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def begin(self, running: Any) -> None:
+    def begin(self, running: Any, times: Any) -> None:
         self.steps += 1
 
     def check(self) -> None:

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +21,15 @@ from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
 from mtp_engine.models.make_tiny import make_tiny
 from mtp_engine.runtime.answer import Generation
+from mtp_engine.runtime.cuda_graph import GraphRunner
+from mtp_engine.runtime.planner import Costs
 
 CONFIG = EngineConfig(
     tensor_parallel=2, device="cpu", dtype="fp32", tree=TreeShape.parse("2x2x1"), max_context=128, max_batch=3,
     page_size=16, prefill_chunk=16, threads=1, prefix_cache_gb=0.01,
 )  # fmt: skip
 PROMPTS = [[5, 9, 2, 40, 17, 33, 8], [3], [7] * 4 + [11, 30] * 17, [60, 21], list(range(1, 40)), [12, 50, 44]]
+PORT = 29500 + os.getpid() % 2000  # where hosts meet
 LONG = SamplingParams(max_tokens=25, ignore_eos=True)
 PARAMS = [
     LONG,
@@ -78,6 +83,70 @@ def test_all_say_what_one_process_says(engine: Engine, alone: list[Generation]) 
     for found, expected in zip(first[2].logprobs, alone[2].logprobs, strict=True):
         assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
         assert [token for token, _ in found.top] == [token for token, _ in expected.top]
+
+
+class Wavering(list[tuple[Any, ...]]):
+    """Times of steps, as if drafts were dear for some steps, and cheap for some more."""
+
+    count = 0
+
+    def append(self, spent: tuple[Any, ...]) -> None:
+        nodes, batch, _, _ = spent
+        self.count += 1
+        super().append((nodes, batch, 2.0 if self.count // 20 % 2 else 0.01, 1.0))
+
+
+@pytest.mark.parametrize("model", ["mimo"], indirect=True)
+def test_ranks_plan_alike(
+    model: tuple[Path, str | None], alone: list[Generation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All grow the same trees, whatever their own clocks and files say: here only rank 0 has a file, and its times change.
+    Requests join, leave, run out of memory and come again."""
+    folder, mtp = model
+    monkeypatch.setattr(Costs, "read", lambda path: Costs([0.0, 0.1, 0.2, 0.3], {1: 1.0, 4: 1.1, 16: 1.4}))
+    config = replace(CONFIG, tree=TreeShape.parse("auto"), kv_tokens=140)
+    with Engine.load(str(folder), config, mtp=mtp) as engine:
+        engine.loop.work.times = Wavering()
+        stream = engine.stream([PROMPTS[0]], replace(LONG, max_tokens=90))
+        next(stream)
+        stream.close()
+        first, again = (engine.generate(PROMPTS, PARAMS) for _ in range(2))
+        with engine.undrafted(max_batch=1) as plain:
+            assert tokens(plain.generate(PROMPTS[:2], PARAMS[:2])) == tokens(alone)[:2]
+    assert tokens(first) == tokens(again) == tokens(alone)
+    answers, trees = [*first, *again], sum((answer.stats.trees for answer in (*first, *again)), Counter())
+    assert sum(answer.stats.preemptions for answer in answers) > 0
+    assert len({depth for depth, _ in trees}) > 2, "the planner did not change its mind"
+    assert sum(answer.stats.accepted_per_depth[0] for answer in answers if answer.stats.accepted_per_depth) > 0
+
+
+def test_ranks_time_together() -> None:
+    """Where no costs are kept all measure them at load, in the same steps, and go by those of rank 0."""
+    config = replace(CONFIG, tree=TreeShape.parse("auto"), draft_int8=False)
+    with Engine.load(hub.NANO, config) as engine:
+        assert engine.config.tree == config.tree
+        [answer] = engine.generate(["Once upon a time"], LONG)
+        with engine.undrafted(max_batch=1) as plain:
+            assert tokens([answer]) == tokens(plain.generate(["Once upon a time"], LONG))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("model", ["mimo-fp8", "mimo-7b"], indirect=True)
+def test_two_gpus_draft_what_they_say_plainly(model: tuple[Path, str | None]) -> None:
+    """As above, through kernels and graphs: requests of all kinds, more than slots, memory running short, prefix hits."""
+    folder, mtp = model
+    config = replace(CONFIG, device="cuda", dtype="bf16", kv_tokens=300)
+    with Engine.load(str(folder), config, mtp=mtp) as engine:
+        with engine.undrafted(max_batch=1) as plain:
+            expected = plain.generate(PROMPTS, PARAMS)
+        first, again = (engine.generate(PROMPTS, PARAMS) for _ in range(2))
+        runner = engine.loop.runner
+    assert tokens(first) == tokens(again) == tokens(expected)
+    assert sum(answer.stats.accepted_per_depth[0] for answer in first if answer.stats.accepted_per_depth) > 0
+    assert again[0].stats.cached_tokens > 0
+    assert isinstance(runner, GraphRunner)
+    assert (runner.replayed > 0, runner.slow) == (True, 0), "something did not run as graphs"
 
 
 @pytest.mark.parametrize("model", ["mimo-fp8"], indirect=True)
@@ -192,10 +261,17 @@ def alive(process: int) -> bool:
         return False
 
 
-@pytest.fixture
-def running() -> Iterator[subprocess.Popen[str]]:
+TWO_GPUS = pytest.param(
+    "cuda",
+    marks=[pytest.mark.cuda, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")],
+)
+
+
+@pytest.fixture(params=["cpu", TWO_GPUS])
+def running(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
     """A command in the midst of an answer."""
-    process = subprocess.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [request.param if word == "cpu" else word for word in COMMAND]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.read(40)
     yield process
@@ -244,21 +320,22 @@ def test_a_server_ends_with_its_ranks() -> None:
     )
 
 
-def test_torchrun() -> None:
-    """It starts the ranks itself; the first of them answers."""
-    run = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        "-m",
-        "mtp_engine.cli",
-    ]
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_torchrun(hosts: int) -> None:
+    """It starts the ranks itself, on one host or several; the first of them answers."""
     told = ["--drafter", "root", "--compare", "off", "--max-tokens", "20", "--raw", "--quiet", "Once upon a time"]
-    done = subprocess.run([*run, *COMMAND[3:10], *told], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    started = []
+    for number in range(hosts):
+        where = ["--standalone", "--nproc-per-node", "2"]
+        if hosts == 2:
+            meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{PORT}", "--rdzv-id", "two"]
+            where = ["--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(number), *meeting]
+        run = [sys.executable, "-m", "torch.distributed.run", *where, "-m", "mtp_engine.cli"]
+        started.append(
+            subprocess.Popen([*run, *COMMAND[3:10], *told], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    said = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0] * hosts, said
     with Engine.load(hub.NANO, replace(CONFIG, tensor_parallel=1, tree=None, drafter="root")) as one:
         [answer] = one.generate(["Once upon a time"], SamplingParams(max_tokens=20))
-    assert done.stdout == answer.text + "\n"
+    assert [out for out, _ in said] == [answer.text + "\n", ""][:hosts]

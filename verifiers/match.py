@@ -19,6 +19,8 @@ from mtp_engine.verifiers.distributions import deepest, path_to
 
 @final
 class MatchVerifier:
+    picks = True
+
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         """logits: [B, N, V] fp32. Keeps the path on which every draft equals the choice at its parent."""
         choices = choose(logits, tree.depths, tree.max_depth, batch.lengths, batch.sampling)
@@ -29,8 +31,10 @@ class MatchVerifier:
 class DeviceMatchVerifier:
     """MatchVerifier in one launch; the noise is never stored."""
 
+    picks = True
+
     def __init__(self, max_batch: int, device: torch.device) -> None:
-        self._arrivals = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        self.arrivals = torch.zeros(max_batch, dtype=torch.int32, device=device)
 
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         from mtp_engine.kernels.accept import verify
@@ -40,7 +44,7 @@ class DeviceMatchVerifier:
         least = floors(logits, given.temperature, given.top_k, given.top_p, given.min_p) if given.truncated else None
         return VerifyResult(
             *verify(
-                logits, batch.lengths, given.seed, given.temperature, self._arrivals, tree, ahead=1, floors=least
+                logits, batch.lengths, given.seed, given.temperature, self.arrivals, tree, ahead=1, floors=least
             )
         )  # fmt: skip
 
@@ -48,6 +52,8 @@ class DeviceMatchVerifier:
 @final
 class NativeMatchVerifier:
     """MatchVerifier in one call of the CPU's library; the noise is never stored."""
+
+    picks = True
 
     def __init__(self, team: Team) -> None:
         self._team = team
@@ -73,6 +79,8 @@ class ShardedMatchVerifier:
     """MatchVerifier where ranks share the vocabulary: they exchange one number per node. What is truncated, or has been
     processed, must be whole (see SamplingBatch.bare)."""
 
+    picks = True
+
     def __init__(self, group: Group) -> None:
         self._group, self._whole = group, MatchVerifier()
 
@@ -85,6 +93,27 @@ class ShardedMatchVerifier:
         own = scores.argmax(-1, keepdim=True)
         _, tokens = self._group.best(scores.gather(-1, own), own + first)
         return longest_match(tree, tokens[..., 0])
+
+
+@final
+class DeviceShardedMatchVerifier:
+    """ShardedMatchVerifier in three launches."""
+
+    picks = True
+
+    def __init__(self, group: Group, max_batch: int, device: torch.device) -> None:
+        self._group, self._whole = group, DeviceMatchVerifier(max_batch, device)
+
+    def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
+        """See ShardedMatchVerifier."""
+        from mtp_engine.kernels.accept import accept_best, best
+
+        sampling = batch.sampling
+        if not sampling.bare:
+            return self._whole.verify(tree, logits, batch)
+        own = self._group.shard.rank * logits.shape[-1]
+        found = best(logits, batch.lengths, sampling.seed, sampling.temperature, self._whole.arrivals, tree, own)
+        return VerifyResult(*accept_best(tree, self._group.gather(found)))
 
 
 def longest_match(tree: DraftTree, choices: Tensor) -> VerifyResult:

@@ -105,9 +105,17 @@ class ExactAttention:
     def _lines(self) -> Tensor:
         return torch.arange(self._step.rows.positions.shape[1], device=self._step.rows.positions.device)
 
+    def _chains(self, index: int) -> bool:
+        """Whether layers of this cache group go through chain_attention."""
+        batch, nodes = self._step.rows.positions.shape
+        kv_heads = self._step.cache.groups[index].k[0].shape[1]
+        return self._straight and (self._step.packed is not None or suits_chain(batch, nodes, kv_heads))
+
     def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         index, member = self._step.cache.place[layer]
         group = self._step.cache.groups[index]
+        # what attention reads besides queries and keys must have been launched before what makes those: see runs_kernel
+        _ = self._step.pages if self._chains(index) else (self._step.pages, self._step.ancestry, self._step.first)
         if self._step.packed is None or not isinstance(group, WindowKV):
             return self._step.destination(layer)
         k, v = (x[member].new_empty(len(self._lines), *x.shape[2:]) for x in (group.k, group.v))
@@ -127,14 +135,14 @@ class ExactAttention:
             "scale": scale,
             "sink": sink,
         }
-        batch, nodes = q.shape[:2]
-        if self._straight and (step.packed or suits_chain(batch, nodes, k.shape[1])):
+        if self._chains(index):
             fresh = self._fresh.pop(layer, None)
             y = chain_attention(q, k, v, pages, rows.lengths, rows.first, packed=step.packed, fresh=fresh, **given)
             if fresh:
                 store_rows(*fresh, k, v, step.kept[index])
             return y
         tree = q, k, v, pages, rows.lengths, rows.positions, step.ancestry[0], step.first
+        batch, nodes = rows.positions.shape
         if suits_forest(batch, nodes, k.shape[1], rows.bound):
             return forest_attention(*tree, **given)
         return tree_attention(*tree, bound=rows.bound, **given)

@@ -21,6 +21,7 @@ from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.layers import Block, GatedMLP, Head, Join, LinearMap, RMSNorm, RotaryEmbedding
 from mtp_engine.models.moe import MoE
 from mtp_engine.models.mtp import MTPModule
+from mtp_engine.parallel.linear import SummedLinear
 from mtp_engine.protocols import Attention, DeviceAttention
 
 _FP32 = torch.float32
@@ -40,6 +41,14 @@ def fuse_mtp(module: MTPModule) -> MTPModule:
         for layer in module.layers
     ]  # fmt: skip
     return replace(module, layers=layers, rotary=FusedRotary(cast(RotaryEmbedding, module.rotary)))
+
+
+def add_linear(x: Tensor, linear: LinearMap, residual: Tensor) -> Tensor:
+    """residual + linear(x), rounded once: over all ranks, where they share the product. x: [M, K] -> [M, N] in residual's
+    dtype."""
+    if not isinstance(linear, SummedLinear):
+        return dense.linear(x, weight_of(linear), residual=residual)
+    return linear.group.sum(dense.linear(x, weight_of(linear.linear), out_dtype=_FP32), residual.dtype, residual)
 
 
 def weight_of(linear: LinearMap) -> Tensor | BlockMatrix:
@@ -89,22 +98,33 @@ class FusedJoin:
     join: Join
 
     def __call__(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        weight = weight_of(self.join.projection)
+        projection, width = self.join.projection, embedded.shape[-1]
+        shared = projection if isinstance(projection, SummedLinear) else None
+        weight = weight_of(shared.linear if shared else projection)
         assert isinstance(weight, Tensor), "eh_proj is never quantised"
+        own = (shared and shared.own) or range(2 * width)  # columns of the whole weight
         halves = [(embedded, self.join.embedding_norm), (hidden, self.join.hidden_norm)]
-        width, y = embedded.shape[-1], None
+        y = None
         for half, (x, norm) in enumerate(halves[::-1] if self.join.hidden_first else halves):
-            part = weight[:, half * width : (half + 1) * width]
-            dtype = _FP32 if y is None else x.dtype
-            y = dense.linear(x.flatten(0, -2), part, norm=norm.weight, eps=norm.eps, residual=y, out_dtype=dtype)
+            first = half * width
+            start, stop = max(own.start, first), min(own.stop, first + width)
+            if start >= stop:
+                continue
+            rows, part = x.flatten(0, -2), weight[:, start - own.start : stop - own.start]
+            dtype = _FP32 if shared or stop < own.stop else x.dtype
+            if stop - start == width:
+                y = dense.linear(rows, part, norm=norm.weight, eps=norm.eps, residual=y, out_dtype=dtype)
+            else:  # the norm is that of the whole row
+                y = dense.linear(norm(rows)[:, start - first : stop - first], part, residual=y, out_dtype=dtype)
         assert y is not None
-        return y.view(embedded.shape)
+        return (shared.group.sum(y, embedded.dtype) if shared else y).view(embedded.shape)
 
 
 @final
 @dataclass(frozen=True)
 class FusedBlock:
-    """layers.Block in five launches; norms are launches of their own where there are more than 32 rows."""
+    """layers.Block in five launches, and one for each sum over ranks; norms are launches of their own where there are more
+    than 32 rows."""
 
     block: Block
 
@@ -129,7 +149,7 @@ class FusedBlock:
             layer, q.view(batch, nodes, c.heads, c.qk_dim), scale=c.qk_dim**-0.5, sink=inner.sink
         )
         y = y.flatten(0, 1).flatten(1)
-        flat = dense.linear(y, weight_of(inner.out), residual=flat)
+        flat = add_linear(y, inner.out, flat)
         return ffn(self.block.ffn, self.block.ffn_norm, flat).view(x.shape)
 
 
@@ -138,7 +158,9 @@ def ffn(layer: object, norm: RMSNorm, x: Tensor) -> Tensor:
     if isinstance(layer, MoE):
         c = layer.config
         y, routing = moe.route(x, norm.weight, norm.eps, layer.router, layer.bias, c.per_token, c.normalise, c.scale)
-        return moe.down(moe.gate_up(y, routing, _stack(layer.gate_up)), routing, _stack(layer.down), x)
+        h, shared = moe.gate_up(y, routing, _stack(layer.gate_up)), layer.group.size > 1
+        y = moe.down(h, routing, _stack(layer.down), None if shared else x)
+        return layer.group.sum(y, x.dtype, x) if shared else y
     assert isinstance(layer, GatedMLP)
     h = dense.gated(x, weight_of(layer.gate_up), norm=norm.weight, eps=norm.eps)
-    return dense.linear(h, weight_of(layer.down), residual=x)
+    return add_linear(h, layer.down, x)

@@ -22,8 +22,25 @@ class RankLost(EngineError):
 class Exchange(Protocol):
     """How tensors get from rank to rank. Every rank makes the same calls in the same order."""
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Contiguous, of the same shape and dtype on every rank -> [size, *shape], in the order of ranks."""
+    def gather(self, x: Tensor, *, join: bool = False) -> Tensor:
+        """Contiguous, of the same shape and dtype on every rank -> [size, *shape], in the order of ranks; join: side by
+        side, [..., n] -> [..., size * n]."""
+
+    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
+        """As `ordered_sum` of what is gathered. partial: fp32, contiguous; residual: contiguous."""
+
+
+def ordered_sum(parts: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
+    """The sum of parts [size, *shape] fp32 in the order of ranks, plus the residual, rounded once to dtype."""
+    total = torch.zeros_like(parts[0])  # so that there is no -0
+    for part in parts:
+        total = total + part
+    return (total if residual is None else total + residual.float()).to(dtype)
+
+
+def joined(parts: Tensor) -> Tensor:
+    """[size, ..., n] -> [..., size * n]."""
+    return parts.movedim(0, -2).flatten(-2)
 
 
 @final
@@ -38,21 +55,28 @@ class Group:
     def size(self) -> int:
         return self.shard.size
 
-    def sum(self, partial: Tensor, dtype: torch.dtype) -> Tensor:
-        """The sum over ranks, in fp32, in the order of ranks, rounded once to `dtype`. A kernel that sums in another order
-        would change a row's bits with the number of rows."""
+    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None = None) -> Tensor:
+        """The sum over ranks, in fp32, in the order of ranks, plus what all have alike, rounded once to `dtype`. A kernel
+        that sums in another order would change a row's bits with the number of rows."""
         if self.exchange is None:
-            return partial.to(dtype)
-        first, *others = self.exchange.gather(partial.float().contiguous()).unbind()
-        for other in others:
-            first = first + other
-        return first.to(dtype)
+            return (partial if residual is None else partial + residual).to(dtype)
+        return self.exchange.sum(partial.float().contiguous(), dtype, residual)
 
     def join(self, part: Tensor) -> Tensor:
         """[..., n] of every rank, side by side: [..., size * n]."""
+        return part if self.exchange is None else self.exchange.gather(part.contiguous(), join=True)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Of every rank, one behind the other: [size, *shape]."""
+        return part[None] if self.exchange is None else self.exchange.gather(part.contiguous())
+
+    def first(self, data: bytes, device: torch.device) -> bytes:
+        """Rank 0's data, on every rank. device: the exchange's."""
         if self.exchange is None:
-            return part
-        return self.exchange.gather(part.contiguous()).movedim(0, -2).flatten(-2)
+            return data
+        length = int(self.exchange.gather(torch.tensor([len(data)], device=device))[0, 0])
+        own = torch.frombuffer(bytearray(data[:length].ljust(length + 1)), dtype=torch.uint8).to(device)
+        return self.exchange.gather(own)[0, :length].cpu().numpy().tobytes()
 
     def log_softmax(self, scores: Tensor) -> Tensor:
         """Of scores [..., n] whose last dimension is divided among the ranks; each gets its own part."""

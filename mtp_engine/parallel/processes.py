@@ -1,10 +1,10 @@
-"""Ranks as processes: tensors over gloo on CPUs and over NCCL on GPUs, messages always over gloo."""
+"""Ranks as processes: tensors over gloo on CPUs, over NCCL or by kernels (device.py) on GPUs, messages always over gloo."""
 
 import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
@@ -12,8 +12,11 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 from torch.distributed.rendezvous import rendezvous
 
-from mtp_engine.parallel.group import Group, RankLost
+from mtp_engine.parallel.group import Group, RankLost, joined, ordered_sum
 from mtp_engine.parallel.shard import Shard
+
+if TYPE_CHECKING:
+    from mtp_engine.parallel.device import DeviceExchange
 
 _MEETING = timedelta(seconds=120)  # in which all processes must have come
 _NEVER = timedelta(
@@ -45,15 +48,18 @@ class Processes:
     """This process among those that share a model (an Exchange). Groups of its own, beside torch's default one: an
     application may have that, and several engines."""
 
-    def __init__(self, store: Store, shard: Shard, device: torch.device, lost: Lost = lambda patience: "") -> None:
-        """Returns when all have come. Raises RankLost."""
+    def __init__(
+        self, store: Store, shard: Shard, device: torch.device, lost: Lost = lambda patience: "", *, kernels: bool = False
+    ) -> None:  # fmt: skip
+        """Returns when all have come. kernels: of GPUs of one host. Raises RankLost, and EngineError where GPUs do not suit."""
         self.shard, self._lost = shard, lost
         rank, size = shard.rank, shard.size
         _meet(store, shard, lost)
         try:
             self._messages: Any = ProcessGroupGloo(PrefixStore("messages", store), rank, size, _NEVER)
             self._tensors: Any = self._messages
-            if device.type == "cuda":
+            self._device = _exchange(PrefixStore("device", store), shard, device) if kernels else None
+            if device.type == "cuda" and not kernels:
                 from torch.distributed import ProcessGroupNCCL  # absent from torch's builds for CPUs
 
                 # who has ended is noticed by others; torch's own watch would end this process with a core dump
@@ -69,13 +75,23 @@ class Processes:
 
     @property
     def group(self) -> Group:
-        return Group(self.shard, self)
+        return Group(self.shard, self._device or self)
 
-    def gather(self, x: Tensor) -> Tensor:
+    def check(self) -> None:
+        """Raises RankLost where a kernel has given another rank up."""
+        if self._device:
+            self._device.check()
+
+    def gather(self, x: Tensor, *, join: bool = False) -> Tensor:
         """See Exchange. Raises RankLost."""
         out = x.new_empty(self.shard.size * x.numel())
         self._wait(lambda: self._tensors._allgather_base(out, x.view(-1)))
-        return out.view(self.shard.size, *x.shape)
+        parts = out.view(self.shard.size, *x.shape)
+        return joined(parts) if join else parts
+
+    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
+        """See Exchange. Raises RankLost."""
+        return ordered_sum(self.gather(partial), dtype, residual)
 
     def tell(self, data: bytes) -> None:
         """Rank 0: to all others, who `hear` it. Raises RankLost."""
@@ -109,12 +125,25 @@ class Processes:
 
     def abort(self) -> None:
         """Free this process from what waits on a GPU for a rank that has ended. From any thread."""
-        if self._tensors is not self._messages and self._tensors is not None:
+        if self._device:
+            self._device.abort()
+        elif self._tensors is not self._messages and self._tensors is not None:
             self._tensors.abort()
 
     def close(self) -> None:
         """Let go of the others. Closing twice does no harm."""
+        if self._device:
+            self._device.close()
+            self._device = None
+        elif self._tensors is not self._messages and self._tensors is not None:
+            self._tensors.abort()  # with nothing under way; NCCL warns of groups that merely go
         self._tensors = self._messages = self._store = None
+
+
+def _exchange(store: Store, shard: Shard, device: torch.device) -> "DeviceExchange":
+    from mtp_engine.parallel.device import DeviceExchange  # Triton is only where there are GPUs
+
+    return DeviceExchange(store, shard, device)
 
 
 def _meet(store: Store, shard: Shard, lost: Lost) -> None:

@@ -1,8 +1,9 @@
 """Rank 0 decides what comes in, and the other ranks follow it, step by step.
 
-What travels: requests that join, requests that are ended from outside (cancelled, out of time), and loops that are made or
-closed. All else follows from these and from the tokens, which every rank computes with the same bits: who runs, who is
-preempted, what the prefix cache keeps. Rank 0's times and seeds count, as they travel with the requests.
+What travels: requests that join, requests that are ended from outside (cancelled, out of time), loops that are made or
+closed, and how long steps took, from which planners learn. All else follows from these and from the tokens, which every rank
+computes with the same bits: who runs, who is preempted, what the prefix cache keeps, which trees are drafted. Rank 0's times
+and seeds count, as they travel with steps and requests.
 """
 
 import atexit
@@ -104,6 +105,7 @@ class Leader:
         """Raises RankLost if another rank has ended."""
         if self.lost:
             raise RankLost(self.lost)
+        self._processes.check()
 
     def close(self, *, tell: bool = True) -> None:
         """End the others. Closing twice does no harm. tell: False where they are in the midst of a step."""
@@ -114,6 +116,8 @@ class Leader:
         if tell:
             with suppress(RankLost):  # then there is nobody to tell
                 self.tell(Shut(0))
+        else:
+            self._processes.abort()
         self._processes.close()
         if self._children:
             self._children.close(wait=tell)
@@ -126,9 +130,11 @@ class LedLoop:
     def __init__(self, leader: Leader, number: int) -> None:
         self._leader, self._number, self._steps = leader, number, itertools.count()
         self._arrived: list[Joined] = []
-        self._inside = self._closed = False  # a step
+        self._inside = self._closed = self._alike = False  # _inside: a step
 
     def added(self, requests: Sequence[Request], cancel: Callable[[Request], None]) -> None:
+        if self._alike:
+            return
         for request in requests:
             self._arrived.append(Joined.of(request))
             if request.sink:
@@ -142,7 +148,7 @@ class LedLoop:
     @contextmanager
     def ending(self, request: Request, reason: FinishReason) -> Iterator[None]:
         with nullcontext() if self._inside else self.step():
-            self._leader.tell(Left(self._number, self._joined(), request.number, reason))
+            self._tell(Left(self._number, self._joined(), request.number, reason))
             yield
 
     @contextmanager
@@ -154,8 +160,20 @@ class LedLoop:
             finally:
                 self._inside = False
 
-    def begin(self, running: Sequence[Request]) -> None:
-        self._leader.tell(Step(self._number, self._joined(), next(self._steps), digest(running)))
+    def begin(self, running: Sequence[Request], times: tuple[tuple[Any, ...], ...]) -> None:
+        self._tell(Step(self._number, self._joined(), next(self._steps), digest(running), times))
+
+    def _tell(self, message: Message) -> None:
+        if not self._alike:
+            self._leader.tell(message)
+
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        self._alike = True
+        try:
+            yield
+        finally:
+            self._alike = False
 
     def check(self) -> None:
         self._leader.check()
@@ -193,7 +211,7 @@ class Follower:
         self.group, self._processes = processes.group, processes
 
     def ranks(self, **changes: Any) -> Ranks:
-        return Following()
+        return Following(self._processes)
 
     def close(self) -> None:
         self._processes.close()
@@ -203,10 +221,11 @@ class Follower:
         loops = {0: first}
         while True:
             match CODEC.read(self._processes.hear()):
-                case Step(loop, joined, number, state):
+                case Step(loop, joined, number, state, times):
                     _join(loops[loop], joined)
                     if digest(loops[loop].scheduler.running) != state:
                         raise RankLost(f"before step {number} of loop {loop} the ranks' requests are not the same")
+                    loops[loop].work.times[:] = times  # in place of this rank's own
                     loops[loop].step()
                 case Left(loop, joined, number, reason):
                     _join(loops[loop], joined)
@@ -225,6 +244,12 @@ class Follower:
 @final
 class Following(Alone):
     """One loop of another rank's (Ranks), which tells nobody."""
+
+    def __init__(self, processes: "Processes") -> None:
+        self._processes = processes
+
+    def check(self) -> None:
+        self._processes.check()
 
     def failed(self, error: BaseException) -> NoReturn:
         leave(error)

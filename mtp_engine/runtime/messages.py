@@ -7,6 +7,7 @@ from typing import Any, final
 from mtp_engine.config import SamplingParams, Structure, TreeShape
 from mtp_engine.parallel.codec import Codec
 from mtp_engine.runtime.request import Request
+from mtp_engine.sampling.batch import Plan
 from mtp_engine.sampling.stops import FinishReason
 
 
@@ -38,12 +39,14 @@ class Left:
 @final
 @dataclass(frozen=True)
 class Step:
-    """Loop `loop` makes its step `number`, after these have joined. state: of rank 0's running requests, see `digest`."""
+    """Loop `loop` makes its step `number`, after these have joined. state: of rank 0's running requests, see `digest`.
+    times: that rank 0 measured since its last one, see Ranks.begin."""
 
     loop: int
     joined: tuple[Joined, ...]
     number: int
     state: int
+    times: tuple[tuple[Any, ...], ...]
 
 
 @final
@@ -75,4 +78,4 @@ class Shut:
 
 
 Message = Step | Left | Score | Open | Shut
-CODEC = Codec(Joined, Left, Step, Score, Open, Shut, SamplingParams, Structure, TreeShape)
+CODEC = Codec(Joined, Left, Step, Score, Open, Shut, SamplingParams, Structure, TreeShape, Plan)

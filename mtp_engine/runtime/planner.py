@@ -67,22 +67,33 @@ class Costs:
     def read(cls, path: Path) -> "Costs | None":
         """What was measured on an earlier day; None where there is no such file, or it is damaged."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            return cls.parse(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    @classmethod
+    def parse(cls, text: str) -> "Costs":
+        """What `text` gave. Raises ValueError for anything else."""
+        try:
+            raw = json.loads(text)
             found = cls(
                 [float(each) for each in raw["draft"]], {int(n): float(each) for n, each in raw["verify"].items()},
                 float(raw["widen"]),
             )  # fmt: skip
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            return None
-        return found if found.draft and len(found.verify) > 1 else None
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError("these are no costs") from error
+        if not found.draft or len(found.verify) < 2:
+            raise ValueError("these are too few costs")
+        return found
+
+    def text(self) -> str:
+        return json.dumps({"draft": self.draft, "verify": self.verify, "widen": self.widen})
 
     def write(self, path: Path) -> None:
         """Where that fails it is measured again next time."""
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(
-                json.dumps({"draft": self.draft, "verify": self.verify, "widen": self.widen}), encoding="utf-8"
-            )
+            path.write_text(self.text(), encoding="utf-8")
 
     def verifying(self, rows: int) -> float:
         """Seconds, as they are now."""

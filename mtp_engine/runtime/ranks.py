@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 from mtp_engine.runtime.request import Request
 from mtp_engine.sampling.stops import FinishReason
@@ -21,9 +21,9 @@ class Ranks(Protocol):
     def step(self) -> AbstractContextManager[None]:
         """Around a step, which must not be left half-way."""
 
-    def begin(self, running: Sequence[Request]) -> None:
-        """A step begins with what was told so far. running: to find out whether all ranks are in the same state. Raises
-        EngineError if a rank is lost."""
+    def begin(self, running: Sequence[Request], times: tuple[tuple[Any, ...], ...]) -> None:
+        """A step begins with what was told so far. running: to find out whether all ranks are in the same state. times: of
+        earlier steps, from which planners learn: all ranks go by those of rank 0. Raises EngineError if a rank is lost."""
 
     def check(self) -> None:
         """A step has landed. Raises EngineError if a rank was lost meanwhile, so that what it gave means nothing."""
@@ -33,6 +33,9 @@ class Ranks(Protocol):
 
     def failed(self, error: BaseException) -> str:
         """A step broke off here. Returns why nothing can go on, as the other ranks are in the midst of it; empty if it can."""
+
+    def alike(self) -> AbstractContextManager[None]:
+        """Around what every rank does by itself, in the same order, so that nothing need be told."""
 
     @property
     def lost(self) -> str: ...  # why nothing can go on since a rank has ended; empty if it can
@@ -53,8 +56,11 @@ class Alone:
     def step(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def begin(self, running: Sequence[Request]) -> None:
+    def begin(self, running: Sequence[Request], times: tuple[tuple[Any, ...], ...]) -> None:
         pass
+
+    def alike(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def check(self) -> None:
         pass

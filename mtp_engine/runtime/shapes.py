@@ -47,16 +47,26 @@ class ShapeCosts:
     def read(cls, path: Path) -> "ShapeCosts | None":
         """What was measured on an earlier day; None where there is no such file, or it is damaged."""
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-            return cls({(int(batch), str(plan)): float(seconds) for batch, plan, seconds in rows})
-        except (OSError, ValueError, TypeError):
+            return cls.parse(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return None
+
+    @classmethod
+    def parse(cls, text: str) -> "ShapeCosts":
+        """What `text` gave. Raises ValueError for anything else."""
+        try:
+            return cls({(int(batch), str(plan)): float(seconds) for batch, plan, seconds in json.loads(text)})
+        except TypeError as error:
+            raise ValueError("these are no costs") from error
+
+    def text(self) -> str:
+        return json.dumps([[*key, each] for key, each in self.seconds.items()])
 
     def write(self, path: Path) -> None:
         """Where that fails it is measured again next time."""
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps([[*key, each] for key, each in self.seconds.items()]), encoding="utf-8")
+            path.write_text(self.text(), encoding="utf-8")
 
     def note(self, batch: int, plan: Plan | str, seconds: float) -> None:
         """A step took so long; the shortest of several counts, as the others were disturbed."""

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, final
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
@@ -37,6 +37,13 @@ class ModelStep:
     kernels: bool = False
     shapes: StepPlanner | None = None  # chooses each step's shape, where a runner records several
     shares: bool = False  # the verifier chooses among ranks, each over its own logits, where nothing else decides
+    times: list[tuple[Any, ...]] = field(default_factory=list)  # of steps; a planner learns them before the next one
+
+    def learn(self, times: Sequence[tuple[Any, ...]]) -> None:
+        """Tell the planner, if there is one, how long steps took: what its `timed` takes."""
+        planner: Any = self.planner or self.shapes
+        for each in times if planner else ():
+            planner.timed(*each)
 
     def read(self, chunks: Sequence[PromptChunk]) -> None:
         """Read chunks of prompts in one pass: chains whose paths are known. The drafter is told of those that want drafts."""
@@ -137,6 +144,14 @@ class ModelStep:
             table[:, 3:].masked_fill_(stuck(processed, result), NO_TOKEN)
         return table, notes
 
+    def peek(self, batch: Batch, tree: DraftTree, logits: Tensor) -> Tensor:
+        """What would be chosen if structures allowed everything: how many tokens, which, and behind which nodes, [B, 1 + 2 (D+1)]
+        int64, with NO_TOKEN where nothing can be chosen. Nothing is changed by it."""
+        processed = self.processors.apply(tree, logits, batch)
+        result = self.verifier.verify(tree, processed, batch)
+        tokens = result.tokens.masked_fill(stuck(processed, result), NO_TOKEN)
+        return torch.cat([result.counts[:, None], tokens, result.path], 1)
+
     def rows(self, batch: Batch, tree: DraftTree) -> StepRows:
         positions = batch.lengths[:, None] + tree.depths
         return StepRows(
@@ -176,7 +191,8 @@ def told(chunks: Sequence[PromptChunk]) -> list[Chunk]:
 
 
 Said = Callable[[Request], Sequence[int]]
-"""What the steps in flight emit for a request. Waits for them, so it is asked for requests with a structure only."""
+"""What the steps before, which are in flight still, emit for a request. Waits for them, so it is asked for requests with a
+structure only."""
 
 
 class Runner(Protocol):
@@ -195,7 +211,11 @@ class Runner(Protocol):
     def prepare_reading(self, chunks: Sequence[PromptChunk]) -> None:
         """The same for `read`."""
 
-    def launch(self, members: Members, bound: int, said: Said) -> Launched: ...
+    def launch(self, members: Members, bound: int, said: Said) -> Launched:
+        """Start a step. Where a structure has a say, what is chosen may wait for `complete`, or until the step is waited for."""
+
+    def complete(self) -> None:
+        """Launch what is left of the newest step: before slots change hands, and before any other."""
 
     def read(self, chunks: Sequence[PromptChunk]) -> Launched: ...
 
@@ -238,6 +258,9 @@ class EagerRunner:
     def settle(self) -> None:
         pass
 
+    def complete(self) -> None:
+        pass
+
     def launch(self, members: Members, bound: int, said: Said) -> Launched:
         begin, guide, mask = time.perf_counter(), members.guide, None
         if guide:
@@ -252,7 +275,7 @@ class EagerRunner:
         rows = table.tolist()
         draft_s, verify_s = drafted - begin, time.perf_counter() - drafted
         if self._step.planner and members.speculates:
-            self._step.planner.timed(tree.nodes, len(rows), draft_s, verify_s)
+            self._step.times.append((tree.nodes, len(rows), draft_s, verify_s))
         kept = None if notes is None else Notes(notes.cpu())
         return Done(Landed(rows, draft_s, verify_s, kept, guide.failed if guide else {}))
 

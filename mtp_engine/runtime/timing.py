@@ -38,6 +38,7 @@ def time_shapes(
         while loop.scheduler.busy:
             loop.step()
         loop.memory.prefix = prefix
+        loop.work.times.clear()
 
 
 def _time(loop: DecodeLoop, planner: ShapePlanner, size: int, rng: random.Random) -> None:

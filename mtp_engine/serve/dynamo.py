@@ -1,5 +1,6 @@
 """A worker for NVIDIA Dynamo, whose frontend does HTTP, templates, tokens and routing (`mtp-engine dynamo-worker`)."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, final
@@ -12,7 +13,8 @@ from dynamo.common.backend.worker import Worker, WorkerConfig
 from mtp_engine.async_engine import AsyncEngine
 from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
-from mtp_engine.serve.migration import Ledger, chunk_of, read
+from mtp_engine.runtime.lead import leave
+from mtp_engine.serve.migration import Ledger, chunk_of, lost, read
 
 _REASONS = {"stop": "stop", "length": "length", "timeout": "length", "abort": "cancelled", "error": "error"}
 
@@ -23,6 +25,7 @@ class DynamoWorker(LLMEngine):  # type: ignore[misc]
 
     def __init__(self, engine: Engine, name: str, ledger: Ledger | None) -> None:
         self._engine, self._name, self._ledger = AsyncEngine(engine), name, ledger
+        self._watch: asyncio.Task[None] | None = None
 
     @classmethod
     async def from_args(cls, argv: list[str] | None = None) -> Any:
@@ -32,6 +35,7 @@ class DynamoWorker(LLMEngine):  # type: ignore[misc]
     async def start(self, worker_id: int) -> Registration:
         """Tell the frontend what there is; the engine is loaded already."""
         inner = self._engine.engine
+        self._watch = asyncio.create_task(self._end_with_ranks())
         loop, config = inner.check_open(), inner.config
         limits = LlmRegistration(
             context_length=loop.intake.max_context,
@@ -41,6 +45,10 @@ class DynamoWorker(LLMEngine):  # type: ignore[misc]
             max_num_batched_tokens=config.prefill_chunk,
         )
         return Registration(model=str(inner.tokenizer.folder), served_model_name=self._name, llm=limits)
+
+    async def _end_with_ranks(self) -> None:
+        """A worker that has lost a rank ends, and the frontend moves its requests on."""
+        leave(EngineError(await lost(self._engine.engine.team)))
 
     async def generate(self, request: Any, context: Any) -> AsyncGenerator[dict[str, Any], None]:
         """Token ids out, several at a time. A request that began at another worker goes on where that one was."""
@@ -70,6 +78,8 @@ class DynamoWorker(LLMEngine):  # type: ignore[misc]
         self._forget(str(context.id()))
 
     async def cleanup(self) -> None:
+        if self._watch:
+            self._watch.cancel()
         await self._engine.aclose()
 
 

@@ -6,6 +6,7 @@ the client gives none it is drawn from the request's id, which moves along. Pena
 structures need to know where the prompt ended, which Dynamo does not say: workers keep it in a folder that they share.
 """
 
+import asyncio
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any, final
 
 from mtp_engine.config import SamplingParams, Structure
 from mtp_engine.errors import EngineError
+from mtp_engine.runtime.lead import Team
 
 _SEEDS = 2**63
 _SAMPLING = ("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p")
@@ -147,3 +149,10 @@ def chunk_of(tokens: Sequence[int], logprobs: Sequence[Any]) -> dict[str, Any]:
             for each in logprobs
         ]
     return chunk
+
+
+async def lost(team: Team) -> str:
+    """Waits until another process that shares the model has ended, and says which."""
+    while not (said := team.lost):
+        await asyncio.sleep(0.2)
+    return said
