@@ -20,7 +20,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from common import COUNT, SOME, conditions, require_commit, run
+from common import COUNT, SOME, Commit, conditions, require_commit, run
 from rich.console import Console
 from rich.table import Table
 
@@ -164,8 +164,10 @@ def keep(
 
 
 @click.group()
-def main() -> None:
-    pass
+@click.pass_context
+def main(context: click.Context) -> None:
+    commit = require_commit()
+    context.obj = commit
 
 
 _PLAN = click.argument("plan", type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -186,9 +188,10 @@ _ONLY = click.option("--only", multiple=True, help="These variants, and the base
     "--seconds", default=0.0, show_default=True, help="Of training for the variants of a corpus; 0: all steps."
 )
 @click.option("--device", default="cpu", show_default=True)
-def train(plan: Path, out: Path, only: tuple[str, ...], seconds: float, device: str, **o: Any) -> None:
+@click.pass_obj
+def train(commit: Commit, plan: Path, out: Path, only: tuple[str, ...], seconds: float, device: str, **o: Any) -> None:
     """Train the variants, and note how they rank the tokens of held-out answers."""
-    commit, begin = require_commit(), time.monotonic()
+    begin = time.monotonic()
 
     def say(what: str) -> None:
         click.echo(f"{time.monotonic() - begin:7.1f} s  {what}", err=True)

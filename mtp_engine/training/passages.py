@@ -1,7 +1,8 @@
 """Prompts over passages, sentences and code: summaries, questions about a text, translations, explanations; for training.
 
-    python bench/passages.py --text "public domain:FACTBOOK" --text "MIT OR Apache-2.0:BOOK/src" --code MIT:ALGORITHMS \\
-        --out passages.jsonl.xz --beside prompts-permissive.jsonl.xz --held-out bench_core.jsonl --held-out spec-bench.jsonl
+    python -m mtp_engine.training.passages --text "public domain:FACTBOOK" --text "MIT OR Apache-2.0:BOOK/src" \\
+        --code MIT:ALGORITHMS --beside prompts-permissive.jsonl.xz --out prompts.jsonl.xz \\
+        --held-out bench_core.jsonl --held-out spec-bench.jsonl
 
 A source is LICENCE:FOLDER, whose .md, .txt, .rst and .json files (of the latter the strings) are read as text, or .py files as
 code. What shares a run of 13 words with a held-out prompt is left out. --beside: prompts that are there already, of which as
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from common import run
 
 _GRAM = 13  # words
 _WORDS = (90, 380)  # of a passage
@@ -62,6 +62,7 @@ def passages(text: str) -> Iterator[str]:
 
 
 def texts(folder: Path) -> Iterator[str]:
+    """Of its files, in the order of their names."""
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".md", ".txt", ".rst"):
             yield path.read_text(encoding="utf-8", errors="ignore")
@@ -75,6 +76,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def functions(folder: Path) -> Iterator[str]:
+    """Functions and classes at the top of its Python files, neither tiny nor long."""
     for path in sorted(folder.rglob("*.py")):
         source = path.read_text(encoding="utf-8", errors="ignore")
         try:
@@ -88,6 +90,7 @@ def functions(folder: Path) -> Iterator[str]:
 
 
 def grams(text: str) -> set[str]:
+    """All runs of 13 words."""
     words = re.findall(r"\w+", text.lower())
     return {" ".join(words[i : i + _GRAM]) for i in range(len(words) - _GRAM + 1)}
 
@@ -108,9 +111,24 @@ def asked(
             yield {"source": f"{source}/translation", "licence": licence, "prompt": prompt}
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+def _lines(path: Path, name: str) -> list[dict[str, Any]]:
+    """Objects that have `name`."""
+    try:
+        with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError, lzma.LZMAError, EOFError) as error:
+        raise click.UsageError(f"{path}: not lines of JSON ({error})") from error
+    if not all(isinstance(row, dict) and name in row for row in rows):
+        raise click.UsageError(f"{path}: not lines of JSON with `{name}`")
+    return rows
+
+
+def _sources(given: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
+    for each in given:
+        licence, _, folder = each.partition(":")
+        if not folder or not Path(folder).is_dir():
+            raise click.UsageError(f"{each!r} is not LICENCE:FOLDER with a folder that is there")
+        yield licence, Path(folder)
 
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -121,25 +139,30 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--code", "code_of", multiple=True, metavar="LICENCE:FOLDER")
 @click.option("--held-out", multiple=True, type=_FILE, required=True)
 @click.option("--beside", type=_FILE)
-@click.option("--share", default=0.6, show_default=True, help="Of the prompts that are beside.")
-@click.option("--per-source", default=4000, show_default=True)
+@click.option(
+    "--share", default=0.6, type=click.FloatRange(0, 0.99), show_default=True, help="Of the prompts that are beside."
+)
+@click.option("--per-source", default=4000, type=click.IntRange(1), show_default=True)
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path))
 def main(
     texts_of: tuple[str, ...], code_of: tuple[str, ...], held_out: tuple[Path, ...], beside: Path | None, share: float,
     per_source: int, out: Path,
 ) -> None:  # fmt: skip
+    """Make prompts of texts and code, and put them among others."""
     rng, rows = random.Random(0), list[dict[str, Any]]()
-    forbidden = {gram for path in held_out for row in _lines(path) for turn in row["turns"] for gram in grams(turn)}
+    forbidden = {
+        gram for path in held_out for row in _lines(path, "turns") for turn in row["turns"] for gram in grams(turn)
+    }
     for code, given in ((False, texts_of), (True, code_of)):
-        for licence, folder in (each.split(":", 1) for each in given):
-            pieces = functions(Path(folder)) if code else (p for text in texts(Path(folder)) for p in passages(text))
-            found = list(asked(Path(folder).name, licence, pieces, rng, code=code))
+        for licence, folder in _sources(given):
+            pieces = functions(folder) if code else (piece for text in texts(folder) for piece in passages(text))
+            found = list(asked(folder.name, licence, pieces, rng, code=code))
             rows += rng.sample(found, min(len(found), per_source))
     clean = [row for row in rows if not grams(row["prompt"]) & forbidden]
-    others = _lines(beside) if beside else []
+    others = _lines(beside, "prompt") if beside else []
     rng.shuffle(others)
     taken: dict[str, int] = {}
-    kept = []
+    kept: list[dict[str, Any]] = []
     for row in others:
         taken[row["source"]] = taken.get(row["source"], 0) + 1
         if len(kept) < len(clean) * share / (1 - share) and taken[row["source"]] <= per_source:
@@ -156,4 +179,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main)
+    main()
