@@ -4,7 +4,7 @@
     python bench/crosses.py --first 123 --cases 1    # that case again
     python bench/crosses.py --device cuda --dtype bf16 --cases 200
 
-tests/crosses.py says what a case is. What goes wrong is printed as it comes; the last line is JSON.
+tests/crossing.py says what a case is. What goes wrong is printed as it comes; the last line is JSON.
 """
 
 import json
@@ -30,7 +30,7 @@ from mtp_engine.hub import hub
 def main(cases: int, first: int, model: str, device: str, dtype: str, threads: int, seconds: float) -> None:
     commit = require_commit()
     sys.path.append(str(ROOT / "tests"))
-    from crosses import Crosses
+    from crossing import Crosses
 
     logging.getLogger("mtp_engine").setLevel(logging.CRITICAL)  # steps that break off are a part of it
     crosses = Crosses(model, device=device, dtype=dtype, threads=threads)

@@ -47,6 +47,9 @@ class Recorder:
     def settle(self) -> None:
         self._inner.settle()
 
+    def complete(self) -> None:
+        self._inner.complete()
+
     def read(self, chunks: Sequence[PromptChunk]) -> Launched:
         return self._inner.read(chunks)
 
@@ -199,6 +202,8 @@ class Forced:
     The real verifier runs too, so that its time counts; its choice at the root is the last token of the step.
     """
 
+    picks = False
+
     def __init__(self, verifier: Verifier, counts: float) -> None:
         self.verifier, self.counts = verifier, counts
 
@@ -220,6 +225,8 @@ class Forced:
 @final
 class Scores:
     """Keeps the scores that the last step's choices were made from, noise included."""
+
+    picks = False
 
     def __init__(self, verifier: Verifier) -> None:
         self.verifier = verifier

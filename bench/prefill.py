@@ -60,7 +60,7 @@ def passes(model: Model, config: EngineConfig, tree: str | None) -> list[dict[st
     prompts: Any = bench.recorder._inner
     prompts = prompts.prompts
     begin, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
-    graphs = prompts.capture(lambda *_: None)
+    graphs = prompts.capture((), lambda *_: None)
     took, room = time.perf_counter() - begin, (free - torch.cuda.mem_get_info()[0]) / 1e9
     print(json.dumps({"graphs": graphs, "capture_s": round(took, 2), "gb": round(room, 3)}))
 

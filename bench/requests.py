@@ -20,6 +20,7 @@ from typing import Any
 import click
 import torch
 from common import SOME, conditions, encode, read_prompts, require_commit, run
+from pauses import Watch
 from rich.console import Console
 from rich.table import Table
 
@@ -97,14 +98,16 @@ def rate(
 
 
 def speed(
-    engines: dict[str, Engine], prompts: Sequence[list[int]], tokens: int, batches: Sequence[int], kinds: Sequence[str]
-) -> dict[str, Any]:
-    table, found = Table("engine", "batch", "request", "tokens/s", "x greedy", "ms a step", "x greedy's"), {}
+    engines: dict[str, Engine], prompts: Sequence[list[int]], tokens: int, batches: Sequence[int],
+    kinds: dict[str, Sequence[str]],
+) -> dict[str, Any]:  # fmt: skip
+    """kinds: by engine."""
+    table, found = Table("engine", "batch", "request", "tokens/s", "x greedy", "ms a step", "x greedy's", "tokens"), {}
     for name, engine in engines.items():
         for batch in batches:
             groups = [prompts[at : at + batch] for at in range(0, max(batch, 4), batch)]
             greedy: tuple[float, float] = (0.0, 0.0)
-            for kind in dict.fromkeys(("greedy", *kinds)):
+            for kind in dict.fromkeys(("greedy", *kinds[name])):
                 for _ in range(2):  # the first time warms up what is compiled or read for the first time
                     tried = [rate(engine, group, [kind] * batch, tokens) for group in groups]
                 measured = statistics.mean(each[0] for each in tried), statistics.mean(each[1] for each in tried)
@@ -115,17 +118,19 @@ def speed(
                     round(ratio, 3),
                     round(measured[1], 4),
                     round(cost, 3),
+                    round(each := measured[0] * measured[1] / 1000 / batch, 3),
                 ]
                 table.add_row(
-                    name, str(batch), kind, f"{measured[0]:.0f}", f"{ratio:.2f}", f"{measured[1]:.3f}", f"{cost:.2f}"
-                )
-            if batch > 1 and "JSON schema" in kinds:
+                    name, str(batch), kind, f"{measured[0]:.0f}", f"{ratio:.2f}", f"{measured[1]:.3f}", f"{cost:.2f}",
+                    f"{each:.2f}",
+                )  # fmt: skip
+            if batch > 1 and "JSON schema" in kinds[name]:
                 mixed = rate(engine, prompts[:batch], ["JSON schema"] + ["greedy"] * (batch - 1), tokens)[2]
                 alone = rate(engine, prompts[:batch], ["greedy"] * batch, tokens)[2]
                 ratio = sum(mixed[1:]) / sum(alone[1:])
                 found[f"{name}/{batch}/greedy beside one JSON schema"] = [round(sum(mixed[1:]), 1), round(ratio, 3)]
                 table.add_row(
-                    name, str(batch), "greedy beside one JSON schema", f"{sum(mixed[1:]):.0f}", f"{ratio:.2f}", "", ""
+                    name, str(batch), "greedy beside one JSON schema", f"{sum(mixed[1:]):.0f}", f"{ratio:.2f}"
                 )
     Console(stderr=True, width=120).print(table)
     return found
@@ -177,20 +182,20 @@ def load(engine: Engine, prompts: Sequence[list[int]], steps: int, most: int) ->
     before = counters(runner)
     compiled = compilations()
     times, plain, target, peak = list[float](), list[float](), 1, 0
+    watch = Watch(loop)
     for step in range(steps):
         if step % 40 == 0:
-            target = rng.choice([1, 2, 5, 9, 16, 30, most])
-        while len(loop.requests) < target and rng.random() < 0.5:
+            target = rng.choice([1, 2, 5, 9, 16, 30, most, most])
+        while len(loop.requests) < target and rng.random() < 0.8:
             kind = rng.choice(names)
             loop.add(rng.choice(prompts), params(kind, step, rng.choice([8, 30, 90]), ignore_eos=True))
         if not loop.requests:
             loop.add(prompts[0], params("greedy", step, 30))
         peak, reads = max(peak, len(loop.requests)), any(not request.decoding for request in loop.requests)
-        begin = time.perf_counter()
-        loop.step()
-        times.append(1000 * (time.perf_counter() - begin))
+        times.append(watch.step())
         if not reads:
             plain.append(times[-1])
+    watch.close()
     for request in list(loop.requests):
         loop.remove(request)
     ordered, after = sorted(times), counters(runner)
@@ -199,7 +204,7 @@ def load(engine: Engine, prompts: Sequence[list[int]], steps: int, most: int) ->
         "ms_median": round(ordered[steps // 2], 3), "ms_p99": round(ordered[steps * 99 // 100], 3),
         "ms_longest": [round(each, 3) for each in ordered[-3:]], "longest_at": times.index(ordered[-1]),
         "steps_without_a_prompt": len(plain), "ms_median_without": round(statistics.median(plain), 3),
-        "ms_longest_without": [round(each, 3) for each in sorted(plain)[-5:]],
+        "ms_longest_without": [round(each, 3) for each in sorted(plain)[-5:]], "longest": watch.longest(12),
     }  # fmt: skip
 
 
@@ -222,7 +227,12 @@ def compilations() -> Any:
 @click.option("--part", "parts", type=click.Choice(["speed", "equality", "load"]), multiple=True, default=["speed"])
 @click.option("--model", default=DEFAULT_MODEL, show_default=True)
 @click.option(
-    "--tree", "trees", multiple=True, default=["tree:7"], show_default=True, help="The first is for all parts."
+    "--tree",
+    "trees",
+    multiple=True,
+    default=["tree:7"],
+    show_default=True,
+    help="The first is for all parts; others, and rules, are compared at T = 0.8.",
 )
 @click.option("--rule", "rules", multiple=True, help="Other rules, for speed, over their usual trees.")
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(list(KINDS)), default=list(KINDS), help="For speed.")
@@ -242,7 +252,7 @@ def main(**o: Any) -> None:
     def loaded(most: int, **options: Any) -> Engine:
         begin = time.perf_counter()
         config = EngineConfig(
-            device=o["device"], max_batch=most, max_context=o["max_context"], capture=o["capture"], **options
+            device=o["device"], max_batch=most, max_context=o["max_context"], **{"capture": o["capture"], **options}
         )
         engine = Engine.load(o["model"], config)
         click.echo(
@@ -253,16 +263,17 @@ def main(**o: Any) -> None:
         return engine
 
     rows = read_prompts(Path(__file__).parent / "prompts/bench_core.jsonl", max(o["count"], *o["batches"]) * 2)
-    most = max(*o["batches"], *([] if set(o["parts"]) == {"speed"} else [o["most"]]))
+    most = max([*o["batches"], *([] if set(o["parts"]) == {"speed"} else [o["most"]])])
     plain, drafted = loaded(most, drafter="root"), loaded(most, tree=TreeShape.parse(o["trees"][0]))
     prompts = [ids for _, ids in encode(plain, rows, 300)]
     if "speed" in o["parts"]:
         engines, short = {"plain": plain, o["trees"][0]: drafted}, [ids for ids in prompts if len(ids) <= 150]
         for tree in o["trees"][1:]:
-            engines[tree] = loaded(max(o["batches"]), tree=TreeShape.parse(tree))
+            engines[tree] = loaded(max(o["batches"]), tree=TreeShape.parse(tree), capture="lazy")
         for rule in o["rules"]:
-            engines[rule] = loaded(max(o["batches"]), verifier=rule)
-        record["speed"] = speed(engines, short, o["tokens"], o["batches"], o["kinds"])
+            engines[rule] = loaded(max(o["batches"]), verifier=rule, capture="lazy")
+        kinds = {name: o["kinds"] if name in ("plain", o["trees"][0]) else ["T = 0.8"] for name in engines}
+        record["speed"] = speed(engines, short, o["tokens"], o["batches"], kinds)
         del engines
     if "equality" in o["parts"]:
         record["equality"] = equality(plain, drafted, prompts[: o["count"]], o["tokens"], sorted({1, 8, o["most"]}))

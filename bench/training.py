@@ -1,10 +1,12 @@
 """Speed of writing dialogues and of training MTP layers on them, as tokens/s and as a share of the device's bf16 peak.
 
     python bench/training.py --device cuda
+    python bench/training.py --device cuda --drafted 16384
     python bench/training.py --rows 8 --row-length 128 --steps 4
 
 FLOPs are those of training/plan.py: forward of the main model and its head, forward and backward of the layers and their
-heads; attention is not counted. Writing counts forward products only, so it is bound by reading keys and values.
+heads; attention is not counted. Writing counts forward products only, so it is bound by reading keys and values. With as many
+steps as by default no row comes twice, of which the main model's states would be known.
 """
 
 import json
@@ -14,10 +16,11 @@ from pathlib import Path
 
 import click
 import torch
-from common import SOME, conditions, require_commit, run
+from common import COUNT, SOME, conditions, require_commit, run
 
 from mtp_engine.config import DEFAULT_MODEL
 from mtp_engine.training.dialogues import DialogueSettings
+from mtp_engine.training.objective import Objective
 from mtp_engine.training.plan import PEAK_BF16
 from mtp_engine.training.run import Job, Training, plan
 from mtp_engine.training.trainer import TrainSettings
@@ -30,6 +33,9 @@ from mtp_engine.training.trainer import TrainSettings
 @click.option("--rows", default=2048, type=SOME, show_default=True)
 @click.option("--row-length", default=768, type=SOME, show_default=True)
 @click.option("--batch-tokens", default=41_472, type=SOME, show_default=True)
+@click.option(
+    "--drafted", default=0, type=COUNT, show_default=True, help="Tokens to draft, the most frequent; 0 is all."
+)
 @click.option("--steps", default=60, type=SOME, show_default=True, help="The first third is not timed.")
 @click.option("--device", default="cpu", show_default=True)
 def main(
@@ -39,6 +45,7 @@ def main(
     rows: int,
     row_length: int,
     batch_tokens: int,
+    drafted: int,
     steps: int,
     device: str,
 ) -> None:
@@ -52,7 +59,11 @@ def main(
 
         dialogues = DialogueSettings(shards=shards, rows=rows, length=row_length, prompts=prompts)
         settings = TrainSettings(
-            steps=steps, tokens=batch_tokens, log_every=max(1, steps // 3), evaluate_every=steps + 1
+            steps,
+            batch_tokens,
+            Objective(acceptance=0.5, reach=0.7, drafted=drafted),
+            log_every=max(1, steps // 3),
+            evaluate_every=steps + 1,
         )
         job = Job(
             model, Path(folder) / "out", Path(folder) / "data", dialogues=dialogues, settings=settings, device=device
@@ -67,7 +78,8 @@ def main(
     peak = next((value for name, value in PEAK_BF16.items() if name in conditions(commit, device)["device"]), None)
     record = {
         "bench": "training", "model": model, "rows": rows, "row_length": row_length, "batch_tokens": batch_tokens,
-        "writing_tokens_per_s": round(writing), "training_tokens_per_s": round(speed), "flops_per_token": flops,
+        "drafted": drafted, "writing_tokens_per_s": round(writing), "training_tokens_per_s": round(speed),
+        "flops_per_token": flops,
         "training_share_of_bf16_peak": round(speed * flops / peak, 4) if peak else None,
         "kinds": dict(zip(("padding", "given", "answer", "loop"), counts, strict=True)),
     }  # fmt: skip

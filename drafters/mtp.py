@@ -15,7 +15,7 @@ Hidden states. Row p of layer k needs the hidden state of position p-1-k, which 
 the row before the first new one is carried over from the last step, and a tree node takes its parent's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -97,6 +97,9 @@ class MTPDrafter:
         self._first = torch.ones(slots, dtype=torch.int64, device=device)
         self._carry = torch.zeros(self.depth, slots, hidden, dtype=embedding.dtype, device=device)
         self._recent = self._hidden[:, :0]  # [slots, R, H], the state of position p in row p % R
+        # of what is loaded: slot, position of the first row to run, `_first` and the tokens from there on; and states
+        self._loaded, self._loaded_hidden = self._counts[:0], self._hidden[0, :0]
+        self._reload: Callable[[int, int], None] = lambda rows, bound: self.reload((rows, bound))
 
     def nodes(self, shape: TreeShape) -> int:
         """Of its tree, root included."""
@@ -112,6 +115,8 @@ class MTPDrafter:
         read = self.history if self.history < NO_LIMIT else self.reread
         kept = read + 1 + behind + self.depth + 1
         self._recent = embedding.new_zeros(self._slots, kept, embedding.shape[1])
+        self._loaded = torch.zeros(3 + self.loads[-1], dtype=torch.int64, device=embedding.device)
+        self._loaded_hidden = embedding.new_zeros(self.loads[-1], embedding.shape[1])
 
     def release(self, slot: int) -> None:
         self._first[slot], self._counts[slot] = 1, 0
@@ -135,21 +140,38 @@ class MTPDrafter:
         if left >= self.history:
             return  # nothing of this will be seen
         start = tokens + 1 - len(hidden)  # position of the first row to run: it takes the state before it
-        ids = to_device(known[start:], torch.int64, device)
-        self._first[slot] = max(1, tokens + 1 - self.history)
-        self._tokens[slot, 0], self._hidden[slot, 0], self._counts[slot] = ids[-1], hidden[-1], 1
-        self._carry[:, slot] = 0.0
-        one = torch.ones(1, dtype=torch.int64, device=device)
-        slots, ids, states = one * slot, ids[None, :-1], hidden[None, :-1]
+        given = to_device([slot, start, max(1, tokens + 1 - self.history), *known[start:]], torch.int64, device)
+        self._loaded[: len(given)].copy_(given)
+        self._loaded_hidden[: len(hidden)].copy_(hidden)
+        self._reload(len(hidden), tokens + 1)
+
+    @property
+    def loads(self) -> list[int]:
+        """See PromptReader: states of entries with the layers' rows, and of lean ones."""
+        return sorted({self.reread + 1, *([self.history + 1] if self.history < NO_LIMIT else [])})
+
+    def record(self, run: Callable[[int, int], None], slot: int) -> None:
+        """See PromptReader."""
+        self._reload = run
+        self._loaded[:3] = to_device([slot, 1, 1], torch.int64, self._loaded.device)
+
+    def reload(self, extent: tuple[int, int]) -> None:
+        """See PromptReader."""
+        (count, bound), (at, given) = extent, torch.split(self._loaded, [3, len(self._loaded) - 3])
+        slots, start, first = at[:, None]
+        ids, states = given[None, :count], self._loaded_hidden[None, :count]
+        self._first[slots], self._counts[slots] = first, torch.ones_like(slots)
+        self._tokens[slots, 0], self._hidden[slots, 0] = ids[:, -1], states[:, -1]
+        self._carry[:, slots] = torch.zeros_like(self._carry[:, slots])
+        ids, states = ids[:, :-1], states[:, :-1]
         for number in range(min(self.depth, len(self.module.layers))):
             if not ids.shape[1]:
                 break
-            rows = _NewRows(
-                slots, ids, states, one * ids.shape[1], one * (start + number), self._first[slots], tokens + 1, True
-            )
-            level = self._run(number, rows, Growth.start(one), None)
+            counts = torch.full_like(slots, ids.shape[1])
+            rows = _NewRows(slots, ids, states, counts, start + number, first, bound, True)
+            level = self._run(number, rows, Growth.start(slots), None)
             if number + 1 < self.depth:
-                self._carry[number + 1, slot] = level.passed[0, -1]
+                self._carry[number + 1, slots] = level.passed[:, -1]
             ids, states = ids[:, 1:], level.passed[:, :-1]
 
     def draft(self, batch: Batch) -> DraftTree:

@@ -1,6 +1,6 @@
 """No drafting: a tree of one node, which is plain decoding."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 from torch import Tensor
@@ -15,6 +15,7 @@ class RootDrafter:
     max_nodes = 1
     depth = scratch_rows = history = reread = 0
     cache = None
+    loads = ()
 
     @property
     def prompts(self) -> "RootDrafter":
@@ -31,6 +32,12 @@ class RootDrafter:
         return ()
 
     def read(self, outline: Tensor, extent: Extent, tokens: Tensor, states: Tensor) -> None:
+        pass
+
+    def reload(self, extent: tuple[int, int]) -> None:
+        pass
+
+    def record(self, run: Callable[[int, int], None], slot: int) -> None:
         pass
 
     def attach(self, pages: Pages, behind: int) -> None:

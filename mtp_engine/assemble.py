@@ -134,7 +134,18 @@ def decode_loop(
     )
     state = SlotState(slots + 1, device, kernels=kernels)  # the last slot is scratch, with which runners pad batches
     work = ModelStep(
-        model, cache, drafter, verifier, processors, state, attention, device, planner, kernels, shapes, shares
+        model,
+        cache,
+        drafter,
+        verifier,
+        processors,
+        state,
+        attention,
+        device,
+        planner,
+        kernels,
+        shapes,
+        shares,
     )
     runs = runner(work)
     rows = max(drafter.max_nodes, drafter.scratch_rows if drafter.cache and drafter.cache.paged else 0)

@@ -1,5 +1,6 @@
 """The engine: loads a model, takes prompts from any number of threads, gives answers."""
 
+import gc
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -159,6 +160,7 @@ class Engine:
                 self.closed = True
                 self.loop.close()
                 del self.model, self.loop
+                gc.unfreeze()  # see GraphRunner.capture
 
     def __enter__(self) -> "Engine":
         return self

@@ -60,6 +60,16 @@ class PromptReader(Protocol):
     def read(self, outline: Tensor, extent: Extent, tokens: Tensor, states: Tensor) -> None:
         """Do what an outline says, [C, B] int64, an entry a column. tokens: [N] int64 of the pass; states: from `keep`."""
 
+    @property
+    def loads(self) -> Sequence[int]: ...  # numbers of rows that `load` runs often
+
+    def reload(self, extent: tuple[int, int]) -> None:
+        """What `load` runs, over tensors that stay, as a graph can hold it: so many rows, where nobody has more tokens than the
+        second number says."""
+
+    def record(self, run: Callable[[int, int], None], slot: int) -> None:
+        """From now on `load` calls `run` in place of `reload`, which runs for this slot until something is loaded."""
+
 
 class Drafter(Protocol):
     """Proposes trees. All its state is per slot."""
@@ -165,6 +175,9 @@ class StepPlanner(Protocol):
 
 
 class Verifier(Protocol):
+    @property
+    def picks(self) -> bool: ...  # the token behind a node by its logits alone, as the one that comes first among them
+
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         """logits: [B, N, V] fp32 of the main model at every node."""
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-from crosses import Asked, Crosses, Outcome
+from crossing import Asked, Crosses, Outcome
 
 from mtp_engine.runtime.request import Request
 
@@ -59,3 +59,13 @@ def test_it_notices(
 
     monkeypatch.setattr(Crosses, "_compare", spoilt)
     assert any(problem in each for each in crosses.case(50_001).problems)
+
+
+@pytest.mark.parametrize("number", [16])
+def test_steps_that_are_recorded_ahead(number: int) -> None:
+    """A GPU's steps. 16: one whose structure and other parameters contradict each other, beside others in flight."""
+    crosses = Crosses("mimo-nano", device="cpu", dtype="fp32", recorded=True, most=7)
+    outcome = crosses.case(number)
+    crosses.close()
+    assert not outcome.problems
+    assert outcome.accepted > 0

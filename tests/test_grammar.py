@@ -17,7 +17,7 @@ from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
 from mtp_engine.sampling.masks import Guide, unpack
-from mtp_engine.sampling.structure import Grammars
+from mtp_engine.sampling.structure import Grammars, GrammarState
 from mtp_engine.text.tool_calls import call_schema
 from mtp_engine.tree import DraftTree
 
@@ -103,6 +103,16 @@ def valid(name: str, text: str) -> bool:
         return True
     pattern = STRUCTURES[name].regex or r"[0-9]{1,3}(\+[0-9]{1,3})?=[0-9]{1,3}"
     return re.fullmatch(pattern, text) is not None
+
+
+@pytest.mark.model
+def test_a_step_in_flight_that_found_no_token_leaves_a_structure_at_rest(engine: Engine) -> None:
+    """Its request ends when it lands; meanwhile the next step is launched, behind a token of -1."""
+    [request] = engine.requests("x", SamplingParams(structure=Structure(regex="[a-z]+")))
+    state, path = request.trail.constraint, (*engine.encode("a"), -1)
+    assert isinstance(state, GrammarState)
+    assert state.state(path) is None
+    assert bool((state.mask(path) == -1).all())
 
 
 @pytest.mark.model
@@ -196,6 +206,38 @@ def test_masks_of_many_nodes_are_those_of_each_alone(own: bool) -> None:
                 path, at = [drafts[row][at], *path], parents[row][at]
             assert torch.equal(masks[row + 1, node], state.mask((*before, *path))), (row, node)
     assert len({tuple(mask.tolist()) for mask in masks.flatten(0, 1)}) > 8
+
+
+@pytest.mark.parametrize("within", [0, 60])
+def test_what_fits_is_what_masks_allow(within: int) -> None:
+    """One token after another, beyond the end of an answer, too."""
+    schema = json.dumps({"type": "array", "items": {"type": "string", "maxLength": 6}, "minItems": 2})
+    with Engine.load("mimo-nano", EngineConfig(device="cpu", threads=1, max_context=64)) as engine:
+        tokenizer, vocab = engine.tokenizer, engine.model.vocab_size
+        start = Grammars(tokenizer.folder, vocab, tokenizer.eos_ids).start
+    rng, counts = random.Random(2), list[int]()
+    structures = [Structure(regex="(ab|[a-c]x){1,9}"), Structure(json=schema, within=within)]
+    for structure in structures * 5:
+        state, twin, said = start(structure), start(structure), list[int]()
+        while len(said) < 50:
+            path, fit = list[int](), None
+            for _ in range(5):
+                allowed = unpack(twin.mask(tuple(path))).nonzero()[:, 0].tolist()
+                token = rng.choice(allowed) if rng.random() < 0.8 else rng.choice([*range(vocab), -1])
+                fit = len(path) if fit is None and token not in allowed else fit
+                path.append(token)
+                if fit is not None:
+                    break
+            counts.append(len(path) if fit is None else fit)
+            assert state.fits((), path) == counts[-1]
+            assert state.fits(tuple(path[:1]), path[1:]) == counts[-1] - 1 or not counts[-1]
+            kept = path[: min(counts[-1], 2)]
+            if set(kept) & set(tokenizer.eos_ids):
+                break
+            said += kept
+            for each in (state, twin):
+                each.advance(kept)
+    assert set(counts) == {0, 1, 2, 3, 4, 5}
 
 
 # ---- answers that end in time --------------------------------------------------------------------------------------

@@ -260,7 +260,7 @@ def test_a_structure_waits_for_the_host_and_nobody_else(models: Models, in_fligh
     loop = loop_of(models, drafter_of("3x2", models), in_flight=in_flight)
     asked: list[Request] = []
     said = loop._said
-    loop._said = lambda request: asked.append(request) or said(request)  # type: ignore[method-assign, func-returns-value]
+    loop._said = lambda before, request: asked.append(request) or said(before, request)  # type: ignore[method-assign, func-returns-value]
     most = 0
     structured = loop.add(prompts()[0], SamplingParams(max_tokens=30, seed=1, structure=Structure(regex="any")))
     loop.add(prompts()[1], SamplingParams(max_tokens=30, seed=2))
@@ -269,6 +269,41 @@ def test_a_structure_waits_for_the_host_and_nobody_else(models: Models, in_fligh
         most = max(most, len(loop._flying))
     assert set(asked) == {structured}
     assert most == in_flight - 1
+
+
+class Anything(Sums):
+    """Allows all; notes after which drafts it was asked for a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = list[int]()
+
+    def allows(self, text: Sequence[int], token: int) -> bool:
+        return True
+
+    def mask(self, path: tuple[int, ...]) -> torch.Tensor:
+        self.asked.append(len(path))
+        return super().mask(path)
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_what_is_allowed_anyway_needs_no_mask(models: Models, truncated: bool) -> None:
+    """But what top-p leaves depends on what is allowed: there all nodes have one."""
+    loop = loop_of(models, drafter_of("3x2", models), in_flight=2)
+    constraint = Anything()
+    loop.intake = replace(loop.intake, grammars=lambda structure: constraint)
+    given = SamplingParams(
+        max_tokens=20, seed=1, temperature=0.7, top_p=0.9 if truncated else 1.0, structure=Structure(regex="any")
+    )
+    request = loop.add(prompts()[0], given)
+    while loop.requests:
+        loop.step()
+    free = loop_of(models, drafter_of("3x2", models), in_flight=2)
+    other = free.add(prompts()[0], replace(given, structure=None))
+    while free.requests:
+        free.step()
+    assert request.output == other.output
+    assert bool(constraint.asked) == truncated
 
 
 def found(forced: list[tuple[int, list[int]]], chains: dict[int, list[int]]) -> dict[int, list[int]]:

@@ -27,6 +27,7 @@ from mtp_engine.models.tensors import main_tensors, mtp_tensors
 from mtp_engine.text.tokenizer import Tokenizer
 from mtp_engine.training import data
 from mtp_engine.training.muon import Muon
+from mtp_engine.training.nano import text as nano_text
 from mtp_engine.training.nano.command import export, facts_of, fields_for, main, measure, train
 from mtp_engine.training.nano.model import MTP_LAYERS, DenseMoE, NanoModel, nano_fields, parse
 from mtp_engine.training.nano.prompts import is_held_out, prompts
@@ -379,3 +380,20 @@ def test_muon_equals_torchs() -> None:
         torchs.step()
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("The old house was a warm and cosy place to be. It was a warm and cosy place to be. The end is here.",
+         "The old house was a warm and cosy place to be."),
+        ("A cat sat on the mat in the sun, and a cat sat on the mat in the sun.", ""),
+        ("The lion slept in the shade of a tree. A bird sang in the branches of it.",
+         "The lion slept in the shade of a tree. A bird sang in the branches of it."),
+        ("Yes, a hat is good for many things. No. Yes. No. It is warm, they say.",
+         "Yes, a hat is good for many things. No. Yes."),
+    ],
+    ids=["a sentence that says it again", "within a sentence", "nothing", "short sentences"],
+)  # fmt: skip
+def test_answers_end_before_they_repeat_themselves(said: str, kept: str) -> None:
+    assert nano_text._tidy(said, ended=True) == kept

@@ -327,6 +327,7 @@ class Recording:
     """MatchVerifier, and the largest trees it was given: their nodes and depths."""
 
     seen: set[tuple[int, int]]
+    picks = False
 
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         assert logits.shape[1] == tree.nodes

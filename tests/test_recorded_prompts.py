@@ -115,8 +115,9 @@ def test_all_sizes_are_recorded_at_load(families: dict[str, Family]) -> None:
     runner: Any = loop.runner
     sizes = Sizes(loop)
     loop.runner.capture(3, CONTEXT, lambda *each: said.append(each))
-    assert sizes.main == sizes.drafter == [192, 128, 64, 32, 16]
-    assert said[0] == ("capturing passes over prompts", 0, 10)
+    assert sizes.main == [192, 128, 64, 32, 16]
+    assert sizes.drafter == [*sizes.main, *((rows, 512) for rows in runner.prompts._reader.loads)]
+    assert said[0] == ("capturing passes over prompts", 0, 12)
     before = set(runner.prompts._graphs)
     finish(loop, [prompt_of(i, 60, i) for i in range(3)], [SamplingParams(max_tokens=2)] * 3)
     assert set(runner.prompts._graphs) == before

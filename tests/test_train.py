@@ -358,8 +358,8 @@ def poisoned(at: int, *, loss: bool) -> Callable[..., Measures]:
     """distill_step, whose call number `at` has gradients that are no numbers, and perhaps a loss that is none."""
     real, calls = trainer.distill_step, iter(range(1, 1000))
 
-    def step(main: Any, module: Any, *rest: Any) -> Measures:
-        measures = real(main, module, *rest)
+    def step(module: Any, *rest: Any) -> Measures:
+        measures = real(module, *rest)
         if next(calls) != at:
             return measures
         module.layers[0].block.attention_norm.weight.grad.fill_(math.nan)

@@ -17,7 +17,7 @@ from mtp_engine.models.mtp import MTPModule
 from mtp_engine.training import objective
 from mtp_engine.training.attention import SequenceAttention
 from mtp_engine.training.heads import FirstValues, build_heads
-from mtp_engine.training.objective import Objective, distill_step
+from mtp_engine.training.objective import Measures, Objective, distill_step, teach
 from mtp_engine.training.trainable import TrainableWeights
 
 CPU = torch.device("cpu")
@@ -30,6 +30,17 @@ def models(root: Path, **changes: object) -> tuple[Decoder, MTPModule, Trainable
     config = loader.read_mtp_config(heads)
     weights = TrainableWeights(FirstValues(Checkpoint(folder), 1, 1.0, earlier=Checkpoint(heads)), torch.float32, CPU)
     return main, build_heads(config, main, weights), weights, config
+
+
+def one_step(
+    main: Decoder, module: MTPModule, tokens: Tensor, kinds: Tensor, settings: Objective, drafted: Tensor | None = None,
+    *, keep: bool = False,
+) -> Measures:  # fmt: skip
+    head = main.head_weight
+    if drafted is not None:
+        others = [token for token in range(main.vocab_size) if token not in drafted.tolist()]
+        head, settings = head[[*drafted.tolist(), *others]], replace(settings, drafted=len(drafted))
+    return distill_step(module, teach(main, tokens, kinds, head, module.config.features, keep=keep), settings)
 
 
 @pytest.mark.parametrize("window", [None, 5, 50])
@@ -64,20 +75,25 @@ def test_rows_are_those_of_drafting(tmp_path: Path, changes: dict[str, object]) 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 30], ids=["one sequence at a time", "all at once"])
 @pytest.mark.parametrize("changes", [{}, {"chained": False, "attention": SINK}], ids=["chained", "mimo"])
+@pytest.mark.parametrize(
+    ("drafted", "keep"), [(None, False), ([7, 3, 60, 11, 20, 0, 41], True)], ids=["all tokens", "some, kept"]
+)
 def test_gradients(
-    tmp_path: Path, changes: dict[str, object], chunk: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, changes: dict[str, object], chunk: int, drafted: list[int] | None, keep: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(objective, "_LOGIT_BYTES", chunk)
     main, module, weights, config = models(tmp_path, **changes)
     generator = torch.Generator().manual_seed(4)
     tokens = torch.randint(61, (3, 20), generator=generator)
     kinds = torch.randint(4, (3, 20), generator=generator, dtype=torch.uint8)
-    settings = Objective(acceptance=0.3, reach=0.7, temperature=0.9)
-    measures = distill_step(main, module, tokens, kinds, settings)
+    settings = Objective(acceptance=0.3, reach=0.7, temperature=0.9, breadth=2.0)
+    some = None if drafted is None else torch.tensor(drafted)
+    measures = one_step(main, module, tokens, kinds, settings, some, keep=keep)
     found = {name: grad for each in weights.parameters for name, _, grad in each.gradients()}
     for each in weights.parameters:
         each.leaf.grad = None
-    expected = plain_loss(main, module, tokens, kinds, settings, config.depth)
+    expected = plain_loss(main, module, tokens, kinds, settings, config.depth, some)
     expected.sum().backward()
     for each in weights.parameters:
         for name, _, grad in each.gradients():
@@ -86,9 +102,22 @@ def test_gradients(
     torch.testing.assert_close(measures.sums[:, 0] / total, expected)
 
 
+def test_a_lesson_serves_layers_with_other_features(tmp_path: Path) -> None:
+    """What is read of a lesson of more features is what a lesson of one's own would have said."""
+    main = loader.load_main(write_llama(tmp_path / "main"), torch.float32, CPU, lambda *_: None)
+    tokens = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(6))
+    kinds, head = torch.full((2, 9), 2, dtype=torch.uint8), main.head_weight
+    shared, alone = teach(main, tokens, kinds, head, (0,)), teach(main, tokens, kinds, head)
+    assert shared.hidden.shape[-1] == 2 * alone.hidden.shape[-1]
+    assert torch.equal(shared.states(()), alone.hidden)
+    assert torch.equal(shared.states((0,)), shared.hidden)
+    assert torch.equal(shared.normed, alone.normed)
+
+
 def plain_loss(
-    main: Decoder, module: MTPModule, tokens: Tensor, kinds: Tensor, settings: Objective, depth: int
-) -> Tensor:
+    main: Decoder, module: MTPModule, tokens: Tensor, kinds: Tensor, settings: Objective, depth: int,
+    drafted: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """[depth], one row at a time, by the definition."""
     length = tokens.shape[1]
     positions = torch.arange(length).expand(len(tokens), -1)
@@ -97,6 +126,7 @@ def plain_loss(
         target = (main.logits(hidden) / settings.temperature).softmax(-1)
     outputs = objective.layer_outputs(module, tokens, hidden, positions)
     weights = settings.token_weights(kinds)
+    kept = torch.arange(main.vocab_size) if drafted is None else drafted
     losses = [torch.zeros(()) for _ in range(depth)]
     for b in range(len(tokens)):
         for j in range(length):
@@ -105,8 +135,8 @@ def plain_loss(
                 if j + k + 2 >= length or not (counted := float(weights[b, j + k + 2])):
                     reached = 0.0  # what is behind a token that does not count is not reached
                     continue
-                p, q = target[b, j + k + 1], (outputs[k][b, j] @ main.head_weight.T).softmax(-1)
-                common = torch.minimum(p, q).sum()
+                p, q = target[b, j + k + 1, kept], (outputs[k][b, j] @ main.head_weight[kept].T).softmax(-1)
+                common = torch.minimum(p, settings.breadth * q).sum()
                 loss = (p * (p / q).log()).sum() - settings.acceptance * common.log()
                 share = counted * settings.decay**k * (1 - settings.reach + settings.reach * reached)
                 losses[k] = losses[k] + share * loss
@@ -120,7 +150,7 @@ def test_measures_count_answers_only(tmp_path: Path) -> None:
     tokens = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(5))
     kinds = torch.full((2, 16), 1, dtype=torch.uint8)
     kinds[:, 8:] = 2
-    measures = distill_step(main, module, tokens, kinds, replace(Objective(), given=0.0))
+    measures = one_step(main, module, tokens, kinds, replace(Objective(), given=0.0))
     assert (measures.sums[:, 1] == 16).all()
     assert (measures.length(greedy=False) >= 1).all()
     assert (measures.length(greedy=True) <= 4).all()

@@ -182,6 +182,12 @@ class Sums:
     def forced(self, path: tuple[int, ...]) -> list[int]:
         return []
 
+    def fits(self, path: tuple[int, ...], tokens: Sequence[int]) -> int:
+        for number, token in enumerate(tokens):
+            if token < 0 or not self.allows([*self.answer, *path, *tokens[:number]], token):
+                return number
+        return len(tokens)
+
     def advance(self, tokens: Sequence[int]) -> None:
         for token in tokens:
             assert self.allows(self.answer, token)

@@ -19,6 +19,8 @@ from mtp_engine.verifiers.distributions import deepest, path_to
 
 @final
 class MatchVerifier:
+    picks = True
+
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         """logits: [B, N, V] fp32. Keeps the path on which every draft equals the choice at its parent."""
         choices = choose(logits, tree.depths, tree.max_depth, batch.lengths, batch.sampling)
@@ -28,6 +30,8 @@ class MatchVerifier:
 @final
 class DeviceMatchVerifier:
     """MatchVerifier in one launch; the noise is never stored."""
+
+    picks = True
 
     def __init__(self, max_batch: int, device: torch.device) -> None:
         self.arrivals = torch.zeros(max_batch, dtype=torch.int32, device=device)
@@ -48,6 +52,8 @@ class DeviceMatchVerifier:
 @final
 class NativeMatchVerifier:
     """MatchVerifier in one call of the CPU's library; the noise is never stored."""
+
+    picks = True
 
     def __init__(self, team: Team) -> None:
         self._team = team
@@ -73,6 +79,8 @@ class ShardedMatchVerifier:
     """MatchVerifier where ranks share the vocabulary: they exchange one number per node. What is truncated, or has been
     processed, must be whole (see SamplingBatch.bare)."""
 
+    picks = True
+
     def __init__(self, group: Group) -> None:
         self._group, self._whole = group, MatchVerifier()
 
@@ -90,6 +98,8 @@ class ShardedMatchVerifier:
 @final
 class DeviceShardedMatchVerifier:
     """ShardedMatchVerifier in three launches."""
+
+    picks = True
 
     def __init__(self, group: Group, max_batch: int, device: torch.device) -> None:
         self._group, self._whole = group, DeviceMatchVerifier(max_batch, device)

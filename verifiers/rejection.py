@@ -25,6 +25,8 @@ from mtp_engine.verifiers.distributions import (
 
 @final
 class RejectionVerifier:
+    picks = False
+
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         """logits: [B, N, V] fp32. The tree is a chain."""
         assert tree.max_depth == tree.nodes - 1, "this rule needs a chain"

@@ -25,6 +25,8 @@ from mtp_engine.verifiers.distributions import (
 
 @final
 class RRSVerifier:
+    picks = False
+
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         """logits: [B, N, V] fp32. One pass over the nodes: parents stand before children, siblings in drawn order."""
         p, noise = target_distribution(logits, batch.sampling), Noise.of(tree, batch)
@@ -49,6 +51,8 @@ class RRSVerifier:
 @final
 class DeviceRRSVerifier:
     """RRSVerifier, and on chains RejectionVerifier, in one launch."""
+
+    picks = False
 
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         from mtp_engine.kernels.floors import floors

@@ -23,6 +23,8 @@ from mtp_engine.verifiers.distributions import (
 
 @final
 class TraversalVerifier:
+    picks = False
+
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         """logits: [B, N, V] fp32. Nodes are tried children first; a rejected one leaves a residual at its parent."""
         p, noise = target_distribution(logits, batch.sampling).clone(), Noise.of(tree, batch)

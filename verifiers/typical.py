@@ -15,6 +15,8 @@ from mtp_engine.verifiers.distributions import Noise, deepest, keep, row, target
 
 @final
 class TypicalVerifier:
+    picks = False
+
     def __init__(self, epsilon: float = 0.09, delta: float = 0.3) -> None:
         """The defaults are Medusa's."""
         self.epsilon, self.delta = epsilon, delta

@@ -16,6 +16,7 @@ from mtp_engine.cli.options import settings
 from mtp_engine.cli.output import console, note, show
 from mtp_engine.cli.progress import Waits
 from mtp_engine.cli.recipe import check_files, recipe, recipe_option
+from mtp_engine.config import DRAFT_VOCAB
 from mtp_engine.errors import EngineError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ _DATA = settings(
 _TRAINING = settings(
     click.option("--steps", default=3000, type=click.IntRange(1)),
     click.option("--batch-tokens", default=41_472, type=click.IntRange(1), help="Of a step, all devices together."),
-    click.option("--lr", default=2e-3, type=click.FloatRange(0, min_open=True), help="Of Muon, for matrices."),
+    click.option("--lr", default=4e-3, type=click.FloatRange(0, min_open=True), help="Of Muon, for matrices."),
     click.option("--adam-lr", default=1e-3, type=click.FloatRange(0, min_open=True), help="Of AdamW, for the rest."),
     click.option(
         "--optimiser",
@@ -76,9 +77,21 @@ _TRAINING = settings(
     click.option(
         "--target-temperature", default=1.0, type=click.FloatRange(0.05), help="Of the main model's distribution."
     ),
-    click.option("--acceptance", default=0.0, type=click.FloatRange(0), help="Weight of -log acceptance in the loss."),
+    click.option("--acceptance", default=0.5, type=click.FloatRange(0), help="Weight of -log acceptance in the loss."),
     click.option(
-        "--reach", default=0.0, type=click.FloatRange(0, 1), help="How far a row counts less if drafts before fail."
+        "--breadth",
+        default=1.0,
+        type=click.FloatRange(1),
+        help="Candidates a node that --acceptance is for: trees have several.",
+    ),
+    click.option(
+        "--drafted",
+        default=DRAFT_VOCAB,
+        type=click.IntRange(0),
+        help="Learn to draft so many of the most frequent tokens; 0 is all.",
+    ),
+    click.option(
+        "--reach", default=0.7, type=click.FloatRange(0, 1), help="How far a row counts less if drafts before fail."
     ),
     click.option("--seed", default=0),
     click.option(
@@ -114,7 +127,7 @@ def train(context: click.Context, /, model: str, dry_run: bool, quiet: bool, **o
       mtp-engine generate --model ./my-llama --mtp heads "Once upon a time"
     """
     check_files(context)
-    job = _job(model, options)
+    job = make_job(model, options)
     if dry_run:
         return _show_plan(job)
     job = replace(job, recipe=recipe(context, without=_ONCE))
@@ -154,8 +167,8 @@ def _interrupted(job: "Job") -> str:
     return f"interrupted: {kept}; to go on:\n{job.command}"
 
 
-def _job(model: str, options: dict[str, Any]) -> "Job":
-    from mtp_engine.training.dialogues import DialogueSettings
+def make_job(model: str, options: dict[str, Any]) -> "Job":
+    from mtp_engine.training.dialogues import DialogueSettings, shares
     from mtp_engine.training.objective import Objective
     from mtp_engine.training.optimiser import Rates
     from mtp_engine.training.run import Job
@@ -165,7 +178,9 @@ def _job(model: str, options: dict[str, Any]) -> "Job":
     out = o["out"] or Path(f"{Path(model).name}-mtp")
     if out.exists() and not out.is_dir():
         raise EngineError(f"{out} is no folder; choose another for --out")
-    objective = Objective(o["decay"], o["target_temperature"], o["acceptance"], o["reach"])
+    objective = Objective(
+        o["decay"], o["target_temperature"], o["acceptance"], o["reach"], o["breadth"], drafted=o["drafted"]
+    )
     rates = Rates(o["lr"], o["adam_lr"], warmup=min(100, max(1, o["steps"] // 10)), matrices=o["optimiser"])
     training = TrainSettings(
         o["steps"], o["batch_tokens"], objective, rates, o["seed"], evaluate_every=o["eval_every"],
@@ -173,7 +188,7 @@ def _job(model: str, options: dict[str, Any]) -> "Job":
     )  # fmt: skip
     dialogues = DialogueSettings(
         shards=o["shards"], rows=o["rows"], length=o["row_length"], seed=o["seed"], prompts=o["prompts"],
-        temperatures=_temperatures(o["temperatures"]),
+        temperatures=shares(o["temperatures"]),
     )  # fmt: skip
     return Job(
         model, out, o["corpus"] or out / "data", o["layers"], o["chained"], o["window"], o["width"], _layers(o["features"]),
@@ -187,14 +202,6 @@ def _layers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part)
     except ValueError:
         raise EngineError(f"--features {text!r} is no list of layers, as in 9,18,26") from None
-
-
-def _temperatures(text: str) -> tuple[tuple[float, float], ...]:
-    try:
-        pairs = [part.split(":") for part in text.split(",")]
-        return tuple((float(temperature), float(share)) for temperature, share in pairs)
-    except ValueError:
-        raise EngineError(f"--temperatures {text!r} is no list of T:SHARE, as in 0:0.5,1:0.5") from None
 
 
 def _show_plan(job: "Job") -> None:

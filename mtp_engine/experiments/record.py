@@ -165,6 +165,10 @@ class Recorder:
         columns[ids] = torch.arange(len(ids), device=ids.device)
         return columns
 
+    @property
+    def picks(self) -> bool:
+        return False  # it is asked once a step
+
     def verify(self, tree: DraftTree, logits: Tensor, batch: Batch) -> VerifyResult:
         result = self.inner.verify(tree, logits, batch)
         if self.ops.tree is not None:

@@ -15,6 +15,9 @@ from mtp_engine.protocols import Attention
 BlockMap = Callable[[Tensor, Mapping[RopeConfig, tuple[Tensor, Tensor]], Attention, int], Tensor]
 """A decoder layer, called as Block is."""
 
+Rotate = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
+"""Heads and the tables of RotaryEmbedding -> the heads turned, as `rotate`."""
+
 RotaryMap = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Positions [B, N] -> the tables of RotaryEmbedding."""
 
@@ -108,18 +111,25 @@ class SelfAttention:
     qkv: LinearMap  # [H] -> [heads*qk + kv*qk + kv*v]
     out: LinearMap  # [heads*v] -> [H]
     sink: Tensor | None = None  # [heads]
+    rotate: Rotate = rotate
 
     def __call__(self, x: Tensor, tables: tuple[Tensor, Tensor], attention: Attention, layer: int) -> Tensor:
         c = self.config
         batch, nodes, _ = x.shape
         qk_heads = c.heads + c.kv_heads
         qk, v = self.qkv(x).tensor_split([qk_heads * c.qk_dim], -1)
-        qk = rotate(qk.view(batch, nodes, qk_heads, c.qk_dim), tables)
+        qk = self.rotate(qk.view(batch, nodes, qk_heads, c.qk_dim), tables)
         v = v.view(batch, nodes, c.kv_heads, c.v_dim)
         if c.value_scale != 1.0:
             v = v * c.value_scale
         y = attention(layer, qk[:, :, : c.heads], qk[:, :, c.heads :], v, scale=c.qk_dim**-0.5, sink=self.sink)
         return self.out(y.flatten(2))
+
+
+def gate(x: Tensor) -> Tensor:
+    """silu(first half) * second half of the last dimension. [..., 2I] -> [..., I]."""
+    opened, up = x.chunk(2, -1)
+    return F.silu(opened) * up
 
 
 @final
@@ -129,10 +139,10 @@ class GatedMLP:
 
     gate_up: LinearMap  # [H] -> [2 * intermediate]
     down: LinearMap
+    gated: Callable[[Tensor], Tensor] = gate
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return self.down(self.gated(self.gate_up(x)))
 
 
 @final

@@ -2,14 +2,16 @@
 
 Between two steps the host only queues the next graphs: lengths, last tokens, caches and what requests want of their
 logits are on the device. Results come back through pinned memory, and the host waits for the oldest step in flight
-alone. Only a structure needs the host in between: while the model runs over the drafts of its request, the host works out
-what may follow each, and what is chosen is in a graph of its own, behind that. Every step is recorded with what requests
-may want besides tokens, and without. On a CPU the same steps run with the same padding, operation by operation.
+alone. Only a structure needs the host in between: what would be chosen without it is looked at first, and where it may not
+be, the host works out what may; what is chosen in earnest is in a graph of its own, behind that. Every step is recorded
+with what requests may want besides tokens, and without. On a CPU the same steps run with the same padding, operation by
+operation.
 """
 
+import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import final
@@ -19,34 +21,36 @@ from torch import Tensor
 
 from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Progress
-from mtp_engine.runtime.flight import Flight, HostMark, Mark, Reading
-from mtp_engine.runtime.recorded import Captured, Lane, Prepared, Recorded, Uncaptured, no_collection, whole
+from mtp_engine.runtime.flight import Flight, HostMark, Mark, Opened, Reading
+from mtp_engine.runtime.recorded import (
+    BOUND_STEP,
+    SMALLEST_BOUND,
+    Captured,
+    Lane,
+    Prepared,
+    Recorded,
+    Uncaptured,
+    bound_bucket,
+    no_collection,
+    whole,
+)
 from mtp_engine.runtime.recorded_prompts import RecordedPrompts
 from mtp_engine.runtime.request import Landed, Launched, Members, PromptChunk, TreeLimits
 from mtp_engine.runtime.shapes import Watched
 from mtp_engine.runtime.slots import SCRATCH_LENGTH
 from mtp_engine.runtime.step import ModelStep, Said
-from mtp_engine.runtime.structures import Given, Structures
+from mtp_engine.runtime.structures import Drafted, Given, Structures
 from mtp_engine.runtime.threads import usable_cores
 from mtp_engine.sampling.batch import Plan, SamplingBatch
 
 _LOG = logging.getLogger("mtp_engine")
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # a batch is padded up to one of these
-_SMALLEST_BOUND, _BOUND_STEP = 512, 4
 SCRATCH_TOKENS = SCRATCH_LENGTH + 128  # room the scratch slot needs in the caches
 
 
 def bucket(size: int) -> int:
     """The batch size to capture for `size` requests."""
     return next((each for each in _BATCHES if each >= size), size)
-
-
-def bound_bucket(bound: int) -> int:
-    """The context bound to capture for: kernels launch for the bound and leave at once what lies past the length."""
-    wanted = _SMALLEST_BOUND
-    while wanted < bound:
-        wanted *= _BOUND_STEP
-    return wanted
 
 
 @final
@@ -91,6 +95,8 @@ class GraphRunner:
         self._most = step.cache.pages.count * step.cache.pages.page_size
         self._next = Key(0, 0, False, True)  # of the step that is launched next
         self._shapes = step.shapes
+        self._likely: Key | None = None  # whose kernels are compiled
+        self._open: Opened | None = None  # the newest step, if something is left of it to launch
         self._idle: float | None = None  # since when the host has worked for steps alone
         self._lane = Lane(device) if self._cuda else None
         self.prompts = RecordedPrompts(
@@ -104,15 +110,17 @@ class GraphRunner:
     def capture(self, batch: int, longest: int, progress: Progress) -> str:
         """See Runner. Raises EngineError where memory is not enough."""
         begin, free = time.perf_counter(), self._free()
+        gc.collect()  # what is left of other engines
+        gc.freeze()  # what is there stays: else a full collection goes through all of it in the midst of the work
         longest += (self.in_flight + 1) * self._step.drafter.max_nodes
-        bounds = {bound_bucket(bound) for bound in range(1, longest + 1, _SMALLEST_BOUND)} | {bound_bucket(longest)}
+        bounds = {bound_bucket(bound) for bound in range(1, longest + 1, SMALLEST_BOUND)} | {bound_bucket(longest)}
         sizes = sorted(
             {bucket(size) for size in range(1, batch + 1)}, reverse=True
         )  # large ones make room for the rest
         keys = [key for size in sizes for bound in sorted(bounds, reverse=True) for key in self._keys(size, bound)]
         number = 0
         try:
-            prompts = self.prompts.capture(progress)
+            prompts = self.prompts.capture(sorted(bounds), progress)
             if self._lane:
                 self._compile(partial(self._run, [(key, *self._blank(key)) for key in keys]))
             with no_collection():
@@ -125,6 +133,8 @@ class GraphRunner:
                 'kv_tokens, or have them captured when they are needed (capture="lazy")'
             ) from error
         self._complete = True
+        gc.collect()
+        gc.freeze()
         took, room = time.perf_counter() - begin, (free - self._free()) / 1e9
         progress("capturing CUDA graphs", len(keys), len(keys))
         return f"{len(keys) + prompts} CUDA graphs captured in {took:.1f} s, {room:.2f} GB"
@@ -145,6 +155,7 @@ class GraphRunner:
         return [Key(batch, bound, *kind, tables=0 if kind[1] else tables) for kind in found]
 
     def prepare(self, members: Members, bound: int) -> None:
+        self.complete()
         key = self._next = self._key(members, bound)
         if key not in self._prepared:
             if self._complete:
@@ -153,9 +164,24 @@ class GraphRunner:
             self._record(key)
 
     def prepare_reading(self, chunks: Sequence[PromptChunk]) -> None:
-        self.prompts.prepare(chunks)
+        self.complete()
+        if not self._lane or self._prepared:
+            self.prompts.prepare(chunks)
+            return
+        key = self._likely = self._first(chunks)
+        self.prompts.prepare(chunks, partial(self._run, [(key, *self._blank(key))]))
+
+    def _first(self, chunks: Sequence[PromptChunk]) -> Key:
+        """Of the step that comes behind the first prompts, most likely: its kernels are compiled together with theirs."""
+        members = Members.build([chunk.request for chunk in chunks], self._device)
+        bound = bound_bucket(members.longest + (self.in_flight + 1) * self._step.drafter.max_nodes)
+        batch, bare = bucket(len(chunks)), members.sampling.bare
+        plan = self._shapes.plans(batch)[-2] if self._shapes else None
+        drafts = bool(plan) or (members.speculates and self._step.drafter.max_nodes > 1)
+        return Key(batch, bound, drafts, bare, False, 0 if bare else self._step.processors.grown, plan)
 
     def launch(self, members: Members, bound: int, said: Said) -> Launched:
+        self.complete()
         key, count = self._next, len(members.slots)
         step = self._prepared[key]
         step.load(members, self._scratch)
@@ -165,20 +191,48 @@ class GraphRunner:
         marks[0].record()
         tree = step.parts.draft()
         marks[1].record()
-        drafted = self._structures.begin(tree, members, said)
-        step.parts.forward()
-        failed = self._structures.allow(step.given, drafted, members, said) if drafted and step.given else {}
+        drafted = self._structures.begin(tree, members)
+        if drafted is None or tree.nodes == 1:
+            step.parts.forward()
+        if drafted is None:
+            return self._watched(self._chosen(step, members, marks, {}), members, key)
+        opened = self._open = Opened(partial(self._finish, step, members, drafted, said, marks))
+        if not isinstance(step.parts, Captured):
+            self.complete()  # operations may ask the host for the pages of who will have left by then
+        return self._watched(opened, members, key)
+
+    def _finish(self, step: Prepared, members: Members, drafted: Drafted, said: Said, marks: Sequence[Mark]) -> Flight:
+        """What follows where structures have a say. The steps before have landed by now, mostly, and the host has done their work
+        while the device drafted, or ran its model where nothing is drafted; the next step is launched behind this."""
+        assert step.given
+        if self._structures.force(drafted, members, said):
+            step.parts.forward()
+        failed = self._structures.allow(
+            step.given, drafted, members, step.parts.peek if self._step.verifier.picks else None
+        )
+        return self._chosen(step, members, marks, failed)
+
+    def complete(self) -> None:
+        opened, self._open = self._open, None
+        if opened:
+            opened.finish()
+
+    def _chosen(
+        self, step: Prepared, members: Members, marks: Sequence[Mark], failed: Mapping[tuple[int, tuple[int, ...]], str]
+    ) -> Flight:
+        """The end of a step, and its way to the host."""
         table, notes = step.parts.choose()
         marks[2].record()
-        most = members.sampling.most_logprobs
+        count, most = len(members.slots), members.sampling.most_logprobs
         kept = None if notes is None or most < 0 else self._host(notes[:count, :, : 1 + most])
         rows = self._host(table[:count])
         marks[3].record()
         self.replayed += isinstance(step.parts, Captured)
         self.slow += self._cuda and isinstance(step.parts, Uncaptured)
-        return self._watched(Flight(rows, kept, failed, marks), members, key)
+        return Flight(rows, kept, failed, marks)
 
     def read(self, chunks: Sequence[PromptChunk]) -> Launched:
+        self.complete()  # as graphs share their memory
         start, end = self._mark(), self._mark()
         start.record()
         self._idle = None
@@ -187,10 +241,11 @@ class GraphRunner:
         return Reading(start, end)
 
     def settle(self) -> None:
+        self.complete()
         if self._cuda:
             torch.cuda.synchronize(self._device)
 
-    def _watched(self, flight: Flight, members: Members, key: Key) -> Launched:
+    def _watched(self, flight: Launched, members: Members, key: Key) -> Launched:
         """A step of which the planner learns, if there is one."""
         shapes, plan = self._shapes, key.plan
         if shapes is None or plan is None:
@@ -244,8 +299,8 @@ class GraphRunner:
         parts: Recorded = Uncaptured(self._step, members, key.bound, given)
         if self._lane:
             try:
-                if not compiled:
-                    far = replace(key, bound=min(key.bound * _BOUND_STEP**2, bound_bucket(self._most)))
+                if not compiled and key != self._likely:
+                    far = replace(key, bound=min(key.bound * BOUND_STEP**2, bound_bucket(self._most)))
                     new = [each for each in dict.fromkeys((key, far)) if each not in self._compiled]
                     self._compiled.update(new)  # longer contexts have kernels of their own, which others then wait for
                     self._compile(partial(self._run, [(each, members, given) for each in new]))

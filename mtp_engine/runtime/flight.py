@@ -1,7 +1,7 @@
 """Steps that run on a device while the host goes on, and the moments by which their halves are timed."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, final
 
 from torch import Tensor
@@ -52,6 +52,23 @@ class Flight:
             notes = None if self._notes is None else Notes(self._notes)
             self._landed = Landed(self._table.tolist(), draft_s, verify_s, notes, self._failed)
         return self._landed
+
+
+@final
+class Opened:
+    """A step of which the host has to finish launching the rest (a Launched)."""
+
+    def __init__(self, rest: Callable[[], Flight]) -> None:
+        self._rest = rest
+        self._flight: Flight | None = None
+
+    def finish(self) -> Flight:
+        if self._flight is None:
+            self._flight = self._rest()
+        return self._flight
+
+    def wait(self) -> Landed:
+        return self.finish().wait()
 
 
 @final

@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import final
 
 import torch
@@ -79,6 +80,7 @@ class DecodeLoop:
         self._clock.start()
         try:
             self._ranks.check()
+            self.runner.complete()
             self.scheduler.sweep()
             times = tuple(self.work.times)
             self.work.times.clear()
@@ -119,13 +121,13 @@ class DecodeLoop:
         bound = members.longest + (self.runner.in_flight + 1) * self.work.drafter.max_nodes
         with self._clock.left_out():
             self.runner.prepare(members, bound)
-        return self.runner.launch(members, bound, self._said)
+        return self.runner.launch(members, bound, partial(self._said, tuple(self._flying)))
 
-    def _said(self, request: Request) -> list[int]:
-        """What the steps in flight emit for a request."""
+    def _said(self, before: Sequence[tuple[StepPlan, Launched]], request: Request) -> list[int]:
+        """What those of these steps that are in flight still emit for a request."""
         said = list[int]()
-        for plan, launched in self._flying:
-            if request in plan.decoding:
+        for plan, launched in before:
+            if request in plan.decoding and any(launched is each for _, each in self._flying):
                 count, _, _, *tokens = launched.wait().rows[plan.decoding.index(request)]
                 said += tokens[:count]
         return said

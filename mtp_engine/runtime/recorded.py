@@ -1,7 +1,7 @@
 """A step recorded over fixed tensors: as CUDA graphs, or as the operations themselves.
 
-Where structures may have a say, what the model computes and what is chosen of it are apart: masks are made in between,
-while the model runs. And drafts are then what the host leaves of them.
+Where structures may have a say, what the model computes and what is chosen of it are apart. In between masks are made, for
+those whose choice turns out not to be allowed. And drafts are then what the host leaves of them.
 """
 
 import gc
@@ -19,6 +19,8 @@ from mtp_engine.runtime.structures import Given
 from mtp_engine.sampling.batch import SamplingBatch
 from mtp_engine.tree import DraftTree
 
+SMALLEST_BOUND, BOUND_STEP = 512, 4  # tokens
+
 
 @final
 class Uncaptured:
@@ -34,6 +36,9 @@ class Uncaptured:
     def forward(self) -> None:
         self._tree = forced(self._step, self._tree, self._given)
         self._passed = self._step.forward(self._batch, self._tree)
+
+    def peek(self) -> Tensor:
+        return self._step.peek(self._batch, self._tree, self._passed[1])
 
     def choose(self) -> tuple[Tensor, Tensor | None]:
         mask = self._given.mask if self._given else None
@@ -67,6 +72,7 @@ class Captured:
     ) -> None:
         self._draft, self._forward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._choose = torch.cuda.CUDAGraph() if given else None
+        self._peek = torch.cuda.CUDAGraph() if given and step.verifier.picks else None
         before = torch.cuda.current_stream(members.slots.device)
         lane.stream.wait_stream(before)
         with torch.cuda.stream(lane.stream), no_collection():
@@ -80,6 +86,9 @@ class Captured:
                 passed = step.forward(batch, tree)
                 if not given:
                     self._result = step.choose(members, batch, tree, *passed, None)
+            if self._peek:
+                with torch.cuda.graph(self._peek, pool=lane.pool, stream=lane.stream):
+                    self._peeked = step.peek(batch, tree, passed[1])
             if given and self._choose:
                 with torch.cuda.graph(self._choose, pool=lane.pool, stream=lane.stream):
                     self._result = step.choose(members, batch, tree, *passed, given.mask)
@@ -94,6 +103,11 @@ class Captured:
     def forward(self) -> None:
         self._forward.replay()
 
+    def peek(self) -> Tensor:
+        assert self._peek
+        self._peek.replay()
+        return self._peeked
+
     def choose(self) -> tuple[Tensor, Tensor | None]:
         if self._choose:
             self._choose.replay()
@@ -107,8 +121,12 @@ def forced(step: ModelStep, tree: DraftTree, given: Given | None) -> DraftTree:
 
 def whole(step: ModelStep, members: Members, bound: int, given: Given | None) -> None:
     """All of a step."""
-    batch, tree = step.draft(members, bound)
-    step.verify(members, batch, forced(step, tree, given), given.mask if given else None)
+    batch, drafted = step.draft(members, bound)
+    tree = forced(step, drafted, given)
+    passed = step.forward(batch, tree)
+    if given and step.verifier.picks:
+        step.peek(batch, tree, passed[1])
+    step.choose(members, batch, tree, *passed, given.mask if given else None)
 
 
 class Recorded(Protocol):
@@ -117,6 +135,9 @@ class Recorded(Protocol):
     def draft(self) -> DraftTree: ...
 
     def forward(self) -> None: ...
+
+    def peek(self) -> Tensor:
+        """See ModelStep.peek. Only of steps that may have structures."""
 
     def choose(self) -> tuple[Tensor, Tensor | None]:
         """See ModelStep.choose."""
@@ -146,13 +167,20 @@ class Prepared:
             held.limits.nodes[:count].copy_(limits.nodes)
 
 
+def bound_bucket(bound: int) -> int:
+    """The context bound to capture for: kernels launch for the bound and leave at once what lies past the length."""
+    wanted = SMALLEST_BOUND
+    while wanted < bound:
+        wanted *= BOUND_STEP
+    return wanted
+
+
 @contextmanager
 def no_collection() -> Iterator[None]:
     """Garbage may hold graphs of other loops, and freeing one spoils a capture."""
     if not gc.isenabled():
         yield
         return
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -9,13 +9,13 @@ together (kernels/compiling.py). On a CPU all run operation by operation.
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 
 from mtp_engine.attention.rows import StepRows
 from mtp_engine.protocols import Progress
-from mtp_engine.runtime.recorded import Lane, no_collection
+from mtp_engine.runtime.recorded import Lane, bound_bucket, no_collection
 from mtp_engine.runtime.request import PromptChunk
 from mtp_engine.runtime.step import ModelStep, known, spans, told
 from mtp_engine.sampling.batch import Extent, to_device
@@ -24,6 +24,9 @@ _LOG = logging.getLogger("mtp_engine")
 _SIZES = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 1792, 2048)  # rows
 _LARGE = 512  # above the last of these, a multiple of this
 _FEW, _FAR = 64, 8192  # so few rows behind so many tokens are faster where their keys are split between programs
+
+Size = int | tuple[int, int]  # rows; and of what `reload` runs, the bound of tokens
+Pass = Callable[[Any], None]
 
 
 def rows_bucket(rows: int) -> int:
@@ -52,13 +55,15 @@ class RecordedPrompts:
         outline, self._tokens = torch.split(table, [columns * self._requests, tokens])
         self._spans, self._outline = torch.split(outline.view(columns, -1), [3, columns - 3])
         self._states = torch.empty(0, device=step.device)  # [tokens, H], of the main model's last pass
-        self._graphs: dict[tuple[Callable[[int], None], int], torch.cuda.CUDAGraph | None] = {}
-        self._refused = set[tuple[Callable[[int], None], int]]()
+        self._graphs: dict[tuple[Pass, Size], torch.cuda.CUDAGraph | None] = {}
+        self._refused = set[tuple[Pass, Size]]()
+        if self._reader:
+            self._reader.record(self._reload, scratch)
 
-    def prepare(self, chunks: Sequence[PromptChunk]) -> None:
-        """Have compiled what they need for the first time."""
+    def prepare(self, chunks: Sequence[PromptChunk], also: Callable[[], None] = lambda: None) -> None:
+        """Have compiled what they need for the first time, and beside it what `also` does."""
         if new := [each for each in self._halves(chunks)[0] if each not in self._graphs]:
-            self._ahead(new)
+            self._ahead(new, also)
 
     def read(self, chunks: Sequence[PromptChunk]) -> None:
         """See ModelStep.read."""
@@ -73,23 +78,23 @@ class RecordedPrompts:
         if self._reader is None:
             self._step.show(chunks, self._states)
 
-    def _halves(
-        self, chunks: Sequence[PromptChunk]
-    ) -> tuple[list[tuple[Callable[[int], None], int]], list[tuple[int, ...]]]:
+    def _halves(self, chunks: Sequence[PromptChunk]) -> tuple[list[tuple[Pass, Size]], list[tuple[int, ...]]]:
         """The passes that read them, with their sizes, and what the drafter's is told."""
         entries = self._reader.outline(told(chunks)) if self._reader else []
-        halves: list[tuple[Callable[[int], None], int]] = [
-            (self._main, rows_bucket(sum(chunk.stop - chunk.start for chunk in chunks)))
-        ]
+        halves: list[tuple[Pass, Size]] = [(self._main, rows_bucket(sum(chunk.stop - chunk.start for chunk in chunks)))]
         if entries:
             halves.append((self._drafter, rows_bucket(sum(entry[-1] for entry in entries))))
         return halves, entries
 
-    def capture(self, progress: Progress) -> int:
-        """Record all sizes, and return how many graphs that made. Raises torch.OutOfMemoryError."""
+    def capture(self, bounds: Sequence[int], progress: Progress) -> int:
+        """Record all sizes, and what kept beginnings need where nobody has more tokens than `bounds` say. Returns how many graphs
+        that made. Raises torch.OutOfMemoryError."""
         halves = [self._main, self._drafter] if self._nothing else [self._main]
         sizes = sorted({rows_bucket(rows) for rows in range(1, self._most + 1)}, reverse=True)
-        kinds, before = [(half, size) for half in halves for size in sizes], self.captured
+        kinds: list[tuple[Pass, Size]] = [(half, size) for half in halves for size in sizes]
+        if self._reader:
+            kinds += [(self._reader.reload, (rows, bound)) for rows in self._reader.loads for bound in bounds]
+        before = self.captured
         self._ahead(kinds)
         with no_collection():
             for number, (half, size) in enumerate(kinds):
@@ -100,12 +105,13 @@ class RecordedPrompts:
         progress("capturing passes over prompts", len(kinds), len(kinds))
         return self.captured - before
 
-    def _ahead(self, kinds: Sequence[tuple[Callable[[int], None], int]]) -> None:
+    def _ahead(self, kinds: Sequence[tuple[Pass, Size]], also: Callable[[], None] = lambda: None) -> None:
         """Compile what passes of these sizes need, all at once. The tables are nobody's then."""
 
         def run() -> None:
             for half, size in kinds:
                 half(size)
+            also()
 
         self._load([], [], [])
         self._compile(run)
@@ -125,6 +131,14 @@ class RecordedPrompts:
             held.copy_(new)
         self._tokens[: len(tokens)].copy_(written)
 
+    def _reload(self, rows: int, bound: int) -> None:
+        """See PromptReader.record."""
+        assert self._reader
+        if rows in self._reader.loads:
+            self._run(self._reader.reload, (rows, bound_bucket(bound)))
+        else:
+            self._reader.reload((rows, bound))
+
     def _main(self, rows: int) -> None:
         states = self._step.over(StepRows.prompts(self._spans, rows, self._bound, padded=True), self._tokens[:rows])
         if not len(self._states):
@@ -135,7 +149,7 @@ class RecordedPrompts:
         assert self._reader
         self._reader.read(self._outline, Extent(rows, self._bound, padded=True), self._tokens, self._states)
 
-    def _run(self, half: Callable[[int], None], size: int) -> None:
+    def _run(self, half: Pass, size: Size) -> None:
         first, graph = (half, size) not in self._graphs, self._graphs.setdefault((half, size), None)
         if graph is None and not first and self._lane and (half, size) not in self._refused:
             try:
@@ -149,7 +163,7 @@ class RecordedPrompts:
         self.replayed += graph is not None and half == self._main
         self.slow += graph is None and self._lane is not None and half == self._main
 
-    def _record(self, half: Callable[[int], None], size: int) -> torch.cuda.CUDAGraph | None:
+    def _record(self, half: Pass, size: Size) -> torch.cuda.CUDAGraph | None:
         """Of a size that has run before, so that its kernels are compiled. Where it cannot be captured, that is said once."""
         assert self._lane
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._step.device)
@@ -170,6 +184,6 @@ class RecordedPrompts:
         self._graphs[half, size] = graph
         return graph
 
-    def _refuse(self, half: Callable[[int], None], size: int, error: Exception) -> None:
+    def _refuse(self, half: Pass, size: Size, error: Exception) -> None:
         self._refused.add((half, size))
-        _LOG.warning("prompts of %d rows are read without CUDA graphs, which is slower: %s", size, error)
+        _LOG.warning("prompts of %s rows are read without CUDA graphs, which is slower: %s", size, error)

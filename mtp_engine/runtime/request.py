@@ -11,7 +11,7 @@ from torch import Tensor
 from mtp_engine.config import MAX_TREE_NODES, SamplingParams
 from mtp_engine.errors import EngineError
 from mtp_engine.runtime.stats import GenerationStats
-from mtp_engine.sampling.batch import Plan, SamplingBatch, to_device
+from mtp_engine.sampling.batch import Plan, SamplingBatch, to_device, upload
 from mtp_engine.sampling.logprobs import Notes, TokenLogprob
 from mtp_engine.sampling.masks import Guide
 from mtp_engine.sampling.processors import NO_TOKEN
@@ -208,7 +208,8 @@ class TreeLimits:
             rows.append([*widths, *[0] * (MAX_TREE_NODES - len(widths))])
             nodes.append(0 if not p.speculate else p.tree.max_nodes - 1 if p.tree else MAX_TREE_NODES)
             most = max(most, min(nodes[-1] + 1, MAX_TREE_NODES))
-        return cls(torch.tensor(rows, device=device), torch.tensor(nodes, device=device), most)
+        at_most = upload(torch.tensor(rows), device)
+        return cls(at_most, to_device(nodes, torch.int64, device), most)
 
     @classmethod
     def none(cls, batch: int, device: torch.device) -> "TreeLimits":

@@ -144,6 +144,14 @@ class ModelStep:
             table[:, 3:].masked_fill_(stuck(processed, result), NO_TOKEN)
         return table, notes
 
+    def peek(self, batch: Batch, tree: DraftTree, logits: Tensor) -> Tensor:
+        """What would be chosen if structures allowed everything: how many tokens, which, and behind which nodes, [B, 1 + 2 (D+1)]
+        int64, with NO_TOKEN where nothing can be chosen. Nothing is changed by it."""
+        processed = self.processors.apply(tree, logits, batch)
+        result = self.verifier.verify(tree, processed, batch)
+        tokens = result.tokens.masked_fill(stuck(processed, result), NO_TOKEN)
+        return torch.cat([result.counts[:, None], tokens, result.path], 1)
+
     def rows(self, batch: Batch, tree: DraftTree) -> StepRows:
         positions = batch.lengths[:, None] + tree.depths
         return StepRows(
@@ -183,7 +191,8 @@ def told(chunks: Sequence[PromptChunk]) -> list[Chunk]:
 
 
 Said = Callable[[Request], Sequence[int]]
-"""What the steps in flight emit for a request. Waits for them, so it is asked for requests with a structure only."""
+"""What the steps before, which are in flight still, emit for a request. Waits for them, so it is asked for requests with a
+structure only."""
 
 
 class Runner(Protocol):
@@ -202,7 +211,11 @@ class Runner(Protocol):
     def prepare_reading(self, chunks: Sequence[PromptChunk]) -> None:
         """The same for `read`."""
 
-    def launch(self, members: Members, bound: int, said: Said) -> Launched: ...
+    def launch(self, members: Members, bound: int, said: Said) -> Launched:
+        """Start a step. Where a structure has a say, what is chosen may wait for `complete`, or until the step is waited for."""
+
+    def complete(self) -> None:
+        """Launch what is left of the newest step: before slots change hands, and before any other."""
 
     def read(self, chunks: Sequence[PromptChunk]) -> Launched: ...
 
@@ -243,6 +256,9 @@ class EagerRunner:
         pass
 
     def settle(self) -> None:
+        pass
+
+    def complete(self) -> None:
         pass
 
     def launch(self, members: Members, bound: int, said: Said) -> Launched:

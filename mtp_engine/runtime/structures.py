@@ -1,17 +1,22 @@
 """What the host adds to recorded steps for requests with a structure: drafts that must come, and what may follow each."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
 from torch import Tensor
 
+from mtp_engine.config import SamplingParams
 from mtp_engine.runtime.flight import HostMark, Mark
 from mtp_engine.runtime.request import Members
 from mtp_engine.runtime.step import Said
 from mtp_engine.sampling.masks import Guide
 from mtp_engine.tree import DraftTree
+
+
+def _truncates(params: SamplingParams) -> bool:
+    return params.temperature > 0 and bool(params.top_k or params.top_p < 1 or params.min_p)
 
 
 @final
@@ -31,7 +36,8 @@ class Drafted:
     guide: Guide
     table: Tensor  # [B, 2 N + 1] int64: tokens, parents and size of each tree
     done: Mark
-    forced: Mapping[int, list[int]]  # by row, chains in place of trees
+    depth: int  # of the trees, at most
+    forced: dict[int, list[int]] = field(default_factory=dict)  # by row, chains in place of trees
 
     def wait(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
         """Tokens, parents and sizes, by row."""
@@ -58,28 +64,36 @@ class Structures:
         self._forced = torch.zeros(batch, 1 + depth, dtype=torch.int64, device=device)
         self._chains = self._host(self._forced)
         self._any = False  # whether something is forced at present
+        self._masked = False  # whether the masks are not all ones
         self._copied: Mark | None = None
 
     def given(self, batch: int, nodes: int) -> Given:
         mask = self._masks[: batch * nodes * self._words].view(batch, nodes, self._words)
         return Given(mask, self._forced[:batch] if nodes > 1 else None)
 
-    def begin(self, tree: DraftTree, members: Members, said: Said) -> Drafted | None:
-        """A step is drafting, and its model does not run yet. Where drafts are forced, what steps in flight say is waited for.
-        None where nobody has a structure."""
+    def begin(self, tree: DraftTree, members: Members) -> Drafted | None:
+        """A step is drafting, and its model does not run yet. None where nobody has a structure."""
         guide, count = members.guide, len(members.slots)
         if guide is None or tree.nodes == 1:
             self._force({})
-            return None if guide is None else Drafted(guide, torch.tensor([[0, -1, 1]] * count), HostMark(), {})
+            return None if guide is None else Drafted(guide, torch.tensor([[0, -1, 1]] * count), HostMark(), 0)
         table = self._host(torch.cat([tree.tokens, tree.parents, tree.size[:, None]], 1)[:count])
         done = self._mark()
         done.record()
+        return Drafted(guide, table, done, min(tree.max_depth, tree.nodes - 1))
+
+    def force(self, drafted: Drafted, members: Members, said: Said) -> bool:
+        """Tell the guide of another step, for which what steps in flight say is waited for, and put chains that are forced in
+        place of trees. False where there are none, as nothing is drafted."""
+        guide = drafted.guide
         guide.begin(members.requests, said)
+        if not drafted.depth:
+            return False
         params = [request.params for request in members.requests]
         free = [row for row in guide.rows if params[row].speculate and params[row].tree is None]
-        forced = guide.forced(free, min(tree.max_depth, tree.nodes - 1))
-        self._force(forced)
-        return Drafted(guide, table, done, forced)
+        drafted.forced.update(guide.forced(free, drafted.depth))
+        self._force(drafted.forced)
+        return True
 
     def _force(self, chains: Mapping[int, list[int]]) -> None:
         if not (chains or self._any):
@@ -94,20 +108,50 @@ class Structures:
         self._copied.record()
 
     def allow(
-        self, given: Given, drafted: Drafted, members: Members, said: Said
+        self, given: Given, drafted: Drafted, members: Members, peek: Callable[[], Tensor] | None
     ) -> Mapping[tuple[int, tuple[int, ...]], str]:
-        """Write what may follow each node, while the model runs. Returns Guide.failed."""
-        guide, trees = drafted.guide, drafted.wait()
-        if len(trees[0][0]) == 1:
-            guide.begin(members.requests, said)
+        """Write what may follow the nodes where that decides. Returns Guide.failed.
+
+        peek: what would be chosen without structures (ModelStep.peek). The likeliest of all tokens is the likeliest of those
+        that are allowed, if it is one of them: then no mask is needed. Elsewhere one is, for that node and those behind it. But
+        what is truncated (top-p) depends on what is allowed; there, and without `peek`, all nodes have one, made while the
+        model runs.
+        """
+        guide, params = drafted.guide, [request.params for request in members.requests]
+        late = [row for row in guide.rows if peek and not _truncates(params[row])]
+        looked = self._looked(peek, len(params)) if peek and late else None
+        trees = drafted.wait()
         self._settle()
+        if self._masked:
+            self._masks.fill_(-1)
         written = self._written[: given.mask.numel()].view(given.mask.shape)
-        guide.fill(written, *trees)
-        first, last = guide.rows[0], guide.rows[-1] + 1
-        given.mask[first:last].copy_(written[first:last], non_blocking=True)
-        self._copied = self._mark()
-        self._copied.record()
+        begins = {row: 0 for row in guide.rows if row not in late}
+        written.numpy()[list(begins)] = -1
+        guide.fill(written, *trees, begins)
+        if looked:
+            unfit = guide.unfit(late, looked())
+            written.numpy()[list(unfit)] = -1
+            guide.fill(written, *trees, unfit)
+            begins |= unfit
+        self._masked = bool(begins)
+        if begins:
+            first, last = min(begins), max(begins) + 1
+            written.numpy()[[row for row in late if first < row < last and row not in begins]] = -1
+            given.mask[first:last].copy_(written[first:last], non_blocking=True)
+            self._copied = self._mark()
+            self._copied.record()
         return guide.failed
+
+    def _looked(self, peek: Callable[[], Tensor], count: int) -> Callable[[], list[list[int]]]:
+        """Launch it; what is returned waits for it."""
+        table, done = self._host(peek()[:count]), self._mark()
+        done.record()
+
+        def wait() -> list[list[int]]:
+            done.synchronize()
+            return table.tolist()  # type: ignore[no-any-return]
+
+        return wait
 
     def _settle(self) -> None:
         """Wait until what was written last has been read."""

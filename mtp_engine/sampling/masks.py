@@ -1,6 +1,6 @@
 """Masks from constraints on the text, for every node of a tree. Constraints live on the host, so this waits for the tree."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar, final
 
@@ -33,6 +33,9 @@ class Constraint(Protocol):
 
     def mask(self, path: tuple[int, ...]) -> Tensor:
         """Which tokens may follow the answer so far and then `path`: [W] int32 on the CPU, one bit per token."""
+
+    def fits(self, path: tuple[int, ...], tokens: Sequence[int]) -> int:
+        """How many of the tokens may follow the answer so far and then `path`, one after the other: as `mask` has it."""
 
     def advance(self, tokens: Sequence[int]) -> None:
         """`tokens` now belong to the answer."""
@@ -79,27 +82,54 @@ class Guide:
                     found[row] = chain
         return found
 
-    def fill(self, masks: Tensor, tokens: list[list[int]], parents: list[list[int]], sizes: list[int]) -> None:
+    def unfit(self, rows: Sequence[int], chosen: Sequence[Sequence[int]]) -> dict[int, int]:
+        """Of these requests, which have a constraint: behind which node one chose what may not follow there. chosen: by row a
+        number of tokens, the tokens, and the nodes."""
+        found = dict[int, int]()
+        for row in rows:
+            constraint, (count, *rest) = self._constraints[row], chosen[row]
+            assert constraint is not None
+            tokens, nodes = rest[:count], rest[len(rest) // 2 :]
+            try:
+                fit = constraint.fits(self._said[row], tokens)
+            except Exception:  # `fill` will meet it, too
+                fit = 0
+            if fit < count:
+                found[row] = nodes[fit]
+        return found
+
+    def fill(
+        self, masks: Tensor, tokens: list[list[int]], parents: list[list[int]], sizes: list[int],
+        begins: Mapping[int, int] | None = None,
+    ) -> None:  # fmt: skip
         """For the main model: write into masks, [B, N, W] int32 on the CPU, what may follow the first sizes[b] nodes of a tree.
 
-        tokens, parents: [B, N]. None may where the constraint raised.
+        tokens, parents: [B, N]. None may where the constraint raised. begins: by row, the node behind which, and behind whose
+        descendants; otherwise it is all nodes of all requests that have a constraint.
         """
-        self.failed, nodes = {}, masks.shape[1]
-        waiting, workers = list[tuple[Any, int]](), None
-        for row in self.rows:
+        nodes = masks.shape[1]
+        if begins is None:
+            begins, self.failed = dict.fromkeys(self.rows, 0), {}
+        waiting, workers, written = list[tuple[Any, int]](), None, masks.numpy()
+        for row, begin in begins.items():
             constraint, said, paths = self._constraints[row], len(self._said[row]), [self._said[row]]
             assert constraint is not None
-            workers = constraint.workers
+            workers, behind = constraint.workers, {begin}
             for node in range(sizes[row]):
                 if node:
                     paths.append((*paths[parents[row][node]], tokens[row][node]))
-                state = constraint.state(paths[node]) if workers else None
+                if node != begin and parents[row][node] not in behind:
+                    continue
+                behind.add(node)
+                state = None
+                with suppress(Exception):  # `_mask` will meet it, too
+                    state = constraint.state(paths[node]) if workers else None
                 if state is not None:
                     waiting.append((state, row * nodes + node))
                 elif (mask := self._mask(row, paths[node][said:])) is None:
-                    masks[row, node].zero_()
+                    written[row, node] = 0
                 else:
-                    masks[row, node].copy_(mask)
+                    written[row, node] = mask.numpy()
         if workers and waiting:
             workers.write(waiting, masks.flatten(0, 1))
 

@@ -80,30 +80,34 @@ class Processors:
             return
         tables.wanted[slot] = wanted
         if wanted & BIAS:
-            tables.bias[slot] = upload(self._bias(params, [word[0] for word in words if len(word) == 1]), self._device)
+            self._set_bias(tables.bias[slot], params, [word[0] for word in words if len(word) == 1])
         elif held & BIAS:
             tables.bias[slot] = 0
         if (wanted | held) & PENALTIES:
             values = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
             tables.penalties[slot] = to_device(values, torch.float32, self._device)
         if wanted & PENALTIES:
-            tables.counts[slot] = upload(_counts(output, self._vocab).float(), self._device)
-            tables.prompt[slot] = upload(_counts(prompt, self._vocab) > 0, self._device)
+            said = self._tokens(output)
+            tables.counts[slot].zero_().index_add_(0, said, torch.ones_like(said, dtype=torch.float32))
+            tables.prompt[slot].zero_().index_fill_(0, self._tokens(prompt), True)
         tables.min_tokens[slot], tables.prompt_length[slot] = params.min_tokens, len(prompt)
         if wanted & EARLY:
             ends = [token for token in (*params.stop_token_ids, *self._eos) if 0 <= token < self._vocab]
-            tables.early[slot] = upload(_counts(ends, self._vocab) > 0, self._device)
+            tables.early[slot].zero_().index_fill_(0, self._tokens(ends), True)
         if (wanted | held) & WORDS:
             self._set_words(slot, output, [word for word in words if len(word) > 1])
 
-    def _bias(self, params: SamplingParams, forbidden: Sequence[int]) -> Tensor:
-        row = torch.zeros(self._vocab)
+    def _tokens(self, tokens: Sequence[int]) -> Tensor:
+        return to_device(tokens, torch.int64, self._device)
+
+    def _set_bias(self, row: Tensor, params: SamplingParams, forbidden: Sequence[int]) -> None:
+        """row: [V], of the table."""
+        row.zero_()
         if params.allowed_token_ids is not None:
-            row.fill_(_NEVER)[list(params.allowed_token_ids)] = 0
-        for token, bias in params.logit_bias.items():
-            row[token] += bias
-        row[list(forbidden)] = _NEVER
-        return row
+            row.fill_(_NEVER).index_fill_(0, self._tokens(list(params.allowed_token_ids)), 0.0)
+        given = params.logit_bias
+        row.index_add_(0, self._tokens(list(given)), to_device(list(given.values()), torch.float32, self._device))
+        row.index_fill_(0, self._tokens(forbidden), _NEVER)
 
     def _set_words(self, slot: int, output: Sequence[int], words: Sequence[tuple[int, ...]]) -> None:
         tables = self.tables
@@ -208,11 +212,6 @@ def check_tokens(params: SamplingParams, vocab: int) -> list[tuple[int, ...]]:
 def stuck(logits: Tensor, result: VerifyResult) -> Tensor:
     """Which of result.tokens were chosen where nothing could be: [B, D+1] bool. logits: [B, N, V], processed."""
     return logits.flatten(1).gather(1, result.path * logits.shape[2] + result.tokens) == _NEVER
-
-
-def _counts(tokens: Sequence[int], vocab: int) -> Tensor:
-    """How often each token occurs: [V] int64 on the CPU."""
-    return torch.bincount(torch.tensor(tokens, dtype=torch.int64), minlength=vocab)
 
 
 def _penalty(logits: Tensor, counts: Tensor, prompt: Tensor, penalties: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ _SLICES = [
 ]
 _FEW_CORES = 2
 _QUICK = 0.01  # seconds to make a matcher: what takes longer is copied
+_LEFT_OUT = 3  # tokens of a known way that another token may have stood for
 _SPARE = 24  # tokens kept for what a free choice may open, before an answer is closed
 
 
@@ -51,7 +52,8 @@ class Grammars:
         """A fresh answer's state. Raises EngineError if llguidance is missing or does not accept the structure."""
         make, matcher, seconds = self._compiled(replace(structure, within=0))
         matcher = make() if self._own and seconds < _QUICK else matcher.deep_copy()
-        closer = Closer(self._tokenizer, structure.within) if structure.json and structure.within else None
+        ends = structure.json and structure.within
+        closer = Closer(self._tokenizer, structure.within, self._tokenizer.eos_token) if ends else None
         return GrammarState(Matchers(matcher, frozenset(self._eos)), self._vocab, closer, self._pool)
 
     def _compile(self, structure: Structure) -> tuple[Callable[[], Any], Any, float]:
@@ -136,6 +138,18 @@ class GrammarState:
             self._known[path] = self._free if matcher is None else self._read(matcher, self._look(path))
         return self._known[path]
 
+    def fits(self, path: tuple[int, ...], tokens: Sequence[int]) -> int:
+        """See Constraint."""
+        fit = self._matchers.fits(path, tokens)
+        for number in range(fit if self._closer else 0):
+            before = (*path, *tokens[:number])
+            if self._matchers.at(before) is None:
+                break  # it is over
+            look = self._look(before)
+            if look.closing and look.way[0] != tokens[number]:
+                return number
+        return fit
+
     def _look(self, path: tuple[int, ...]) -> "Look":
         """Whether the answer must be closed after `path`, which the grammar allows."""
         if self._closer is None:
@@ -145,7 +159,7 @@ class GrammarState:
             taken, said = before.way[:1] == (token,), self._said + len(path)
             look = Look(before.due, before.way[taken:], before.closing and taken and len(before.way) > 1)
             if not look.closing and said >= look.due:
-                look = self._closer.look(self._matchers.at(path), said, look.way)
+                look = self._closer.look(self._matchers.at(path), said, look.way, taken=taken)
             self._looked[path] = look
         return self._looked[path]
 
@@ -196,37 +210,40 @@ class Closer:
     _LONGEST_END tokens, as a string may need that must match a pattern, is left alone.
     """
 
-    def __init__(self, tokenizer: Any, within: int) -> None:
-        """tokenizer: llguidance's. within: tokens of the whole answer, end-of-text included."""
-        self._within = within
+    def __init__(self, tokenizer: Any, within: int, end: int) -> None:
+        """tokenizer: llguidance's. within: tokens of the whole answer, end-of-text included, which is `end`."""
+        self._within, self._end = within, end
         tokens: dict[str, int] = {
             text: tokenizer.tokenize_str(text)[-1] for text in ("}", "]", '"', ",", "0", "1", "e")
         }
         self._letter, self._quote, self._brace = tokens.pop("e"), tokens['"'], tokens["}"]
         self._ends = list(tokens.values())
 
-    def look(self, matcher: Any, said: int, known: tuple[int, ...]) -> Look:
-        """Where a matcher stands, after `said` tokens: the way to the end, and whether there is time for any other. known: a way
-        that may still be one.
+    def look(self, matcher: Any, said: int, known: tuple[int, ...], *, taken: bool) -> Look:
+        """Where a matcher stands, after `said` tokens: the way to the end, and whether there is time for any other. known: the
+        way as it was seen last; taken: it is one still, as its first token was chosen.
 
         One token is taken to open at most what _SPARE tokens close; so where time is left it need not be asked each time.
         """
         left = self._within - said
         if left > _LONGEST_END + _SPARE:
             return Look(self._within - _LONGEST_END - _SPARE)
-        trial = matcher.deep_copy()
-        holds = known and trial.try_consume_tokens(list(known)) == len(known) and trial.is_accepting()
-        way = known if holds else tuple(self._way(matcher.deep_copy()))
+        way = known if known and taken else tuple(self._way(matcher, known))
         spare = left - (len(way) + 1 + _SPARE)
         if not way:
             return Look(said + 1)
         return Look(said + 1 + max(0, (spare - 1) // (_SPARE + 1)), way, spare <= 0)
 
-    def _way(self, matcher: Any) -> list[int]:
-        """Tokens to the nearest end; empty where it is over, or none is near. The matcher goes along."""
+    def _way(self, matcher: Any, known: tuple[int, ...]) -> list[int]:
+        """Tokens to the nearest end; empty where it is over, or none is near. It may lead into the way that is known."""
         way: list[int] = []
         while not matcher.is_accepting():
+            for rest in (known[number:] for number in range(min(_LEFT_OUT, len(known)))):
+                near = len(way) + len(rest) <= min(len(known) + _SPARE, _LONGEST_END)
+                if near and matcher.validate_tokens([*rest, self._end]) > len(rest):
+                    return [*way, *rest]
             step = matcher.compute_ff_tokens() or [self._step(matcher)]
+            matcher = matcher if way else matcher.deep_copy()
             if len(way) + len(step) > _LONGEST_END or matcher.try_consume_tokens(step) < len(step):
                 return []
             way += step

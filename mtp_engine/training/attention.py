@@ -10,6 +10,7 @@ from torch import Tensor
 from mtp_engine.models.decoder import Decoder
 
 _ALIGNED = 8  # head dimensions of the fused kernels are multiples of this
+_WIDEST = 256  # and no more than that
 
 
 @final
@@ -29,6 +30,8 @@ class SequenceAttention:
         if window is not None and window >= length:
             window = None
         width = v.shape[3]
+        if sink is None and width == q.shape[3] and flash_takes(q):
+            return flash(q, k, v, scale, window)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if window is None and sink is None and width == q.shape[3]:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
@@ -52,6 +55,22 @@ class SequenceAttention:
                 seen = torch.cat([seen, extra], 1)
             self._masks[key] = seen
         return self._masks[key]
+
+
+def flash_takes(q: Tensor) -> bool:
+    """Whether `flash` does."""
+    return q.is_cuda and q.dtype == torch.bfloat16 and q.shape[3] % _ALIGNED == 0 and q.shape[3] <= _WIDEST
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """Flash attention with a window, which scaled_dot_product_attention has no argument for. Shapes as SequenceAttention;
+    bf16 on a GPU, with gradients."""
+    length, before = q.shape[1], None if window is None else window - 1
+    found: Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, length, length, 0.0, True, False, scale=scale, window_size_left=before,
+        window_size_right=None if window is None else 0,
+    )[0]  # fmt: skip
+    return found
 
 
 def sequence_hidden(main: Decoder, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -137,6 +137,12 @@ class Corpus:
         return cls(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), info)
 
 
+def by_frequency(corpus: Corpus, vocab: int) -> Tensor:
+    """All tokens, those first that stand most often in the answers. [V] int64."""
+    counts = torch.bincount(corpus.tokens[corpus.kinds >= ANSWER].long(), minlength=vocab)
+    return counts.argsort(descending=True, stable=True)
+
+
 def tokenizer_sha(folder: Path) -> str:
     """The sha256 of a model folder's tokenizer.json."""
     return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()

@@ -54,6 +54,15 @@ class DialogueSettings:
             raise EngineError("temperatures are pairs (temperature, share): none below 0, and shares that sum to 1")
 
 
+def shares(text: str) -> tuple[tuple[float, float], ...]:
+    """`DialogueSettings.temperatures` as an option gives them, T:SHARE,... Raises EngineError."""
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        return tuple((float(temperature), float(share)) for temperature, share in pairs)
+    except ValueError:
+        raise EngineError(f"--temperatures {text!r} is no list of T:SHARE, as in 0:0.5,1:0.5") from None
+
+
 @final
 @dataclass(frozen=True)
 class DialogueStats:

@@ -18,6 +18,7 @@ from mtp_engine.text.tokenizer import Tokenizer
 from mtp_engine.training import data
 from mtp_engine.training.lockstep_cache import KernelAttention, LockStepCache, PromptAttention, StepAttention
 from mtp_engine.training.prompts import Template
+from mtp_engine.training.quick import quick_main
 
 if TYPE_CHECKING:
     from mtp_engine.training.dialogues import DialogueSettings, ShardPlan
@@ -102,7 +103,7 @@ class LockStep:
         device, dtype = model.embedding.device, model.embedding.dtype
         if kernels is None:
             kernels = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-        self._model, self._settings, self._device = model, settings, device
+        self._model, self._settings, self._device = quick_main(model) if kernels else model, settings, device
         self._batch = batch_size(model, settings)
         self._cache = LockStepCache(model.config, self._batch, settings.length, dtype, device)
         self._rows = _Rows.empty(self._batch, settings.length, device)

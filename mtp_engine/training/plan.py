@@ -8,10 +8,11 @@ import torch
 from mtp_engine.config import LayerConfig, ModelConfig, MTPConfig
 from mtp_engine.models.build import MTPNames
 from mtp_engine.models.tensors import main_tensors, mtp_tensors
+from mtp_engine.training.trainer import TrainSettings
 
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets (SXM)."""
-_UTILISATION = 0.2  # of the peak; what training the default model's layers reached on an H100 (bench/LOG.md)
+_UTILISATION = 0.25  # of the peak; what training the default model's layers reached on an H100 (bench/LOG.md)
 _LOGITS = 3 << 30  # bytes: two matrices of logits of about a GiB, and what their products need
 _OPTIMISED = 2 + 4 + 4 + 2 + 4  # bytes per trained weight: leaf, master, momentum, gradient, gradient in fp32
 
@@ -29,13 +30,15 @@ class RunPlan:
     seconds: float | None
 
 
-def plan_run(model: ModelConfig, mtp: MTPConfig, steps: int, step_tokens: int, world: int, device: str) -> RunPlan:
-    """step_tokens: of all processes in one step. device: its name, as torch.cuda gives it."""
+def plan_run(model: ModelConfig, mtp: MTPConfig, settings: TrainSettings, world: int, device: str) -> RunPlan:
+    """device: its name, as torch.cuda gives it."""
+    steps, step_tokens = settings.steps, settings.tokens
     trained = sum(t.size for t in mtp_tensors(model, mtp, MTPNames()) if t.is_parameter)
     stored = sum(t.size for t in main_tensors(model) if t.is_parameter)
     head, hidden = 2 * model.vocab_size * model.hidden_size, model.hidden_size
+    draft_head = 2 * min(settings.objective.drafted or model.vocab_size, model.vocab_size) * hidden
     # forward of the main model and its head; forward and backward of the layers; their heads are frozen, so two products
-    flops = sum(2 * _active(layer, hidden) for layer in model.layers) + head + 6 * trained + mtp.depth * 2 * head
+    flops = sum(2 * _active(layer, hidden) for layer in model.layers) + head + 6 * trained + mtp.depth * 2 * draft_head
     wide = mtp.depth * (12 * hidden + 4 * mtp.layer.intermediate)  # activations kept, per token
     memory = 2 * stored + _OPTIMISED * trained + _LOGITS + 2 * wide * step_tokens // world
     peak = next((value for name, value in PEAK_BF16.items() if name in device), None)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtp_engine.config import DRAFT_VOCAB, EngineConfig, MTPConfig
+from mtp_engine.config import DRAFT_VOCAB, EngineConfig, ModelConfig, MTPConfig
 from mtp_engine.engine import Engine
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
@@ -31,7 +31,7 @@ from mtp_engine.training.dialogues import DialogueSettings, write_dialogues
 from mtp_engine.training.evaluate import accepted_length, held_out
 from mtp_engine.training.heads import FirstValues, plan_heads, save_heads
 from mtp_engine.training.plan import RunPlan, device_name, plan_run
-from mtp_engine.training.processes import join_processes, own_device
+from mtp_engine.training.processes import Process, join_processes, own_device
 from mtp_engine.training.prompts import read_prompts
 from mtp_engine.training.report import RECIPE, write_card, write_report
 from mtp_engine.training.trainer import KEPT, LOG, STATE, Report, Trainer, TrainSettings
@@ -81,30 +81,11 @@ class Training:
         """Loads the model, writes what the corpus lacks, makes the layers. Raises EngineError."""
         device = own_device(job.device)
         self.job, self.process = job, join_processes(device)
-        config = EngineConfig(
-            drafter="root",
-            attention="torch",
-            device=device,
-            dtype="fp32" if job.dtype == "auto" and device == "cpu" else job.dtype,  # int8 is for decoding
-            max_batch=_EVALUATED,
-            kv_tokens=_EVALUATED * 1024,
-        )  # fmt: skip
-        self.folder = hub.locate(job.model, progress=progress).folder
-        self.engine = Engine.load(job.model, config, progress=progress)
-        main = self.engine.model
-        self.config = plan_heads(
-            main.config, job.layers, chained=job.chained, window=job.window, width=job.width, features=job.features,
-            hidden=job.hidden,
-        )  # fmt: skip
-        if job.init:
-            _check_init(job.init, self.config)
-        self._write_corpus(progress)
+        self.folder, self.engine = load_main(job, device, progress)
+        self.config = planned(job, self.engine.model.config)
+        write_corpus(job, self.folder, self.engine, self.process, progress)
         self.corpus = Corpus.load(job.corpus, tokenizer_sha=data.tokenizer_sha(self.folder))
-        first = FirstValues(
-            Checkpoint(self.folder), len(main.config.layers) - 1, hidden_rms(main, self.corpus.tokens[:4]),
-            Checkpoint(job.init) if job.init else None, job.settings.seed,
-        )  # fmt: skip
-        self.trainer = Trainer(main, self.config, first, self.corpus, job.settings, job.out, self.process)
+        self.trainer = make_trainer(job, self.folder, self.engine.model, self.corpus, self.process)
         self.resumed = self.trainer.resume()
 
     def run(self) -> Generator[Report, None, None]:
@@ -138,7 +119,8 @@ class Training:
         """The layers as they are, with the report and the card."""
         job, info = self.job, self.corpus.info
         about = {"name": job.out.name, "base_model": job.model, "steps": report.step}
-        draft_ids = by_frequency(self.corpus, self.engine.model.vocab_size)
+        learnt = min(job.settings.objective.drafted or DRAFT_VOCAB, DRAFT_VOCAB)
+        draft_ids = data.by_frequency(self.corpus, self.engine.model.vocab_size)[:learnt].int()
         save_heads(job.out, self.config, self.trainer.weights.named(), draft_ids, about, fp8=job.fp8)
         write_report(job.out, f"MTP layers for {job.model}")
         seen = report.step * job.settings.tokens
@@ -162,29 +144,64 @@ class Training:
             raise EngineError(f"{self.job.evaluation}: every prompt is longer than 400 tokens: give shorter ones")
         return found
 
-    def _begin_texts(self) -> None:
-        job = self.job
-        data.begin_corpus(job.corpus, {
-            "model": self.folder.name, "tokenizer": data.tokenizer_sha(self.folder), "row_length": job.dialogues.length,
-            "vocab_size": self.engine.model.vocab_size, "texts": _hashes(job.texts),
-        })  # fmt: skip
 
-    def _write_corpus(self, progress: Progress) -> None:
-        job, process = self.job, self.process
-        if job.texts:
-            if not process.rank:
-                self._begin_texts()
-            if not process.rank and not data.has_shard(job.corpus, 0):
-                tokens, kinds = data.pack_text(self.engine.tokenizer, job.texts, job.dialogues.length)
-                data.write_shard(job.corpus, 0, tokens, kinds)
-                data.finish_corpus(job.corpus)
-        elif not all(data.has_shard(job.corpus, index) for index in range(job.dialogues.shards)):
-            write_dialogues(
-                self.engine.model, self.engine.tokenizer, job.dialogues, job.corpus, rank=process.rank,
-                world=process.world, progress=progress,
-            )  # fmt: skip
-        if dist.is_initialized():
-            dist.barrier()
+def load_main(job: Job, device: str, progress: Progress = hub.silent) -> tuple[Path, Engine]:
+    """The main model's folder, and an engine that holds it unfused."""
+    config = EngineConfig(
+        drafter="root",
+        attention="torch",
+        device=device,
+        dtype="fp32" if job.dtype == "auto" and device == "cpu" else job.dtype,  # int8 is for decoding
+        max_batch=_EVALUATED,
+        kv_tokens=_EVALUATED * 1024,
+    )
+    folder = hub.locate(job.model, progress=progress).folder
+    return folder, Engine.load(job.model, config, progress=progress)
+
+
+def write_corpus(job: Job, folder: Path, engine: Engine, process: Process, progress: Progress) -> None:
+    """What the job's corpus lacks, by all processes together. folder: the model's. Raises EngineError."""
+    if job.texts:
+        if not process.rank:
+            _write_texts(job, folder, engine)
+    elif not all(data.has_shard(job.corpus, index) for index in range(job.dialogues.shards)):
+        write_dialogues(
+            engine.model, engine.tokenizer, job.dialogues, job.corpus, rank=process.rank, world=process.world,
+            progress=progress,
+        )  # fmt: skip
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _write_texts(job: Job, folder: Path, engine: Engine) -> None:
+    data.begin_corpus(job.corpus, {
+        "model": folder.name, "tokenizer": data.tokenizer_sha(folder), "row_length": job.dialogues.length,
+        "vocab_size": engine.model.vocab_size, "texts": _hashes(job.texts),
+    })  # fmt: skip
+    if not data.has_shard(job.corpus, 0):
+        tokens, kinds = data.pack_text(engine.tokenizer, job.texts, job.dialogues.length)
+        data.write_shard(job.corpus, 0, tokens, kinds)
+        data.finish_corpus(job.corpus)
+
+
+def planned(job: Job, model: ModelConfig) -> MTPConfig:
+    """A job's layers. Raises EngineError for those that the model, or job.init, cannot have."""
+    config = plan_heads(
+        model, job.layers, chained=job.chained, window=job.window, width=job.width, features=job.features,
+        hidden=job.hidden,
+    )  # fmt: skip
+    if job.init:
+        _check_init(job.init, config)
+    return config
+
+
+def make_trainer(job: Job, folder: Path, main: Decoder, corpus: Corpus, process: Process) -> Trainer:
+    """A job's layers at their beginning. Raises EngineError, as `planned`."""
+    first = FirstValues(
+        Checkpoint(folder), len(main.config.layers) - 1, hidden_rms(main, corpus.tokens[:4]),
+        Checkpoint(job.init) if job.init else None, job.settings.seed,
+    )  # fmt: skip
+    return Trainer(main, planned(job, main.config), first, corpus, job.settings, job.out, process)
 
 
 @torch.no_grad()
@@ -192,12 +209,6 @@ def hidden_rms(main: Decoder, tokens: Tensor) -> float:
     """Root mean square of the main model's hidden states before its final norm. tokens: [B, L]."""
     hidden, _ = sequence_hidden(main, tokens.to(main.embedding.device).long())
     return float(hidden.float().pow(2).mean().sqrt())
-
-
-def by_frequency(corpus: Corpus, vocab: int) -> Tensor:
-    """The most frequent tokens of the answers, most frequent first, [n] int32."""
-    counts = torch.bincount(corpus.tokens[corpus.kinds >= data.ANSWER].long(), minlength=vocab)
-    return counts.argsort(descending=True, stable=True)[:DRAFT_VOCAB].int()
 
 
 def _check_init(folder: Path, wanted: MTPConfig) -> None:
@@ -253,8 +264,6 @@ def saved_step(out: Path) -> int | None:
 def plan(job: Job) -> RunPlan:
     """What the job will take. Reads configurations only."""
     model = read_config(hub.locate(job.model).folder)
-    heads = plan_heads(
-        model, job.layers, chained=job.chained, window=job.window, width=job.width, features=job.features
-    )
+    heads = planned(job, model)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    return plan_run(model, heads, job.settings.steps, job.settings.tokens, world, device_name(job.device))
+    return plan_run(model, heads, job.settings, world, device_name(job.device))

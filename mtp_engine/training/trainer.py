@@ -5,7 +5,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Generator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -16,12 +16,15 @@ from mtp_engine.config import MTPConfig
 from mtp_engine.errors import EngineError
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.mtp import MTPModule
+from mtp_engine.training.attention import sequence_hidden
 from mtp_engine.training.checkpoint import RunState
-from mtp_engine.training.data import Corpus
+from mtp_engine.training.data import Corpus, by_frequency
 from mtp_engine.training.heads import FirstValues, build_heads
-from mtp_engine.training.objective import Measures, Objective, distill_step
+from mtp_engine.training.memory import Memory
+from mtp_engine.training.objective import Lesson, Measures, Objective, distill_step, teach
 from mtp_engine.training.optimiser import Optimiser, Rates, average_gradients
 from mtp_engine.training.processes import Process
+from mtp_engine.training.quick import quick_layers, quick_main
 from mtp_engine.training.trainable import TrainableWeights
 
 KEPT, STATE, LOG = "checkpoint", "state.safetensors", "log.jsonl"
@@ -68,12 +71,17 @@ class Trainer:
         self, main: Decoder, config: MTPConfig, first: FirstValues, corpus: Corpus, settings: TrainSettings, out: Path,
         process: Process = _ALONE,
     ) -> None:  # fmt: skip
-        self.main, self.config, self.corpus, self.settings, self.out = main, config, corpus, settings, out
+        self.main, self.config, self.corpus, self.settings, self.out = quick_main(main), config, corpus, settings, out
         self._process = process
+        drafted = settings.objective.drafted
+        some = 0 < drafted < main.vocab_size
+        self.head = main.head_weight[by_frequency(corpus, main.vocab_size)] if some else main.head_weight
         self.weights = TrainableWeights(first, main.embedding.dtype, main.embedding.device)
         self.module: MTPModule = build_heads(config, main, self.weights)
+        self._learner = quick_layers(self.module)
         self._optimiser = Optimiser(self.weights, settings.rates)
         self._state = RunState(out / KEPT / STATE, self.weights, self._optimiser)
+        self._tokens, self._kinds = (x.to(main.embedding.device) for x in (corpus.tokens, corpus.kinds))
         rows, length = corpus.tokens.shape
         self._rows = max(1, settings.tokens // length // process.world)  # of this process in a step
         self._per_epoch = rows // (self._rows * process.world)
@@ -82,6 +90,8 @@ class Trainer:
                 f"the corpus has {rows} rows of {length} tokens, less than one step's {settings.tokens} tokens: "
                 "write more data, or lower --batch-tokens"
             )
+        again = settings.steps > self._per_epoch
+        self._memory = Memory(self._states, rows, None if again else 0)
         self.step = 0
         self._orders: dict[int, Tensor] = {}
 
@@ -121,22 +131,35 @@ class Trainer:
             raise
 
     def _train(self, step: int) -> Measures:
-        tokens, kinds = self._batch(step)
-        measures = distill_step(self.main, self.module, tokens, kinds, self.settings.objective)
+        rows = self._order(step)
+        tokens, kinds = self._tokens[rows].long(), self._kinds[rows]
+        hidden = self._memory.states(rows, tokens)
+        return self.learn(step, teach(self.main, tokens, kinds, self.head, self.config.features, hidden=hidden))
+
+    def learn(self, step: int, lesson: Lesson) -> Measures:
+        """One step on a batch, which may be others' too."""
+        measures = distill_step(self._learner, lesson, self.settings.objective)
         average_gradients(self.weights.parameters)
         self._optimiser.step(step, self.settings.steps)
         return measures
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """This process's rows of a step: every epoch goes through the corpus in an order of its own."""
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Tokens [B, L] int64 and kinds [B, L] of a step, this process's rows."""
+        rows = self._order(step)
+        return self._tokens[rows].long(), self._kinds[rows]
+
+    def _order(self, step: int) -> Tensor:
+        """The numbers of a step's rows: every epoch goes through the corpus in an order of its own."""
         epoch, at = divmod(step, self._per_epoch)
         if epoch not in self._orders:
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
             self._orders = {epoch: torch.randperm(len(self.corpus.tokens), generator=generator)}
         start = (at * self._process.world + self._process.rank) * self._rows
-        rows = self._orders[epoch][start : start + self._rows]
-        device = self.main.embedding.device
-        return self.corpus.tokens[rows].to(device).long(), self.corpus.kinds[rows].to(device)
+        return self._orders[epoch][start : start + self._rows]
+
+    @torch.no_grad()
+    def _states(self, tokens: Tensor) -> Tensor:
+        return sequence_hidden(replace(self.main, features=self.config.features), tokens)[0]
 
     def save(self) -> None:
         """Write a checkpoint, by the first process."""

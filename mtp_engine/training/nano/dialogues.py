@@ -9,7 +9,7 @@ from mtp_engine.config import DEFAULT_MODEL
 from mtp_engine.hub import hub
 from mtp_engine.models import loader
 from mtp_engine.text.tokenizer import Tokenizer
-from mtp_engine.training.dialogues import DialogueSettings, write_dialogues
+from mtp_engine.training.dialogues import DialogueSettings, shares, write_dialogues
 from mtp_engine.training.nano.prompts import write_prompts
 
 
@@ -18,15 +18,16 @@ from mtp_engine.training.nano.prompts import write_prompts
 @click.option("--writer", default=DEFAULT_MODEL, show_default=True)
 @click.option("--shards", type=click.IntRange(min=1), default=14, show_default=True)
 @click.option("--rows", type=click.IntRange(min=1), default=8192, show_default=True, help="Answers in a shard.")
+@click.option("--temperatures", default="0:0.4,0.3:0.4,0.5:0.2", show_default=True, metavar="T:SHARE,..")
 @click.option("--device", default="cuda", show_default=True)
-def main(folder: Path, writer: str, shards: int, rows: int, device: str) -> None:
-    """Write SHARDS x ROWS answers to templated prompts into FOLDER: 6 in 10 greedy, the others at temperature 0.3, since
-    at 0.7 a model of this size drifts into nonsense. Shards that are there are kept."""
+def main(folder: Path, writer: str, shards: int, rows: int, temperatures: str, device: str) -> None:
+    """Write SHARDS x ROWS answers to templated prompts into FOLDER, few of them above temperature 0.5: at 0.7 a model of this
+    size drifts into nonsense, and at 0 it repeats itself. Shards that are there are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "prompts.jsonl"
     write_prompts(file, shards * rows * 21 // 20)  # one in 64 is held out
     settings = DialogueSettings(
-        shards, rows, 256, temperatures=((0.0, 0.6), (0.3, 0.4)), max_answer=220, follow_up=0.0, prompts=file,
+        shards, rows, 256, temperatures=shares(temperatures), max_answer=220, follow_up=0.0, prompts=file,
         prompt_share=1.0, batch=rows,
     )  # fmt: skip
     source = hub.locate(writer).folder

@@ -33,6 +33,7 @@ _TOKENS, _HELD_OUT = "corpus.safetensors", "held_out.json"
 _SAMPLE = 40_000  # dialogues that the tokenizer is trained on
 _BATCH = 16_384  # dialogues that are encoded or decoded at a time
 _SHORTEST = 40  # characters of an answer
+_RUN = 5  # words: an answer ends before the sentence that says so many again
 _VARIED = 0.35  # share of an answer's words that differ
 _ASCII = str.maketrans(
     {
@@ -53,8 +54,8 @@ _SENTENCES = re.compile(r".*[a-z][.!?][\"')*]*(?=\s|\Z)", re.DOTALL)
 def read_dialogues(folder: Path, tokenizer: Tokenizer) -> Iterator[Dialogue]:
     """The first turn of every row of a corpus that `tokenizer`'s model wrote (training.dialogues).
 
-    An answer that was cut off, or that begins to repeat itself, ends with its last whole sentence. Answers that are short,
-    monotonous or not plain ASCII are left out, and those in which the model speaks of itself.
+    An answer that was cut off ends with its last whole sentence, and one that begins to repeat itself before that. Answers
+    that are short, monotonous or not plain ASCII are left out, and those in which the model speaks of itself.
     """
     corpus = data.Corpus.load(folder, tokenizer_sha=data.tokenizer_sha(tokenizer.folder))
     template, ends = Template.cut(tokenizer), torch.tensor(tokenizer.eos_ids)
@@ -84,16 +85,23 @@ def _tidy(text: str, ended: bool) -> str:
     text = (text if text.isascii() else text.translate(_ASCII)).strip()
     said: set[str] = set()
     for sentence in _SENTENCE.finditer(text):
-        if sentence[0] in said:
+        runs = _runs(sentence[0])
+        if said.intersection(runs) or len(set(runs)) < len(runs):
             text, ended = text[: sentence.start()], False
             break
-        said.add(sentence[0])
+        said.update(runs)
     if not ended:
         match = _SENTENCES.match(text)
         text = match[0] if match else ""
     words = text.split()
     varied = len(set(words)) > _VARIED * len(words)
     return text if varied and len(text) >= _SHORTEST and text.isascii() and "SmolLM" not in text else ""
+
+
+def _runs(sentence: str) -> list[str]:
+    """All runs of so many words; of a shorter sentence itself."""
+    words = re.findall(r"[\w']+", sentence.lower())
+    return [" ".join(words[i : i + _RUN]) for i in range(max(1, len(words) - _RUN + 1))]
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int) -> tokenizers.Tokenizer:

@@ -8,10 +8,16 @@ one that was cancelled, the beginning. bench/crosses.py runs many cases, tests/t
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, final
 
+import torch
+
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
+from mtp_engine.assemble import make_drafter, make_loop
 from mtp_engine.config import Structure
+from mtp_engine.hub import hub
+from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request
 
@@ -93,10 +99,11 @@ class Outcome:
 
 @final
 class Crosses:
-    """Cases over one model. shared: what all engines have, such as the device and the dtype."""
+    """Cases over one model. recorded: on a CPU, in fp32, with the steps of a GPU, which are recorded ahead; most: requests of
+    a case; shared: what all engines have, such as the device and the dtype."""
 
-    def __init__(self, model: str, **shared: Any) -> None:
-        self.model, self.shared = model, shared
+    def __init__(self, model: str, *, recorded: bool = False, most: int = 16, **shared: Any) -> None:
+        self.model, self._recorded, self._most, self.shared = model, recorded, most, shared
         self._alone = Engine.load(model, EngineConfig(
             drafter="root", max_batch=1, prefix_cache=False, steps_in_flight=1, max_context=384, **shared,
         ))  # fmt: skip
@@ -119,7 +126,7 @@ class Crosses:
 
     def asked(self, rng: random.Random) -> list[Asked]:
         made = []
-        for number in range(rng.randrange(4, 16)):
+        for number in range(rng.randrange(min(4, self._most), self._most)):
             text = rng.choice(_TEXTS)
             prompt = self._alone.encode(text) + self._alone.encode(rng.choice(["", "", " and", text]))
             options = {name: draw(rng) for name, (chance, draw) in _OPTIONS.items() if rng.random() < chance}
@@ -137,10 +144,13 @@ class Crosses:
     def case(self, number: int) -> Outcome:
         rng = random.Random(number)
         outcome, asked = Outcome(self.config(rng)), self.asked(rng)
-        outcome.breaks = frozenset(rng.randrange(30) for _ in range(rng.choice([0, 0, 0, 1, 2])))
+        breaks = rng.choice([0, 0, 0, 1, 2]) if outcome.config.tensor_parallel == 1 else 0  # of one rank ends them all
+        outcome.breaks = frozenset(rng.randrange(30) for _ in range(breaks))
         if outcome.config.drafter == "ngram" or outcome.config.drafter == "root":
             asked = [replace(each, params=replace(each.params, tree=None)) for each in asked]
         with Engine.load(self.model, outcome.config) as engine:
+            if self._recorded:
+                _record(engine)
             requests = self._run(engine, asked, outcome)
             for index, (each, request) in enumerate(zip(asked, requests, strict=True)):
                 for sample, answer in enumerate((request, *request.others)):
@@ -167,7 +177,7 @@ class Crosses:
                     requests[index] = loop.add(each.prompt, each.params)
                     said |= {answer: [] for answer in (requests[index], *requests[index].others)}
                 elif index in requests and each.gone and steps == each.at + each.gone:
-                    loop.remove(requests[index])
+                    loop.scheduler.cancel(requests[index])
             for output in loop.step():
                 said[output.request] += output.tokens
             steps += 1
@@ -219,6 +229,19 @@ class Crosses:
         if self._bits:
             return list(ours) == list(theirs)
         return all(abs(a.logprob - b.logprob) < 1e-3 for a, b in zip(ours, theirs, strict=True))
+
+
+def _record(engine: Engine) -> None:
+    """From now on its steps are recorded, as on a GPU."""
+    config, device = engine.config, torch.device("cpu")
+    backend = replace(
+        engine.backend, levels=None, in_flight=config.steps_in_flight, scratch_tokens=SCRATCH_TOKENS,
+        runner=lambda slots: partial(GraphRunner, in_flight=config.steps_in_flight, scratch=slots, device=device),
+    )  # fmt: skip
+    files = hub.locate(hub.NANO)
+    drafter = make_drafter(replace(files, mtp_folder=files.folder), engine.model, config, backend, hub.silent)
+    slots, tokenizer = config.max_batch, engine.tokenizer
+    engine.loop = make_loop(engine.model, drafter, config, backend, slots=slots, tokenizer=tokenizer)
 
 
 def _check_memory(loop: DecodeLoop, outcome: Outcome) -> None:
