@@ -27,9 +27,11 @@ from mtp_engine.drafters.expand import Growth, Level
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.kernels import exchange, linear
 from mtp_engine.models import loader
-from mtp_engine.models.fused import fuse, fuse_mtp
+from mtp_engine.models.fused import FusedJoin, fuse, fuse_mtp
+from mtp_engine.models.layers import Join, RMSNorm
 from mtp_engine.models.make_tiny import make_tiny
 from mtp_engine.parallel.group import Group, joined, ordered_sum
+from mtp_engine.parallel.linear import SummedLinear
 from mtp_engine.sampling.batch import Batch, SamplingBatch
 from mtp_engine.tree import DraftTree, VerifyResult
 from mtp_engine.verifiers import DeviceShardedMatchVerifier, MatchVerifier
@@ -156,6 +158,24 @@ def test_drawn_candidates_are_those_of_one_process() -> None:
         assert found.draft is not None
         assert expected.draft is not None
         assert torch.equal(found.draft, expected.draft)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_parts_of_a_projection_may_lie_in_both_of_its_inputs(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose norms are those of whole rows all the same."""
+    monkeypatch.setattr(linear, "packed_is_faster", lambda: False)
+    torch.manual_seed(0)
+    weight, embedded, hidden = torch.randn(48, 96), torch.randn(2, 48), torch.randn(2, 48)
+    norms = [RMSNorm(torch.rand(48), 1e-5) for _ in range(2)]
+    expected = Join(*norms, linear.Linear(weight), hidden_first=True)(embedded, hidden)
+
+    def joined_by(group: Group) -> Tensor:
+        own = group.shard.part(96)
+        part = SummedLinear(linear.Linear(weight[:, own.start : own.stop]), group, own)
+        return FusedJoin(Join(*norms, part, hidden_first=True))(embedded, hidden)
+
+    for found in together(size, joined_by, in_turns=True):
+        torch.testing.assert_close(found, expected)
 
 
 def read(folder: Path, group: Group, dtype: torch.dtype, *, fused: bool = True) -> tuple[Tensor, Tensor, Tensor]:
