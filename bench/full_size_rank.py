@@ -219,7 +219,7 @@ class Rank:
         return min(self.everywhere(torch.cuda.mem_get_info(self.device)[0])) * 1e9
 
     def held(self) -> float:
-        """Bytes at most since the last part, what the driver holds for graphs included."""
+        """Bytes that are taken on this rank's GPU, by whomever; on a CPU the most that this process ever had."""
         if self.device.type != "cuda":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
         free, whole = torch.cuda.mem_get_info(self.device)

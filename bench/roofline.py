@@ -1,7 +1,7 @@
 """What a step costs and what its bytes cost: plain steps, drafts, verification of N nodes, over contexts and batches.
 
     python bench/roofline.py --model mimo-7b --model default --model mimo-slice
-    python bench/roofline.py --many bench/results/full-size.jsonl       # 48 layers on many GPUs, from what full_size.py measured
+    python bench/roofline.py --many bench/results/roofline-mimo-slice-h100.jsonl      # 48 layers on many GPUs, on paper
 
 Bandwidth is measured first. A floor is bytes (floors.py) over that read bandwidth. Models with random weights are timed
 only: an accepted length comes from `Forced`, and the output says so. Times are medians of CUDA graph replays (events of
@@ -23,7 +23,7 @@ from common import SOME, conditions, require_commit, run
 from floors import draft_bytes, main_bytes
 from layers import measure_layers, seconds
 from loops import Forced, build, kernel_times, measure, pretend
-from paper import estimates, table
+from paper import estimates, on_paper, paper_table, table
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, Model, load
@@ -206,10 +206,15 @@ def measure_model(session: Session, options: dict[str, Any], contexts: tuple[int
 
 
 def print_many(results: list[dict[str, Any]]) -> None:
+    """results: of full_size.py, or of this bench with layers of a slice."""
     for result in results:
-        rows = estimates(result)
-        CONSOLE.print(table(result, rows))
-        click.echo(json.dumps({key: result[key] for key in ("ranks", "alone", "device", "commit")} | {"rows": rows}))
+        if result["bench"] == "roofline":
+            rows = on_paper(result)
+            CONSOLE.print(paper_table(result, rows))
+        else:
+            rows = estimates(result)
+            CONSOLE.print(table(result, rows))
+        click.echo(json.dumps({key: result[key] for key in ("bench", "device", "commit")} | {"rows": rows}))
 
 
 @click.command()
@@ -229,7 +234,9 @@ def print_many(results: list[dict[str, Any]]) -> None:
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--profile", "profiled", is_flag=True, help="Kernel times of a plain and of a speculative step.")
-@click.option("--many", type=click.File(), help="Lines of full_size.py: print their table, and measure nothing.")
+@click.option(
+    "--many", type=click.File(), help="Lines of full_size.py or of this: print 48 layers on many GPUs, measure nothing."
+)
 @click.option("--budget", default=540.0, show_default=True, help="Seconds after which no case is begun.")
 def main(models: tuple[str, ...], contexts: tuple[int, ...], tree: str | None, steps: int, draft_vocab: int | None,
          attention: Any, in_flight: int, path: str, mtp: str | None, device: str, dtype: Any, budget: float,

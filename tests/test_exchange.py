@@ -27,9 +27,11 @@ from mtp_engine.drafters.expand import Growth, Level
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.kernels import exchange, linear
 from mtp_engine.models import loader
-from mtp_engine.models.fused import fuse, fuse_mtp
+from mtp_engine.models.fused import FusedJoin, fuse, fuse_mtp
+from mtp_engine.models.layers import Join, RMSNorm
 from mtp_engine.models.make_tiny import make_tiny
 from mtp_engine.parallel.group import Group, joined, ordered_sum
+from mtp_engine.parallel.linear import SummedLinear
 from mtp_engine.sampling.batch import Batch, SamplingBatch
 from mtp_engine.tree import DraftTree, VerifyResult
 from mtp_engine.verifiers import DeviceShardedMatchVerifier, MatchVerifier
@@ -100,8 +102,7 @@ def test_who_waits_for_nobody_is_released(tmp_path: Path) -> None:
     assert int(stop) == 1
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_choose_what_one_process_chooses(size: int) -> None:
+def test_ranks_choose_what_one_process_chooses() -> None:
     """From the same logits: every node's token, ties and temperatures included, and a drafter's tree, in two levels."""
     torch.manual_seed(0)
     logits = (torch.randn(3, 4, 64) * 2).round()  # many ties
@@ -128,7 +129,7 @@ def test_ranks_choose_what_one_process_chooses(size: int) -> None:
         return rule.verify(tree, logits[..., own].contiguous(), batch), grown, finished
 
     expected, grown, finished = chosen(Group())
-    for found, growth, whole in together(size, chosen, in_turns=True):
+    for found, growth, whole in together(4, chosen, in_turns=True):
         assert torch.equal(found.tokens, expected.tokens)
         assert torch.equal(found.path, expected.path)
         assert torch.equal(found.counts, expected.counts)
@@ -159,6 +160,24 @@ def test_drawn_candidates_are_those_of_one_process() -> None:
         assert torch.equal(found.draft, expected.draft)
 
 
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_parts_of_a_projection_may_lie_in_both_of_its_inputs(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose norms are those of whole rows all the same."""
+    monkeypatch.setattr(linear, "packed_is_faster", lambda: False)
+    torch.manual_seed(0)
+    weight, embedded, hidden = torch.randn(48, 96), torch.randn(2, 48), torch.randn(2, 48)
+    norms = [RMSNorm(torch.rand(48), 1e-5) for _ in range(2)]
+    expected = Join(*norms, linear.Linear(weight), hidden_first=True)(embedded, hidden)
+
+    def joined_by(group: Group) -> Tensor:
+        own = group.shard.part(96)
+        part = SummedLinear(linear.Linear(weight[:, own.start : own.stop]), group, own)
+        return FusedJoin(Join(*norms, part, hidden_first=True))(embedded, hidden)
+
+    for found in together(size, joined_by, in_turns=True):
+        torch.testing.assert_close(found, expected)
+
+
 def read(folder: Path, group: Group, dtype: torch.dtype, *, fused: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """The main model's logits of a text, and hidden states and logits of its first MTP layer."""
     model = loader.load_main(folder, dtype, CPU, lambda *_: None, group=group)
@@ -184,9 +203,9 @@ def test_fused_models_over_ranks(family: Any, size: int, tmp_path: Path, monkeyp
     """The same bits on all ranks, and the values of torch's modules in one process."""
     monkeypatch.setattr(linear, "packed_is_faster", lambda: False)  # kernels want weights as they are
     dtype, changes = torch.float32, dict[str, Any](num_hidden_layers=1)
-    if family != "mimo":  # a dense and a sliding layer with experts, in FP8; routers' kernels take bf16
+    if family != "mimo":  # a sliding layer with experts, in FP8; routers' kernels take bf16
         dtype = torch.bfloat16
-        changes = {**WIDE, "num_hidden_layers": 2, "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1]}
+        changes = {**WIDE, "num_hidden_layers": 1, "hybrid_layer_pattern": [1], "moe_layer_freq": [1]}
     folder = make_tiny(tmp_path, family=family, fp8=family != "mimo", vocab_size=264, **changes)
     with torch.inference_mode():
         alone = read(folder, Group(), dtype, fused=False)

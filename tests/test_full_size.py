@@ -89,3 +89,20 @@ def test_the_table_for_eight() -> None:
     assert others == [{"batch": batch} for batch in (8, 32, 64)]
     assert paper.estimates(result | {"alone": False})[0]["plain"] == 3.0
     assert paper.table(result, [first, *others]).row_count == 4
+
+
+def test_the_table_on_paper() -> None:
+    """Layers that take 50 us and 1.1 times their bytes, with few rows; sums on top."""
+    rows = [
+        {"rows": n, "mb": mb, "layer_us": 50 + (1.1 if n < 256 else 1.3) * mb / 3.0}
+        for n, mb in ((1, 300.0), (4, 900.0), (16, 2500.0), (64, 5300.0), (256, 6400.0))
+    ]
+    assert paper.fitted(rows, 3e12) == pytest.approx((50e-6, 1.1, 1.3))
+    models = {"mimo-7b": {}, "mimo-slice": {"layers": {"rows": rows}}}
+    result = {"bench": "roofline", "device": "H100", "bandwidth_tb_s": {"read": 3.0}, "models": models}
+    first, *others = paper.on_paper(result)
+    bare = 48 * 0.05 + 1.1 * paper._bytes(8, 1, 1) / 3.06e9
+    assert first["plain"] == pytest.approx(bare + 96 * 7.8e-3, abs=0.01)
+    assert first["plain, our sums"] == pytest.approx(bare + 96 * 2.4e-3, abs=0.01)
+    assert len(others) == 15
+    assert paper.paper_table(result, [first, *others]).row_count == 16
