@@ -18,7 +18,7 @@ from mtp_engine.config import SamplingParams, Structure, TreeShape
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter, TorchDraftOps
 from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Drafter, Verifier
-from mtp_engine.runtime import cuda_graph
+from mtp_engine.runtime import cuda_graph, structures
 from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner, Key
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request
@@ -287,8 +287,9 @@ class Anything(Sums):
 
 
 @pytest.mark.parametrize("truncated", [False, True])
-def test_what_is_allowed_anyway_needs_no_mask(models: Models, truncated: bool) -> None:
+def test_what_is_allowed_anyway_needs_no_mask(models: Models, truncated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """But what top-p leaves depends on what is allowed: there all nodes have one."""
+    monkeypatch.setattr(structures, "_HIDDEN", 0)
     loop = loop_of(models, drafter_of("3x2", models), in_flight=2)
     constraint = Anything()
     loop.intake = replace(loop.intake, grammars=lambda structure: constraint)

@@ -14,6 +14,8 @@ from mtp_engine.runtime.step import Said
 from mtp_engine.sampling.masks import Guide
 from mtp_engine.tree import DraftTree
 
+_HIDDEN = 16  # masks that take the host no longer than the model runs
+
 
 def _truncates(params: SamplingParams) -> bool:
     return params.temperature > 0 and bool(params.top_k or params.top_p < 1 or params.min_p)
@@ -114,11 +116,12 @@ class Structures:
 
         peek: what would be chosen without structures (ModelStep.peek). The likeliest of all tokens is the likeliest of those
         that are allowed, if it is one of them: then no mask is needed. Elsewhere one is, for that node and those behind it. But
-        what is truncated (top-p) depends on what is allowed; there, and without `peek`, all nodes have one, made while the
-        model runs.
+        what is truncated (top-p) depends on what is allowed; there, without `peek`, and where there are few, all nodes have
+        one, made while the model runs.
         """
         guide, params = drafted.guide, [request.params for request in members.requests]
-        late = [row for row in guide.rows if peek and not _truncates(params[row])]
+        many = len(guide.rows) * given.mask.shape[1] > _HIDDEN
+        late = [row for row in guide.rows if peek and many and not _truncates(params[row])]
         looked = self._looked(peek, len(params)) if peek and late else None
         trees = drafted.wait()
         self._settle()
