@@ -199,7 +199,8 @@ def make_drafter(
 
     def measure() -> Costs:
         progress("timing drafts", 0, None)
-        return measured_costs(backend.fuse(replace(model, features=module.config.features)), module, config, backend)
+        fused = backend.fuse(replace(model, features=module.config.features))
+        return measured_costs(fused, module, config, backend, model.group)
 
     costs = _agreed(Costs, path, measure, model)
     if costs.hopeless:
@@ -288,9 +289,11 @@ def mtp_drafter(
     )  # fmt: skip
 
 
-def measured_costs(model: Decoder, module: MTPModule, config: EngineConfig, backend: Backend) -> Costs:
+def measured_costs(
+    model: Decoder, module: MTPModule, config: EngineConfig, backend: Backend, group: Group = Group()  # noqa: B008
+) -> Costs:  # fmt: skip
     """What drafting and verifying cost here, by a loop of its own that decodes nonsense; in two seconds, or somewhat more
-    where a step takes long. model, module: fused."""
+    where a step takes long. model, module: fused. group: those who share them; all must measure together."""
     depth, tokens, seconds = module.config.depth, 512, 2.0
     planner = Planner(Costs([0.0] * (depth + 1), {}))
     config = replace(config, max_batch=1, tree=TreeShape.parse("auto"), verifier="match", candidates="auto")
@@ -303,7 +306,7 @@ def measured_costs(model: Decoder, module: MTPModule, config: EngineConfig, back
     loop = decode_loop(
         model, cache, drafter, backend.verifier("match"), slots=1, max_context=tokens, eos_token_ids=(), prefill_chunk=64,
         device=model.embedding.device, attention=backend.attention, packs=backend.packs, planner=planner,
-        shares=model.group.size > 1,
+        shares=group.size > 1,
     )  # fmt: skip
     request = loop.add(
         [number % model.vocab_size for number in range(7, 71)], SamplingParams(max_tokens=tokens - 100, ignore_eos=True)
@@ -319,7 +322,7 @@ def measured_costs(model: Decoder, module: MTPModule, config: EngineConfig, back
                     raise EngineError(f"a trial of the model failed: {request.error or request.finish_reason}")
         if not number:
             planner.tried.clear()  # it was to warm up
-        elif model.group.first(b"enough" if time.perf_counter() > end else b"", model.embedding.device):
+        elif group.first(b"enough" if time.perf_counter() > end else b"", model.embedding.device):
             break
     loop.close()
     return Costs.best_of(planner.tried)
