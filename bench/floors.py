@@ -1,6 +1,7 @@
 """Byte floors: the least that a step must read from memory, from the configuration alone."""
 
 from collections.abc import Iterable
+from functools import cache
 
 from mtp_engine.config import AttentionConfig, ModelConfig, MoEConfig, MTPConfig
 from mtp_engine.models.build import MTPNames
@@ -30,6 +31,14 @@ def _total(tensors: Iterable[Stored], experts: bool = False, ranks: int = 1) -> 
     )
 
 
+@cache
+def _weights(config: ModelConfig, ranks: int) -> tuple[int, int]:
+    """Bytes of the main model's weights that every step reads, and of all experts."""
+    tensors = list(main_tensors(config))
+    head = config.vocab_size * config.hidden_size * _BF16 // ranks if config.tied_head else 0
+    return _total(tensors, ranks=ranks) + head, _total(tensors, experts=True)
+
+
 def main_bytes(config: ModelConfig, rows: int, batch: int, context: int, ranks: int = 1) -> float:
     """A forward pass over `rows` rows in all: dense weights once + experts' weights * hit_share(rows) + KV once. Of a rank's
     part of the model where `config` is that part's (Shard.model) and `ranks` share it.
@@ -37,13 +46,10 @@ def main_bytes(config: ModelConfig, rows: int, batch: int, context: int, ranks: 
     The head counts once (also where it is the embedding table), norms and FP8 scales as stored. Activations, logits and
     the rows written do not count. MiMo-7B, batch 1: 14.00 GB of weights + 147 KB a token = 4.58 ms at 3.06 TB/s.
     """
-    tensors = list(main_tensors(config))
     moe = next((layer.moe for layer in config.layers if layer.moe), None)
-    weights = _total(tensors, ranks=ranks) + (
-        config.vocab_size * config.hidden_size * _BF16 // ranks if config.tied_head else 0
-    )
-    experts = _total(tensors, experts=True) * hit_share(moe, rows) if moe else 0.0
-    return weights + experts + sum(kv_bytes(layer.attention, batch, context) for layer in config.layers)
+    rest, experts = _weights(config, ranks)
+    weights = rest + (experts * hit_share(moe, rows) if moe else 0.0)
+    return weights + sum(kv_bytes(layer.attention, batch, context) for layer in config.layers)
 
 
 def draft_bytes(
