@@ -3,6 +3,8 @@
     python bench/crosses.py
     python bench/crosses.py --first 123 --cases 1    # that case again
     python bench/crosses.py --device cuda --dtype bf16 --cases 200
+    python bench/crosses.py --dtype fp32 --recorded --cases 100          # a GPU's steps, on a CPU
+    python bench/crosses.py --dtype fp32 --tensor-parallel 2 --cases 50
 
 tests/crossing.py says what a case is. What goes wrong is printed as it comes; the last line is JSON.
 """
@@ -26,14 +28,23 @@ from mtp_engine.hub import hub
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--threads", default=0, type=COUNT, help="Of a CPU; 0 is one per core.")
+@click.option("--recorded", is_flag=True, help="Steps as they are recorded for a GPU; in fp32 on a CPU.")
+@click.option("--tensor-parallel", default=1, type=SOME, show_default=True)
 @click.option("--seconds", default=0.0, help="No new case after so many; 0 is no limit.")
-def main(cases: int, first: int, model: str, device: str, dtype: str, threads: int, seconds: float) -> None:
+def main(
+    cases: int, first: int, model: str, device: str, dtype: str, threads: int, recorded: bool, tensor_parallel: int,
+    seconds: float,
+) -> None:  # fmt: skip
     commit = require_commit()
     sys.path.append(str(ROOT / "tests"))
     from crossing import Crosses
 
     logging.getLogger("mtp_engine").setLevel(logging.CRITICAL)  # steps that break off are a part of it
-    crosses = Crosses(model, device=device, dtype=dtype, threads=threads)
+    most = 16 if dtype in ("auto", "int8") or device != "cpu" else 7  # fp32 is slow there
+    crosses = Crosses(model, recorded=recorded, most=most, device=device, dtype=dtype, threads=threads)
+    crosses.shared["tensor_parallel"] = (
+        tensor_parallel  # of engines with drafts; what they are compared with is one process
+    )
     total, ends, begin, done = Counter[str](), Counter[str](), time.monotonic(), 0
     for number in range(first, first + cases):
         outcome = crosses.case(number)
@@ -46,7 +57,7 @@ def main(cases: int, first: int, model: str, device: str, dtype: str, threads: i
         if 0 < seconds < time.monotonic() - begin:
             break
     print(json.dumps({
-        "bench": "crosses", "model": model, "dtype": dtype, "cases": done, "first": first, **total, "ends": ends,
+        "bench": "crosses", "model": model, "dtype": dtype, "recorded": recorded, "ranks": tensor_parallel, "cases": done, "first": first, **total, "ends": ends,
         "seconds": round(time.monotonic() - begin), **conditions(commit),
     }))  # fmt: skip
 
