@@ -57,8 +57,8 @@ def main(
         if 0 < seconds < time.monotonic() - begin:
             break
     print(json.dumps({
-        "bench": "crosses", "model": model, "dtype": dtype, "recorded": recorded, "ranks": tensor_parallel, "cases": done, "first": first, **total, "ends": ends,
-        "seconds": round(time.monotonic() - begin), **conditions(commit),
+        "bench": "crosses", "model": model, "dtype": dtype, "recorded": recorded, "ranks": tensor_parallel, "cases": done,
+        "first": first, **total, "ends": ends, "seconds": round(time.monotonic() - begin), **conditions(commit),
     }))  # fmt: skip
 
 
