@@ -36,6 +36,7 @@ from mtp_engine.models.mtp import MTPModule
 from mtp_engine.models.weights import Makers
 from mtp_engine.parallel.group import Group
 from mtp_engine.protocols import Drafter, Progress, StepPlanner, TargetModel, TreePlanner, Verifier
+from mtp_engine.runtime import kept
 from mtp_engine.runtime.intake import Intake
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.memory import Memory
@@ -220,12 +221,12 @@ def _agreed(kind: type[C], path: Path, measure: Callable[[], C], model: Decoder)
     """What an earlier start left in `path`, or what is measured now and left there. All ranks measure together, and go by what
     rank 0 has."""
     group, device = model.group, model.embedding.device
-    kept = kind.read(path)
-    if text := group.first(kept.text().encode() if kept else b"", device):
+    known = kept.read(kind, path)
+    if text := group.first(known.text().encode() if known else b"", device):
         return kind.parse(text.decode())
     measured = kind.parse(group.first(measure().text().encode(), device).decode())
     if not group.shard.rank:
-        measured.write(path)
+        kept.write(measured, path)
     return measured
 
 

@@ -30,6 +30,7 @@ from mtp_engine.models.mtp import MTPModule
 from mtp_engine.models.native import NativeMTP, fuse, fuse_mtp
 from mtp_engine.models.weights import Makers
 from mtp_engine.protocols import Drafter
+from mtp_engine.runtime import kept
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.planner import Costs, Planner
 from mtp_engine.tree import DraftTree
@@ -323,13 +324,13 @@ def test_a_collapse_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_costs_are_kept_and_damaged_files_are_not_read(tmp_path: Path) -> None:
     costs, path = Costs([0.0, 1.5], {1: 5.0, 4: 6.0}), tmp_path / "plans" / "a.json"
-    assert Costs.read(path) is None
-    costs.write(path)
-    assert Costs.read(path) == costs
+    assert kept.read(Costs, path) is None
+    kept.write(costs, path)
+    assert kept.read(Costs, path) == costs
     for damaged in ("", "{", "[]", '{"draft": [1], "verify": {"x": 1}}', '{"draft": [], "verify": {"1": 1, "2": 2}}'):
         path.write_text(damaged)
-        assert Costs.read(path) is None
-    costs.write(tmp_path / "plans")  # a folder: nothing happens
+        assert kept.read(Costs, path) is None
+    kept.write(costs, tmp_path / "plans")  # a folder: nothing happens
 
 
 def test_costs_belong_to_what_was_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

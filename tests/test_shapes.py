@@ -14,6 +14,7 @@ from test_graph_runner import KINDS, loop_of, params, solo, waves
 from mtp_engine.config import SamplingParams, TreeShape
 from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.models.mtp import MTPModule
+from mtp_engine.runtime import kept
 from mtp_engine.runtime.cuda_graph import bucket
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Landed, Request
@@ -236,12 +237,12 @@ def test_costs_are_kept(tmp_path: Path) -> None:
     costs, path = ShapeCosts(), tmp_path / "plans" / "a.json"
     for seconds in (0.3, 0.1, 0.2):
         costs.note(4, Plan(SHAPES[2], 6), seconds)
-    costs.write(path)
-    assert ShapeCosts.read(path) == costs == ShapeCosts({(4, "tree:5"): 0.1})
+    kept.write(costs, path)
+    assert kept.read(ShapeCosts, path) == costs == ShapeCosts({(4, "tree:5"): 0.1})
     for damaged in ("", "[1]", "{}x", '[["a"]]'):
         path.write_text(damaged)
-        assert ShapeCosts.read(path) is None
-    assert ShapeCosts.read(tmp_path / "none") is None
+        assert kept.read(ShapeCosts, path) is None
+    assert kept.read(ShapeCosts, tmp_path / "none") is None
 
 
 def test_shapes_are_timed_on_the_recorded_steps(models: Models) -> None:

@@ -10,9 +10,7 @@ import bisect
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import final
 
 _LOG = logging.getLogger("mtp_engine")
@@ -64,14 +62,6 @@ class Costs:
     verify_drift: _Drift = field(default_factory=_Drift)
 
     @classmethod
-    def read(cls, path: Path) -> "Costs | None":
-        """What was measured on an earlier day; None where there is no such file, or it is damaged."""
-        try:
-            return cls.parse(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-
-    @classmethod
     def parse(cls, text: str) -> "Costs":
         """What `text` gave. Raises ValueError for anything else."""
         try:
@@ -88,12 +78,6 @@ class Costs:
 
     def text(self) -> str:
         return json.dumps({"draft": self.draft, "verify": self.verify, "widen": self.widen})
-
-    def write(self, path: Path) -> None:
-        """Where that fails it is measured again next time."""
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.text(), encoding="utf-8")
 
     def verifying(self, rows: int) -> float:
         """Seconds, as they are now."""

@@ -10,10 +10,8 @@ seldom seen gets credit, so that it is tried now and then. The text cannot chang
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf, log2
-from pathlib import Path
 from typing import final
 
 from mtp_engine.config import TreeShape
@@ -44,14 +42,6 @@ class ShapeCosts:
     seconds: dict[tuple[int, str], float] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path) -> "ShapeCosts | None":
-        """What was measured on an earlier day; None where there is no such file, or it is damaged."""
-        try:
-            return cls.parse(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-
-    @classmethod
     def parse(cls, text: str) -> "ShapeCosts":
         """What `text` gave. Raises ValueError for anything else."""
         try:
@@ -61,12 +51,6 @@ class ShapeCosts:
 
     def text(self) -> str:
         return json.dumps([[*key, each] for key, each in self.seconds.items()])
-
-    def write(self, path: Path) -> None:
-        """Where that fails it is measured again next time."""
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.text(), encoding="utf-8")
 
     def note(self, batch: int, plan: Plan | str, seconds: float) -> None:
         """A step took so long; the shortest of several counts, as the others were disturbed."""
