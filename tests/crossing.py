@@ -189,6 +189,7 @@ class Crosses:
         if any(answer.output != tokens for answer, tokens in said.items()):
             outcome.problems.append("what was handed out is not what was said")
         _check_memory(loop, outcome)
+        del loop._decode  # which holds the loop
         return [requests[index] for index in range(len(asked))]
 
     def _compare(self, asked: Asked, answer: Request, sample: int, outcome: Outcome) -> str:
