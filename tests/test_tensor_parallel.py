@@ -20,6 +20,7 @@ from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape, team
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
 from mtp_engine.models.make_tiny import make_tiny
+from mtp_engine.runtime import kept
 from mtp_engine.runtime.answer import Generation
 from mtp_engine.runtime.cuda_graph import GraphRunner
 from mtp_engine.runtime.planner import Costs
@@ -103,7 +104,7 @@ def test_ranks_plan_alike(
     """All grow the same trees, whatever their own clocks and files say: here only rank 0 has a file, and its times change.
     Requests join, leave, run out of memory and come again."""
     folder, mtp = model
-    monkeypatch.setattr(Costs, "read", lambda path: Costs([0.0, 0.1, 0.2, 0.3], {1: 1.0, 4: 1.1, 16: 1.4}))
+    monkeypatch.setattr(kept, "read", lambda kind, path: Costs([0.0, 0.1, 0.2, 0.3], {1: 1.0, 4: 1.1, 16: 1.4}))
     config = replace(CONFIG, tree=TreeShape.parse("auto"), kv_tokens=140)
     with Engine.load(str(folder), config, mtp=mtp) as engine:
         engine.loop.work.times = Wavering()
