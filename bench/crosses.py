@@ -41,9 +41,8 @@ def main(
 
     logging.getLogger("mtp_engine").setLevel(logging.CRITICAL)  # steps that break off are a part of it
     most = 16 if dtype in ("auto", "int8") or device != "cpu" else 7  # fp32 is slow there
-    crosses = Crosses(model, recorded=recorded, most=most, device=device, dtype=dtype, threads=threads)
-    crosses.shared["tensor_parallel"] = (
-        tensor_parallel  # of engines with drafts; what they are compared with is one process
+    crosses = Crosses(
+        model, recorded=recorded, most=most, ranks=tensor_parallel, device=device, dtype=dtype, threads=threads
     )
     total, ends, begin, done = Counter[str](), Counter[str](), time.monotonic(), 0
     for number in range(first, first + cases):

@@ -16,6 +16,7 @@ from mtp_engine.kernels.launch import pdl
 
 _LONG = 65536  # draft vocabularies above this are split more coarsely
 _SPLIT, _LONG_SPLIT = 512, 2048  # tokens per program of `candidates`; they decide how sums round, so only n may choose
+_NOT_GROWING = {"cap": 0, "first": 0, "KEEP": 0, "GP": 1, "PRUNE": 0, "QP": 1, "DRAWN": False}  # sizes of no level
 _WARPS, _LONG_WARPS = 1, 4  # of `candidates`; one warp needs no barriers between the rounds of a top-k
 
 
@@ -85,8 +86,9 @@ def candidates(
     """
     logp = torch.empty(*logits.shape[:2], width, dtype=torch.float32, device=logits.device)
     chosen = torch.empty(logp.shape, dtype=torch.int64, device=logits.device)
-    grow = {"cap": 0, "first": 0, "KEEP": 0, "GP": 1, "PRUNE": 0, "QP": 1, "DRAWN": False}
-    _launch_candidates(logits, positions, ids, seed, temperature, arrivals, ahead, logp, chosen, (None,) * 12, grow)
+    _launch_candidates(
+        logits, positions, ids, seed, temperature, arrivals, ahead, logp, chosen, (None,) * 12, dict(_NOT_GROWING)
+    )
     return logp, chosen
 
 
@@ -138,8 +140,9 @@ def own_best(
     """What ranks that share the tokens tell each other of `candidates`, whose inputs these are: [B, F, width + 1] int64.
     The first half of `draft_level`; `shared_level` is the other."""
     chosen = torch.empty(*logits.shape[:2], width + 1, dtype=torch.int64, device=logits.device)
-    grow = {"cap": 0, "first": 0, "KEEP": 0, "GP": 1, "PRUNE": 0, "QP": 1, "DRAWN": False}
-    _launch_candidates(logits, positions, ids, seed, temperature, arrivals, ahead, None, chosen, (None,) * 12, grow)
+    _launch_candidates(
+        logits, positions, ids, seed, temperature, arrivals, ahead, None, chosen, (None,) * 12, dict(_NOT_GROWING)
+    )
     return chosen
 
 

@@ -176,6 +176,28 @@ def _finish(
 
 
 @triton.jit
+def _last_grows(
+    b, arrivals, logp, chosen, tokens, parents, depths, scores, roots, slot,
+    out_tokens, out_parents, out_depths, out_scores, ready, size, cap, first,
+    F: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr, GP: tl.constexpr, PRUNE: tl.constexpr, QP: tl.constexpr,
+):  # fmt: skip
+    """A row of request b has its candidates; the program of the last of its F rows adds the level, and finishes the tree."""
+    done = True
+    if F > 1:
+        done = arrives_last(arrivals + b, F)
+    else:
+        tl.debug_barrier()
+    if done:
+        _grow(
+            b, logp, chosen, tokens, parents, depths, scores, roots, slot, cap, first, F, WIDTH, KEEP, GP
+        )  # fmt: skip
+        _finish(
+            b, tokens, parents, depths, scores, out_tokens, out_parents, out_depths, out_scores, cap,
+            first + F + KEEP - 1, ready, size, PRUNE, QP,
+        )  # fmt: skip
+
+
+@triton.jit
 def candidates_kernel(
     logits, positions, ids, seed, temperature, arrivals, partial, sums, logp, chosen,
     tokens, parents, depths, scores, roots, slots, out_tokens, out_parents, out_depths, out_scores, ready, size,
@@ -217,19 +239,10 @@ def candidates_kernel(
         else:
             _merge(row, partial, sums, ids, logp, chosen, splits, WIDTH, WP, SP, CP)
         if KEEP > 0:
-            done = True
-            if F > 1:
-                done = arrives_last(arrivals + tl.num_programs(1) + b, F)
-            else:
-                tl.debug_barrier()
-            if done:
-                _grow(
-                    b, logp, chosen, tokens, parents, depths, scores, roots, slot, cap, first, F, WIDTH, KEEP, GP
-                )  # fmt: skip
-                _finish(
-                    b, tokens, parents, depths, scores, out_tokens, out_parents, out_depths, out_scores, cap,
-                    first + F + KEEP - 1, ready, size, PRUNE, QP,
-                )  # fmt: skip
+            _last_grows(
+                b, arrivals + tl.num_programs(1), logp, chosen, tokens, parents, depths, scores, roots, slot,
+                out_tokens, out_parents, out_depths, out_scores, ready, size, cap, first, F, WIDTH, KEEP, GP, PRUNE, QP,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -262,16 +275,7 @@ def shared_level_kernel(
     slot = 0
     if slots is not None:
         slot = tl.load(slots + b)
-    done = True
-    if F > 1:
-        done = arrives_last(arrivals + b, F)
-    else:
-        tl.debug_barrier()
-    if done:
-        _grow(
-            b, logp, chosen, tokens, parents, depths, scores, roots, slot, cap, first, F, WIDTH, KEEP, GP
-        )  # fmt: skip
-        _finish(
-            b, tokens, parents, depths, scores, out_tokens, out_parents, out_depths, out_scores, cap,
-            first + F + KEEP - 1, ready, size, PRUNE, QP,
-        )  # fmt: skip
+    _last_grows(
+        b, arrivals, logp, chosen, tokens, parents, depths, scores, roots, slot,
+        out_tokens, out_parents, out_depths, out_scores, ready, size, cap, first, F, WIDTH, KEEP, GP, PRUNE, QP,
+    )  # fmt: skip

@@ -100,10 +100,14 @@ class Outcome:
 @final
 class Crosses:
     """Cases over one model. recorded: on a CPU, in fp32, with the steps of a GPU, which are recorded ahead; most: requests of
-    a case; shared: what all engines have, such as the device and the dtype."""
+    a case; ranks: of the engines of cases, while what they are compared with is one process; shared: what all engines have,
+    such as the device and the dtype."""
 
-    def __init__(self, model: str, *, recorded: bool = False, most: int = 16, **shared: Any) -> None:
-        self.model, self._recorded, self._most, self.shared = model, recorded, most, shared
+    def __init__(
+        self, model: str, *, recorded: bool = False, most: int = 16, ranks: int = 1, **shared: Any
+    ) -> None:  # fmt: skip
+        self.model, self._recorded, self._most = model, recorded, most
+        self._shared = {**shared, "tensor_parallel": ranks}
         self._alone = Engine.load(model, EngineConfig(
             drafter="root", max_batch=1, prefix_cache=False, steps_in_flight=1, max_context=384, **shared,
         ))  # fmt: skip
@@ -121,7 +125,7 @@ class Crosses:
             steps_in_flight=rng.choice([1, 2, 2, 3]), max_batch=rng.choice([1, 2, 4, 8, 8]),
             prefix_cache=rng.random() < 0.7, prefix_cache_gb=rng.choice([0.002, 0.004, 0.1]), page_size=rng.choice([4, 16, 64]),
             prefill_chunk=rng.choice([16, 33, 128, 0]), kv_tokens=rng.choice([0, 240, 256]), max_context=384,
-            draft_vocab=rng.choice([None, None, 0, 300]), **self.shared,
+            draft_vocab=rng.choice([None, None, 0, 300]), **self._shared,
         )  # fmt: skip
 
     def asked(self, rng: random.Random) -> list[Asked]:
@@ -146,11 +150,11 @@ class Crosses:
         outcome, asked = Outcome(self.config(rng)), self.asked(rng)
         breaks = rng.choice([0, 0, 0, 1, 2]) if outcome.config.tensor_parallel == 1 else 0  # of one rank ends them all
         outcome.breaks = frozenset(rng.randrange(30) for _ in range(breaks))
-        if outcome.config.drafter == "ngram" or outcome.config.drafter == "root":
+        if outcome.config.drafter != "mtp":
             asked = [replace(each, params=replace(each.params, tree=None)) for each in asked]
         with Engine.load(self.model, outcome.config) as engine:
             if self._recorded:
-                _record(engine)
+                _record(engine, self.model)
             requests = self._run(engine, asked, outcome)
             for index, (each, request) in enumerate(zip(asked, requests, strict=True)):
                 for sample, answer in enumerate((request, *request.others)):
@@ -232,15 +236,17 @@ class Crosses:
         return all(abs(a.logprob - b.logprob) < 1e-3 for a, b in zip(ours, theirs, strict=True))
 
 
-def _record(engine: Engine) -> None:
+def _record(engine: Engine, model: str) -> None:
     """From now on its steps are recorded, as on a GPU."""
     config, device = engine.config, torch.device("cpu")
     backend = replace(
         engine.backend, levels=None, in_flight=config.steps_in_flight, scratch_tokens=SCRATCH_TOKENS,
         runner=lambda slots: partial(GraphRunner, in_flight=config.steps_in_flight, scratch=slots, device=device),
     )  # fmt: skip
-    files = hub.locate(hub.NANO)
-    drafter = make_drafter(replace(files, mtp_folder=files.folder), engine.model, config, backend, hub.silent)
+    files = hub.locate(model)
+    drafter = make_drafter(
+        replace(files, mtp_folder=files.mtp_folder or files.folder), engine.model, config, backend, hub.silent
+    )
     slots, tokenizer = config.max_batch, engine.tokenizer
     engine.loop = make_loop(engine.model, drafter, config, backend, slots=slots, tokenizer=tokenizer)
 

@@ -9,8 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mtp_engine.config import SamplingParams
 from mtp_engine.parallel.group import Group, joined, ordered_sum
 from mtp_engine.parallel.shard import Shard
+from mtp_engine.sampling.batch import Batch, SamplingBatch
+from mtp_engine.tree import DraftTree
 
 T = TypeVar("T")
 
@@ -74,3 +77,15 @@ def together(size: int, work: Callable[[Group], T], *, in_turns: bool = False) -
         for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
             raise error
         return [future.result() for future in futures]
+
+
+def nearly_tied() -> tuple[Tensor, DraftTree, Batch]:
+    """Logits [3, 4, 64] with many ties, drafts, and requests at three temperatures."""
+    torch.manual_seed(0)
+    logits = (torch.randn(3, 4, 64) * 2).round()  # many ties
+    logits[0, 0, [3, 40]] = 50.0
+    tree = DraftTree.chain(torch.randint(64, (3, 4)), torch.tensor([4, 4, 2]))
+    params = [SamplingParams(temperature=t) for t in (0.0, 0.8, 1.3)]
+    sampling = SamplingBatch.build(params, [5, 6, 7], torch.device("cpu"))
+    batch = Batch(torch.arange(3), tree.tokens[:, 0].contiguous(), torch.tensor([9, 4, 77]), 80, sampling)
+    return logits, tree, batch

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import together
+from ranks import nearly_tied, together
 from test_parallel import WIDE
 from torch import Tensor
 
@@ -104,13 +104,7 @@ def test_who_waits_for_nobody_is_released(tmp_path: Path) -> None:
 
 def test_ranks_choose_what_one_process_chooses() -> None:
     """From the same logits: every node's token, ties and temperatures included, and a drafter's tree, in two levels."""
-    torch.manual_seed(0)
-    logits = (torch.randn(3, 4, 64) * 2).round()  # many ties
-    logits[0, 0, [3, 40]] = 50.0
-    tree = DraftTree.chain(torch.randint(64, (3, 4)), torch.tensor([4, 4, 2]))
-    params = [SamplingParams(temperature=t) for t in (0.0, 0.8, 1.3)]
-    sampling = SamplingBatch.build(params, [5, 6, 7], CPU)
-    batch = Batch(torch.arange(3), tree.tokens[:, 0].contiguous(), torch.tensor([9, 4, 77]), 80, sampling)
+    logits, tree, batch = nearly_tied()
     scores = torch.randn(3, 4, 64)
 
     def chosen(group: Group) -> tuple[VerifyResult, Growth, DraftTree]:

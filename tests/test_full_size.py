@@ -36,9 +36,7 @@ def test_the_plan() -> None:
     assert longest["fits"] == []  # 64 requests of 256K tokens
     assert first["floor_ms"]["H200"] == pytest.approx(2.94, abs=0.02)
     [plain] = (row for row in rows if (row["batch"], row["context"], row["tree"]) == (1, 1024, None))
-    assert plain["read_gb"] == pytest.approx(
-        17.2 / 4, rel=0.05
-    )  # ../shared/mimo-v2-flash.md says of one GPU; routers are whole
+    assert plain["read_gb"] == pytest.approx(17.2 / 4, rel=0.05)  # that many GB a token on one GPU; routers are whole
 
 
 @pytest.mark.parametrize("alone", [False, True])

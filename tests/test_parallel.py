@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import together
+from ranks import nearly_tied, together
 from real_config import REAL
 from test_decode_loop import make_loop
 from tiny import write_llama, write_mtp
@@ -46,8 +46,8 @@ from mtp_engine.runtime.interrupts import uninterrupted
 from mtp_engine.runtime.lead import LedLoop
 from mtp_engine.runtime.memory import Memory
 from mtp_engine.runtime.step import ModelStep
-from mtp_engine.sampling.batch import Batch, Plan, SamplingBatch
-from mtp_engine.tree import DraftTree, VerifyResult
+from mtp_engine.sampling.batch import Plan
+from mtp_engine.tree import VerifyResult
 from mtp_engine.verifiers import MatchVerifier, ShardedMatchVerifier
 
 CPU = torch.device("cpu")
@@ -173,13 +173,7 @@ def test_packed_scores_keep_their_order(values: list[float]) -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_choose_what_one_process_chooses(size: int) -> None:
     """From the same logits: the main model's token at every node, ties and temperatures included, and a drafter's tree."""
-    torch.manual_seed(0)
-    logits = (torch.randn(3, 4, 64) * 2).round()  # many ties
-    logits[0, 0, [3, 40]] = 50.0
-    tree = DraftTree.chain(torch.randint(64, (3, 4)), torch.tensor([4, 4, 2]))
-    params = [SamplingParams(temperature=t) for t in (0.0, 0.8, 1.3)]
-    sampling = SamplingBatch.build(params, [5, 6, 7], CPU)
-    batch = Batch(torch.arange(3), tree.tokens[:, 0], torch.tensor([9, 4, 77]), 80, sampling)
+    logits, tree, batch = nearly_tied()
     level = Level(logits[:, :1], torch.arange(64), 1, 3, 3)
 
     def chosen(group: Group) -> tuple[VerifyResult, Growth]:
