@@ -43,7 +43,7 @@ def test_trees_are_drafted_and_verified_under_a_constraint(models: Models, name:
 
     def spied(batch: Any) -> DraftTree:
         tree = draft(batch)
-        trees.append((tree, [(c := r.trail.constraint) and (c, list(c.answer)) for r in loop._members.requests]))
+        trees.append((tree, [(c := r.trail.constraint) and (c, list(c.answer)) for r in loop._members[0].requests]))
         return tree
 
     drafter.draft = spied  # type: ignore[method-assign]
@@ -177,9 +177,7 @@ def test_masks_of_many_nodes_are_those_of_each_alone() -> None:
     schema = json.dumps({"type": "array", "items": {"type": "string", "maxLength": 6}, "minItems": 2})
     with Engine.load("mimo-nano", EngineConfig(device="cpu", threads=1, max_context=64)) as engine:
         model, tokenizer = engine.model, engine.tokenizer
-        grammars, copying = (
-            Grammars(tokenizer.folder, model.vocab_size, tokenizer.eos_ids).start for _ in range(2)
-        )
+        grammars, copying = (Grammars(tokenizer.folder, model.vocab_size, tokenizer.eos_ids).start for _ in range(2))
         structures = [Structure(regex="[a-z]{1,3}"), Structure(json=schema, within=40), Structure(json=schema)]
         states = [grammars(each) for each in structures]
         alone = [copying(each) for each in structures]

@@ -14,7 +14,7 @@ from mtp_engine.runtime.step import Said
 from mtp_engine.sampling.masks import Guide
 from mtp_engine.tree import DraftTree
 
-_HIDDEN = 16  # masks that take the host no longer than the model runs
+_HIDDEN = 8  # masks that take the host no longer than the model runs
 
 
 def _truncates(params: SamplingParams) -> bool:
