@@ -102,9 +102,10 @@ class Structures:
             return
         self._settle()
         self._any = bool(chains)
-        self._chains.zero_()
+        written = self._chains.numpy()
+        written[:] = 0
         for row, chain in chains.items():
-            self._chains[row, : 1 + len(chain)] = torch.tensor([len(chain), *chain])
+            written[row, : 1 + len(chain)] = len(chain), *chain
         self._forced.copy_(self._chains, non_blocking=True)
         self._copied = self._mark()
         self._copied.record()
