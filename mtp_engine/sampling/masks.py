@@ -97,7 +97,7 @@ class Guide:
             begins, self.failed = dict.fromkeys(self.rows, 0), {}
         written = masks.numpy()
         for row, begin in begins.items():
-            paths, behind = [()], {begin}
+            paths, behind = list[tuple[int, ...]]([()]), {begin}
             for node in range(sizes[row]):
                 if node:
                     paths.append((*paths[parents[row][node]], tokens[row][node]))
