@@ -67,17 +67,19 @@ class Missing:
         if not self._found:
             return
         waking().join()  # what it does is done once, and not by all threads
-        new = [each for each in self._found.values() if not _kept(*each)]
+        found = list(self._found.values())
+        new = [each for each in found if not _kept(*each)]
         if len(new) >= _MANY and threads > 1:
-            _in_processes(new, threads, lambda number: progress("compiling kernels", number, len(self._found)))
+            _in_processes(new, threads, lambda number: progress("compiling kernels", number, len(new)))
+            new = [each for each in new if not _kept(*each)]
         with ThreadPoolExecutor(threads) as pool:
-            done = [pool.submit(_compile_on, device, *each) for each in self._found.values()]
+            done = [pool.submit(_compile_on, device, *each) for each in new]
             for number, _ in enumerate(as_completed(done)):
-                progress("compiling kernels", number, len(done))
-        for each in done:
+                progress("compiling kernels", number, len(new))
+        for each in found:
             with suppress(Exception), torch.cuda.device(device):
-                each.result().run  # noqa: B018  which loads it
-        progress("compiling kernels", len(done), len(done))
+                _made(*each).run  # noqa: B018  which loads it
+        progress("compiling kernels", len(found), len(found))
 
 
 def _compile(function: Any, how: dict[str, Any]) -> Any:
@@ -86,17 +88,20 @@ def _compile(function: Any, how: dict[str, Any]) -> Any:
     The launcher is made, too, which a C compiler does, but not kept: all launchers are modules of one name, and of two that
     threads load at a time either may be handed out for the other. They are loaded one after the other, from the disk.
     """
-    kernel = function._do_compile(
-        how["key"],
-        how["signature"],
-        how["device"],
-        how["constants"],
-        _options(function, how),
-        how["configs"][0],
-        warmup=True,
-    )
+    kernel = _read(function, how)
     driver.active.launcher_cls(kernel.src, kernel.metadata)
     return kernel
+
+
+def _read(function: Any, how: dict[str, Any]) -> Any:
+    """The kernel, from Triton's disk if it is there."""
+    options, attributes = _options(function, how), how["configs"][0]
+    given = how["key"], how["signature"], how["device"], how["constants"], options, attributes
+    return function._do_compile(*given, warmup=True)
+
+
+def _made(function: Any, how: dict[str, Any]) -> Any:
+    return function.device_caches[how["device"]][0].get(how["key"]) or _read(function, how)
 
 
 def _compile_on(device: torch.device, function: Any, how: dict[str, Any]) -> Any:

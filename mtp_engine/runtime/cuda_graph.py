@@ -195,7 +195,7 @@ class GraphRunner:
         marks[0].record()
         tree = step.parts.draft()
         marks[1].record()
-        drafted = self._structures.begin(tree, members)
+        drafted = self._structures.begin(tree, members) if step.given else None
         # what has landed needs no waiting for
         known = drafted is not None and all(members.requests[row].in_flight == 1 for row in drafted.guide.rows)
         if drafted and known:
