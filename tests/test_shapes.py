@@ -302,7 +302,8 @@ def test_a_shape_that_was_never_tried_is_not_judged_by_other_texts() -> None:
     """Small batches after large ones in which few drafts were accepted, and for which trees are not on offer: what was learned
     there of requests stands for all shapes alike, and the largest tree, which is worth it, is found."""
     offers = [
-        Offer(TreeShape.parse("chain:3"), 4), Offer(TreeShape.parse("tree:7"), 8, 1, 16), Offer(TreeShape.parse("tree:15"), 16, 1, 2)
+        Offer(TreeShape.parse("chain:3"), 4), Offer(TreeShape.parse("tree:7"), 8, 1, 16),
+        Offer(TreeShape.parse("tree:15"), 16, 1, 2),
     ]  # fmt: skip
     seconds = {
         (1, "plain"): 0.58, (1, "chain:3"): 0.76, (1, "tree:7"): 0.78, (1, "tree:15"): 0.80,
