@@ -43,16 +43,19 @@ def plan_parts(kinds: Sequence[str], batches: Sequence[int], contexts: Sequence[
     chain, plain = (CHAIN, FORCED[0]), (None, 0.0)
     pairs: list[tuple[int, int, str | None, float]] = [(b, first, *way) for b in batches for way in (chain, plain)]
     pairs += [(b, first, "tree:15", 0.0) for b in batches[:2]]
-    pairs += [(b, c, *way) for b in batches[:2] for c in longer[::-1] for way in (chain, plain)]
+    pairs += [(b, c, *way) for c in longer[::-1] for b in batches[1::-1] for way in (chain, plain)]
     pairs += [(b, first, CHAIN, FORCED[1]) for b in batches]
     pairs += [(b, c, *chain) for c in longer for b in batches[2:]]
     pairs += [(b, c, *plain) for c in longer for b in batches[2:]]
     steps = [{"part": "step", "batch": b, "context": c, "tree": tree, "forced": forced} for b, c, tree, forced in pairs]
     first_steps, others = (steps[:2], steps[2:]) if "steps" in kinds else ([], [])
+    profiles = [{"part": "profile", "batch": b, "context": first, "tree": CHAIN} for b in (batches[0], batches[-1])]
     sums, more = (
-        [{"part": kind} for kind in kinds if kind != "steps" and (kind == "all_reduce") == a] for a in (True, False)
+        [{"part": kind} for kind in ("all_reduce", "layers") if kind in kinds and (kind == "all_reduce") == a]
+        for a in (True, False)
     )
-    return [*sums, *first_steps, *more, *others]
+    begun, ended = (profiles[:1], profiles[1:]) if "profile" in kinds else ([], [])
+    return [*sums, *first_steps, *more, *begun, *others[: 2 * len(batches)], *ended, *others[2 * len(batches) :]]
 
 
 def planned(name: str, layers: int, ranks: int, parts: Sequence[Part]) -> dict[str, Any]:
@@ -173,7 +176,9 @@ def _last_words(processes: Sequence["subprocess.Popen[bytes]"], logs: Sequence[A
 @click.option("--ranks", default=8, show_default=True, type=SOME)
 @click.option("--alone", is_flag=True, help="One GPU does the work of one rank, and sums with itself.")
 @click.option("--dry-run", is_flag=True, help="The plan only: memory of each GPU, and what the bytes take.")
-@click.option("--parts", "kinds", default="all_reduce,steps", show_default=True, help="Also: layers, one by one.")
+@click.option(
+    "--parts", "kinds", default="all_reduce,steps", show_default=True, help="Also: layers, one by one; profile."
+)
 @click.option("--batch", "batches", multiple=True, type=SOME, default=[1, 8, 32, 64], show_default=True)
 @click.option("--context", "contexts", multiple=True, type=SOME, default=[1 << 10, 1 << 14, 1 << 16, 1 << 18])
 @click.option("--steps", default=24, show_default=True, type=SOME)
