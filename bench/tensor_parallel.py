@@ -104,7 +104,7 @@ def on_gpus(kind: str, ranks: int, layers: int, batches: Sequence[int], seconds:
         "exchange": [("tiny", 0, ranks, exchange)],
         "7b": [
             ("mimo-7b", 0, 1, steps(batches)),
-            ("mimo-7b", 0, ranks, [*exchange[1:], *steps(batches), texts, profile]),
+            ("mimo-7b", 0, ranks, [*exchange[1:], *steps(batches), profile, texts]),
         ],
         "smol": [("smol", 0, ranks, [texts])],
         "flash": [("mimo-v2-flash", layers, ranks, [*steps((1,)), {"part": "layers"}, profile])],
