@@ -38,24 +38,27 @@ Part = dict[str, Any]
 
 
 def plan_parts(kinds: Sequence[str], batches: Sequence[int], contexts: Sequence[int]) -> list[Part]:
-    """What matters most comes first: whole steps at the shortest context, wider trees, longer contexts of few requests."""
+    """What matters most comes first: whole steps at the shortest context, wider trees, single layers (whose kernels these have
+    compiled by then), longer contexts of few requests."""
     first, *longer = contexts
     chain, plain = (CHAIN, FORCED[0]), (None, 0.0)
-    pairs: list[tuple[int, int, str | None, float]] = [(b, first, *way) for b in batches for way in (chain, plain)]
-    pairs += [(b, first, "tree:15", 0.0) for b in batches[:2]]
-    pairs += [(b, c, *way) for c in longer[::-1] for b in batches[1::-1] for way in (chain, plain)]
-    pairs += [(b, first, CHAIN, FORCED[1]) for b in batches]
-    pairs += [(b, c, *chain) for c in longer for b in batches[2:]]
-    pairs += [(b, c, *plain) for c in longer for b in batches[2:]]
-    steps = [{"part": "step", "batch": b, "context": c, "tree": tree, "forced": forced} for b, c, tree, forced in pairs]
-    first_steps, others = (steps[:2], steps[2:]) if "steps" in kinds else ([], [])
+    shortest = [(b, first, *way) for b in batches for way in (chain, plain)]
+    wider = [(b, first, "tree:15", 0.0) for b in batches[:2]]
+    others = [(b, c, *way) for c in longer[::-1] for b in batches[1::-1] for way in (chain, plain)]
+    others += [(b, first, CHAIN, FORCED[1]) for b in batches]
+    others += [(b, c, *way) for way in (chain, plain) for c in longer for b in batches[2:]]
+    steps = [
+        [{"part": "step", "batch": b, "context": c, "tree": tree, "forced": forced} for b, c, tree, forced in pairs]
+        if "steps" in kinds
+        else []
+        for pairs in (shortest, wider, others)
+    ]
     profiles = [{"part": "profile", "batch": b, "context": first, "tree": CHAIN} for b in (batches[0], batches[-1])]
-    sums, more = (
-        [{"part": kind} for kind in ("all_reduce", "layers") if kind in kinds and (kind == "all_reduce") == a]
-        for a in (True, False)
+    sums, layers, profiles = (
+        [part for part in parts if part["part"] in kinds]
+        for parts in ([{"part": "all_reduce"}], [{"part": "layers"}], profiles)
     )
-    begun, ended = (profiles[:1], profiles[1:]) if "profile" in kinds else ([], [])
-    return [*sums, *first_steps, *more, *begun, *others[: 2 * len(batches)], *ended, *others[2 * len(batches) :]]
+    return [*sums, *steps[0], *profiles[:1], *steps[1], *layers, *profiles[1:], *steps[2]]
 
 
 def planned(name: str, layers: int, ranks: int, parts: Sequence[Part]) -> dict[str, Any]:
