@@ -115,7 +115,13 @@ def reduce(
 
 
 def _few(
-    x: Tensor, residual: Tensor | None, out: Tensor, boxes: Boxes, width: int, weights: Tensor | None = None, terms: int = 0
+    x: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    boxes: Boxes,
+    width: int,
+    weights: Tensor | None = None,
+    terms: int = 0,
 ) -> None:
     """Sums of fp32; gathers int32."""
     sums = x.dtype == torch.float32
