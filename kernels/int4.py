@@ -10,14 +10,17 @@ The numbers of two groups share their bytes: the first's are the low halves and 
 byte apart into operands of two products, and no number changes its place.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 from typing import final
 
 import torch
 from torch import Tensor
 
-GROUP = 64
+from mtp_engine.kernels.experts import ExpertStack
+
+GROUP = 64  # columns, where there are enough
+LEAST = 32  # whatever is in 4 bits has a multiple of so many columns: two groups of the smallest size
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the scale that reaches a group's largest weight; the one that errs least is kept
 
 
@@ -31,16 +34,19 @@ class Int4Stack:
     group: int
 
     @classmethod
-    def of(cls, count: int, matrix: Callable[[int], Tensor]) -> "Int4Stack":
-        """Quantise, one by one, `count` matrices [R, C] on one device. Raises ValueError for a C that has no groups."""
-        data, scale, group = [], [], 0
+    def of(cls, stack: ExpertStack, count: int) -> "Int4Stack":
+        """A stack of `count` matrices [R, C], quantised one by one; one that is already is returned. Raises ValueError for a C
+        that has no groups."""
+        if isinstance(stack, cls):
+            return stack
+        weight = stack.matrix(0, torch.float32)
+        (rows, columns), group = weight.shape, group_of(weight.shape[1])
+        data = torch.empty(count, rows, columns // 2, dtype=torch.uint8, device=weight.device)
+        scale = torch.empty(count, rows, columns // group, dtype=torch.bfloat16, device=weight.device)
         for expert in range(count):
-            weight = matrix(expert).float()
-            group = group_of(weight.shape[1])
-            numbers, scales = quantise(weight, group)
-            data.append(pack(numbers, group))
-            scale.append(scales)
-        return cls(torch.stack(data), torch.stack(scale), group)
+            numbers, scale[expert] = quantise(stack.matrix(expert, torch.float32).float(), group)
+            data[expert] = pack(numbers, group)
+        return cls(data, scale, group)
 
     def matrix(self, index: int, dtype: torch.dtype) -> Tensor:
         """Expert `index`'s, dequantised: [R, C]."""
@@ -49,11 +55,10 @@ class Int4Stack:
 
 
 def group_of(columns: int) -> int:
-    """Columns of a group: 64, or fewer where `columns` is no multiple of two such groups. Raises ValueError below 16."""
-    for group in (GROUP, GROUP // 2, GROUP // 4):
-        if columns % (2 * group) == 0:
-            return group
-    raise ValueError(f"{columns} columns cannot be held in 4 bits: they are no multiple of {GROUP // 2}")
+    """Columns of a group, two of which divide `columns`. Raises ValueError where they would be too small."""
+    if columns % LEAST:
+        raise ValueError(f"{columns} columns cannot be held in 4 bits: they are no multiple of {LEAST}")
+    return gcd(columns, 2 * GROUP) // 2
 
 
 def quantise(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:

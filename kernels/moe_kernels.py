@@ -187,6 +187,18 @@ def _unpack(packed):
 
 
 @triton.jit
+def _fetch(at):
+    """tl.load of int32, in whatever layout the result is wanted: a load has its own, and the way out of it two barriers."""
+    if _INTERPRETED:
+        value = tl.load(at)
+    else:
+        value = tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return value
+
+
+@triton.jit
 def _product_int4(x, rows, live, w, first, scale, C: tl.constexpr, WIDTH: tl.constexpr, UNROLL: tl.constexpr):
     """As `_product`, of weights in 4 bits. w: [., C / 2], two groups in WIDTH / 2 bytes; scale: [., C / WIDTH], their two bf16
     scales in each int32."""
@@ -195,13 +207,13 @@ def _product_int4(x, rows, live, w, first, scale, C: tl.constexpr, WIDTH: tl.con
     w_at = w + first[:, None] * (C // 2) + k
     scale_at = scale + first * (C // WIDTH)
     total = tl.zeros([first.shape[0], rows.shape[0]], tl.float32)
-    ahead = tl.load(scale_at)
+    ahead = _fetch(scale_at)
     for block in tl.range(0, C // WIDTH, loop_unroll_factor=UNROLL):
         low, high = _unpack(tl.load(w_at + block * (WIDTH // 2)))
         part0 = tl.load(x_at + block * WIDTH, live[:, None], other=0.0)
         part1 = tl.load(x_at + block * WIDTH + WIDTH // 2, live[:, None], other=0.0)
         both = ahead
-        ahead = tl.load(scale_at + tl.minimum(block + 1, C // WIDTH - 1))  # a block early: it is not waited for
+        ahead = _fetch(scale_at + tl.minimum(block + 1, C // WIDTH - 1))  # a block early: it is not waited for
         total += tl.dot(low, part0.T) * (both << 16).to(tl.float32, bitcast=True)[:, None]
         total += tl.dot(high, part1.T) * (both & -65536).to(tl.float32, bitcast=True)[:, None]
     return total
