@@ -39,16 +39,16 @@ def read_config(folder: Path, window_keys: int = 0, experts: Experts = "auto") -
     """
     family, fields = _family(folder)
     config: ModelConfig = family.parse(fields, window_keys)
-    return config if experts == "auto" else _in_4_bits(config, folder)
+    return config if experts == "auto" else with_int4(config, str(folder))
 
 
-def _in_4_bits(config: ModelConfig, folder: Path) -> ModelConfig:
-    """Raises EngineError where there are no experts that 4 bits can hold."""
+def with_int4(config: ModelConfig, where: str) -> ModelConfig:
+    """The same with experts in 4 bits. Raises EngineError about `where` if there are none that 4 bits can hold."""
     wide = [layer.intermediate for layer in config.layers if layer.moe]
     if not wide:
-        raise EngineError(f"{folder}: the model has no experts to be held in 4 bits; leave --experts out")
+        raise EngineError(f"{where}: the model has no experts to be held in 4 bits; leave --experts out")
     if odd := [columns for columns in (config.hidden_size, *wide) if columns % LEAST]:
-        raise EngineError(f"{folder}: 4 bits take experts of a multiple of {LEAST} columns, not {odd[0]}; leave --experts out")
+        raise EngineError(f"{where}: 4 bits take experts of a multiple of {LEAST} columns, not {odd[0]}; leave --experts out")
     layers = (replace(layer, moe=layer.moe and replace(layer.moe, int4=True)) for layer in config.layers)
     return replace(config, layers=tuple(layers))
 
