@@ -193,7 +193,6 @@ class RandomWeights:
         scale = self._draw((count, *grid.shape[1:]), torch.float32, 0.1).add_(1.0).clamp_(min=0.5)
         return BlockMatrix(data, scale.mul_(cut.width**-0.5 / _FP8_SPREAD), rows.to(self.device), self._block)
 
-
     def _int4(self, count: int, cut: Cut) -> Int4Stack:
         rows, columns = cut.shape
         group, spread = group_of(columns), 2.7  # of numbers from -8 to 7

@@ -21,7 +21,7 @@ from mtp_engine.kernels.experts import ExpertStack
 
 GROUP = 64  # columns, where there are enough
 LEAST = 32  # whatever is in 4 bits has a multiple of so many columns: two groups of the smallest size
-_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the scale that reaches a group's largest weight; the one that errs least is kept
+_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the scale that reaches a group's largest weight, one of which errs least
 
 
 @final

@@ -283,7 +283,9 @@ def down_kernel(h, w, scale, table, slots, pairs, y, M, S: tl.constexpr, H: tl.c
         if FORMAT == "int4":
             value = _product_int4(h, pair, t < count, w, first, scale, INNER, WIDTH, UNROLL)
         else:
-            value = _product(h, pair, t < count, w, first, scale, scale, first < 0, INNER, WIDTH, FORMAT == "fp8", UNROLL)
+            value = _product(
+                h, pair, t < count, w, first, scale, scale, first < 0, INNER, WIDTH, FORMAT == "fp8", UNROLL
+            )
         tl.store(y + pair * H + first[:, None], value, tl.broadcast_to((t < count)[None, :], [COLUMNS, TOKENS]))
         start += TOKENS
 

@@ -45,9 +45,8 @@ class Layer(NamedTuple):
 def stack(shape: Shape, sizes: list[int], columns: int, kind: str) -> moe.Stack:
     """One matrix of sum(sizes) x columns per expert, drawn and quantised expert by expert: real ones are large."""
     if kind == "int4":
-        return Int4Stack.of(
-            shape.experts, lambda _: torch.randn(sum(sizes), columns, device=DEVICE) * columns**-0.5
-        )
+        drawn = torch.randn(shape.experts, sum(sizes), columns, device=DEVICE) * columns**-0.5
+        return Int4Stack.of(PlainStack(drawn), shape.experts)
     table = plain_rows(sizes, shape.block)
     plain, data, scale = [], [], []
     for _ in range(shape.experts):
@@ -208,7 +207,7 @@ def test_every_fp8_value_is_widened_exactly() -> None:
 
 
 def test_every_number_of_4_bits_is_widened_exactly() -> None:
-    """Down projections of one-hot rows read the weights out: every number in both halves of a byte, under scales of both signs."""
+    """Down projections of one-hot rows read the weights out: every number in both halves of a byte, scales of both signs."""
     numbers = torch.arange(-8, 8).repeat(4)[torch.randperm(64, generator=torch.Generator().manual_seed(0))]
     numbers = torch.stack([numbers.roll(shift) for shift in range(32)]).float()  # [32, 64]: two groups of 32
     scale = torch.tensor([0.5, -3.0]).bfloat16().expand(1, 32, 2).contiguous()

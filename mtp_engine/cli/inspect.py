@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     "--tensor-parallel", "ranks", default=1, type=click.IntRange(1), help="Show what each of so many GPUs would hold."
 )
 @click.option(
-    "--experts", default="auto", type=click.Choice(["auto", "int4"]), help="Show what memory takes with experts in 4 bits."
+    "--experts",
+    default="auto",
+    type=click.Choice(["auto", "int4"]),
+    help="Show what memory takes with experts in 4 bits.",
 )
 @click.option(
     "--json", "json_file", metavar="FILE", help="Also write all of it as JSON; - for stdout, and nothing else there."
@@ -116,7 +119,10 @@ def _share(report: "ModelReport") -> list[tuple[str, str]]:
     fits = ", ".join(f"{'fits' if fits else 'does not fit'} {size}" for size, fits in share.gpus.items())
     kv = f"{share.kv_per_token:,} bytes per token, {decimal(share.kv_per_sequence)} per sequence"
     return [
-        (f"each of {share.ranks}" if share.ranks > 1 else "in memory", f"{decimal(sum(share.weights.values()))} ({parts})"),
+        (
+            f"each of {share.ranks}" if share.ranks > 1 else "in memory",
+            f"{decimal(sum(share.weights.values()))} ({parts})",
+        ),
         ("its KV", f"{kv}, {share.kv_full_context / 2**30:.2f} GiB at full context, all in bf16"),
         ("its memory", fits),
     ]

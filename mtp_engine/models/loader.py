@@ -48,7 +48,9 @@ def with_int4(config: ModelConfig, where: str) -> ModelConfig:
     if not wide:
         raise EngineError(f"{where}: the model has no experts to be held in 4 bits; leave --experts out")
     if odd := [columns for columns in (config.hidden_size, *wide) if columns % LEAST]:
-        raise EngineError(f"{where}: 4 bits take experts of a multiple of {LEAST} columns, not {odd[0]}; leave --experts out")
+        raise EngineError(
+            f"{where}: 4 bits take experts of a multiple of {LEAST} columns, not {odd[0]}; leave --experts out"
+        )
     layers = (replace(layer, moe=layer.moe and replace(layer.moe, int4=True)) for layer in config.layers)
     return replace(config, layers=tuple(layers))
 
