@@ -111,14 +111,10 @@ def gate_up(y: Tensor, routing: Routing, stack: Stack, tile: Tile = GATE_UP) -> 
     return h
 
 
-def down(h: Tensor, routing: Routing, stack: Stack, residual: Tensor | None, tile: Tile = DOWN) -> Tensor:
-    """residual + the weighted sum of down(h) over each token's experts, in ascending order, rounded once at the end.
-
-    h: [M * k, I] from `gate_up`, which must have run since `route`; stack: [E, H, I]; residual: [M, H]. Returns [M, H]
-    in residual's dtype; without one in fp32, for ranks that share the experts to sum.
-    """
+def products(h: Tensor, routing: Routing, stack: Stack, tile: Tile = DOWN) -> Tensor:
+    """down(h) of every pair, [M * k, H] fp32. h: [M * k, I] from `gate_up`, which must have run since `route`; stack: [E, H, I]."""
     weight, scale, table, kind = _parts(stack)
-    tokens, per_token = routing.weights.shape
+    tokens = len(routing.weights)
     hidden, inner = weight.shape[1], h.shape[1]
     columns, width = _cut(hidden, inner, tile, stack)
     y = torch.empty(len(h), hidden, dtype=torch.float32, device=h.device)
@@ -127,9 +123,15 @@ def down(h: Tensor, routing: Routing, stack: Stack, residual: Tensor | None, til
         kind, columns, width, _tile_tokens(tokens, tile), tile.unroll,
         4 if weight.shape[2] * weight.itemsize >= 512 else 1, pdl(),
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl())  # fmt: skip
-    out = torch.empty_like(residual) if residual is not None else y.new_empty(tokens, hidden)
+    return y
+
+
+def down(h: Tensor, routing: Routing, stack: Stack, residual: Tensor, tile: Tile = DOWN) -> Tensor:
+    """residual + the weighted sum of `products` over each token's experts, in ascending order, rounded once at the end.
+    residual: [M, H]. Returns [M, H] in its dtype."""
+    (tokens, hidden), y, out = residual.shape, products(h, routing, stack, tile), torch.empty_like(residual)
     sum_kernel[(cdiv(hidden, _SUM_COLUMNS), tokens)](
-        y, routing.weights, residual, out, hidden, per_token, _SUM_COLUMNS, pdl(), launch_pdl=pdl())  # fmt: skip
+        y, routing.weights, residual, out, hidden, routing.weights.shape[1], _SUM_COLUMNS, pdl(), launch_pdl=pdl())  # fmt: skip
     return out
 
 

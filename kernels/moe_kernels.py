@@ -301,7 +301,7 @@ def _prefetch(rows, LINES: tl.constexpr):
 
 @triton.jit
 def sum_kernel(y, weights, residual, out, H: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr):
-    """out[m] = residual[m], if there is one, + sum over k of weights[m, k] * y[m, k], k ascending, rounded once."""
+    """out[m] = residual[m] + sum over k of weights[m, k] * y[m, k], k ascending, rounded once."""
     m = tl.program_id(1)
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     if PDL:
@@ -310,6 +310,5 @@ def sum_kernel(y, weights, residual, out, H: tl.constexpr, K: tl.constexpr, COLU
     total = tl.zeros([COLUMNS], tl.float32)
     for k in tl.static_range(K):
         total += tl.load(weights + m * K + k) * tl.load(y + (m * K + k) * H + n, n < H, other=0.0)
-    if residual is not None:
-        total += tl.load(residual + m * H + n, n < H, other=0.0).to(tl.float32)
+    total += tl.load(residual + m * H + n, n < H, other=0.0).to(tl.float32)
     tl.store(out + m * H + n, total.to(out.dtype.element_ty), n < H)

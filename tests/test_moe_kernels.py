@@ -216,7 +216,7 @@ def test_every_number_of_4_bits_is_widened_exactly() -> None:
     experts, pairs = torch.zeros(64, 1), torch.arange(64)[None]
     slots = torch.tensor([64 << 32], device=DEVICE)
     routing = moe.Routing(torch.ones(64, 1, device=DEVICE), experts.int().to(DEVICE), slots, pairs.int().to(DEVICE))
-    out = moe.down(one_hot, routing, weight, None)
+    out = moe.products(one_hot, routing, weight)
     expected = numbers * torch.tensor([0.5, -3.0]).repeat_interleave(32)
     assert torch.equal(out.T.cpu(), expected)
     assert torch.equal(weight.matrix(0, torch.float32).cpu(), expected)
