@@ -32,11 +32,11 @@ Stack = BlockMatrix | PlainStack
 """[E, R, C]. In a BlockMatrix C must be a multiple of the block, and rows n * block.. must share a row of scales."""
 
 # Constants, because a tile's shape decides the order of the sums in it
-_ROUTER_ROWS, _ROUTER_COLUMNS = 64, 128
+_ROUTER_COLUMNS = 128
 _FEW = 8  # tokens for which one program chooses and groups; and of a tile in which rows are normalised
-# Of no effect on sums, as a warp has a token's whole row, and a product's columns are summed alike in any number
-_ROUTER_TOKENS = 32
-_CHOICE_TOKENS = 2  # one per warp
+_CHOICE_TOKENS = 2  # in as many warps, as _FEW tokens in _FEW: two warps have a row
+# Of no effect on sums, but with 64 rows or more Triton would take wgmma for more than 8 tokens, which sums otherwise
+_FEW_ROWS, _MANY_ROWS, _MANY_TOKENS = 64, 32, 32
 _SUM_COLUMNS = 1024
 _GROUP_PAIRS = 1024  # that are looked at at a time; of no effect on sums
 
@@ -84,9 +84,9 @@ def route(
     if not few:  # once, and not in every piece
         norm_kernel[(cdiv(tokens, _FEW),)](
             x, norm, y, eps, tokens, hidden, 4 * _ROUTER_COLUMNS, _FEW, pdls, num_warps=4, launch_pdl=pdls)  # fmt: skip
-    tile = _FEW if few else _ROUTER_TOKENS
-    router_kernel[cdiv(count, _ROUTER_ROWS), pieces, cdiv(tokens, tile)](
-        x if few else y, norm, router, y, partial, eps, tokens, hidden, count, _ROUTER_ROWS, _ROUTER_COLUMNS, tile, few, pdls,
+    rows, tile = (_FEW_ROWS, _FEW) if few else (_MANY_ROWS, _MANY_TOKENS)
+    router_kernel[cdiv(count, rows), pieces, cdiv(tokens, tile)](
+        x if few else y, norm, router, y, partial, eps, tokens, hidden, count, rows, _ROUTER_COLUMNS, tile, few, pdls,
         num_warps=4, launch_pdl=pdls)  # fmt: skip
     weights = torch.empty(tokens, per_token, dtype=torch.float32, device=x.device)
     experts, pairs = (torch.empty(s, dtype=torch.int32, device=x.device) for s in (weights.shape, (count, tokens)))
