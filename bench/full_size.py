@@ -38,21 +38,27 @@ Part = dict[str, Any]
 
 
 def plan_parts(kinds: Sequence[str], batches: Sequence[int], contexts: Sequence[int]) -> list[Part]:
-    """What matters most comes first: whole steps at the shortest context, wider trees, longer contexts of few requests."""
+    """What matters most comes first: whole steps at the shortest context, wider trees, single layers (whose kernels these have
+    compiled by then), longer contexts of few requests."""
     first, *longer = contexts
     chain, plain = (CHAIN, FORCED[0]), (None, 0.0)
-    pairs: list[tuple[int, int, str | None, float]] = [(b, first, *way) for b in batches for way in (chain, plain)]
-    pairs += [(b, first, "tree:15", 0.0) for b in batches[:2]]
-    pairs += [(b, c, *way) for b in batches[:2] for c in longer[::-1] for way in (chain, plain)]
-    pairs += [(b, first, CHAIN, FORCED[1]) for b in batches]
-    pairs += [(b, c, *chain) for c in longer for b in batches[2:]]
-    pairs += [(b, c, *plain) for c in longer for b in batches[2:]]
-    steps = [{"part": "step", "batch": b, "context": c, "tree": tree, "forced": forced} for b, c, tree, forced in pairs]
-    first_steps, others = (steps[:2], steps[2:]) if "steps" in kinds else ([], [])
-    sums, more = (
-        [{"part": kind} for kind in kinds if kind != "steps" and (kind == "all_reduce") == a] for a in (True, False)
+    shortest = [(b, first, *way) for b in batches for way in (chain, plain)]
+    wider = [(b, first, "tree:15", 0.0) for b in batches[:2]]
+    others = [(b, c, *way) for c in longer[::-1] for b in batches[1::-1] for way in (chain, plain)]
+    others += [(b, first, CHAIN, FORCED[1]) for b in batches]
+    others += [(b, c, *way) for way in (chain, plain) for c in longer for b in batches[2:]]
+    steps = [
+        [{"part": "step", "batch": b, "context": c, "tree": tree, "forced": forced} for b, c, tree, forced in pairs]
+        if "steps" in kinds
+        else []
+        for pairs in (shortest, wider, others)
+    ]
+    profiles = [{"part": "profile", "batch": b, "context": first, "tree": CHAIN} for b in (batches[0], batches[-1])]
+    sums, layers, profiles = (
+        [part for part in parts if part["part"] in kinds]
+        for parts in ([{"part": "all_reduce"}], [{"part": "layers"}], profiles)
     )
-    return [*sums, *first_steps, *more, *others]
+    return [*sums, *steps[0], *profiles[:1], *steps[1], *layers, *profiles[1:], *steps[2]]
 
 
 def planned(name: str, layers: int, ranks: int, parts: Sequence[Part]) -> dict[str, Any]:
@@ -173,7 +179,9 @@ def _last_words(processes: Sequence["subprocess.Popen[bytes]"], logs: Sequence[A
 @click.option("--ranks", default=8, show_default=True, type=SOME)
 @click.option("--alone", is_flag=True, help="One GPU does the work of one rank, and sums with itself.")
 @click.option("--dry-run", is_flag=True, help="The plan only: memory of each GPU, and what the bytes take.")
-@click.option("--parts", "kinds", default="all_reduce,steps", show_default=True, help="Also: layers, one by one.")
+@click.option(
+    "--parts", "kinds", default="all_reduce,steps", show_default=True, help="Also: layers, one by one; profile."
+)
 @click.option("--batch", "batches", multiple=True, type=SOME, default=[1, 8, 32, 64], show_default=True)
 @click.option("--context", "contexts", multiple=True, type=SOME, default=[1 << 10, 1 << 14, 1 << 16, 1 << 18])
 @click.option("--steps", default=24, show_default=True, type=SOME)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mtp_engine import EngineConfig, TreeShape
 from mtp_engine.kernels import exchange
-from mtp_engine.parallel.group import Group, joined, ordered_sum
+from mtp_engine.parallel.group import Group, joined, ordered_sum, weighted
 from mtp_engine.parallel.processes import Processes, join_store
 from mtp_engine.parallel.shard import Shard
 
@@ -60,8 +60,8 @@ class Echo:
         parts = x.expand(self._size, *x.shape)
         return joined(parts) if join else parts
 
-    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
-        return ordered_sum(self.gather(partial), dtype, residual)
+    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None, weights: Tensor | None) -> Tensor:
+        return ordered_sum(self.gather(weighted(partial, weights)), dtype, residual)
 
 
 @final
@@ -82,9 +82,11 @@ class Loopback:
             return self.gather(x.float(), join=join).to(x.dtype)
         return exchange.gather(x, self._boxes, join=join)
 
-    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
-        if partial.numel() <= exchange.FEW:
-            return exchange.reduce(partial, self._boxes, dtype, residual, few=1 << 40)  # the other kernel would not do
+    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None, weights: Tensor | None) -> Tensor:
+        if partial.numel() <= exchange.FEW * (1 if weights is None else weights.shape[1]):
+            few = 1 << 40  # the other kernel would not do
+            return exchange.reduce(partial, self._boxes, dtype, residual, weights, few=few)
+        partial = weighted(partial, weights)
         return (partial * self._size if residual is None else torch.add(residual, partial, alpha=self._size)).to(dtype)
 
 

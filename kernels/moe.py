@@ -51,9 +51,15 @@ class Tile:
     stages: int
     unroll: int = 1  # blocks of inner columns that are asked for together
     tokens: int = 0  # in a tile, 0: as `_tile_tokens` says
+    crowd: int = 12  # from so many pairs of an expert on tiles of 32 tokens are faster than of 16
 
 
-GATE_UP, DOWN = Tile(32, 2, 4), Tile(64, 2, 4)
+GATE_UP, DOWN = Tile(32, 2, 4, crowd=6), Tile(64, 2, 4)
+_NARROW, _SPLIT = (
+    768,
+    4,
+)  # up to so many columns (a rank's part) programs are few, and so many warps share the inner columns
+NARROW = Tile(16, 2, 3)
 
 
 @final
@@ -105,39 +111,43 @@ def route(
     return y, Routing(weights, experts, slots, pairs)
 
 
-def gate_up(y: Tensor, routing: Routing, stack: Stack, tile: Tile = GATE_UP) -> Tensor:
+def gate_up(y: Tensor, routing: Routing, stack: Stack, tile: Tile | None = None) -> Tensor:
     """y: [M, H]; stack: [E, 2I, H] -> silu(gate) * up of every pair, [M * k, I] in y's dtype."""
     weight, scale, table, block = _parts(stack)
     tokens, per_token = routing.weights.shape
     inner, hidden = weight.shape[1] // 2, weight.shape[2]
+    split = _SPLIT if inner <= _NARROW and hidden % (_SPLIT * (block or gcd(128, hidden))) == 0 else 1
+    tile = tile or (GATE_UP if split == 1 else NARROW)
     columns, width = _cut(inner, hidden, tile, block)
     h = torch.empty(tokens * per_token, inner, dtype=y.dtype, device=y.device)
     gate_up_kernel[(inner // columns, min(len(weight), len(h)))](
         y, weight, scale, table, routing.slots, routing.pairs, h, tokens, scale.shape[1], hidden, inner, per_token,
-        block > 0, columns, width, _tile_tokens(tokens, tile), tile.unroll, pdl(),
-        num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl())  # fmt: skip
+        block > 0, columns, width, _tile_tokens(tokens, len(h) / len(weight), tile), tile.unroll, split, pdl(),
+        num_warps=split if split > 1 else tile.warps, num_stages=tile.stages, launch_pdl=pdl())  # fmt: skip
     return h
 
 
-def down(h: Tensor, routing: Routing, stack: Stack, residual: Tensor | None, tile: Tile = DOWN) -> Tensor:
-    """residual + the weighted sum of down(h) over each token's experts, in ascending order, rounded once at the end.
-
-    h: [M * k, I] from `gate_up`, which must have run since `route`; stack: [E, H, I]; residual: [M, H]. Returns [M, H]
-    in residual's dtype; without one in fp32, for ranks that share the experts to sum.
-    """
+def products(h: Tensor, routing: Routing, stack: Stack, tile: Tile = DOWN) -> Tensor:
+    """down(h) of every pair, [M * k, H] fp32. h: [M * k, I] from `gate_up`, which must have run since `route`; stack: [E, H, I]."""
     weight, scale, table, block = _parts(stack)
-    tokens, per_token = routing.weights.shape
+    tokens = len(routing.weights)
     hidden, inner = weight.shape[1:]
     columns, width = _cut(hidden, inner, tile, block)
     y = torch.empty(len(h), hidden, dtype=torch.float32, device=h.device)
     down_kernel[(hidden // columns, min(len(weight), len(h)))](
         h, weight, scale, table, routing.slots, routing.pairs, y, tokens, scale.shape[1], hidden, inner,
-        block > 0, columns, width, _tile_tokens(tokens, tile), tile.unroll,
+        block > 0, columns, width, _tile_tokens(tokens, len(h) / len(weight), tile), tile.unroll,
         4 if inner * weight.itemsize >= 512 else 1, pdl(),
-        num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl())  # fmt: skip
-    out = torch.empty_like(residual) if residual is not None else y.new_empty(tokens, hidden)
+        num_warps=tile.warps, num_stages=min(tile.stages, max(inner // width, 2)), launch_pdl=pdl())  # fmt: skip
+    return y
+
+
+def down(h: Tensor, routing: Routing, stack: Stack, residual: Tensor, tile: Tile = DOWN) -> Tensor:
+    """residual + the weighted sum of `products` over each token's experts, in ascending order, rounded once at the end.
+    residual: [M, H]. Returns [M, H] in its dtype."""
+    (tokens, hidden), y, out = residual.shape, products(h, routing, stack, tile), torch.empty_like(residual)
     sum_kernel[(cdiv(hidden, _SUM_COLUMNS), tokens)](
-        y, routing.weights, residual, out, hidden, per_token, _SUM_COLUMNS, pdl(), launch_pdl=pdl())  # fmt: skip
+        y, routing.weights, residual, out, hidden, routing.weights.shape[1], _SUM_COLUMNS, pdl(), launch_pdl=pdl())  # fmt: skip
     return out
 
 
@@ -156,6 +166,8 @@ def _cut(columns: int, inner: int, tile: Tile, block: int) -> tuple[int, int]:
     return step, width
 
 
-def _tile_tokens(tokens: int, tile: Tile) -> int:
-    """Padding costs shared memory and products; a second tile of the same expert reads its weights again."""
-    return tile.tokens or min(max(next_power_of_2(tokens), 8), 32)
+def _tile_tokens(tokens: int, pairs: float, tile: Tile) -> int:
+    """pairs: of an expert, if they are evenly spread. Padding costs shared memory and products; a second tile of the same
+    expert reads its weights again."""
+    most = 8 if pairs < 3 else 16 if pairs < tile.crowd else 32
+    return tile.tokens or min(max(next_power_of_2(tokens), 8), most)

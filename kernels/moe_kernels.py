@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from mtp_engine.kernels.dense_products import _halves
+
 
 @triton.jit
 def _inverse(x, m, live, eps, H: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr):
@@ -187,11 +189,34 @@ def _product(x, rows, live, w, first, scale0, scale1, upper, C: tl.constexpr, WI
     return total
 
 
+@triton.jit
+def _split_product(x, rows, live, w, first, scale_at, C: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr,
+                   SPLIT: tl.constexpr):  # fmt: skip
+    """The first and the second half of `_product`'s rows, by SPLIT warps of which each takes every SPLIT-th block, and whose
+    sums are added up in their order. scale_at: [len(first)], where the scales of a row's blocks begin."""
+    warp = tl.arange(0, SPLIT)
+    k = (warp * WIDTH)[:, None, None] + tl.arange(0, WIDTH)[None, None, :]
+    x_at = x + rows[None, :, None] * C + k
+    w_at = w + first[None, :, None] * C + k
+    share_at = scale_at[None, :] + warp[:, None]
+    total = tl.zeros([SPLIT, first.shape[0], rows.shape[0]], tl.float32)
+    for start in range(0, C, SPLIT * WIDTH):
+        weight = tl.load(w_at + start)
+        part = tl.trans(tl.load(x_at + start, live[None, :, None], other=0.0), 0, 2, 1)
+        if SCALED:
+            share = tl.load(share_at + start // WIDTH)
+            total += tl.dot(_widen(weight, part.dtype), part) * share[:, :, None]
+        else:
+            total = tl.dot(weight, part, total)
+    return _halves(total, SPLIT, first.shape[0] // 2, rows.shape[0])
+
+
 @triton.jit(do_not_specialize=["M"])
 def gate_up_kernel(y, w, scale, table, slots, pairs, h, M, S: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr,
              K: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
-             TOKENS: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """h[pair] = silu(gate) * up, COLUMNS columns for all pairs of one chosen expert. y: [M, H]; h: [M * K, INNER]."""
+             TOKENS: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """h[pair] = silu(gate) * up, COLUMNS columns for all pairs of one chosen expert. y: [M, H]; h: [M * K, INNER]. SPLIT: of
+    `_split_product`, 1: of `_product`."""
     n, slot = tl.program_id(0) * COLUMNS, tl.program_id(1)
     r = tl.arange(0, 2 * COLUMNS)
     upper = r >= COLUMNS
@@ -209,11 +234,15 @@ def gate_up_kernel(y, w, scale, table, slots, pairs, h, M, S: tl.constexpr, H: t
     while start < count:
         t = start + tl.arange(0, TOKENS)
         pair = tl.load(pairs + e * M + t, t < count, other=0)
-        both = _product(y, pair // K, t < count, w + e * (2 * INNER * H), first, scale0, scale1, upper, H, WIDTH, SCALED,
-                        UNROLL)  # fmt: skip
+        mine, live = w + e * (2 * INNER * H), t < count
+        if SPLIT > 1:
+            gate, up = _split_product(y, pair // K, live, mine, first, tl.where(upper, scale1, scale0), H, WIDTH, SCALED,
+                                      SPLIT)  # fmt: skip
+        else:
+            both = _product(y, pair // K, live, mine, first, scale0, scale1, upper, H, WIDTH, SCALED, UNROLL)
+            gate, up = tl.split(tl.permute(tl.reshape(both, [2, COLUMNS, TOKENS]), [1, 2, 0]))
         if PDL:  # not before: what `_down` then prefetches must not leave L2 again; nor may it read slots too early
             tl.extra.cuda.gdc_launch_dependents()
-        gate, up = tl.split(tl.permute(tl.reshape(both, [2, COLUMNS, TOKENS]), [1, 2, 0]))
         value = (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty)
         at = h + pair * INNER + n + tl.arange(0, COLUMNS)[:, None]
         tl.store(at, value, tl.broadcast_to((t < count)[None, :], [COLUMNS, TOKENS]))
@@ -259,7 +288,7 @@ def _prefetch(rows, LINES: tl.constexpr):
 
 @triton.jit
 def sum_kernel(y, weights, residual, out, H: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr):
-    """out[m] = residual[m], if there is one, + sum over k of weights[m, k] * y[m, k], k ascending, rounded once."""
+    """out[m] = residual[m] + sum over k of weights[m, k] * y[m, k], k ascending, rounded once."""
     m = tl.program_id(1)
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     if PDL:
@@ -268,6 +297,5 @@ def sum_kernel(y, weights, residual, out, H: tl.constexpr, K: tl.constexpr, COLU
     total = tl.zeros([COLUMNS], tl.float32)
     for k in tl.static_range(K):
         total += tl.load(weights + m * K + k) * tl.load(y + (m * K + k) * H + n, n < H, other=0.0)
-    if residual is not None:
-        total += tl.load(residual + m * H + n, n < H, other=0.0).to(tl.float32)
+    total += tl.load(residual + m * H + n, n < H, other=0.0).to(tl.float32)
     tl.store(out + m * H + n, total.to(out.dtype.element_ty), n < H)

@@ -28,8 +28,9 @@ class Shape(NamedTuple):
     block: int
 
 
-TINY = Shape(8, 3, 32, 16, 16)
+TINY = Shape(8, 3, 64, 16, 16)
 REAL = Shape(256, 8, 4096, 2048, 128)
+PART = REAL._replace(experts=64, inner=256)  # of one of eight ranks, of fewer experts
 
 
 class Layer(NamedTuple):
@@ -126,9 +127,12 @@ def test_of_equal_scores_the_lower_expert_wins() -> None:
     assert routing.experts.tolist() == [[0, 1, 2]] * 2
 
 
+@pytest.mark.parametrize("narrow", [0, 768])
 @pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "bf16"])
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_ffn(tokens: int, fp8: bool) -> None:
+def test_ffn(tokens: int, fp8: bool, narrow: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where warps share an expert's inner columns."""
+    monkeypatch.setattr(moe, "_NARROW", narrow)
     one, x = layer(TINY, fp8), rows(TINY, tokens)
     assert error(ffn(x, one, TINY, 2.5), twin(x, one, TINY, 2.5)) < TOLERANCE
 
@@ -157,10 +161,11 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "bf16"])
-def test_real_shapes(fp8: bool) -> None:
+@pytest.mark.parametrize(
+    ("shape", "fp8"), [(REAL, True), (PART, True), (PART, False), (REAL._replace(experts=32), False)]
+)
+def test_real_shapes(shape: Shape, fp8: bool) -> None:
     """Exact to bf16's rounding of h and of the sum, and the same bits for any number of rows, in any tile."""
-    shape = REAL if fp8 else REAL._replace(experts=32)
     one, x = layer(shape, fp8), rows(shape, 64)
     together = ffn(x, one, shape)
     assert error(together, twin(x, one, shape)) < TOLERANCE
@@ -171,8 +176,8 @@ def test_real_shapes(fp8: bool) -> None:
     h = moe.gate_up(y, routing, one.gate_up)
     for tile in (
         moe.Tile(16, 1, 3),
-        moe.Tile(64, 2, 3, unroll=2),
-        moe.Tile(32, 2, 4, tokens=8),
+        moe.Tile(64 if shape.inner > 256 else 32, 2, 2, unroll=2),
+        moe.Tile(32, 2, 2, tokens=8),
     ):
         assert torch.equal(moe.gate_up(y, routing, one.gate_up, tile), h)
 

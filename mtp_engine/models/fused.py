@@ -158,9 +158,10 @@ def ffn(layer: object, norm: RMSNorm, x: Tensor) -> Tensor:
     if isinstance(layer, MoE):
         c = layer.config
         y, routing = moe.route(x, norm.weight, norm.eps, layer.router, layer.bias, c.per_token, c.normalise, c.scale)
-        h, shared = moe.gate_up(y, routing, _stack(layer.gate_up)), layer.group.size > 1
-        y = moe.down(h, routing, _stack(layer.down), None if shared else x)
-        return layer.group.sum(y, x.dtype, x) if shared else y
+        h, stack = moe.gate_up(y, routing, _stack(layer.gate_up)), _stack(layer.down)
+        if layer.group.size == 1:
+            return moe.down(h, routing, stack, x)
+        return layer.group.sum(moe.products(h, routing, stack), x.dtype, x, routing.weights)
     assert isinstance(layer, GatedMLP)
     h = dense.gated(x, weight_of(layer.gate_up), norm=norm.weight, eps=norm.eps)
     return add_linear(h, layer.down, x)
