@@ -40,27 +40,31 @@ Part = dict[str, Any]
 
 
 def plan_parts(kinds: Sequence[str], batches: Sequence[int], contexts: Sequence[int]) -> list[Part]:
-    """What matters most comes first: whole steps at the shortest context, wider trees, single layers (whose kernels these have
-    compiled by then), longer contexts of few requests."""
+    """What matters most comes first: whole steps at the shortest context, longer contexts of few requests, wider trees, and then
+    single layers, whose kernels these have compiled."""
     first, *longer = contexts
     chain, plain = (CHAIN, FORCED[0]), (None, 0.0)
     shortest = [(b, first, *way) for b in batches for way in (chain, plain)]
+    longest = [(b, c, *way) for c in longer[::-1] for b in batches[1::-1] for way in (chain, plain)]
+    longest += [(b, first, CHAIN, FORCED[1]) for b in batches]
     wider = [(b, first, "tree:15", 0.0) for b in batches[:2]]
-    others = [(b, c, *way) for c in longer[::-1] for b in batches[1::-1] for way in (chain, plain)]
-    others += [(b, first, CHAIN, FORCED[1]) for b in batches]
-    others += [(b, c, *way) for way in (chain, plain) for c in longer for b in batches[2:]]
+    many = [(b, c, *way) for way in (chain, plain) for c in longer for b in batches[2:]]
     steps = [
         [{"part": "step", "batch": b, "context": c, "tree": tree, "forced": forced} for b, c, tree, forced in pairs]
-        if "steps" in kinds
-        else []
-        for pairs in (shortest, wider, others)
+        for pairs in (shortest, longest, wider, many)
     ]
     profiles = [{"part": "profile", "batch": b, "context": first, "tree": CHAIN} for b in (batches[0], batches[-1])]
-    sums, layers, profiles = (
-        [part for part in parts if part["part"] in kinds]
-        for parts in ([{"part": "all_reduce"}], [{"part": "layers"}], profiles)
-    )
-    return [*sums, *steps[0], *profiles[:1], *steps[1], *layers, *profiles[1:], *steps[2]]
+    found = [
+        {"part": "all_reduce"},
+        *steps[0],
+        profiles[0],
+        *steps[1],
+        *steps[2],
+        {"part": "layers"},
+        profiles[1],
+        *steps[3],
+    ]
+    return [part for part in found if part["part"] in kinds or (part["part"] == "step" and "steps" in kinds)]
 
 
 def planned(name: str, layers: int, experts: Experts, ranks: int, parts: Sequence[Part]) -> dict[str, Any]:
