@@ -115,7 +115,13 @@ def reduce(
 
 
 def _few(
-    x: Tensor, residual: Tensor | None, out: Tensor, boxes: Boxes, width: int, weights: Tensor | None = None, terms: int = 0
+    x: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    boxes: Boxes,
+    width: int,
+    weights: Tensor | None = None,
+    terms: int = 0,
 ) -> None:
     """Sums of fp32; gathers int32."""
     sums = x.dtype == torch.float32
@@ -124,6 +130,6 @@ def _few(
         return
     few_kernel[(min(_PROGRAMS, cdiv(count, _BLOCK)),)](
         x, weights, residual, out, boxes.few, boxes.few_turns, boxes.stop, boxes.halted, count, width, TERMS=terms,
-        RANK=boxes.rank, SIZE=boxes.size, BLOCK=_BLOCK, SUM=sums, LOOKS=min(_LOOKS, boxes.patience), PATIENCE=boxes.patience, PDL=pdl(), launch_pdl=pdl(),
-        num_warps=1,
+        RANK=boxes.rank, SIZE=boxes.size, BLOCK=_BLOCK, SUM=sums, LOOKS=min(_LOOKS, boxes.patience), PATIENCE=boxes.patience,
+        PDL=pdl(), launch_pdl=pdl(), num_warps=1,
     )  # fmt: skip

@@ -57,8 +57,8 @@ def few_kernel(
     RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr, LOOKS: tl.constexpr, PATIENCE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """SUM: out = the sum of all ranks' x (fp32; see `_part`), plus residual if there is one. Else all ranks' x (int32), in rows of
-    `width`, side by side: out [count / width, SIZE, width].
+    """SUM: out = the sum of all ranks' x (fp32; see `_part`), plus residual if there is one. Else all ranks' x (int32), in
+    rows of `width`, side by side: out [count / width, SIZE, width].
 
     A word travels in one packet with the message's number, so that who finds the number has the word. Memory of a program:
     two messages' packets of every rank. Message t + 2 takes the place of message t: who sends it has message t + 1 of its

@@ -4,16 +4,40 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from mtp_engine.kernels.dense_products import _halves
+
 _INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+
+@triton.jit
+def _inverse(x, m, live, eps, H: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr):
+    """1 / rms of rows m of x. WIDE columns are read at a time."""
+    wide = tl.arange(0, WIDE)
+    squares = tl.zeros([TOKENS, WIDE], tl.float32)
+    for start in tl.static_range(0, H, WIDE):
+        part = tl.load(x + m[:, None] * H + start + wide, live & (start + wide < H), other=0.0).to(tl.float32)
+        squares += part * part
+    return tl.rsqrt(tl.sum(squares, 1) / H + eps)
+
+
+@triton.jit
+def _logits(w, y):
+    """w @ y.T. The fp32 router is cut into three bf16 parts of 8 bits, and y is bf16: every product is exact, the sums are
+    fp32."""
+    high = w.to(tl.bfloat16)
+    rest = w - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    logits = tl.dot(low, y.T)
+    logits = tl.dot(middle, y.T, logits)
+    return tl.dot(high, y.T, logits)
 
 
 @triton.jit(do_not_specialize=["M"])
 def router_kernel(x, norm, router, y, partial, eps, M, H: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr,
-            COLUMNS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """y = rmsnorm(x), and the router logits of COLUMNS columns of y: partial [H / COLUMNS, M, E].
-
-    The fp32 router is cut into three bf16 parts of 8 bits, and y is bf16: every product is exact, the sums are fp32.
-    """
+            COLUMNS: tl.constexpr, TOKENS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The router logits of COLUMNS columns of y: partial [H / COLUMNS, M, E]. NORM: y = rmsnorm(x) is worked out here, else
+    x is y."""
     piece = tl.program_id(1)
     e = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
@@ -24,24 +48,29 @@ def router_kernel(x, norm, router, y, partial, eps, M, H: tl.constexpr, E: tl.co
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     live = (m < M)[:, None]
-    wide = tl.arange(0, 4 * COLUMNS)
-    squares = tl.zeros([TOKENS, 4 * COLUMNS], tl.float32)
-    for start in tl.static_range(0, H, 4 * COLUMNS):
-        part = tl.load(x + m[:, None] * H + start + wide, live & (start + wide < H), other=0.0).to(tl.float32)
-        squares += part * part
-    inverse = tl.rsqrt(tl.sum(squares, 1) / H + eps)
-    part = tl.load(x + m[:, None] * H + columns, live & (columns < H), other=0.0).to(tl.float32)
-    rounded = (part * inverse[:, None] * gain).to(tl.bfloat16)
-    if tl.program_id(0) == 0:
-        tl.store(y + m[:, None] * H + columns, rounded, live & (columns < H))
-    high = w.to(tl.bfloat16)
-    rest = w - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-    logits = tl.dot(low, rounded.T)
-    logits = tl.dot(middle, rounded.T, logits)
-    logits = tl.dot(high, rounded.T, logits)
-    tl.store(partial + (piece * M + m) * E + e[:, None], logits, (e < E)[:, None] & (m < M))
+    part = tl.load(x + m[:, None] * H + columns, live & (columns < H), other=0.0)
+    if NORM:
+        inverse = _inverse(x, m, live, eps, H, 4 * COLUMNS, TOKENS)
+        part = (part.to(tl.float32) * inverse[:, None] * gain).to(tl.bfloat16)
+        if tl.program_id(0) == 0:
+            tl.store(y + m[:, None] * H + columns, part, live & (columns < H))
+    tl.store(partial + (piece * M + m) * E + e[:, None], _logits(w, part), (e < E)[:, None] & (m < M))
+
+
+@triton.jit(do_not_specialize=["M"])
+def norm_kernel(x, norm, y, eps, M, H: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr):
+    """y = rmsnorm(x) with the bits of router_kernel's."""
+    m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    live, wide = (m < M)[:, None], tl.arange(0, WIDE)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    inverse = _inverse(x, m, live, eps, H, WIDE, TOKENS)
+    for start in tl.static_range(0, H, WIDE):
+        there = live & (start + wide < H)
+        part = tl.load(x + m[:, None] * H + start + wide, there, other=0.0).to(tl.float32)
+        gain = tl.load(norm + start + wide, start + wide < H, other=0.0).to(tl.float32)
+        tl.store(y + m[:, None] * H + start + wide, (part * inverse[:, None] * gain).to(tl.bfloat16), there)
 
 
 @triton.jit
@@ -98,17 +127,24 @@ def choose_kernel(partial, bias, weights, experts, slots, pairs, scale, M, PIECE
 
 @triton.jit(do_not_specialize=["M"])
 def choose_many_kernel(partial, bias, weights, experts, scale, M, PIECES: tl.constexpr, E: tl.constexpr,
-                       E_PAD: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+                       E_PAD: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr, TOKENS: tl.constexpr,
+                       PDL: tl.constexpr):  # fmt: skip
     """The K experts of TOKENS tokens."""
     e = tl.arange(0, E_PAD)
     offset = tl.load(bias + e, e < E, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     _choose(partial, offset, weights, experts, scale, m, M, PIECES, E, E_PAD, K, NORMALISE, TOKENS)
 
 
 @triton.jit(do_not_specialize=["M"])
-def group_kernel(experts, pairs, counts, M, K: tl.constexpr, BLOCK: tl.constexpr):
+def group_kernel(experts, pairs, counts, M, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """The pairs of one expert, ascending, and their number."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     e, count, start = tl.program_id(0), 0, 0
     while start < M * K:
         pair = start + tl.arange(0, BLOCK)
@@ -120,8 +156,11 @@ def group_kernel(experts, pairs, counts, M, K: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def order_kernel(counts, slots, E: tl.constexpr, E_PAD: tl.constexpr):
+def order_kernel(counts, slots, E: tl.constexpr, E_PAD: tl.constexpr, PDL: tl.constexpr):
     e = tl.arange(0, E_PAD)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     _order(tl.load(counts + e, e < E, other=0), slots, E, E_PAD)
 
 
@@ -151,6 +190,28 @@ def _product(x, rows, live, w, first, scale0, scale1, upper, C: tl.constexpr, WI
         else:
             total = tl.dot(weight, part.T, total)
     return total
+
+
+@triton.jit
+def _split_product(x, rows, live, w, first, scale_at, C: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr,
+                   SPLIT: tl.constexpr):  # fmt: skip
+    """The first and the second half of `_product`'s rows, by SPLIT warps of which each takes every SPLIT-th block, and whose
+    sums are added up in their order. scale_at: [len(first)], where the scales of a row's blocks begin."""
+    warp = tl.arange(0, SPLIT)
+    k = (warp * WIDTH)[:, None, None] + tl.arange(0, WIDTH)[None, None, :]
+    x_at = x + rows[None, :, None] * C + k
+    w_at = w + first[None, :, None] * C + k
+    share_at = scale_at[None, :] + warp[:, None]
+    total = tl.zeros([SPLIT, first.shape[0], rows.shape[0]], tl.float32)
+    for start in range(0, C, SPLIT * WIDTH):
+        weight = tl.load(w_at + start)
+        part = tl.trans(tl.load(x_at + start, live[None, :, None], other=0.0), 0, 2, 1)
+        if SCALED:
+            share = tl.load(share_at + start // WIDTH)
+            total += tl.dot(_widen(weight, part.dtype), part) * share[:, :, None]
+        else:
+            total = tl.dot(weight, part, total)
+    return _halves(total, SPLIT, first.shape[0] // 2, rows.shape[0])
 
 
 @triton.jit
@@ -222,8 +283,9 @@ def _product_int4(x, rows, live, w, first, scale, C: tl.constexpr, WIDTH: tl.con
 @triton.jit(do_not_specialize=["M"])
 def gate_up_kernel(y, w, scale, table, slots, pairs, h, M, S: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr,
              K: tl.constexpr, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
-             TOKENS: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """h[pair] = silu(gate) * up, COLUMNS columns for all pairs of one chosen expert. y: [M, H]; h: [M * K, INNER]."""
+             TOKENS: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """h[pair] = silu(gate) * up, COLUMNS columns for all pairs of one chosen expert. y: [M, H]; h: [M * K, INNER]. SPLIT: of
+    `_split_product`, 1: of `_product`."""
     n, slot = tl.program_id(0) * COLUMNS, tl.program_id(1)
     r = tl.arange(0, 2 * COLUMNS)
     upper = r >= COLUMNS
@@ -241,15 +303,21 @@ def gate_up_kernel(y, w, scale, table, slots, pairs, h, M, S: tl.constexpr, H: t
     while start < count:
         t = start + tl.arange(0, TOKENS)
         pair = tl.load(pairs + e * M + t, t < count, other=0)
-        if FORMAT == "int4":
-            both = _product_int4(y, pair // K, t < count, w + e * (INNER * H), first, scale + e * (2 * INNER * (H // WIDTH)), H,
-                                 WIDTH, UNROLL)  # fmt: skip
+        mine, live = w + e * (2 * INNER * H), t < count
+        if SPLIT > 1:
+            gate, up = _split_product(y, pair // K, live, mine, first, tl.where(upper, scale1, scale0), H, WIDTH,
+                                      FORMAT == "fp8", SPLIT)  # fmt: skip
         else:
-            both = _product(y, pair // K, t < count, w + e * (2 * INNER * H), first, scale0, scale1, upper, H, WIDTH,
-                            FORMAT == "fp8", UNROLL)  # fmt: skip
+            if FORMAT == "int4":
+                both = _product_int4(y, pair // K, live, w + e * (INNER * H), first, scale + e * (2 * INNER * (H // WIDTH)), H,
+                                     WIDTH, UNROLL)  # fmt: skip
+            else:
+                both = _product(
+                    y, pair // K, live, mine, first, scale0, scale1, upper, H, WIDTH, FORMAT == "fp8", UNROLL
+                )
+            gate, up = tl.split(tl.permute(tl.reshape(both, [2, COLUMNS, TOKENS]), [1, 2, 0]))
         if PDL:  # not before: what `_down` then prefetches must not leave L2 again; nor may it read slots too early
             tl.extra.cuda.gdc_launch_dependents()
-        gate, up = tl.split(tl.permute(tl.reshape(both, [2, COLUMNS, TOKENS]), [1, 2, 0]))
         value = (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty)
         at = h + pair * INNER + n + tl.arange(0, COLUMNS)[:, None]
         tl.store(at, value, tl.broadcast_to((t < count)[None, :], [COLUMNS, TOKENS]))

@@ -29,9 +29,10 @@ class Shape(NamedTuple):
     block: int
 
 
-TINY = Shape(8, 3, 32, 16, 16)
+TINY = Shape(8, 3, 64, 16, 16)
 FOUR_BITS = Shape(8, 3, 128, 32, 16)  # groups of 64 and of 16
 REAL = Shape(256, 8, 4096, 2048, 128)
+PART = REAL._replace(experts=64, inner=256)  # of one of eight ranks, of fewer experts
 
 
 class Layer(NamedTuple):
@@ -135,8 +136,11 @@ KINDS = pytest.mark.parametrize(("shape", "kind"), [(TINY, "bf16"), (TINY, "fp8"
 
 
 @KINDS
+@pytest.mark.parametrize("narrow", [0, 768])
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_ffn(tokens: int, shape: Shape, kind: str) -> None:
+def test_ffn(tokens: int, narrow: int, shape: Shape, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where warps share an expert's inner columns."""
+    monkeypatch.setattr(moe, "_NARROW", narrow)
     one, x = layer(shape, kind), rows(shape, tokens)
     assert error(ffn(x, one, shape, 2.5), twin(x, one, shape, 2.5)) < TOLERANCE
 
@@ -167,10 +171,12 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("kind", ["fp8", "bf16", "int4"])
-def test_real_shapes(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [(REAL, "fp8"), (PART, "fp8"), (PART, "bf16"), *((REAL._replace(experts=32), kind) for kind in ("bf16", "int4"))],
+)
+def test_real_shapes(shape: Shape, kind: str) -> None:
     """Exact to bf16's rounding of h and of the sum, and the same bits for any number of rows, in any tile."""
-    shape = REAL if kind == "fp8" else REAL._replace(experts=32)
     one, x = layer(shape, kind), rows(shape, 64)
     together = ffn(x, one, shape)
     assert error(together, twin(x, one, shape)) < TOLERANCE
@@ -181,8 +187,8 @@ def test_real_shapes(kind: str) -> None:
     h = moe.gate_up(y, routing, one.gate_up)
     for tile in (
         moe.Tile(16, 1, 3),
-        moe.Tile(64, 2, 3, unroll=2),
-        moe.Tile(32, 2, 4, tokens=8),
+        moe.Tile(64 if shape.inner > 256 else 32, 2, 2, unroll=2),
+        moe.Tile(32, 2, 2, tokens=8),
     ):
         assert torch.equal(moe.gate_up(y, routing, one.gate_up, tile), h)
 
