@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mtp_engine import EngineConfig, TreeShape
 from mtp_engine.config import Experts
-from mtp_engine.kernels import exchange
+from mtp_engine.kernels import exchange, moe
 from mtp_engine.parallel.group import Group, joined, ordered_sum, weighted
 from mtp_engine.parallel.processes import Processes, join_store
 from mtp_engine.parallel.shard import Shard
@@ -69,7 +69,7 @@ class Echo:
 @final
 class Loopback:
     """Echo on a GPU, through the kernel that ranks talk with: what is sent to a rank comes in where that rank's would. Larger
-    sums than it is made for are multiplied."""
+    sums than it is made for are multiplied, or those over experts left as they are."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         slot = 128 * 8  # bytes of a rank's packets
@@ -88,7 +88,9 @@ class Loopback:
         if partial.numel() <= exchange.FEW * (1 if weights is None else weights.shape[1]):
             few = 1 << 40  # the other kernel would not do
             return exchange.reduce(partial, self._boxes, dtype, residual, weights, few=few)
-        partial = weighted(partial, weights)
+        if weights is not None:
+            assert residual is not None, "the model's own"
+            return moe.add_up(partial, weights, residual)
         return (partial * self._size if residual is None else torch.add(residual, partial, alpha=self._size)).to(dtype)
 
 

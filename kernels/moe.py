@@ -146,9 +146,14 @@ def products(h: Tensor, routing: Routing, stack: Stack, tile: Tile = DOWN) -> Te
 def down(h: Tensor, routing: Routing, stack: Stack, residual: Tensor, tile: Tile = DOWN) -> Tensor:
     """residual + the weighted sum of `products` over each token's experts, in ascending order, rounded once at the end.
     residual: [M, H]. Returns [M, H] in its dtype."""
-    (tokens, hidden), y, out = residual.shape, products(h, routing, stack, tile), torch.empty_like(residual)
+    return add_up(products(h, routing, stack, tile), routing.weights, residual)
+
+
+def add_up(products: Tensor, weights: Tensor, residual: Tensor) -> Tensor:
+    """See `down`. products: [M * k, H] fp32; weights: [M, k]."""
+    (tokens, hidden), out = residual.shape, torch.empty_like(residual)
     sum_kernel[(cdiv(hidden, _SUM_COLUMNS), tokens)](
-        y, routing.weights, residual, out, hidden, routing.weights.shape[1], _SUM_COLUMNS, pdl(), launch_pdl=pdl())  # fmt: skip
+        products, weights, residual, out, hidden, weights.shape[1], _SUM_COLUMNS, pdl(), launch_pdl=pdl())  # fmt: skip
     return out
 
 
