@@ -196,6 +196,8 @@ def linear(
             PDL=overlap(len(x)), launch_pdl=overlap(len(x)) > 0,
         )  # fmt: skip
         return out
+    if tile.teams and norm is not None and residual is not None:  # which teams would add with one rounding more
+        tile = replace(tile, teams=0, tokens=0)
     if tile.teams:
         assert isinstance(weight, Tensor)
         _teams(x, norm, eps, weight, tile, out, bias=bias, residual=residual, residual_stride=stride)
