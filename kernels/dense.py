@@ -146,7 +146,8 @@ def _teams(
     """Writes `out` by `teams_kernel`, and returns 1 / rms(x) if there is a norm. both: the rows are gate's and up's; added: bias,
     residual, residual_stride."""
     (m, k), factors = x.shape, None
-    assert k % 64 == 0 and k >= tile.warps * tile.depth, (k, tile)  # noqa: PT018
+    assert k % tile.depth == 0, (k, tile)
+    assert k >= tile.warps * tile.depth, (k, tile)
     if norm is not None:
         x, factors = _normed(x, norm, eps, weight, tile)
     columns, layout = cdiv(m, tile.tokens), NVMMASharedLayout(128, 16, 2)
