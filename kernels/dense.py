@@ -142,7 +142,15 @@ def _slices(x: Tensor, norm: Tensor | None, eps: float, weight: Tensor, tile: Ti
 
 
 def _teams(
-    x: Tensor, norm: Tensor | None, eps: float, weight: Tensor, tile: Tile, out: Tensor, *, both: bool = False, **added: Any
+    x: Tensor,
+    norm: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    tile: Tile,
+    out: Tensor,
+    *,
+    both: bool = False,
+    **added: Any,
 ) -> Tensor | None:
     """Writes `out` by `teams_kernel`, and returns 1 / rms(x) if there is a norm. both: the rows are gate's and up's; added: bias,
     residual, residual_stride."""

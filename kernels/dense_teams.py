@@ -39,7 +39,12 @@ class _Work:
     @gluon.constexpr_function
     def __init__(self, xs, ws, ready, empty, units, columns, K, BM, DEPTH, SLICES, TEAMS, STAGES, BOTH, APART):  # type: ignore[no-untyped-def]
         self.xs, self.ws, self.ready, self.empty, self.units, self.columns = xs, ws, ready, empty, units, columns
-        self.K, self.BM, self.DEPTH, self.SLICES = gl.constexpr(K), gl.constexpr(BM), gl.constexpr(DEPTH), gl.constexpr(SLICES)
+        self.K, self.BM, self.DEPTH, self.SLICES = (
+            gl.constexpr(K),
+            gl.constexpr(BM),
+            gl.constexpr(DEPTH),
+            gl.constexpr(SLICES),
+        )
         self.TEAMS, self.STAGES = gl.constexpr(TEAMS), gl.constexpr(STAGES)
         self.BOTH, self.APART = gl.constexpr(BOTH), gl.constexpr(APART)
 

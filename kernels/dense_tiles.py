@@ -92,7 +92,9 @@ def many(tile: Tile, rows: int, k: int, m: int) -> Tile:
         large, small = (cdiv(cdiv(rows, 128) * cdiv(m, tokens), SMS) for tokens in (256, 128))  # rounds of CTAs
         fewer = large <= 0.58 * small  # a small one takes 0.58 as long
         given = _wide(128, 256, 8, 3, boxes=True) if fewer else _wide(128, 128, 8, 4, boxes=True)
-    whole = rows % 16 == k % tile.depth == 0 and k >= tile.depth * tile.warps  # gate's rows and up's by eights, all slices
+    whole = (
+        rows % 16 == k % tile.depth == 0 and k >= tile.depth * tile.warps
+    )  # gate's rows and up's by eights, all slices
     if {"boxes", "apart", "teams"} & given.keys() and (not hopper() or k % 8 or ("teams" in given and not whole)):
         given = _wide(128, 128, 8, 4)
     return replace(tile, **given)
