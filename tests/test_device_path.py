@@ -86,7 +86,6 @@ class Model:
             grammars=lambda _: Sums(self.decoder.config.vocab_size), **options,
         )  # fmt: skip
 
-
     def plain(self, temperature: float) -> list[list[int]]:
         """Every prompt's text, decoded alone and without drafting, once for all tests."""
         if temperature not in self._plain:
