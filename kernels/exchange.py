@@ -107,7 +107,8 @@ def reduce(
         block //= 2
     many_kernel[(min(_MANY_PROGRAMS, cdiv(count, boxes.size * block)),)](
         partial, weights, residual, out, boxes.many, boxes.many_turns, boxes.stop, boxes.halted, count, width, TERMS=terms,
-        RANK=boxes.rank, SIZE=boxes.size, PADDED=next_power_of_2(boxes.size), PROGRAMS=_MANY_PROGRAMS, BLOCK=block, ROOM=room,
+        EVEN=width % block == 0, RANK=boxes.rank, SIZE=boxes.size, PADDED=next_power_of_2(boxes.size),
+        PROGRAMS=_MANY_PROGRAMS, BLOCK=block, ROOM=room,
         LOOKS=min(_LOOKS, boxes.patience), PATIENCE=boxes.patience,
         num_warps=4,
     )  # fmt: skip
@@ -130,6 +131,6 @@ def _few(
         return
     few_kernel[(min(_PROGRAMS, cdiv(count, _BLOCK)),)](
         x, weights, residual, out, boxes.few, boxes.few_turns, boxes.stop, boxes.halted, count, width, TERMS=terms,
-        RANK=boxes.rank, SIZE=boxes.size, BLOCK=_BLOCK, SUM=sums, LOOKS=min(_LOOKS, boxes.patience), PATIENCE=boxes.patience, PDL=pdl(), launch_pdl=pdl(),
-        num_warps=1,
+        EVEN=width % _BLOCK == 0, RANK=boxes.rank, SIZE=boxes.size, BLOCK=_BLOCK, SUM=sums, LOOKS=min(_LOOKS, boxes.patience),
+        PATIENCE=boxes.patience, PDL=pdl(), launch_pdl=pdl(), num_warps=1,
     )  # fmt: skip

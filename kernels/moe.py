@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mtp_engine.kernels.experts import PlainStack
 from mtp_engine.kernels.fp8 import BlockMatrix
+from mtp_engine.kernels.int4 import Int4Stack
 from mtp_engine.kernels.launch import cdiv, next_power_of_2, pdl
 from mtp_engine.kernels.moe_kernels import (
     choose_kernel,
@@ -28,7 +29,7 @@ from mtp_engine.kernels.moe_kernels import (
     sum_kernel,
 )
 
-Stack = BlockMatrix | PlainStack
+Stack = BlockMatrix | Int4Stack | PlainStack
 """[E, R, C]. In a BlockMatrix C must be a multiple of the block, and rows n * block.. must share a row of scales."""
 
 # Constants, because a tile's shape decides the order of the sums in it
@@ -113,31 +114,31 @@ def route(
 
 def gate_up(y: Tensor, routing: Routing, stack: Stack, tile: Tile | None = None) -> Tensor:
     """y: [M, H]; stack: [E, 2I, H] -> silu(gate) * up of every pair, [M * k, I] in y's dtype."""
-    weight, scale, table, block = _parts(stack)
+    weight, scale, table, kind = _parts(stack)
     tokens, per_token = routing.weights.shape
-    inner, hidden = weight.shape[1] // 2, weight.shape[2]
-    split = _SPLIT if inner <= _NARROW and hidden % (_SPLIT * (block or gcd(128, hidden))) == 0 else 1
+    inner, hidden = weight.shape[1] // 2, y.shape[1]
+    split = _split(inner, hidden, stack)
     tile = tile or (GATE_UP if split == 1 else NARROW)
-    columns, width = _cut(inner, hidden, tile, block)
+    columns, width = _cut(inner, hidden, tile, stack)
     h = torch.empty(tokens * per_token, inner, dtype=y.dtype, device=y.device)
     gate_up_kernel[(inner // columns, min(len(weight), len(h)))](
         y, weight, scale, table, routing.slots, routing.pairs, h, tokens, scale.shape[1], hidden, inner, per_token,
-        block > 0, columns, width, _tile_tokens(tokens, len(h) / len(weight), tile), tile.unroll, split, pdl(),
+        kind, columns, width, _tile_tokens(tokens, len(h) / len(weight), tile), tile.unroll, split, pdl(),
         num_warps=split if split > 1 else tile.warps, num_stages=tile.stages, launch_pdl=pdl())  # fmt: skip
     return h
 
 
 def products(h: Tensor, routing: Routing, stack: Stack, tile: Tile = DOWN) -> Tensor:
-    """down(h) of every pair, [M * k, H] fp32. h: [M * k, I] from `gate_up`, which must have run since `route`; stack: [E, H, I]."""
-    weight, scale, table, block = _parts(stack)
+    """down(h) of every pair, [M * k, H] fp32. h: [M * k, I] of `gate_up`, which must have run since `route`; stack: [E, H, I]."""
+    weight, scale, table, kind = _parts(stack)
     tokens = len(routing.weights)
-    hidden, inner = weight.shape[1:]
-    columns, width = _cut(hidden, inner, tile, block)
+    hidden, inner = weight.shape[1], h.shape[1]
+    columns, width = _cut(hidden, inner, tile, stack)
     y = torch.empty(len(h), hidden, dtype=torch.float32, device=h.device)
     down_kernel[(hidden // columns, min(len(weight), len(h)))](
         h, weight, scale, table, routing.slots, routing.pairs, y, tokens, scale.shape[1], hidden, inner,
-        block > 0, columns, width, _tile_tokens(tokens, len(h) / len(weight), tile), tile.unroll,
-        4 if inner * weight.itemsize >= 512 else 1, pdl(),
+        kind, columns, width, _tile_tokens(tokens, len(h) / len(weight), tile), tile.unroll,
+        4 if weight.shape[2] * weight.itemsize >= 512 else 1, pdl(),
         num_warps=tile.warps, num_stages=min(tile.stages, max(inner // width, 2)), launch_pdl=pdl())  # fmt: skip
     return y
 
@@ -151,18 +152,31 @@ def down(h: Tensor, routing: Routing, stack: Stack, residual: Tensor, tile: Tile
     return out
 
 
-def _parts(stack: Stack) -> tuple[Tensor, Tensor, Tensor, int]:
-    """weight, scale, table of scale rows, block. A plain stack has block 0; its weight stands in for what it lacks."""
+def _parts(stack: Stack) -> tuple[Tensor, Tensor, Tensor, str]:
+    """weight, scale, table of scale rows, format. What a format lacks its weight stands in for."""
     if isinstance(stack, PlainStack):
-        return stack.weight, stack.weight, stack.weight, 0
-    return stack.data, stack.scale, stack.rows, stack.block
+        return stack.weight, stack.weight, stack.weight, "bf16"
+    if isinstance(stack, Int4Stack):
+        return stack.data, stack.scale.view(torch.int32), stack.data, "int4"
+    return stack.data, stack.scale, stack.rows, "fp8"
 
 
-def _cut(columns: int, inner: int, tile: Tile, block: int) -> tuple[int, int]:
+def _split(inner: int, hidden: int, stack: Stack) -> int:
+    """How many warps share the inner columns of `gate_up`'s programs, which sets the order of sums."""
+    if isinstance(stack, Int4Stack) or inner > _NARROW:
+        return 1
+    width = stack.block if isinstance(stack, BlockMatrix) else gcd(128, hidden)
+    return _SPLIT if hidden % (_SPLIT * width) == 0 else 1
+
+
+def _cut(columns: int, inner: int, tile: Tile, stack: Stack) -> tuple[int, int]:
     """How many output columns a program takes, and how many inner ones it takes at a time."""
+    block = stack.block if isinstance(stack, BlockMatrix) else 0
     step, width = gcd(tile.columns, columns, block), block or gcd(128, inner)
+    if isinstance(stack, Int4Stack):
+        width = 2 * stack.group
     if min(step, width) < 16 or inner % width or tile.warps > 2:
-        raise ValueError(f"experts of {columns} x {inner} in blocks of {block} cannot be cut into tiles")
+        raise ValueError(f"experts of {columns} x {inner} in blocks of {width} cannot be cut into tiles")
     return step, width
 
 

@@ -17,7 +17,7 @@ from mtp_engine.assemble import decode_loop
 from mtp_engine.attention.exact import MOST_ROWS, exact_attention
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.cache import HybridKV, Pages
-from mtp_engine.config import SamplingParams, Structure, TreeShape
+from mtp_engine.config import Experts, SamplingParams, Structure, TreeShape
 from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.drafters.device import DeviceDraftOps
 from mtp_engine.drafters.expand import DraftOps
@@ -53,8 +53,8 @@ HEADS = {
 class Model:
     """A tiny model with MTP layers, through the kernels."""
 
-    def __init__(self, folder: Path, mtp: Path, dtype: torch.dtype) -> None:
-        decoder = loader.load_main(folder, dtype, DEVICE, lambda *_: None)
+    def __init__(self, folder: Path, mtp: Path, dtype: torch.dtype, experts: Experts = "auto") -> None:
+        decoder = loader.load_main(folder, dtype, DEVICE, lambda *_: None, experts=experts)
         module = loader.load_mtp(mtp, decoder, 0, lambda *_: None)
         self.decoder, self.module = fuse(decoder), fuse_mtp(module)
         self._plain: dict[float, list[list[int]]] = {}
@@ -105,7 +105,7 @@ def decode(loop: DecodeLoop, prompts: list[list[int]], params: list[SamplingPara
     return requests
 
 
-@pytest.fixture(scope="module", params=["llama", "mimo", "mimo-fp8"] if GPU else ["llama"])
+@pytest.fixture(scope="module", params=["llama", "mimo", "mimo-fp8", "mimo-int4"] if GPU else ["llama"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     root = tmp_path_factory.mktemp(request.param)
     if request.param == "llama":
@@ -113,7 +113,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         mtp = write_mtp(root / "mtp", width=64, **{**MTP, "attention": HEADS})
         return Model(folder, mtp, torch.bfloat16)
     folder = make_tiny(root / "tiny", fp8=request.param == "mimo-fp8", sliding_window=20)
-    return Model(folder, folder, torch.bfloat16)
+    return Model(folder, folder, torch.bfloat16, "int4" if request.param == "mimo-int4" else "auto")
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9] if GPU else [0.9])

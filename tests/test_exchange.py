@@ -76,7 +76,7 @@ def test_exchanges_are_their_twins(size: int, tmp_path: Path) -> None:
             calls.append({"x": x, "sum": True, "dtype": torch.float32, "residual": None, "few": few})
             whole = {"x": (x * 4).round(), "residual": residual.round()}  # as the interpreter rounds to bf16 otherwise
             calls.append({**whole, "sum": True, "dtype": torch.bfloat16, "few": few})
-        for rows, terms, width in ((3, 5, 300), (1, 1, 64)):
+        for rows, terms, width in ((3, 5, 300), (1, 1, 64), (2, 3, 512)):
             pairs, weights = torch.randn(size, rows * terms, width), torch.rand(rows, terms)
             given = {"x": pairs, "weights": weights, "residual": torch.randn(rows, width)}
             calls.append({**given, "sum": True, "dtype": torch.float32, "few": few})

@@ -15,6 +15,7 @@ from mtp_engine.config import RopeConfig
 from mtp_engine.kernels import dense, moe
 from mtp_engine.kernels.experts import ExpertStack, PlainStack
 from mtp_engine.kernels.fp8 import BlockLinear, BlockMatrix
+from mtp_engine.kernels.int4 import Int4Stack
 from mtp_engine.kernels.linear import Linear
 from mtp_engine.kernels.rope import rope_tables
 from mtp_engine.models.decoder import Decoder
@@ -57,8 +58,8 @@ def weight_of(linear: LinearMap) -> Tensor | BlockMatrix:
     return weight
 
 
-def _stack(experts: ExpertStack) -> PlainStack | BlockMatrix:
-    assert isinstance(experts, PlainStack | BlockMatrix)
+def _stack(experts: ExpertStack) -> moe.Stack:
+    assert isinstance(experts, PlainStack | BlockMatrix | Int4Stack)
     return experts
 
 
