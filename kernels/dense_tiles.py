@@ -9,7 +9,7 @@ from typing import Any, final
 
 from mtp_engine.kernels.launch import cdiv, hopper
 
-_SMS = 132  # multiprocessors of an H100; on another GPU the choice of tiles is a little worse
+SMS = 132  # multiprocessors of an H100; on another GPU the choice of tiles is a little worse
 PREFETCH = 8 << 20  # bytes of a weight that are asked for before the input is there: 2.7 us at 3 TB/s
 
 
@@ -27,6 +27,7 @@ class Tile:
     registers: int = 0  # a thread may have; 0: as many as it wants
     boxes: bool = False  # of a wide one: the copy engine fetches x and W
     apart: bool = False  # of a wide one with boxes: a slice of K has CTAs of its own, and another kernel adds up
+    teams: int = 0  # so many teams of four warps with 64 rows each: kernels/dense_teams.py; `rows` says nothing then
 
 
 def tile_for(rows: int, k: int, itemsize: int, exact: bool) -> Tile:
@@ -82,7 +83,7 @@ def many(tile: Tile, rows: int, k: int, m: int) -> Tile:
         tiles = next(tiles for above, least, tiles in _SWEPT if rows > above and k >= least)
         given = next(each for each, most in zip(tiles, _COUNTS, strict=True) if m <= most)
     else:
-        large, small = (cdiv(cdiv(rows, 128) * cdiv(m, tokens), _SMS) for tokens in (256, 128))  # rounds of CTAs
+        large, small = (cdiv(cdiv(rows, 128) * cdiv(m, tokens), SMS) for tokens in (256, 128))  # rounds of CTAs
         fewer = large <= 0.58 * small  # a small one takes 0.58 as long
         given = _wide(128, 256, 8, 3, boxes=True) if fewer else _wide(128, 128, 8, 4, boxes=True)
     if ("boxes" in given or "apart" in given) and (k % 8 or not hopper()):
