@@ -1,7 +1,5 @@
 """The Triton kernel of kernels/chain_attention.py: all runs of a block of rows in one program, merged as they come."""
 
-import os
-
 import triton
 import triton.language as tl
 
@@ -17,8 +15,6 @@ from mtp_engine.kernels.tree_attention_kernels import (
     _queries,
     _split_start,
 )
-
-_NEAR = tl.constexpr(int(os.environ.get("NEAR", "0")))
 
 
 @triton.jit
@@ -100,12 +96,6 @@ def chain_kernel(
     if PDL and not PACKED:
         if not WINDOW:
             _ask(pages, k_cache, v_cache, begin // TILE * TILE, length, k_row, v_row, DK, DV, PAGE, TILE)
-            if _NEAR > 0:
-                _ask(pages, k_cache, v_cache, tl.maximum(tile - 1, 0) * TILE, length, k_row, v_row, DK, DV, PAGE, TILE)
-            if _NEAR > 1:
-                _ask(pages, k_cache, v_cache, tile * TILE, length, k_row, v_row, DK, DV, PAGE, TILE)
-            if _NEAR > 2:
-                _ask(pages, k_cache, v_cache, begin // TILE * TILE + TILE, length, k_row, v_row, DK, DV, PAGE, TILE)
         tl.extra.cuda.gdc_wait()
     if PDL == 1:
         tl.extra.cuda.gdc_launch_dependents()

@@ -24,7 +24,7 @@ from mtp_engine.kernels.dense_kernels import (
     slice_kernel,
 )
 from mtp_engine.kernels.dense_teams import teams_kernel
-from mtp_engine.kernels.dense_tiles import PREFETCH, SMS, Tile, many, tile_for
+from mtp_engine.kernels.dense_tiles import PREFETCH, SMS, Tile, many, many_fp8, tile_for
 from mtp_engine.kernels.fp8 import BlockMatrix
 from mtp_engine.kernels.launch import cdiv, next_power_of_2, overlap
 
@@ -46,14 +46,15 @@ def _exact(x: Tensor, weight: Weight) -> bool:
 
 def _tile(x: Tensor, weight: Weight) -> Tile:
     data, block = _matrix(weight), weight.block if isinstance(weight, BlockMatrix) else 0
-    several = x.dtype == data.dtype == torch.bfloat16
-    return _choose(*data.shape, data.element_size(), _exact(x, weight), block, len(x) if several else 1)
+    exact = _exact(x, weight)
+    several = x.dtype == torch.bfloat16 and (block > 0 or data.dtype == torch.bfloat16)
+    return _choose(*data.shape, data.element_size(), exact, block, len(x) if several else 1)
 
 
 @lru_cache(maxsize=1 << 12)  # a prompt's launches are not to wait for this
 def _choose(rows: int, k: int, itemsize: int, exact: bool, block: int, m: int) -> Tile:
     tile = tile_for(rows, k, itemsize, exact)
-    return many(replace(tile, depth=min(tile.depth, block)) if block else tile, rows, k, m)
+    return many_fp8(replace(tile, depth=min(tile.depth, block)), rows, k, m) if block else many(tile, rows, k, m)
 
 
 def _normed(x: Tensor, norm: Tensor, eps: float, weight: Weight, tile: Tile) -> tuple[Tensor, Tensor]:
