@@ -110,7 +110,7 @@ def reduce(
         EVEN=width % block == 0, RANK=boxes.rank, SIZE=boxes.size, PADDED=next_power_of_2(boxes.size),
         PROGRAMS=_MANY_PROGRAMS, BLOCK=block, ROOM=room,
         LOOKS=min(_LOOKS, boxes.patience), PATIENCE=boxes.patience,
-        num_warps=4,
+        PDL=pdl(), launch_pdl=pdl(), num_warps=4,
     )  # fmt: skip
     return out
 

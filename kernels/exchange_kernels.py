@@ -158,7 +158,7 @@ def _await(
 def many_kernel(
     x, weights, residual, out, boxes, turns, stop, halted, count, width, TERMS: tl.constexpr, EVEN: tl.constexpr,
     RANK: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
-    ROOM: tl.constexpr, LOOKS: tl.constexpr, PATIENCE: tl.constexpr,
+    ROOM: tl.constexpr, LOOKS: tl.constexpr, PATIENCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As `few_kernel`'s sums, with less traffic: of SIZE blocks each rank sums one, and sends what comes of it to all.
 
@@ -166,6 +166,9 @@ def many_kernel(
     summed; all programs' sums in the same way. A rank tells of its next message when it has all sums of this one, so nothing
     is overwritten, and no flag goes on, before it has been seen.
     """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     turn, patient = tl.load(turns + program), 1 - tl.load(halted)
     lane = tl.arange(0, BLOCK)
