@@ -52,8 +52,10 @@ def _part(x, weights, start, lane, count, width, TERMS: tl.constexpr, EVEN: tl.c
         for term in tl.static_range(TERMS):
             row = m * TERMS + term
             value = tl.load(x + row.to(tl.int64) * width + n, mask=mask, other=0.0)
-            # one row or many; past the end it is a weight of nothing, and must not be read
-            weight = tl.load(weights + row, mask=start < count if EVEN else mask, other=0.0)
+            if EVEN:  # past the end it is a weight of nothing, and must not be read
+                weight = tl.load(weights + row, mask=start < count, other=0.0)
+            else:
+                weight = tl.load(weights + row, mask=mask, other=0.0)
             # said to be fused: the compiler must not fuse it with what comes then, on one rank and not on others
             total = tl.fma(tl.zeros(i.shape, tl.float32) + weight, value, total)
     return total
