@@ -4,6 +4,7 @@ Without GPUs ranks are processes that run the kernels in Triton's interpreter ov
 same, with the processor's caches in place of NVLink. On two GPUs bench/tensor_parallel.py checks the bits.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,15 @@ def test_who_waits_for_nobody_is_released(tmp_path: Path) -> None:
     [[gathered, *_, stop]] = exchanged(tmp_path, 2, "alone", calls, ranks=1)
     assert torch.equal(gathered, x[:1].expand(2, -1, -1))
     assert int(stop) == 1
+
+
+def test_kernels_compile(tmp_path: Path) -> None:
+    """Without a GPU: whoever calls them, for whatever sums and gatherings."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    script = Path(__file__).parent / "offline.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_ranks_choose_what_one_process_chooses() -> None:
