@@ -150,7 +150,6 @@ class Soak:
             "pages": sum(len(pages) for each in caches for group in each.paged for pages in group.table[:SLOTS]),
             "slots": scheduler._slots - len(scheduler._free),
             "requests": len(scheduler.running) + len(scheduler.waiting) + len(self.open),
-            "processors": len(loop.work.processors._wanted),
             "steps in flight": len(loop._flying),
             "outputs": len(scheduler.outputs) + len(scheduler._cancelled),
         }
