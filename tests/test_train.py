@@ -216,7 +216,7 @@ def test_accepted_length_rises(world: World, learnt: Path) -> None:
 
 
 def test_what_is_measured_proposes_what_is_learnt(world: World, tmp_path: Path) -> None:
-    """The scores of other tokens are arbitrary: an engine never asks for them."""
+    """As in an engine: the scores of other tokens are not trained."""
     training = Training(world.job(tmp_path / "out", objective=Objective(drafted=30)))
     measured: list[MTPModule] = []
 
