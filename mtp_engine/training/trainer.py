@@ -158,7 +158,7 @@ class Trainer:
         return self._orders[epoch][start : start + self._rows]
 
     def _proposing(self) -> MTPModule:
-        """The layers, which propose the tokens that they learn to draft, as in an engine: what they say of others is not trained."""
+        """The layers, which propose the tokens that they learn to draft: what they say of others is not trained."""
         if self._learnt is None:
             return self.module
         count = self.settings.objective.drafted
