@@ -12,14 +12,16 @@ _LEAST = 0.1  # ms: shorter parts are left out
 
 @final
 class Watch:
-    """Times the parts of a loop's steps from now on. Parts lie in one another: `load` and `start` in `enter`, that in `plan`."""
+    """Times the parts of a loop's steps from now on. Parts lie in one another: `load` and `start` in `enter`, that in `plan`.
+    worked: what the thread itself ran, in ms; the rest it waited, for the device or for a core."""
 
     def __init__(self, loop: Any) -> None:
         self._loop, self._parts = loop, dict[str, float]()
         self.steps: list[dict[str, Any]] = []
         runner, scheduler, memory = loop.runner, loop.scheduler, loop.memory
         for owner, names in (
-            (runner, ("complete", "prepare", "launch", "read")), (scheduler, ("plan", "commit", "sweep")),
+            (runner, ("complete", "prepare", "prepare_reading", "launch", "read")),
+            (scheduler, ("plan", "commit", "sweep", "take_outputs")), (loop.work, ("learn",)),
             (memory, ("enter", "keep", "leave", "_load")), (memory.processors, ("start",)), (loop, ("_land",)),
         ):  # fmt: skip
             for name in names:
@@ -35,14 +37,15 @@ class Watch:
     def step(self) -> float:
         """Run one; returns its milliseconds."""
         loop, self._parts = self._loop, {}
-        before, begin = list(loop.scheduler.running), time.perf_counter()
+        before, begin, worked = list(loop.scheduler.running), time.perf_counter(), time.thread_time()
         loop.step()
         total, running = 1000 * (time.perf_counter() - begin), loop.scheduler.running
+        worked = time.thread_time() - worked
         joined = [request for request in running if request not in before]
         chunks = loop.scheduler._reading
         self.steps.append(
             {
-                "ms": round(total, 2), "running": len(running), "joined": len(joined),
+                "ms": round(total, 2), "worked": round(1000 * worked, 2), "running": len(running), "joined": len(joined),
                 "found": [request.stats.cached_tokens for request in joined if request.stats.cached_tokens],
                 "left": sum(request not in running for request in before),
                 "rows_read": sum(chunk.stop - chunk.start for chunk in chunks),

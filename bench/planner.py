@@ -137,6 +137,7 @@ def main(**o: Any) -> None:
             decode(plain, groups[0], temperature, 8)
             each = measure(plain, auto, groups, temperature, o["tokens"], -(-o["fixed"] // batch))
             found[f"{batch}/{temperature:g}"] = each
+            click.echo(json.dumps({f"{batch}/{temperature:g}": each}), err=True)  # in case it is cut off
             rates = each["tokens_per_s"]
             table.add_row(
                 str(batch), f"{temperature:g}", f"{rates['undrafted']:.0f}", f"{rates['auto']:.0f}",

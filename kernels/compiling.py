@@ -1,13 +1,18 @@
 """Compiling kernels side by side, before they are launched.
 
 Triton compiles a kernel when it is first launched, and then the next one. Here a pass is gone through in which kernels
-that are not compiled yet are noted instead of launched; then all of them are compiled at once. Most of that is the work
-of LLVM, ptxas and a C compiler (for launchers), during which other threads run Python. Triton keeps them on its disk.
+that are not compiled yet are noted instead of launched; then all of them are compiled at once, and Triton keeps them on
+its disk. Many are compiled in forked processes, as in threads they would wait for each other, for Python's lock.
 """
 
+import hashlib
 import json
+import os
+import select
+import signal
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from types import TracebackType
@@ -16,8 +21,14 @@ from typing import Any, final
 import torch
 from triton import knobs
 from triton.runtime import driver
+from triton.runtime.cache import get_cache_manager
 
 from mtp_engine.kernels.waking import waking
+
+Kernel = tuple[Any, dict[str, Any]]  # a JITFunction, and how it is compiled
+
+_MANY = 8  # kernels that are worth processes
+_PATIENCE = 60  # seconds in which one of them compiles a kernel, or all are given up
 
 
 @final
@@ -29,7 +40,7 @@ class Missing:
     """
 
     def __init__(self) -> None:
-        self._found: dict[tuple[int, str], tuple[Any, dict[str, Any]]] = {}  # functions, and how they are compiled
+        self._found: dict[tuple[int, str], Kernel] = {}
         self._thread, self._before = 0, knobs.runtime.jit_cache_hook
 
     def __enter__(self) -> "Missing":
@@ -56,32 +67,107 @@ class Missing:
         if not self._found:
             return
         waking().join()  # what it does is done once, and not by all threads
+        found = list(self._found.values())
+        new = [each for each in found if not _kept(*each)]
+        if len(new) >= _MANY and threads > 1:
+            _in_processes(new, threads, lambda number: progress("compiling kernels", number, len(new)))
+            new = [each for each in new if not _kept(*each)]
         with ThreadPoolExecutor(threads) as pool:
-            done = [pool.submit(_compile, *each, device) for each in self._found.values()]
+            done = [pool.submit(_compile_on, device, *each) for each in new]
             for number, _ in enumerate(as_completed(done)):
-                progress("compiling kernels", number, len(done))
-        for each in done:
+                progress("compiling kernels", number, len(new))
+        for each in found:
             with suppress(Exception), torch.cuda.device(device):
-                each.result().run  # noqa: B018  which loads it
-        progress("compiling kernels", len(done), len(done))
+                _made(*each).run  # noqa: B018  which loads it
+        progress("compiling kernels", len(found), len(found))
 
 
-def _compile(function: Any, how: dict[str, Any], device: torch.device) -> Any:
+def _compile(function: Any, how: dict[str, Any]) -> Any:
     """As JITFunction.preload does, which would make lists of tuples among the constants, and so another kernel.
 
     The launcher is made, too, which a C compiler does, but not kept: all launchers are modules of one name, and of two that
     threads load at a time either may be handed out for the other. They are loaded one after the other, from the disk.
     """
-    options = json.loads(how["specialization_data"])["options"]
-    backend = function.device_caches[how["device"]][3]
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    with torch.cuda.device(device):
-        kernel = function._do_compile(
-            how["key"], how["signature"], how["device"], how["constants"], backend.parse_options(given), how["configs"][0],
-            warmup=True,
-        )  # fmt: skip
-        driver.active.launcher_cls(kernel.src, kernel.metadata)
+    kernel = _read(function, how)
+    driver.active.launcher_cls(kernel.src, kernel.metadata)
     return kernel
+
+
+def _read(function: Any, how: dict[str, Any]) -> Any:
+    """The kernel, from Triton's disk if it is there."""
+    options, attributes = _options(function, how), how["configs"][0]
+    given = how["key"], how["signature"], how["device"], how["constants"], options, attributes
+    return function._do_compile(*given, warmup=True)
+
+
+def _made(function: Any, how: dict[str, Any]) -> Any:
+    return function.device_caches[how["device"]][0].get(how["key"]) or _read(function, how)
+
+
+def _compile_on(device: torch.device, function: Any, how: dict[str, Any]) -> Any:
+    with torch.cuda.device(device):
+        return _compile(function, how)
+
+
+def _options(function: Any, how: dict[str, Any]) -> Any:
+    options = json.loads(how["specialization_data"])["options"]
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    return function.device_caches[how["device"]][3].parse_options(given)
+
+
+def _kept(function: Any, how: dict[str, Any]) -> bool:
+    """Whether Triton has it on its disk."""
+    with suppress(Exception):  # another version: then it is compiled, or read, like one that is not there
+        from triton.compiler.compiler import get_cache_invalidating_env_vars, get_cache_key
+
+        source = function.ASTSource(function, how["signature"], how["constants"], how["configs"][0])
+        backend, variables = function.device_caches[how["device"]][3], get_cache_invalidating_env_vars()
+        key = get_cache_key(source, backend, _options(function, how), env_vars=variables)
+        kept = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+        return bool(kept.get_group(f"{source.name[:150]}.json"))
+    return False
+
+
+def _in_processes(kernels: Sequence[Kernel], processes: int, done: Callable[[int], None]) -> None:
+    """Compile them to Triton's disk. Whatever fails, or takes too long, is left to who launches it. done: is told how many.
+
+    The processes are copies of this one that do nothing else, so they must not touch the GPU, and do not.
+    """
+    (todo, numbers), (said, say) = os.pipe(), os.pipe()
+    os.write(numbers, b"".join(number.to_bytes(2, "big") for number in range(len(kernels))))  # each reads the next one
+    os.close(numbers)
+    children = []
+    with warnings.catch_warnings(
+        action="ignore", category=DeprecationWarning
+    ):  # of other threads, whose locks are not used
+        for _ in range(min(processes, len(kernels))):
+            child = os.fork()
+            if not child:
+                _work(kernels, todo, say)
+            children.append(child)
+    os.close(todo)
+    os.close(say)
+    number = 0
+    try:
+        while select.select([said], [], [], _PATIENCE)[0] and (more := os.read(said, len(kernels))):
+            number += len(more)
+            done(number)
+    finally:
+        os.close(said)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def _work(kernels: Sequence[Kernel], todo: int, say: int) -> None:
+    """What such a process does."""
+    try:
+        while number := os.read(todo, 2):
+            with suppress(Exception):
+                _compile(*kernels[int.from_bytes(number, "big")])
+            os.write(say, b".")
+    finally:
+        os._exit(0)
 
 
 def wake() -> None:

@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
 
 SCRIPT = """
-import json, threading
+import json, sys, threading
 from contextlib import nullcontext
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -37,6 +37,7 @@ CompiledKernel.function = CompiledKernel.packed_metadata = None
 CompiledKernel.launch_metadata = lambda *_: None
 torch.cuda.device = lambda device: nullcontext()
 
+from mtp_engine.kernels import compiling
 from mtp_engine.kernels.compiling import Missing
 from mtp_engine.kernels.state import last_rows
 from mtp_engine.kernels.ancestry import ancestry
@@ -62,7 +63,11 @@ with missing:
     thread.start(); thread.join()
 found["ran"], ran[:], order[:] = list(ran), [], []
 found["missing"] = len(missing)
+compiling._MANY = int(sys.argv[1])
+hits = []
+triton.knobs.compilation.listener = lambda **given: hits.append(given["cache_hit"])
 missing.compile(torch.device("cpu"), 2, lambda *each: said.append(each))
+found["hits"] = hits
 found["said"], found["order"] = [said[0], said[-1]], list(order)
 again = Missing()
 with again:
@@ -72,7 +77,8 @@ print(json.dumps(found))
 """
 
 
-def test_what_is_missing_is_compiled_at_once_and_only_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [False, True])
+def test_what_is_missing_is_compiled_at_once_and_only_once(tmp_path: Path, processes: bool) -> None:
     """A launch within is noted and does not happen, but another thread's does; it is compiled as the launch would have it."""
 
     def run() -> dict[str, object]:
@@ -80,7 +86,11 @@ def test_what_is_missing_is_compiled_at_once_and_only_once(tmp_path: Path) -> No
             "TRITON_CACHE_DIR": str(tmp_path)
         }
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, timeout=120
+            [sys.executable, "-c", SCRIPT, "1" if processes else "99"],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=120,
         )
         assert done.returncode == 0, done.stderr[-2000:]
         found: dict[str, object] = json.loads(done.stdout)
@@ -91,8 +101,11 @@ def test_what_is_missing_is_compiled_at_once_and_only_once(tmp_path: Path) -> No
     assert found["ran"] == ["_pick"], "the other thread's"
     assert isinstance(count, int)
     assert count >= 3
-    assert found["said"] == [["compiling kernels", 0, count], ["compiling kernels", count, count]]
-    order = ["made"] * count + ["loaded"] * count
+    assert found["hits"] == [processes] * count, "this process finds what the others have made"
+    (what, first, of), last = found["said"]  # type: ignore[misc]
+    assert (what, of, last) == ("compiling kernels", count, ["compiling kernels", count, count])
+    assert bool(first) == processes
+    order = ["made"] * (0 if processes else count) + ["loaded"] * count
     assert found["order"] == order, "Triton's launchers get mixed up where threads load them at a time"
     assert found["again"] == 0
     assert found["launched"] == count

@@ -1,5 +1,6 @@
 """The dense kernels of a decoding step against their twins, and that a row's result does not depend on its neighbours."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -218,6 +219,29 @@ def test_real_shapes(rows: int, k: int, fp8: bool) -> None:
         assert torch.equal(alone, full[part]), (first, last)
         assert torch.equal(gated(x[part], weight, norm=norm, eps=1e-6), half[part]), (first, last)
         assert torch.equal(linear(x[part], weight), plain[part]), (first, last)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("teams", "tokens", "stages"), [(1, 64, 4), (1, 128, 4), (2, 64, 6), (2, 128, 6), (3, 64, 6), (3, 128, 4), (2, 256, 4)]
+)
+@pytest.mark.parametrize(("few", "k"), [(Tile(16, 64, 4, 5), 1344), (Tile(16, 128, 4, 4), 1408)])
+def test_teams_add_up_as_few(few: Tile, k: int, teams: int, tokens: int, stages: int) -> None:
+    """Slices of different lengths; neither rows nor tokens fill their last tile; more units than programs, and fewer."""
+    tile = dataclasses.replace(few, teams=teams, tokens=tokens, stages=stages, registers={1: 0, 2: 240, 3: 160}[teams])
+    options: dict[str, Any] = {"norm": randn(k, dtype=torch.bfloat16, seed=2), "eps": 1e-5}
+    for rows, m in ((4112, 300), (176, 700)):
+        x, weight = randn(m, k, dtype=torch.bfloat16), matrix(rows, k, torch.bfloat16, False)
+        bias, residual = (randn(*shape, dtype=torch.bfloat16, seed=3) for shape in ((rows,), (m, rows)))
+        added: dict[str, Any] = {"bias": bias, "residual": residual}
+        for call in (
+            functools.partial(linear, **options, out_dtype=torch.float32), functools.partial(linear, **added), gated,
+            functools.partial(gated, **options), functools.partial(linear, **options, bias=bias),
+        ):  # fmt: skip
+            assert torch.equal(call(x, weight, tile=tile), call(x, weight, tile=few)), call
+        apart = dataclasses.replace(tile, apart=True)
+        for extras in (options, added):
+            assert torch.equal(linear(x, weight, **extras, tile=apart), linear(x, weight, **extras, tile=few))
 
 
 @pytest.mark.cuda

@@ -30,7 +30,7 @@ from mtp_engine.models import loader
 from mtp_engine.models.fused import FusedJoin, fuse, fuse_mtp
 from mtp_engine.models.layers import Join, RMSNorm
 from mtp_engine.models.make_tiny import make_tiny
-from mtp_engine.parallel.group import Group, joined, ordered_sum
+from mtp_engine.parallel.group import Group, joined, ordered_sum, weighted
 from mtp_engine.parallel.linear import SummedLinear
 from mtp_engine.sampling.batch import Batch, SamplingBatch
 from mtp_engine.tree import DraftTree, VerifyResult
@@ -76,6 +76,10 @@ def test_exchanges_are_their_twins(size: int, tmp_path: Path) -> None:
             calls.append({"x": x, "sum": True, "dtype": torch.float32, "residual": None, "few": few})
             whole = {"x": (x * 4).round(), "residual": residual.round()}  # as the interpreter rounds to bf16 otherwise
             calls.append({**whole, "sum": True, "dtype": torch.bfloat16, "few": few})
+        for rows, terms, width in ((3, 5, 300), (1, 1, 64), (2, 3, 512)):
+            pairs, weights = torch.randn(size, rows * terms, width), torch.rand(rows, terms)
+            given = {"x": pairs, "weights": weights, "residual": torch.randn(rows, width)}
+            calls.append({**given, "sum": True, "dtype": torch.float32, "few": few})
     for join in (False, True):
         calls.append({"x": torch.randint(-(2**63), 2**63 - 1, (size, 3, 5)), "sum": False, "join": join})
         calls.append({"x": torch.arange(size * 600).view(size, 2, 3, 100).float(), "sum": False, "join": join})
@@ -83,7 +87,8 @@ def test_exchanges_are_their_twins(size: int, tmp_path: Path) -> None:
     found = exchanged(tmp_path, size, "all", calls)
     for number, call in enumerate(calls):
         if call["sum"]:
-            expected = ordered_sum(call["x"], call["dtype"], call["residual"])
+            parts = torch.stack([weighted(part, call.get("weights")) for part in call["x"]])
+            expected = ordered_sum(parts, call["dtype"], call["residual"])
         else:
             expected = joined(call["x"]) if call["join"] else call["x"]
         for rank in range(size):

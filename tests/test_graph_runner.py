@@ -271,6 +271,35 @@ def test_a_structure_waits_for_the_host_and_nobody_else(models: Models, in_fligh
     assert most == in_flight - 1
 
 
+@pytest.mark.parametrize(("structured", "most"), [(1, 1), (2, 1), (3, 2)])
+def test_few_with_a_structure_sit_out_while_their_steps_are_in_flight(
+    models: Models, structured: int, most: int
+) -> None:
+    """So that the others wait for nobody; and all say what they say alone. Where most have one, all go together."""
+    loop = loop_of(models, drafter_of("3x2", models), in_flight=2)
+    wanted = [
+        SamplingParams(
+            max_tokens=24, seed=i, temperature=0.8, structure=Structure(regex="any") if i < structured else None
+        )
+        for i in range(SLOTS)
+    ]
+    requests, plan, flying = [loop.add(*each) for each in zip(prompts(), wanted, strict=True)], loop.scheduler.plan, []
+
+    def planned(*given: Any) -> Any:
+        found = plan(*given)
+        if all(request.decoding and not request.finish_reason for request in requests):
+            flying.append([request.in_flight for request in requests])
+        return found
+
+    loop.scheduler.plan = planned  # type: ignore[method-assign]
+    while loop.requests:
+        loop.step()
+    peaks = [max(column) for column in zip(*flying[2:], strict=True)]  # steps before were planned for fewer
+    assert peaks == [most] * structured + [2] * (SLOTS - structured)
+    expected = [solo(loop_of(models, RootDrafter(), in_flight=0), *each) for each in enumerate(wanted)]
+    assert [request.output for request in requests] == [request.output for request in expected]
+
+
 class Anything(Sums):
     """Allows all; notes after which drafts it was asked for a mask."""
 

@@ -223,7 +223,7 @@ def test_drafts_do_not_depend_on_what_was_planned_before(
     for each, work, one in ((drafter, loop.work, request), (other, fresh.work, again)):
         if isinstance(each, LazyMTPDrafter):
             each.planner = Everything()
-        batch = work.state.batch(torch.tensor([one.slot]), loop._members.sampling, one.length, None)  # type: ignore[union-attr]
+        batch = work.state.batch(torch.tensor([one.slot]), loop._members[0].sampling, one.length, None)
         with torch.inference_mode():
             trees.append(each.draft(batch))
     assert by_path(trees[0]).keys() == by_path(trees[1]).keys()

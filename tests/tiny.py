@@ -174,10 +174,6 @@ class Sums:
         return torch.tensor([word - (1 << 32) if word >> 31 else word for word in bits], dtype=torch.int32)
 
     complete = True
-    workers = None
-
-    def state(self, path: tuple[int, ...]) -> None:
-        pass
 
     def forced(self, path: tuple[int, ...]) -> list[int]:
         return []

@@ -45,6 +45,9 @@ from mtp_engine.sampling.batch import Plan, SamplingBatch
 
 _LOG = logging.getLogger("mtp_engine")
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # a batch is padded up to one of these
+_RARELY = (
+    1000  # times as rare as younger ones are full collections, in which all wait for tens of milliseconds; usual are 10
+)
 SCRATCH_TOKENS = SCRATCH_LENGTH + 128  # room the scratch slot needs in the caches
 
 
@@ -135,6 +138,7 @@ class GraphRunner:
         self._complete = True
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*gc.get_threshold()[:2], _RARELY)
         took, room = time.perf_counter() - begin, (free - self._free()) / 1e9
         progress("capturing CUDA graphs", len(keys), len(keys))
         return f"{len(keys) + prompts} CUDA graphs captured in {took:.1f} s, {room:.2f} GB"
@@ -191,21 +195,28 @@ class GraphRunner:
         marks[0].record()
         tree = step.parts.draft()
         marks[1].record()
-        drafted = self._structures.begin(tree, members)
-        if drafted is None or tree.nodes == 1:
+        drafted = self._structures.begin(tree, members) if step.given else None
+        # what has landed needs no waiting for
+        known = drafted is not None and all(members.requests[row].in_flight == 1 for row in drafted.guide.rows)
+        if drafted and known:
+            self._structures.force(drafted, members, said)
+        if drafted is None or known or tree.nodes == 1:
             step.parts.forward()
         if drafted is None:
             return self._watched(self._chosen(step, members, marks, {}), members, key)
-        opened = self._open = Opened(partial(self._finish, step, members, drafted, said, marks))
+        opened = self._open = Opened(partial(self._finish, step, members, drafted, None if known else said, marks))
         if not isinstance(step.parts, Captured):
             self.complete()  # operations may ask the host for the pages of who will have left by then
         return self._watched(opened, members, key)
 
-    def _finish(self, step: Prepared, members: Members, drafted: Drafted, said: Said, marks: Sequence[Mark]) -> Flight:
+    def _finish(
+        self, step: Prepared, members: Members, drafted: Drafted, said: Said | None, marks: Sequence[Mark]
+    ) -> Flight:
         """What follows where structures have a say. The steps before have landed by now, mostly, and the host has done their work
-        while the device drafted, or ran its model where nothing is drafted; the next step is launched behind this."""
+        while the device drafted, or ran its model where that was launched; the next step is launched behind this. said: None
+        where what is forced is known already."""
         assert step.given
-        if self._structures.force(drafted, members, said):
+        if said and self._structures.force(drafted, members, said):
             step.parts.forward()
         failed = self._structures.allow(
             step.given, drafted, members, step.parts.peek if self._step.verifier.picks else None

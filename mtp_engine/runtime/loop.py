@@ -22,6 +22,7 @@ from mtp_engine.runtime.step import ModelStep, Runner, explain
 from mtp_engine.sampling.logprobs import TokenLogprob
 
 _LOG = logging.getLogger("mtp_engine")
+_MEMBERS = 2  # batches that take turns, see Scheduler
 
 
 @final
@@ -38,7 +39,7 @@ class DecodeLoop:
         self.work, self.runner, self.scheduler, self.intake, self.memory = work, runner, scheduler, intake, memory
         self._ranks = ranks
         self._flying: deque[tuple[StepPlan, Launched]] = deque()
-        self._members: Members | None = None  # of the last step launched
+        self._members: list[Members] = []  # of the steps launched last, the newest first
         self._clock = LoopClock()
 
     @property
@@ -100,8 +101,11 @@ class DecodeLoop:
         plan = self.scheduler.plan(self._clock.now, len(self._flying))
         if plan is None:
             return False
-        self._members = Members.of(plan.decoding, self._members, self.work.device)
-        launched = self._decode(self._members) if self._members else None
+        members = Members.of(plan.decoding, self._members, self.work.device)
+        launched = None
+        if members:
+            self._members = [members, *(each for each in self._members if each is not members)][:_MEMBERS]
+            launched = self._decode(members)
         if plan.chunks:
             try:
                 with self._clock.left_out():

@@ -269,10 +269,12 @@ class Members:
     plan: Plan | None = None  # of the step, where steps are planned
 
     @classmethod
-    def of(cls, requests: tuple[Request, ...], before: "Members | None", device: torch.device) -> "Members | None":
-        """Of the next step, which are those of the step before it where nobody joined or left; None where there are none."""
-        if before and before.requests == requests and before.trails == tuple(request.trail for request in requests):
-            return before
+    def of(cls, requests: tuple[Request, ...], before: "Sequence[Members]", device: torch.device) -> "Members | None":
+        """Of the next step, which are those of a step before it where nobody joined or left; None where there are none."""
+        trails = tuple(request.trail for request in requests)
+        for members in before:
+            if members.requests == requests and members.trails == trails:
+                return members
         return cls.build(requests, device) if requests else None
 
     @classmethod

@@ -56,6 +56,15 @@ def _rank(request: Request) -> tuple[int, int]:
     return request.params.priority, request.number
 
 
+def _together(decoding: Sequence[Request]) -> tuple[Request, ...]:
+    """Of those who could decode, who does in the next step. What a structure allows is worked out on the host, for which a
+    step has to wait; where few have one, they sit out while a step of theirs is in flight: so nobody waits for the host."""
+    bound = [request for request in decoding if request.params.structure]
+    if 2 * len(bound) > len(decoding):
+        return tuple(decoding)
+    return tuple(request for request in decoding if not (request.params.structure and request.in_flight))
+
+
 @final
 class Scheduler:
     """Requests wait by priority and arrival until a slot and memory are free; nobody overtakes the first of them.
@@ -129,7 +138,7 @@ class Scheduler:
         now on. now: of the loop's clock. in_flight: steps whose tokens are not known yet."""
         self._keep_what_was_read()
         self._admit(now)
-        decoding = tuple(request for request in self.running if request.decoding)
+        decoding = _together([request for request in self.running if request.decoding])
         if crowded := [request for request in decoding if not self._room.grow(request)]:
             if not in_flight:  # what is said by then counts
                 self._preempt(crowded[0])

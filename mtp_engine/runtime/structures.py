@@ -14,7 +14,7 @@ from mtp_engine.runtime.step import Said
 from mtp_engine.sampling.masks import Guide
 from mtp_engine.tree import DraftTree
 
-_HIDDEN = 16  # masks that take the host no longer than the model runs
+_HIDDEN = 8  # masks that take the host no longer than the model runs
 
 
 def _truncates(params: SamplingParams) -> bool:
@@ -102,9 +102,10 @@ class Structures:
             return
         self._settle()
         self._any = bool(chains)
-        self._chains.zero_()
+        written = self._chains.numpy()
+        written[:] = 0
         for row, chain in chains.items():
-            self._chains[row, : 1 + len(chain)] = torch.tensor([len(chain), *chain])
+            written[row, : 1 + len(chain)] = len(chain), *chain
         self._forced.copy_(self._chains, non_blocking=True)
         self._copied = self._mark()
         self._copied.record()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol, TypeVar, final
+from typing import Protocol, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -11,22 +11,8 @@ _NEVER = -float("inf")
 T = TypeVar("T")
 
 
-class Workers(Protocol):
-    """Threads that work out many masks at once (structure.Pool)."""
-
-    def write(self, states: list[tuple[Any, int]], masks: Tensor) -> None:
-        """The mask of each state into the row that stands with it. masks: [R, W] int32 on the CPU."""
-
-
 class Constraint(Protocol):
     """What one answer must match (structure.GrammarState)."""
-
-    @property
-    def workers(self) -> Workers | None:
-        """The same for all constraints of a loop; None where each mask is asked for by itself."""
-
-    def state(self, path: tuple[int, ...]) -> Any:
-        """What `workers` take in place of `mask(path)`; None where `mask` knows the answer, or nobody else does."""
 
     def forced(self, path: tuple[int, ...]) -> list[int]:
         """Tokens that must follow the answer so far and then `path`, as far as that is quickly known: good drafts."""
@@ -107,31 +93,18 @@ class Guide:
         tokens, parents: [B, N]. None may where the constraint raised. begins: by row, the node behind which, and behind whose
         descendants; otherwise it is all nodes of all requests that have a constraint.
         """
-        nodes = masks.shape[1]
         if begins is None:
             begins, self.failed = dict.fromkeys(self.rows, 0), {}
-        waiting, workers, written = list[tuple[Any, int]](), None, masks.numpy()
+        written = masks.numpy()
         for row, begin in begins.items():
-            constraint, said, paths = self._constraints[row], len(self._said[row]), [self._said[row]]
-            assert constraint is not None
-            workers, behind = constraint.workers, {begin}
+            paths, behind = list[tuple[int, ...]]([()]), {begin}
             for node in range(sizes[row]):
                 if node:
                     paths.append((*paths[parents[row][node]], tokens[row][node]))
-                if node != begin and parents[row][node] not in behind:
-                    continue
-                behind.add(node)
-                state = None
-                with suppress(Exception):  # `_mask` will meet it, too
-                    state = constraint.state(paths[node]) if workers else None
-                if state is not None:
-                    waiting.append((state, row * nodes + node))
-                elif (mask := self._mask(row, paths[node][said:])) is None:
-                    written[row, node] = 0
-                else:
-                    written[row, node] = mask.numpy()
-        if workers and waiting:
-            workers.write(waiting, masks.flatten(0, 1))
+                if node == begin or parents[row][node] in behind:
+                    behind.add(node)
+                    mask = self._mask(row, paths[node])
+                    written[row, node] = 0 if mask is None else mask.numpy()
 
     def narrow(self, tokens: Tensor, parents: Tensor, logits: Tensor, ids: Tensor) -> Tensor:
         """For a drafter: -inf for what may not follow. tokens, parents: [B, n] of a growing tree; logits: [B, F, len(ids)] of

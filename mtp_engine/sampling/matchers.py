@@ -3,21 +3,6 @@
 from collections.abc import Collection, Sequence
 from typing import Any, final
 
-from torch import Tensor
-
-
-@final
-class Pool:
-    """llguidance's threads (Workers)."""
-
-    def __init__(self, executor: Any) -> None:
-        self._executor = executor
-
-    def write(self, states: list[tuple[Any, int]], masks: Tensor) -> None:
-        """states: matchers, none of them twice."""
-        assert masks.is_contiguous()
-        self._executor.unsafe_compute_mask_ptr(states, masks.data_ptr(), 4 * masks.shape[1], len(masks))
-
 
 def _canonical(matcher: Any, tokens: Sequence[int]) -> int:
     """How many of these tokens, which a grammar can take one after the other, masks have: where text is forced, llguidance's

@@ -4,11 +4,9 @@ Chosen over xgrammar (Apache-2.0), which brings transformers, pydantic, triton a
 """
 
 import json
-import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, final
 
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from mtp_engine.config import Structure
 from mtp_engine.errors import EngineError
-from mtp_engine.sampling.matchers import Matchers, Pool
+from mtp_engine.sampling.matchers import Matchers
 
 _LONGEST_REASON = 300  # characters
 _KEPT = 64  # compiled structures
@@ -29,8 +27,7 @@ _SLICES = [
     *(rf'[^"\\\x00-\x1F\x7F]{{1,{most}}}' for most in (3, 6, 10, 16, 30)),
     r'[^"\\\x00-\x1F\x7F]+',
 ]
-_FEW_CORES = 2
-_QUICK = 0.01  # seconds to make a matcher: what takes longer is copied
+_RENEWED = 1000  # answers after which structures are compiled anew
 _LEFT_OUT = 3  # tokens of a known way that another token may have stood for
 _SPARE = 24  # tokens kept for what a free choice may open, before an answer is closed
 
@@ -39,25 +36,27 @@ _SPARE = 24  # tokens kept for what a free choice may open, before an answer is 
 class Grammars:
     """Compiles structures for one tokenizer."""
 
-    def __init__(self, folder: Path, vocab: int, eos: Sequence[int], own: bool | None = None) -> None:
-        """folder: holds tokenizer.json. vocab: rows of the model's head. eos: tokens that may end a complete answer. own: whether
-        answers have matchers of their own; copies share a lexer, which one thread uses at a time. None: where there are cores."""
-        self._own = (os.cpu_count() or 1) > _FEW_CORES if own is None else own
-        self._folder, self._vocab, self._eos = folder, vocab, tuple(eos)
+    def __init__(self, folder: Path, vocab: int, eos: Sequence[int]) -> None:
+        """folder: holds tokenizer.json. vocab: rows of the model's head. eos: tokens that may end a complete answer."""
+        self._folder, self._vocab, self._eos, self._started = folder, vocab, tuple(eos), 0
         self._tokenizer: Any = None
-        self._pool: Pool | None = None
         self._compiled = lru_cache(_KEPT)(self._compile)
 
     def start(self, structure: Structure) -> "GrammarState":
-        """A fresh answer's state. Raises EngineError if llguidance is missing or does not accept the structure."""
-        make, matcher, seconds = self._compiled(replace(structure, within=0))
-        matcher = make() if self._own and seconds < _QUICK else matcher.deep_copy()
+        """A fresh answer's state. Raises EngineError if llguidance is missing or does not accept the structure.
+
+        Copies share a lexer, and with it what each has found out; what that holds does not grow for ever.
+        """
+        self._started += 1
+        if self._started % _RENEWED == 0:
+            self._compiled.cache_clear()
+        matcher = self._compiled(replace(structure, within=0)).deep_copy()
         ends = structure.json and structure.within
         closer = Closer(self._tokenizer, structure.within, self._tokenizer.eos_token) if ends else None
-        return GrammarState(Matchers(matcher, frozenset(self._eos)), self._vocab, closer, self._pool)
+        return GrammarState(Matchers(matcher, frozenset(self._eos)), self._vocab, closer)
 
-    def _compile(self, structure: Structure) -> tuple[Callable[[], Any], Any, float]:
-        """What makes a matcher, one that was made, and the seconds that it took."""
+    def _compile(self, structure: Structure) -> Any:
+        """A matcher."""
         try:
             import llguidance
         except ImportError:
@@ -70,17 +69,14 @@ class Grammars:
                 )
             except ValueError as error:
                 raise EngineError(f"{path}: llguidance cannot use it: {' '.join(str(error).split())}") from error
-            if -(-self._tokenizer.vocab_size // 32) == -(-self._vocab // 32):  # else its masks are longer than ours
-                self._pool = Pool(llguidance.LLExecutor())
-        begin = time.perf_counter()
         try:
-            make = partial(llguidance.LLMatcher, self._tokenizer, _source(llguidance.LLMatcher, structure), log_level=0)
-            matcher = make()
+            source = _source(llguidance.LLMatcher, structure)
+            matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0)
         except ValueError as error:
             raise EngineError(_invalid(str(error))) from error
         if matcher.is_error():
             raise EngineError(_invalid(matcher.get_error()))
-        return make, matcher, time.perf_counter() - begin
+        return matcher
 
 
 def _invalid(reason: str) -> str:
@@ -109,19 +105,12 @@ def _source(matcher: Any, structure: Structure) -> str:
 class GrammarState:
     """Where one answer stands in its grammar. What is known of the states behind drafts is kept until the answer leaves them."""
 
-    def __init__(
-        self, matchers: Matchers, vocab: int, closer: "Closer | None" = None, workers: Pool | None = None
-    ) -> None:
-        self._matchers, self._closer, self.workers, self._said = matchers, closer, workers, 0
+    def __init__(self, matchers: Matchers, vocab: int, closer: "Closer | None" = None) -> None:
+        self._matchers, self._closer, self._said = matchers, closer, 0
         self._free = torch.full((-(-vocab // 32),), -1, dtype=torch.int32)
         self._known: dict[tuple[int, ...], Tensor] = {}
         self._looked: dict[tuple[int, ...], Look] = {}
         self._before = Look(), -1  # what was found before the last token, and that token
-
-    def state(self, path: tuple[int, ...]) -> Any:
-        """The matcher after `path`; None where its mask is known, a token is decided on, or any may follow."""
-        matcher = None if path in self._known else self._matchers.at(path)
-        return None if matcher is None or self._look(path).closing else matcher
 
     def forced(self, path: tuple[int, ...]) -> list[int]:
         """What the grammar has in one way only, such as the names of members, or the way to the end."""
