@@ -43,20 +43,21 @@ def _part(x, weights, start, lane, count, width, TERMS: tl.constexpr, EVEN: tl.c
     i = start + lane
     mask = i < count
     if TERMS == 0:
-        return tl.load(x + i, mask=mask, other=0)
-    total = tl.zeros(i.shape, tl.float32)
-    m, n = i // width, i % width
-    if EVEN:
-        m, n = start // width, tl.multiple_of(start % width, 16) + lane
-    for term in tl.static_range(TERMS):
-        row = m * TERMS + term
-        value = tl.load(x + row.to(tl.int64) * width + n, mask=mask, other=0.0)
-        # said to be fused: the compiler must not fuse it with what comes then, on one rank and not on others
-        if EVEN:  # past the end it is a weight of nothing, and must not be read
-            weight = tl.load(weights + row, mask=start < count, other=0.0)
-        else:
-            weight = tl.load(weights + row, mask=mask, other=0.0)
-        total = tl.fma(tl.zeros(i.shape, tl.float32) + weight, value, total)
+        total = tl.load(x + i, mask=mask, other=0)
+    else:
+        total = tl.zeros(i.shape, tl.float32)
+        m, n = i // width, i % width
+        if EVEN:
+            m, n = start // width, tl.multiple_of(start % width, 16) + lane
+        for term in tl.static_range(TERMS):
+            row = m * TERMS + term
+            value = tl.load(x + row.to(tl.int64) * width + n, mask=mask, other=0.0)
+            if EVEN:  # past the end it is a weight of nothing, and must not be read
+                weight = tl.load(weights + row, mask=start < count, other=0.0)
+            else:
+                weight = tl.load(weights + row, mask=mask, other=0.0)
+            # said to be fused: the compiler must not fuse it with what comes then, on one rank and not on others
+            total = tl.fma(tl.zeros(i.shape, tl.float32) + weight, value, total)
     return total
 
 
