@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, final
@@ -140,7 +141,7 @@ def read_all(contenders: dict[str, Decode], text: list[int], sizes: Sequence[int
 @click.option("--attention", default="exact", show_default=True)
 @click.option("--in-flight", default=2, type=SOME, show_default=True, help="Steps queued ahead on a GPU.")
 @click.option("--threads", default=0, type=COUNT, help="CPU threads; 0 is one per core.")
-@click.option("--mtp", default=None)
+@click.option("--mtp", "layers", multiple=True, help="A folder of MTP layers; several are compared in turns.")
 def main(**o: Any) -> None:
     commit = require_commit()
     shared = {name: o[name] for name in ("device", "dtype", "attention", "threads")}
@@ -148,13 +149,14 @@ def main(**o: Any) -> None:
     drafting = {name: o[name] for name in ("draft_vocab", "draft_int8")}
     most = max([o["longest"], *o["sizes"]]) + o["max_tokens"]
 
-    def load(**options: Any) -> Engine:
+    def load(mtp: str | None = None, **options: Any) -> Engine:
         config = EngineConfig(max_batch=1, max_context=most, prefix_cache=False, **shared, **options)
-        return Engine.load(o["model"], config, mtp=o["mtp"])
+        return Engine.load(o["model"], config, mtp=mtp)
 
     engines = {name: load(drafter="root") for name in ("plain", "plain again")[: 1 + o["control"]]}
-    for tree in o["trees"]:
-        engines[tree] = load(tree=None if tree == "auto" else TreeShape.parse(tree), **drafting)
+    for tree, mtp in product(o["trees"], o["layers"] or (None,)):
+        name = f"{tree} of {Path(mtp).name}" if len(o["layers"]) > 1 and mtp else tree
+        engines[name] = load(mtp, tree=None if tree == "auto" else TreeShape.parse(tree), **drafting)
     peers = {} if o["no_peer"] else load_peers(o, most)
     rows = [row for file in o["files"] for row in read_prompts(file, o["limit"], o["category"])]
     cases = encode(engines["plain"], rows, o["longest"])

@@ -2,6 +2,7 @@
 
     python bench/full_size.py --dry-run --ranks 8                   # memory of each GPU and floors, without one
     python bench/full_size.py --ranks 4                             # 48 layers and three MTP layers, 312 GB in FP8
+    python bench/full_size.py --ranks 2 --experts int4              # 86 GB on each of two
     python bench/full_size.py --ranks 8 --alone                     # on one GPU: the work of one of 8, which sums with itself
     python bench/full_size.py --ranks 2 --device cpu --shape tiny --parts all_reduce,steps
 
@@ -27,6 +28,7 @@ from floors import draft_bytes, main_bytes
 from full_size_rank import Job, command, cut_shape
 from shapes import SHAPES
 
+from mtp_engine.config import Experts
 from mtp_engine.models.plan import GPU_GB, make_share
 from mtp_engine.parallel.processes import new_store
 from mtp_engine.parallel.shard import Shard
@@ -38,26 +40,36 @@ Part = dict[str, Any]
 
 
 def plan_parts(kinds: Sequence[str], batches: Sequence[int], contexts: Sequence[int]) -> list[Part]:
-    """What matters most comes first: whole steps at the shortest context, wider trees, longer contexts of few requests."""
+    """What matters most comes first: whole steps at the shortest context, longer contexts of few requests, wider trees, and then
+    single layers, whose kernels these have compiled."""
     first, *longer = contexts
     chain, plain = (CHAIN, FORCED[0]), (None, 0.0)
-    pairs: list[tuple[int, int, str | None, float]] = [(b, first, *way) for b in batches for way in (chain, plain)]
-    pairs += [(b, first, "tree:15", 0.0) for b in batches[:2]]
-    pairs += [(b, c, *way) for b in batches[:2] for c in longer[::-1] for way in (chain, plain)]
-    pairs += [(b, first, CHAIN, FORCED[1]) for b in batches]
-    pairs += [(b, c, *chain) for c in longer for b in batches[2:]]
-    pairs += [(b, c, *plain) for c in longer for b in batches[2:]]
-    steps = [{"part": "step", "batch": b, "context": c, "tree": tree, "forced": forced} for b, c, tree, forced in pairs]
-    first_steps, others = (steps[:2], steps[2:]) if "steps" in kinds else ([], [])
-    sums, more = (
-        [{"part": kind} for kind in kinds if kind != "steps" and (kind == "all_reduce") == a] for a in (True, False)
-    )
-    return [*sums, *first_steps, *more, *others]
+    shortest = [(b, first, *way) for b in batches for way in (chain, plain)]
+    longest = [(b, c, *way) for c in longer[::-1] for b in batches[1::-1] for way in (chain, plain)]
+    longest += [(b, first, CHAIN, FORCED[1]) for b in batches]
+    wider = [(b, first, "tree:15", 0.0) for b in batches[:2]]
+    many = [(b, c, *way) for way in (chain, plain) for c in longer for b in batches[2:]]
+    steps = [
+        [{"part": "step", "batch": b, "context": c, "tree": tree, "forced": forced} for b, c, tree, forced in pairs]
+        for pairs in (shortest, longest, wider, many)
+    ]
+    profiles = [{"part": "profile", "batch": b, "context": first, "tree": CHAIN} for b in (batches[0], batches[-1])]
+    found = [
+        {"part": "all_reduce"},
+        *steps[0],
+        profiles[0],
+        *steps[1],
+        *steps[2],
+        {"part": "layers"},
+        profiles[1],
+        *steps[3],
+    ]
+    return [part for part in found if part["part"] in kinds or (part["part"] == "step" and "steps" in kinds)]
 
 
-def planned(name: str, layers: int, ranks: int, parts: Sequence[Part]) -> dict[str, Any]:
+def planned(name: str, layers: int, experts: Experts, ranks: int, parts: Sequence[Part]) -> dict[str, Any]:
     """Memory of each GPU and milliseconds that the bytes take, from the configuration alone."""
-    shape = cut_shape(name, layers)
+    shape = cut_shape(name, layers, experts)
     (config, mtp), names = shape.parse(), shape.family.MTP_NAMES
     share, shard = make_share(config, mtp, names, ranks), Shard(0, ranks)
     held, held_mtp, weights = shard.model(config), shard.mtp(mtp), sum(share.weights.values())
@@ -170,10 +182,13 @@ def _last_words(processes: Sequence["subprocess.Popen[bytes]"], logs: Sequence[A
 @click.command()
 @click.option("--shape", default="mimo-v2-flash", show_default=True, type=click.Choice(sorted(SHAPES)))
 @click.option("--layers", default=0, type=click.IntRange(0), help="The first so many of the main model; 0: all.")
+@click.option("--experts", default="auto", show_default=True, type=click.Choice(["auto", "int4"]))
 @click.option("--ranks", default=8, show_default=True, type=SOME)
 @click.option("--alone", is_flag=True, help="One GPU does the work of one rank, and sums with itself.")
 @click.option("--dry-run", is_flag=True, help="The plan only: memory of each GPU, and what the bytes take.")
-@click.option("--parts", "kinds", default="all_reduce,steps", show_default=True, help="Also: layers, one by one.")
+@click.option(
+    "--parts", "kinds", default="all_reduce,steps", show_default=True, help="Also: layers, one by one; profile."
+)
 @click.option("--batch", "batches", multiple=True, type=SOME, default=[1, 8, 32, 64], show_default=True)
 @click.option("--context", "contexts", multiple=True, type=SOME, default=[1 << 10, 1 << 14, 1 << 16, 1 << 18])
 @click.option("--steps", default=24, show_default=True, type=SOME)
@@ -183,14 +198,14 @@ def _last_words(processes: Sequence["subprocess.Popen[bytes]"], logs: Sequence[A
 @click.option("--start-limit", default=150.0, show_default=True, help="Seconds until all weights are made.")
 @click.option("--budget", default=520.0, show_default=True, help="Seconds after which no part is begun.")
 @click.option("--restarts", default=2, show_default=True, type=click.IntRange(0))
-def main(shape: str, layers: int, ranks: int, alone: bool, dry_run: bool, kinds: str, batches: tuple[int, ...],
+def main(shape: str, layers: int, experts: Experts, ranks: int, alone: bool, dry_run: bool, kinds: str, batches: tuple[int, ...],
          contexts: tuple[int, ...], steps: int, device: str, bandwidth: float, part_limit: float, start_limit: float,
          budget: float, restarts: int) -> None:  # fmt: skip
     commit = require_commit()
     parts = plan_parts(kinds.split(","), batches, contexts)
-    plan = planned(shape, layers, ranks, parts)
+    plan = planned(shape, layers, experts, ranks, parts)
     record: dict[str, Any] = {
-        "bench": "full_size", "shape": shape, "layers": plan["layers"], "ranks": ranks, "alone": alone,
+        "bench": "full_size", "shape": shape, "layers": plan["layers"], "experts": experts, "ranks": ranks, "alone": alone,
         "accepted_length": "forced", "keys_and_values": "random", "weights": "random", "bandwidth_tb_s": bandwidth,
     }  # fmt: skip
     if dry_run:
@@ -199,7 +214,7 @@ def main(shape: str, layers: int, ranks: int, alone: bool, dry_run: bool, kinds:
         click.echo(json.dumps(record | {"plan": plan} | conditions(commit)))
         return
     limits = Limits(part_limit, start_limit, time.monotonic() + budget)
-    job = Job(0, ranks, 0, alone, shape, layers, device, steps, bandwidth * 1e12, [])
+    job = Job(0, ranks, 0, alone, shape, layers, device, steps, bandwidth * 1e12, [], experts)
     found = []
     for each in measured(job, parts, limits, restarts):
         click.echo(json.dumps(each))

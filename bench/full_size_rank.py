@@ -22,8 +22,9 @@ from shapes import SHAPES, Model, Shape, build_shape
 from torch import Tensor
 
 from mtp_engine import EngineConfig, TreeShape
-from mtp_engine.kernels import exchange
-from mtp_engine.parallel.group import Group, joined, ordered_sum
+from mtp_engine.config import Experts
+from mtp_engine.kernels import exchange, moe
+from mtp_engine.parallel.group import Group, joined, ordered_sum, weighted
 from mtp_engine.parallel.processes import Processes, join_store
 from mtp_engine.parallel.shard import Shard
 
@@ -46,6 +47,7 @@ class Job:
     steps: int
     bandwidth: float
     parts: list[dict[str, Any]]
+    experts: Experts = "auto"
 
 
 @final
@@ -60,14 +62,14 @@ class Echo:
         parts = x.expand(self._size, *x.shape)
         return joined(parts) if join else parts
 
-    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
-        return ordered_sum(self.gather(partial), dtype, residual)
+    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None, weights: Tensor | None) -> Tensor:
+        return ordered_sum(self.gather(weighted(partial, weights)), dtype, residual)
 
 
 @final
 class Loopback:
     """Echo on a GPU, through the kernel that ranks talk with: what is sent to a rank comes in where that rank's would. Larger
-    sums than it is made for are multiplied."""
+    sums than it is made for are multiplied, or those over experts left as they are."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         slot = 128 * 8  # bytes of a rank's packets
@@ -82,18 +84,22 @@ class Loopback:
             return self.gather(x.float(), join=join).to(x.dtype)
         return exchange.gather(x, self._boxes, join=join)
 
-    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
-        if partial.numel() <= exchange.FEW:
-            return exchange.reduce(partial, self._boxes, dtype, residual, few=1 << 40)  # the other kernel would not do
+    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None, weights: Tensor | None) -> Tensor:
+        if partial.numel() <= exchange.FEW * (1 if weights is None else weights.shape[1]):
+            few = 1 << 40  # the other kernel would not do
+            return exchange.reduce(partial, self._boxes, dtype, residual, weights, few=few)
+        if weights is not None:
+            assert residual is not None, "the model's own"
+            return moe.add_up(partial, weights, residual)
         return (partial * self._size if residual is None else torch.add(residual, partial, alpha=self._size)).to(dtype)
 
 
-def cut_shape(name: str, layers: int) -> Shape:
+def cut_shape(name: str, layers: int, experts: Experts = "auto") -> Shape:
     """The shape with its first `layers` layers; 0: with all."""
     shape = SHAPES[name]
     count = min(layers or shape.raw["num_hidden_layers"], shape.raw["num_hidden_layers"])
     lists = {key: shape.raw[key][:count] for key in ("hybrid_layer_pattern", "moe_layer_freq") if key in shape.raw}
-    return replace(shape, raw={**shape.raw, **lists, "num_hidden_layers": count})
+    return replace(shape, raw={**shape.raw, **lists, "num_hidden_layers": count}, experts=experts)
 
 
 @final
@@ -128,7 +134,7 @@ class Rank:
         return {**found, "seconds": round(time.perf_counter() - begin, 2)}
 
     def weights(self, part: dict[str, Any]) -> dict[str, Any]:
-        shape = cut_shape(self.job.shape, self.job.layers)
+        shape = cut_shape(self.job.shape, self.job.layers, self.job.experts)
         self.model = build_shape(self.job.shape, shape, self.config, self.group)
         return {"gb_of_each_rank": self.everywhere(self.held())}
 

@@ -1,8 +1,8 @@
 """48 layers of MiMo-V2-Flash on many GPUs, as far as fewer can say, beside SGLang's figures. From lines of two benches:
 
 full_size.py: what was measured. Where one GPU did the work of one of 8 (--alone), what it took for sums with itself is replaced
-by what all-reduces among 8 H100s are published to take: one-shot CUDA kernels up to 32 KB, NCCL up to 256 KB, and beyond that
-NCCL's 25 us and the bytes at 300 GB/s, which is an assumption.
+by what all-reduces among 8 H100s are published to take (one-shot CUDA kernels up to 32 KB, NCCL up to 256 KB, and beyond that
+NCCL's 25 us and the bytes at 300 GB/s, which is an assumption), and by what our kernel takes between 2.
 roofline.py, of a slice on one GPU: every layer takes what a line through the measured sliding MoE layers says for the bytes that
 a rank reads of it: a part that does not depend on the bytes, and a multiple of their time. Sums as above, or as our kernel
 makes them between 2 H100s, which is the least that they can take among 8.
@@ -66,27 +66,32 @@ def estimates(result: dict[str, Any]) -> list[dict[str, Any]]:
             sums = 2 * _LAYERS + (3 * _MTP_SUMS if tree else 0)
             ms = found[0]["wall"]
             if result["alone"] and times:
-                ms += sums * (published_us(size) - measured_us(size, times)) / 1e3
+                itself = measured_us(size, times)
+                row[f"{name}, our sums"] = round(ms + sums * (measured_us(size, OWN_US) - itself) / 1e3, 2)
+                ms += sums * (published_us(size) - itself) / 1e3
             row |= {name: round(ms, 2), f"{name} floor": found[0]["floor"]}
         rows.append(row)
     return rows
 
 
 def table(result: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
-    how = "one GPU doing the work of one, sums as published" if result["alone"] else "measured"
+    how = "one GPU doing the work of one, sums as published / as ours between 2" if result["alone"] else "measured"
     title = f"{result['layers']} layers on {result['ranks']} x {result['device']}: {how}; 1K context, ms a step"
     found = Table(
         "batch", "plain", "floor", "chain:3", "floor", "tokens/s of a user, 2.7 a step", "SGLang, 8 x H200", title=title
     )
     for row in rows:
-        plain, chain = row.get("plain"), row.get("chain:3")
-        rate = f"{2700 / chain:.0f}" if chain else ""
+        plain, chain = (
+            " / ".join(f"{row[each]:.2f}" for each in (name, f"{name}, our sums") if each in row)
+            for name in ("plain", "chain:3")
+        )
+        rate = " / ".join(f"{2700 / row[each]:.0f}" for each in ("chain:3", "chain:3, our sums") if each in row)
         floors = [str(row.get(f"{name} floor", "")) for name in ("plain", "chain:3")]
         found.add_row(
             str(row["batch"]),
-            str(plain or ""),
+            plain,
             floors[0],
-            str(chain or ""),
+            chain,
             floors[1],
             rate,
             str(SGLANG_MS[row["batch"]]),

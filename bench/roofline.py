@@ -176,7 +176,7 @@ def layers_table(rows: list[dict[str, Any]]) -> Table:
 def measure_model(session: Session, options: dict[str, Any], contexts: tuple[int, ...], tree: str) -> dict[str, Any]:
     """The whole loop first, then layers, profiles, and all kinds of steps: what matters most comes before time is out."""
     model, result = session.model, {"draft_vocab": len(session.model.module.draft_ids), "tree": tree}
-    pairs = product(options["batches"], [None, tree])
+    pairs = () if options["only_steps"] else product(options["batches"], [None, tree])
     whole = [
         session.timed(
             {"tree": t, "batch": b, "context": contexts[0]} | ({"accepted_length": "forced"} if t else {}),
@@ -184,7 +184,8 @@ def measure_model(session: Session, options: dict[str, Any], contexts: tuple[int
         )
         for b, t in pairs
     ]
-    CONSOLE.print(forced_table(model, whole, options["forced"]))
+    if whole:
+        CONSOLE.print(forced_table(model, whole, options["forced"]))
     result["accepted_length_forced"] = whole
     if any(layer.moe and layer.attention.window for layer in model.config.layers):
         layers = session.attempt({"layers": model.name}, lambda: {
@@ -234,6 +235,7 @@ def print_many(results: list[dict[str, Any]]) -> None:
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--profile", "profiled", is_flag=True, help="Kernel times of a plain and of a speculative step.")
+@click.option("--only-steps", is_flag=True, help="No whole loops.")
 @click.option(
     "--many", type=click.File(), help="Lines of full_size.py or of this: print 48 layers on many GPUs, measure nothing."
 )

@@ -12,15 +12,17 @@ from torch import Tensor
 
 from mtp_engine import Engine, EngineConfig
 from mtp_engine.backend import make_backend
-from mtp_engine.config import DEFAULT_MODEL, AttentionConfig, ModelConfig, MTPConfig
+from mtp_engine.config import DEFAULT_MODEL, AttentionConfig, Experts, ModelConfig, MTPConfig
 from mtp_engine.kernels.experts import ExpertStack, PlainStack
 from mtp_engine.kernels.fp8 import FP8, BlockLinear, BlockMatrix, fused_rows, plain_rows
+from mtp_engine.kernels.int4 import Int4Stack, group_of, pack
 from mtp_engine.kernels.linear import Linear
 from mtp_engine.models import build, mimo, mimo_v2_flash
 from mtp_engine.models.build import MTPNames
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.fields import Fields
 from mtp_engine.models.layers import LinearMap, RotaryEmbedding
+from mtp_engine.models.loader import with_int4
 from mtp_engine.models.make_tiny import TINY
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.models.tensors import Stored, main_tensors, mtp_tensors
@@ -58,12 +60,14 @@ _FLASH = {  # XiaomiMiMo/MiMo-V2-Flash, config.json
 @final
 @dataclass(frozen=True)
 class Shape:
-    """A config.json and how many MTP layers come with it. contexts: lengths that are worth timing."""
+    """A config.json and how many MTP layers come with it. contexts: lengths that are worth timing. experts: as in
+    EngineConfig."""
 
     raw: dict[str, Any]
     mtp_layers: int
     contexts: tuple[int, ...]
     tree: str = "chain:3"
+    experts: Experts = "auto"
 
     @property
     def family(self) -> Any:
@@ -72,7 +76,9 @@ class Shape:
     def parse(self) -> tuple[ModelConfig, MTPConfig]:
         prefix = self.family.MTP_NAMES.prefix
         names = [f"{prefix}.{k}." for k in range(self.mtp_layers)]
-        return self.family.parse(Fields(self.raw)), self.family.parse_mtp(Fields(self.raw), names)
+        main = self.family.parse(Fields(self.raw))
+        main = main if self.experts == "auto" else with_int4(main, "this shape")
+        return main, self.family.parse_mtp(Fields(self.raw), names)
 
 
 FLASH = Shape(_FLASH, 3, (1024, 16384, 65536))  # 312 GB: for figures on paper
@@ -86,7 +92,7 @@ SHAPES = {
         3, (1024, 16384, 65536),
     ),
     "tiny-7b": Shape(TINY["mimo"], 1, (48, 200)),
-    "tiny": Shape({**TINY["mimo_v2_flash"], **_fp8(16)}, 3, (48, 200)),
+    "tiny": Shape({**TINY["mimo_v2_flash"], **_fp8(16), "moe_intermediate_size": 64}, 3, (48, 200)),
 }  # fmt: skip
 DEFAULT_CONTEXTS, DEFAULT_TREE = (1024, 4096), "tree:31"  # of the default model
 
@@ -103,7 +109,7 @@ class RandomWeights:
         self, stored: Iterable[Stored], dtype: torch.dtype, device: torch.device, block: int | None, group: Group
     ) -> None:
         self.dtype, self.device, self.group = dtype, device, group
-        self._fp8 = {tensor.name for tensor in stored if tensor.dtype == "F8_E4M3"}
+        self._stored = {tensor.name: tensor.dtype for tensor in stored}
         self._block = block or 0
         generator = torch.Generator(device).manual_seed(0)
         self._chunk = torch.randn(_CHUNK, generator=generator, device=device)
@@ -111,10 +117,15 @@ class RandomWeights:
 
     def _draw(self, shape: Sequence[int], dtype: torch.dtype, scale: float, *, own: bool = True) -> Tensor:
         """Normal values times `scale`, from another place of the chunk in every call. own: other ones on every rank."""
-        out = torch.empty(tuple(shape), dtype=dtype, device=self.device)
+        return self._filled(shape, (self._values(own) * scale).to(dtype))
+
+    def _values(self, own: bool = True) -> Tensor:
         self._drawn += 104729
-        start = self._drawn + (self.group.shard.rank * 15485863 if own else 0)
-        values = (self._chunk.roll(start) * scale).to(dtype)
+        return self._chunk.roll(self._drawn + (self.group.shard.rank * 15485863 if own else 0))
+
+    def _filled(self, shape: Sequence[int], values: Tensor) -> Tensor:
+        """With `values` over and over."""
+        out, dtype = torch.empty(tuple(shape), dtype=values.dtype, device=self.device), values.dtype
         # torch copies FP8 faster as the bytes it is
         flat, values = (x.view(torch.uint8) if dtype == FP8 else x for x in (out.view(-1), values))
         for part in flat.split(len(values)):
@@ -158,12 +169,14 @@ class RandomWeights:
 
     def experts(self, names: Sequence[Parts], columns: int, *, split: Split = "none") -> ExpertStack:
         cut = Cut.of(names[0], columns, split, self.group)
+        if self._stored[f"{names[0][0][0]}.weight"] == "U8":
+            return self._int4(len(names), cut)
         if not self._quantised(names[0]):
             return PlainStack(self._draw((len(names), *cut.shape), self.dtype, columns**-0.5))
         return self._blocks(len(names), cut, plain_rows([rows for _, rows in names[0]], self._block))
 
     def _quantised(self, parts: Parts) -> bool:
-        return f"{parts[0][0]}.weight" in self._fp8
+        return self._stored[f"{parts[0][0]}.weight"] == "F8_E4M3"
 
     def _linear(self, cut: Cut, table: Tensor | None, *, bias: bool = False) -> LinearMap:
         """table: see Cut.grid; None: not in FP8."""
@@ -179,6 +192,13 @@ class RandomWeights:
         rows, grid = cut.grid(table, whole, self._block)
         scale = self._draw((count, *grid.shape[1:]), torch.float32, 0.1).add_(1.0).clamp_(min=0.5)
         return BlockMatrix(data, scale.mul_(cut.width**-0.5 / _FP8_SPREAD), rows.to(self.device), self._block)
+
+    def _int4(self, count: int, cut: Cut) -> Int4Stack:
+        rows, columns = cut.shape
+        group, spread = group_of(columns), 2.7  # of numbers from -8 to 7
+        data = pack((self._values()[1:] * spread).round().clamp(-8, 7), group)
+        scale = self._draw((count, rows, columns // group), torch.bfloat16, 0.1).add_(1.0)
+        return Int4Stack(self._filled((count, rows, columns // 2), data), scale.mul_(cut.width**-0.5 / spread), group)
 
 
 @final

@@ -95,7 +95,7 @@ def steps(batches: Sequence[int], context: int = 1024) -> list[Part]:
     ]
 
 
-def on_gpus(kind: str, ranks: int, layers: int, batches: Sequence[int], seconds: float) -> list[Part]:
+def on_gpus(kind: str, ranks: int, layers: int, batches: Sequence[int], seconds: float, bandwidth: float) -> list[Part]:
     """What ranks measured of made-up models."""
     texts: Part = {"part": "texts", "prompts": 40, "tokens": 64}
     profile: Part = {"part": "profile", "batch": batches[-1], "context": 1024, "tree": "chain:3"}
@@ -104,14 +104,14 @@ def on_gpus(kind: str, ranks: int, layers: int, batches: Sequence[int], seconds:
         "exchange": [("tiny", 0, ranks, exchange)],
         "7b": [
             ("mimo-7b", 0, 1, steps(batches)),
-            ("mimo-7b", 0, ranks, [*exchange[1:], *steps(batches), texts, profile]),
+            ("mimo-7b", 0, ranks, [*exchange[1:], *steps(batches), profile, texts]),
         ],
         "smol": [("smol", 0, ranks, [texts])],
         "flash": [("mimo-v2-flash", layers, ranks, [*steps((1,)), {"part": "layers"}, profile])],
     }
     found, limits = list[Part](), Limits(60.0, 120.0, time.monotonic() + seconds)
     for shape, count, size, parts in plans[kind]:
-        job = Job(0, size, 0, False, shape, count, "cuda", 40, 3.06e12, [])
+        job = Job(0, size, 0, False, shape, count, "cuda", 40, bandwidth, [])
         for each in measured(job, parts, limits, 0):
             click.echo(json.dumps({"shape": shape, "ranks": size, **each}))
             found.append({"shape": shape, "ranks": size, **each})
@@ -143,10 +143,12 @@ def killed(name: str, config: EngineConfig) -> dict[str, Any]:
 @click.option("--parts", default="equal,times,killed")
 @click.option("--layers", default=18, type=click.IntRange(1), help="Of MiMo-V2-Flash.")
 @click.option("--batch", "batches", multiple=True, default=[1, 16], type=click.IntRange(1), help="Of MiMo-7B's steps.")
+@click.option("--bandwidth", default=3.06, show_default=True, help="TB/s of a GPU, for floors; 4.2 for an H200.")
 @click.option("--budget", default=200.0, help="Seconds of each part on GPUs, after which nothing more is begun in it.")
 def main(
-    device: str, dtype: Any, ranks: int, tokens: int, parts: str, layers: int, batches: tuple[int, ...], budget: float
-) -> None:
+    device: str, dtype: Any, ranks: int, tokens: int, parts: str, layers: int, batches: tuple[int, ...], bandwidth: float,
+    budget: float,
+) -> None:  # fmt: skip
     commit = require_commit()
     kinds = parts.split(",")
     config = EngineConfig(
@@ -156,7 +158,7 @@ def main(
     found: dict[str, Any] = {"bench": "tensor_parallel", "ranks": ranks, "dtype": dtype}
     for kind in ("exchange", "7b", "smol", "flash"):
         if kind in kinds:
-            found[kind] = on_gpus(kind, ranks, layers, batches, budget)
+            found[kind] = on_gpus(kind, ranks, layers, batches, budget, bandwidth * 1e12)
     if "equal" in kinds:
         found["equal"] = all_equal(config, tokens)
     if "times" in kinds:

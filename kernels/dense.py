@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Boxes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mtp_engine.kernels.dense_kernels import (
@@ -21,7 +23,8 @@ from mtp_engine.kernels.dense_kernels import (
     scale_kernel,
     slice_kernel,
 )
-from mtp_engine.kernels.dense_tiles import PREFETCH, Tile, many, tile_for
+from mtp_engine.kernels.dense_teams import teams_kernel
+from mtp_engine.kernels.dense_tiles import PREFETCH, SMS, Tile, many, many_fp8, tile_for
 from mtp_engine.kernels.fp8 import BlockMatrix
 from mtp_engine.kernels.launch import cdiv, next_power_of_2, overlap
 
@@ -43,14 +46,15 @@ def _exact(x: Tensor, weight: Weight) -> bool:
 
 def _tile(x: Tensor, weight: Weight) -> Tile:
     data, block = _matrix(weight), weight.block if isinstance(weight, BlockMatrix) else 0
-    several = x.dtype == data.dtype == torch.bfloat16
-    return _choose(*data.shape, data.element_size(), _exact(x, weight), block, len(x) if several else 1)
+    exact = _exact(x, weight)
+    several = x.dtype == torch.bfloat16 and (block > 0 or data.dtype == torch.bfloat16)
+    return _choose(*data.shape, data.element_size(), exact, block, len(x) if several else 1)
 
 
 @lru_cache(maxsize=1 << 12)  # a prompt's launches are not to wait for this
 def _choose(rows: int, k: int, itemsize: int, exact: bool, block: int, m: int) -> Tile:
     tile = tile_for(rows, k, itemsize, exact)
-    return many(replace(tile, depth=min(tile.depth, block)) if block else tile, rows, k, m)
+    return many_fp8(replace(tile, depth=min(tile.depth, block)), rows, k, m) if block else many(tile, rows, k, m)
 
 
 def _normed(x: Tensor, norm: Tensor, eps: float, weight: Weight, tile: Tile) -> tuple[Tensor, Tensor]:
@@ -120,9 +124,11 @@ def _launch(
 def _slices(x: Tensor, norm: Tensor | None, eps: float, weight: Tensor, tile: Tile) -> tuple[Tensor, Tensor | None]:
     """The sums of `slice_kernel`, [slices, M, N] fp32, and 1 / rms(x) if there is a norm."""
     (m, k), factors, rms = x.shape, None, norm is not None
+    sums = torch.empty(tile.warps, m, len(weight), dtype=torch.float32, device=x.device)
+    if tile.teams:
+        return sums, _teams(x, norm, eps, weight, tile, sums)
     if norm is not None:
         x, factors = _normed(x, norm, eps, weight, tile)
-    sums = torch.empty(tile.warps, m, len(weight), dtype=torch.float32, device=x.device)
     step, when = min(tile.depth, 64), overlap(m)
     inputs = (
         TensorDescriptor.from_tensor(x, [tile.tokens, step]),
@@ -133,6 +139,43 @@ def _slices(x: Tensor, norm: Tensor | None, eps: float, weight: Tensor, tile: Ti
         PDL=when, RMS=rms, launch_pdl=when > 0, num_warps=tile.wide, num_stages=tile.stages,
     )  # fmt: skip
     return sums, factors
+
+
+def _teams(
+    x: Tensor,
+    norm: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    tile: Tile,
+    out: Tensor,
+    *,
+    both: bool = False,
+    **added: Any,
+) -> Tensor | None:
+    """Writes `out` by `teams_kernel`, and returns 1 / rms(x) if there is a norm. both: the rows are gate's and up's; added: bias,
+    residual, residual_stride."""
+    (m, k), factors = x.shape, None
+    assert k % tile.depth == 0, (k, tile)
+    assert k >= tile.warps * tile.depth, (k, tile)
+    if norm is not None:
+        x, factors = _normed(x, norm, eps, weight, tile)
+    columns, layout = cdiv(m, tile.tokens), NVMMASharedLayout(128, 16, 2)
+    inputs = Boxes.from_tensor(x, [tile.tokens, 64], layout)
+    if both:
+        halves = weight.view(2, len(weight) // 16, 8, k).transpose(0, 1)
+        weights = Boxes.from_tensor(halves, [4, 2, 8, 64], NVMMASharedLayout(128, 16, 4))
+    else:
+        weights = Boxes.from_tensor(weight, [64, 64], layout)
+    units, when = columns * cdiv(len(weight), 64 * tile.teams) * (tile.warps if tile.apart else 1), overlap(m)
+    given = {"bias": None, "residual": None, "residual_stride": 0} | added
+    pairs = tile.teams == 1 and tile.stages * (tile.tokens + 64) * 128 <= SHARED // 2  # of programs on a multiprocessor
+    teams_kernel[(min(units, SMS * (2 if pairs else 1)),)](
+        inputs, weights, None if tile.apart else factors, out=out, **given, M=m, units=units, columns=columns,
+        N=len(weight) // (2 if both else 1), K=k, BM=tile.tokens, DEPTH=tile.depth, SLICES=tile.warps, TEAMS=tile.teams,
+        STAGES=tile.stages, BOTH=both, APART=tile.apart, PDL=when, REGISTERS=tile.registers, launch_pdl=when > 0,
+        num_warps=4, maxnreg=128 if tile.teams == 1 else None,
+    )  # fmt: skip
+    return factors
 
 
 def linear(
@@ -164,6 +207,12 @@ def linear(
             PDL=overlap(len(x)), launch_pdl=overlap(len(x)) > 0,
         )  # fmt: skip
         return out
+    if tile.teams and norm is not None and residual is not None:  # which teams would add with one rounding more
+        tile = replace(tile, teams=0, tokens=0)
+    if tile.teams:
+        assert isinstance(weight, Tensor)
+        _teams(x, norm, eps, weight, tile, out, bias=bias, residual=residual, residual_stride=stride)
+        return out
     _launch(
         linear_kernel, cdiv(rows, tile.rows), x, norm, eps, weight, tile,
         bias=bias, residual=residual, residual_stride=stride, out=out, N=rows,
@@ -177,8 +226,12 @@ def gated(
     """silu(gate) * up with [gate; up] = rmsnorm(x) W^T, rounded once. weight: [2I, K]; x: [M, K] -> [M, I] in x's type."""
     columns, tile = _matrix(weight).shape[0] // 2, tile or _tile(x, weight)
     if tile.apart:  # what gate and up are not added up for
-        tile = replace(tile, rows=64, tokens=64, wide=4, stages=8, apart=False)
+        tile = replace(tile, rows=64, tokens=64, wide=4, stages=8, apart=False, teams=0)
     out = x.new_empty(len(x), columns)
+    if tile.teams:
+        assert isinstance(weight, Tensor)
+        _teams(x, norm, eps, weight, tile, out, both=True)
+        return out
     _launch(gated_kernel, cdiv(columns, tile.rows // 2), x, norm, eps, weight, tile, out=out, N=columns)
     return out
 
@@ -221,7 +274,7 @@ def qkv(
         "v_cache": v_cache, "v_row": v_cache.stride(0), "v_head": v_cache.stride(1),
         "HEADS": heads, "KV_HEADS": kv_heads, "QK_DIM": qk_dim, "V_DIM": v_dim, "ROTARY": cos.shape[1],
     }  # fmt: skip
-    if len(x) > _APART or tile.boxes or tile.apart:
+    if len(x) > _APART or tile.boxes or tile.apart or tile.teams:
         y = linear(x, weight, norm=norm, eps=eps, bias=bias, tile=tile)
         pairs = next_power_of_2(max(qk_dim, v_dim) // 2)
         place_kernel[(cdiv(len(x), 16), heads + 2 * kv_heads)](

@@ -81,39 +81,56 @@ def gather(x: Tensor, boxes: Boxes, *, join: bool = False) -> Tensor:
     shape = (*x.shape[:-1], boxes.size * last) if join else (boxes.size, *x.shape)
     out = x.new_empty(shape)
     width = last * x.element_size() // 4 if join else len(words)
-    _few(words, None, out.view(-1).view(torch.int32), boxes, width, sums=False)
+    _few(words, None, out.view(-1).view(torch.int32), boxes, width)
     return out
 
 
-def reduce(partial: Tensor, boxes: Boxes, dtype: torch.dtype, residual: Tensor | None = None, few: int = FEW) -> Tensor:
+def reduce(
+    partial: Tensor, boxes: Boxes, dtype: torch.dtype, residual: Tensor | None = None, weights: Tensor | None = None,
+    *, few: int = FEW,
+) -> Tensor:  # fmt: skip
     """The sum over ranks of fp32 partial sums, plus residual (the same on all ranks), rounded once to dtype.
 
-    partial: contiguous; residual: of its shape, contiguous. few: see FEW."""
+    partial: contiguous; residual: of the result's shape, contiguous. weights: [M, k] of partial [M * k, N], whose weighted
+    sums of k rows at a time are summed then, [M, N]. few: see FEW."""
     assert partial.is_contiguous()
     assert partial.dtype == torch.float32
-    assert residual is None or (residual.is_contiguous() and residual.shape == partial.shape)
-    out, count = torch.empty_like(partial, dtype=dtype), partial.numel()
+    assert weights is None or (weights.is_contiguous() and weights.numel() == len(partial))
+    out = torch.empty_like(partial if weights is None else partial[: len(weights)], dtype=dtype)
+    assert residual is None or (residual.is_contiguous() and residual.shape == out.shape)
+    count, width, terms = out.numel(), partial.shape[-1], 0 if weights is None else weights.shape[1]
     if count * (boxes.size - 1) <= few:
-        _few(partial, residual, out, boxes, count, sums=True)
+        _few(partial, residual, out, boxes, width, weights, terms)
         return out
     room = block = _room(boxes.size)
     while block > _LEAST and cdiv(count, boxes.size * block) < _MANY_PROGRAMS // 2:
         block //= 2
     many_kernel[(min(_MANY_PROGRAMS, cdiv(count, boxes.size * block)),)](
-        partial, residual, out, boxes.many, boxes.many_turns, boxes.stop, boxes.halted, count, RANK=boxes.rank, SIZE=boxes.size,
-        PADDED=next_power_of_2(boxes.size), PROGRAMS=_MANY_PROGRAMS, BLOCK=block, ROOM=room,
+        partial, weights, residual, out, boxes.many, boxes.many_turns, boxes.stop, boxes.halted, count, width, TERMS=terms,
+        EVEN=width % block == 0, RANK=boxes.rank, SIZE=boxes.size, PADDED=next_power_of_2(boxes.size),
+        PROGRAMS=_MANY_PROGRAMS, BLOCK=block, ROOM=room,
         LOOKS=min(_LOOKS, boxes.patience), PATIENCE=boxes.patience,
-        num_warps=4,
+        PDL=pdl(), launch_pdl=pdl(), num_warps=4,
     )  # fmt: skip
     return out
 
 
-def _few(x: Tensor, residual: Tensor | None, out: Tensor, boxes: Boxes, width: int, *, sums: bool) -> None:
-    count = x.numel()
+def _few(
+    x: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    boxes: Boxes,
+    width: int,
+    weights: Tensor | None = None,
+    terms: int = 0,
+) -> None:
+    """Sums of fp32; gathers int32."""
+    sums = x.dtype == torch.float32
+    count = out.numel() if sums else x.numel()
     if not count:
         return
     few_kernel[(min(_PROGRAMS, cdiv(count, _BLOCK)),)](
-        x, residual, out, boxes.few, boxes.few_turns, boxes.stop, boxes.halted, count, width, RANK=boxes.rank, SIZE=boxes.size,
-        BLOCK=_BLOCK, SUM=sums, LOOKS=min(_LOOKS, boxes.patience), PATIENCE=boxes.patience, PDL=pdl(), launch_pdl=pdl(),
-        num_warps=1,
+        x, weights, residual, out, boxes.few, boxes.few_turns, boxes.stop, boxes.halted, count, width, TERMS=terms,
+        EVEN=width % _BLOCK == 0, RANK=boxes.rank, SIZE=boxes.size, BLOCK=_BLOCK, SUM=sums, LOOKS=min(_LOOKS, boxes.patience),
+        PATIENCE=boxes.patience, PDL=pdl(), launch_pdl=pdl(), num_warps=1,
     )  # fmt: skip

@@ -37,13 +37,38 @@ def _next(turn):
 
 
 @triton.jit
+def _part(x, weights, start, lane, count, width, TERMS: tl.constexpr, EVEN: tl.constexpr):
+    """What this rank gives to values start + lane: those of x or, TERMS: of so many rows of x, `width` long, the weighted sum,
+    the first first. EVEN: width is a multiple of the number of lanes."""
+    i = start + lane
+    mask = i < count
+    if TERMS == 0:
+        total = tl.load(x + i, mask=mask, other=0)
+    else:
+        total = tl.zeros(i.shape, tl.float32)
+        m, n = i // width, i % width
+        if EVEN:
+            m, n = start // width, tl.multiple_of(start % width, 16) + lane
+        for term in tl.static_range(TERMS):
+            row = m * TERMS + term
+            value = tl.load(x + row.to(tl.int64) * width + n, mask=mask, other=0.0)
+            if EVEN:  # past the end it is a weight of nothing, and must not be read
+                weight = tl.load(weights + row, mask=start < count, other=0.0)
+            else:
+                weight = tl.load(weights + row, mask=mask, other=0.0)
+            # said to be fused: the compiler must not fuse it with what comes then, on one rank and not on others
+            total = tl.fma(tl.zeros(i.shape, tl.float32) + weight, value, total)
+    return total
+
+
+@triton.jit
 def few_kernel(
-    x, residual, out, boxes, turns, stop, halted, count, width,
+    x, weights, residual, out, boxes, turns, stop, halted, count, width, TERMS: tl.constexpr, EVEN: tl.constexpr,
     RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr, LOOKS: tl.constexpr, PATIENCE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """SUM: out = the sum of all ranks' x (fp32), plus residual if there is one. Else all ranks' x (int32), in rows of
-    `width`, side by side: out [count / width, SIZE, width].
+    """SUM: out = the sum of all ranks' x (fp32; see `_part`), plus residual if there is one. Else all ranks' x (int32), in
+    rows of `width`, side by side: out [count / width, SIZE, width].
 
     A word travels in one packet with the message's number, so that who finds the number has the word. Memory of a program:
     two messages' packets of every rank. Message t + 2 takes the place of message t: who sends it has message t + 1 of its
@@ -60,7 +85,7 @@ def few_kernel(
         turn = _next(turn)
         i = start + lane
         mask = i < count
-        own = tl.load(x + i, mask=mask, other=0)
+        own = _part(x, weights, start, lane, count, width, TERMS, EVEN)
         word = own.to(tl.int32, bitcast=True) if SUM else own
         packet = (turn.to(tl.int64) << 32) | (word.to(tl.int64) & 0xFFFFFFFF)
         here = (program * 2 + (turn & 1)) * (SIZE * BLOCK) + lane
@@ -132,9 +157,9 @@ def _await(
 
 @triton.jit
 def many_kernel(
-    x, residual, out, boxes, turns, stop, halted, count,
+    x, weights, residual, out, boxes, turns, stop, halted, count, width, TERMS: tl.constexpr, EVEN: tl.constexpr,
     RANK: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
-    ROOM: tl.constexpr, LOOKS: tl.constexpr, PATIENCE: tl.constexpr,
+    ROOM: tl.constexpr, LOOKS: tl.constexpr, PATIENCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As `few_kernel`'s sums, with less traffic: of SIZE blocks each rank sums one, and sends what comes of it to all.
 
@@ -142,6 +167,9 @@ def many_kernel(
     summed; all programs' sums in the same way. A rank tells of its next message when it has all sums of this one, so nothing
     is overwritten, and no flag goes on, before it has been seen.
     """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     turn, patient = tl.load(turns + program), 1 - tl.load(halted)
     lane = tl.arange(0, BLOCK)
@@ -154,14 +182,14 @@ def many_kernel(
         for r in tl.static_range(SIZE):
             if r != RANK:
                 i = start + r * BLOCK + lane
-                values = tl.load(x + i, mask=i < count, other=0.0)
+                values = _part(x, weights, start + r * BLOCK, lane, count, width, TERMS, EVEN)
                 tl.store(
                     _memory(boxes, r, tl.float32) + here + RANK * ROOM, values, mask=i < count, cache_modifier=".wt"
                 )
         _tell(boxes, program, 0, turn, RANK, SIZE)
         i = start + RANK * BLOCK + lane
         mask = i < count
-        own = tl.load(x + i, mask=mask, other=0.0)
+        own = _part(x, weights, start + RANK * BLOCK, lane, count, width, TERMS, EVEN)
         base = tl.zeros([BLOCK], tl.float32)
         if residual is not None:
             base = tl.load(residual + i, mask=mask, other=0.0).to(tl.float32)

@@ -1,7 +1,7 @@
 """The FFN of a mixture-of-experts layer for few tokens on a GPU. Twin: `experts.route` and `experts.mix_experts`.
 
-Decoding reads every chosen expert's weights once and is bound by that. Five kernels: norm + router logits; choice +
-grouping by expert (three with more than eight tokens); gate and up; down; weighted sum + residual. Weights stay FP8 in
+Decoding reads every chosen expert's weights once and is bound by that. Five kernels: norm + router logits (two with more
+than eight tokens); choice + grouping by expert (three then); gate and up; down; weighted sum + residual. Weights stay FP8 in
 memory and are widened in registers; activations are bf16, sums fp32. No host synchronisation and no float atomics: every
 sum runs in an order that depends on the column alone, so that a row's bits do not depend on its neighbours or their number.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mtp_engine.kernels.experts import PlainStack
 from mtp_engine.kernels.fp8 import BlockMatrix
+from mtp_engine.kernels.int4 import Int4Stack
 from mtp_engine.kernels.launch import cdiv, next_power_of_2, pdl
 from mtp_engine.kernels.moe_kernels import (
     choose_kernel,
@@ -22,17 +23,21 @@ from mtp_engine.kernels.moe_kernels import (
     down_kernel,
     gate_up_kernel,
     group_kernel,
+    norm_kernel,
     order_kernel,
     router_kernel,
     sum_kernel,
 )
 
-Stack = BlockMatrix | PlainStack
+Stack = BlockMatrix | Int4Stack | PlainStack
 """[E, R, C]. In a BlockMatrix C must be a multiple of the block, and rows n * block.. must share a row of scales."""
 
 # Constants, because a tile's shape decides the order of the sums in it
-_ROUTER_ROWS, _ROUTER_COLUMNS, _ROUTER_TOKENS = 64, 128, 8
-_CHOICE_TOKENS = 8  # one per warp
+_ROUTER_COLUMNS = 128
+_FEW = 8  # tokens for which one program chooses and groups; and of a tile in which rows are normalised
+_CHOICE_TOKENS = 2  # in as many warps, as _FEW tokens in _FEW: two warps have a row
+# Of no effect on sums, but with 64 rows or more Triton would take wgmma for more than 8 tokens, which sums otherwise
+_FEW_ROWS, _MANY_ROWS, _MANY_TOKENS = 64, 32, 32
 _SUM_COLUMNS = 1024
 _GROUP_PAIRS = 1024  # that are looked at at a time; of no effect on sums
 
@@ -47,9 +52,15 @@ class Tile:
     stages: int
     unroll: int = 1  # blocks of inner columns that are asked for together
     tokens: int = 0  # in a tile, 0: as `_tile_tokens` says
+    crowd: int = 12  # from so many pairs of an expert on tiles of 32 tokens are faster than of 16
 
 
-GATE_UP, DOWN = Tile(32, 2, 4), Tile(64, 2, 4)
+GATE_UP, DOWN = Tile(32, 2, 4, crowd=6), Tile(64, 2, 4)
+_NARROW, _SPLIT = (
+    768,
+    4,
+)  # up to so many columns (a rank's part) programs are few, and so many warps share the inner columns
+NARROW = Tile(16, 2, 3)
 
 
 @final
@@ -74,79 +85,108 @@ def route(
     count, pieces = len(router), cdiv(hidden, _ROUTER_COLUMNS)
     if x.dtype != torch.bfloat16 or router.dtype != torch.float32 or not x.is_contiguous():
         raise ValueError(f"route needs contiguous bf16 rows and an fp32 router, got {x.dtype} and {router.dtype}")
-    y = torch.empty_like(x)
+    y, pdls = torch.empty_like(x), pdl()
     partial = torch.empty(pieces, tokens, count, dtype=torch.float32, device=x.device)
-    grid = (cdiv(count, _ROUTER_ROWS), pieces, cdiv(tokens, _ROUTER_TOKENS))
-    router_kernel[grid](x, norm, router, y, partial, eps, tokens, hidden, count, _ROUTER_ROWS, _ROUTER_COLUMNS,
-                  _ROUTER_TOKENS, pdl(), num_warps=4, launch_pdl=pdl())  # fmt: skip
+    few = tokens <= _FEW
+    if not few:  # once, and not in every piece
+        norm_kernel[(cdiv(tokens, _FEW),)](
+            x, norm, y, eps, tokens, hidden, 4 * _ROUTER_COLUMNS, _FEW, pdls, num_warps=4, launch_pdl=pdls)  # fmt: skip
+    rows, tile = (_FEW_ROWS, _FEW) if few else (_MANY_ROWS, _MANY_TOKENS)
+    router_kernel[cdiv(count, rows), pieces, cdiv(tokens, tile)](
+        x if few else y, norm, router, y, partial, eps, tokens, hidden, count, rows, _ROUTER_COLUMNS, tile, few, pdls,
+        num_warps=4, launch_pdl=pdls)  # fmt: skip
     weights = torch.empty(tokens, per_token, dtype=torch.float32, device=x.device)
     experts, pairs = (torch.empty(s, dtype=torch.int32, device=x.device) for s in (weights.shape, (count, tokens)))
     slots = torch.empty(count, dtype=torch.int64, device=x.device)
     padded = next_power_of_2(count)
-    if tokens <= _CHOICE_TOKENS:
+    if few:
         choose_kernel[(1,)](partial, bias, weights, experts, slots, pairs, scale, tokens, pieces, count, padded, per_token,
-                      normalise, _CHOICE_TOKENS, pdl(), num_warps=_CHOICE_TOKENS, launch_pdl=pdl())  # fmt: skip
+                      normalise, _FEW, pdls, num_warps=_FEW, launch_pdl=pdls)  # fmt: skip
         return y, Routing(weights, experts, slots, pairs)
     choose_many_kernel[(cdiv(tokens, _CHOICE_TOKENS),)](
-        partial, bias, weights, experts, scale, tokens, pieces, count, padded, per_token, normalise, _CHOICE_TOKENS,
-        num_warps=_CHOICE_TOKENS)  # fmt: skip
+        partial, bias, weights, experts, scale, tokens, pieces, count, padded, per_token, normalise, _CHOICE_TOKENS, pdls,
+        num_warps=_CHOICE_TOKENS, launch_pdl=pdls)  # fmt: skip
     counts = torch.empty(count, dtype=torch.int32, device=x.device)
-    group_kernel[(count,)](experts, pairs, counts, tokens, per_token, _GROUP_PAIRS)
-    order_kernel[(1,)](counts, slots, count, padded)
+    group_kernel[(count,)](experts, pairs, counts, tokens, per_token, _GROUP_PAIRS, pdls, launch_pdl=pdls)
+    order_kernel[(1,)](counts, slots, count, padded, pdls, launch_pdl=pdls)
     return y, Routing(weights, experts, slots, pairs)
 
 
-def gate_up(y: Tensor, routing: Routing, stack: Stack, tile: Tile = GATE_UP) -> Tensor:
+def gate_up(y: Tensor, routing: Routing, stack: Stack, tile: Tile | None = None) -> Tensor:
     """y: [M, H]; stack: [E, 2I, H] -> silu(gate) * up of every pair, [M * k, I] in y's dtype."""
-    weight, scale, table, block = _parts(stack)
+    weight, scale, table, kind = _parts(stack)
     tokens, per_token = routing.weights.shape
-    inner, hidden = weight.shape[1] // 2, weight.shape[2]
-    columns, width = _cut(inner, hidden, tile, block)
+    inner, hidden = weight.shape[1] // 2, y.shape[1]
+    split = _split(inner, hidden, stack)
+    tile = tile or (GATE_UP if split == 1 else NARROW)
+    columns, width = _cut(inner, hidden, tile, stack)
     h = torch.empty(tokens * per_token, inner, dtype=y.dtype, device=y.device)
     gate_up_kernel[(inner // columns, min(len(weight), len(h)))](
         y, weight, scale, table, routing.slots, routing.pairs, h, tokens, scale.shape[1], hidden, inner, per_token,
-        block > 0, columns, width, _tile_tokens(tokens, tile), tile.unroll, pdl(),
-        num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl())  # fmt: skip
+        kind, columns, width, _tile_tokens(tokens, len(h) / len(weight), tile), tile.unroll, split, pdl(),
+        num_warps=split if split > 1 else tile.warps, num_stages=tile.stages, launch_pdl=pdl())  # fmt: skip
     return h
 
 
-def down(h: Tensor, routing: Routing, stack: Stack, residual: Tensor | None, tile: Tile = DOWN) -> Tensor:
-    """residual + the weighted sum of down(h) over each token's experts, in ascending order, rounded once at the end.
-
-    h: [M * k, I] from `gate_up`, which must have run since `route`; stack: [E, H, I]; residual: [M, H]. Returns [M, H]
-    in residual's dtype; without one in fp32, for ranks that share the experts to sum.
-    """
-    weight, scale, table, block = _parts(stack)
-    tokens, per_token = routing.weights.shape
-    hidden, inner = weight.shape[1:]
-    columns, width = _cut(hidden, inner, tile, block)
+def products(h: Tensor, routing: Routing, stack: Stack, tile: Tile = DOWN) -> Tensor:
+    """down(h) of every pair, [M * k, H] fp32. h: [M * k, I] of `gate_up`, which must have run since `route`; stack: [E, H, I]."""
+    weight, scale, table, kind = _parts(stack)
+    tokens = len(routing.weights)
+    hidden, inner = weight.shape[1], h.shape[1]
+    columns, width = _cut(hidden, inner, tile, stack)
     y = torch.empty(len(h), hidden, dtype=torch.float32, device=h.device)
     down_kernel[(hidden // columns, min(len(weight), len(h)))](
         h, weight, scale, table, routing.slots, routing.pairs, y, tokens, scale.shape[1], hidden, inner,
-        block > 0, columns, width, _tile_tokens(tokens, tile), tile.unroll,
-        4 if inner * weight.itemsize >= 512 else 1, pdl(),
-        num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl())  # fmt: skip
-    out = torch.empty_like(residual) if residual is not None else y.new_empty(tokens, hidden)
+        kind, columns, width, _tile_tokens(tokens, len(h) / len(weight), tile), tile.unroll,
+        4 if weight.shape[2] * weight.itemsize >= 512 else 1, pdl(),
+        num_warps=tile.warps, num_stages=min(tile.stages, max(inner // width, 2)), launch_pdl=pdl())  # fmt: skip
+    return y
+
+
+def down(h: Tensor, routing: Routing, stack: Stack, residual: Tensor, tile: Tile = DOWN) -> Tensor:
+    """residual + the weighted sum of `products` over each token's experts, in ascending order, rounded once at the end.
+    residual: [M, H]. Returns [M, H] in its dtype."""
+    return add_up(products(h, routing, stack, tile), routing.weights, residual)
+
+
+def add_up(products: Tensor, weights: Tensor, residual: Tensor) -> Tensor:
+    """See `down`. products: [M * k, H] fp32; weights: [M, k]."""
+    (tokens, hidden), out = residual.shape, torch.empty_like(residual)
     sum_kernel[(cdiv(hidden, _SUM_COLUMNS), tokens)](
-        y, routing.weights, residual, out, hidden, per_token, _SUM_COLUMNS, pdl(), launch_pdl=pdl())  # fmt: skip
+        products, weights, residual, out, hidden, weights.shape[1], _SUM_COLUMNS, pdl(), launch_pdl=pdl())  # fmt: skip
     return out
 
 
-def _parts(stack: Stack) -> tuple[Tensor, Tensor, Tensor, int]:
-    """weight, scale, table of scale rows, block. A plain stack has block 0; its weight stands in for what it lacks."""
+def _parts(stack: Stack) -> tuple[Tensor, Tensor, Tensor, str]:
+    """weight, scale, table of scale rows, format. What a format lacks its weight stands in for."""
     if isinstance(stack, PlainStack):
-        return stack.weight, stack.weight, stack.weight, 0
-    return stack.data, stack.scale, stack.rows, stack.block
+        return stack.weight, stack.weight, stack.weight, "bf16"
+    if isinstance(stack, Int4Stack):
+        return stack.data, stack.scale.view(torch.int32), stack.data, "int4"
+    return stack.data, stack.scale, stack.rows, "fp8"
 
 
-def _cut(columns: int, inner: int, tile: Tile, block: int) -> tuple[int, int]:
+def _split(inner: int, hidden: int, stack: Stack) -> int:
+    """How many warps share the inner columns of `gate_up`'s programs, which sets the order of sums."""
+    if isinstance(stack, Int4Stack) or inner > _NARROW:
+        return 1
+    width = stack.block if isinstance(stack, BlockMatrix) else gcd(128, hidden)
+    return _SPLIT if hidden % (_SPLIT * width) == 0 else 1
+
+
+def _cut(columns: int, inner: int, tile: Tile, stack: Stack) -> tuple[int, int]:
     """How many output columns a program takes, and how many inner ones it takes at a time."""
+    block = stack.block if isinstance(stack, BlockMatrix) else 0
     step, width = gcd(tile.columns, columns, block), block or gcd(128, inner)
+    if isinstance(stack, Int4Stack):
+        width = 2 * stack.group
     if min(step, width) < 16 or inner % width or tile.warps > 2:
-        raise ValueError(f"experts of {columns} x {inner} in blocks of {block} cannot be cut into tiles")
+        raise ValueError(f"experts of {columns} x {inner} in blocks of {width} cannot be cut into tiles")
     return step, width
 
 
-def _tile_tokens(tokens: int, tile: Tile) -> int:
-    """Padding costs shared memory and products; a second tile of the same expert reads its weights again."""
-    return tile.tokens or min(max(next_power_of_2(tokens), 8), 32)
+def _tile_tokens(tokens: int, pairs: float, tile: Tile) -> int:
+    """pairs: of an expert, if they are evenly spread. Padding costs shared memory and products; a second tile of the same
+    expert reads its weights again."""
+    most = 8 if pairs < 3 else 16 if pairs < tile.crowd else 32
+    return tile.tokens or min(max(next_power_of_2(tokens), 8), most)

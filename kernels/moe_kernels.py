@@ -2,15 +2,42 @@
 
 import triton
 import triton.language as tl
+from triton import knobs
+
+from mtp_engine.kernels.dense_products import _halves
+
+_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+
+@triton.jit
+def _inverse(x, m, live, eps, H: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr):
+    """1 / rms of rows m of x. WIDE columns are read at a time."""
+    wide = tl.arange(0, WIDE)
+    squares = tl.zeros([TOKENS, WIDE], tl.float32)
+    for start in tl.static_range(0, H, WIDE):
+        part = tl.load(x + m[:, None] * H + start + wide, live & (start + wide < H), other=0.0).to(tl.float32)
+        squares += part * part
+    return tl.rsqrt(tl.sum(squares, 1) / H + eps)
+
+
+@triton.jit
+def _logits(w, y):
+    """w @ y.T. The fp32 router is cut into three bf16 parts of 8 bits, and y is bf16: every product is exact, the sums are
+    fp32."""
+    high = w.to(tl.bfloat16)
+    rest = w - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    logits = tl.dot(low, y.T)
+    logits = tl.dot(middle, y.T, logits)
+    return tl.dot(high, y.T, logits)
 
 
 @triton.jit(do_not_specialize=["M"])
 def router_kernel(x, norm, router, y, partial, eps, M, H: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr,
-            COLUMNS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """y = rmsnorm(x), and the router logits of COLUMNS columns of y: partial [H / COLUMNS, M, E].
-
-    The fp32 router is cut into three bf16 parts of 8 bits, and y is bf16: every product is exact, the sums are fp32.
-    """
+            COLUMNS: tl.constexpr, TOKENS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The router logits of COLUMNS columns of y: partial [H / COLUMNS, M, E]. NORM: y = rmsnorm(x) is worked out here, else
+    x is y."""
     piece = tl.program_id(1)
     e = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
@@ -21,24 +48,29 @@ def router_kernel(x, norm, router, y, partial, eps, M, H: tl.constexpr, E: tl.co
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     live = (m < M)[:, None]
-    wide = tl.arange(0, 4 * COLUMNS)
-    squares = tl.zeros([TOKENS, 4 * COLUMNS], tl.float32)
-    for start in tl.static_range(0, H, 4 * COLUMNS):
-        part = tl.load(x + m[:, None] * H + start + wide, live & (start + wide < H), other=0.0).to(tl.float32)
-        squares += part * part
-    inverse = tl.rsqrt(tl.sum(squares, 1) / H + eps)
-    part = tl.load(x + m[:, None] * H + columns, live & (columns < H), other=0.0).to(tl.float32)
-    rounded = (part * inverse[:, None] * gain).to(tl.bfloat16)
-    if tl.program_id(0) == 0:
-        tl.store(y + m[:, None] * H + columns, rounded, live & (columns < H))
-    high = w.to(tl.bfloat16)
-    rest = w - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-    logits = tl.dot(low, rounded.T)
-    logits = tl.dot(middle, rounded.T, logits)
-    logits = tl.dot(high, rounded.T, logits)
-    tl.store(partial + (piece * M + m) * E + e[:, None], logits, (e < E)[:, None] & (m < M))
+    part = tl.load(x + m[:, None] * H + columns, live & (columns < H), other=0.0)
+    if NORM:
+        inverse = _inverse(x, m, live, eps, H, 4 * COLUMNS, TOKENS)
+        part = (part.to(tl.float32) * inverse[:, None] * gain).to(tl.bfloat16)
+        if tl.program_id(0) == 0:
+            tl.store(y + m[:, None] * H + columns, part, live & (columns < H))
+    tl.store(partial + (piece * M + m) * E + e[:, None], _logits(w, part), (e < E)[:, None] & (m < M))
+
+
+@triton.jit(do_not_specialize=["M"])
+def norm_kernel(x, norm, y, eps, M, H: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr):
+    """y = rmsnorm(x) with the bits of router_kernel's."""
+    m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    live, wide = (m < M)[:, None], tl.arange(0, WIDE)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    inverse = _inverse(x, m, live, eps, H, WIDE, TOKENS)
+    for start in tl.static_range(0, H, WIDE):
+        there = live & (start + wide < H)
+        part = tl.load(x + m[:, None] * H + start + wide, there, other=0.0).to(tl.float32)
+        gain = tl.load(norm + start + wide, start + wide < H, other=0.0).to(tl.float32)
+        tl.store(y + m[:, None] * H + start + wide, (part * inverse[:, None] * gain).to(tl.bfloat16), there)
 
 
 @triton.jit
@@ -95,17 +127,24 @@ def choose_kernel(partial, bias, weights, experts, slots, pairs, scale, M, PIECE
 
 @triton.jit(do_not_specialize=["M"])
 def choose_many_kernel(partial, bias, weights, experts, scale, M, PIECES: tl.constexpr, E: tl.constexpr,
-                       E_PAD: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+                       E_PAD: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr, TOKENS: tl.constexpr,
+                       PDL: tl.constexpr):  # fmt: skip
     """The K experts of TOKENS tokens."""
     e = tl.arange(0, E_PAD)
     offset = tl.load(bias + e, e < E, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     _choose(partial, offset, weights, experts, scale, m, M, PIECES, E, E_PAD, K, NORMALISE, TOKENS)
 
 
 @triton.jit(do_not_specialize=["M"])
-def group_kernel(experts, pairs, counts, M, K: tl.constexpr, BLOCK: tl.constexpr):
+def group_kernel(experts, pairs, counts, M, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """The pairs of one expert, ascending, and their number."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     e, count, start = tl.program_id(0), 0, 0
     while start < M * K:
         pair = start + tl.arange(0, BLOCK)
@@ -117,8 +156,11 @@ def group_kernel(experts, pairs, counts, M, K: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def order_kernel(counts, slots, E: tl.constexpr, E_PAD: tl.constexpr):
+def order_kernel(counts, slots, E: tl.constexpr, E_PAD: tl.constexpr, PDL: tl.constexpr):
     e = tl.arange(0, E_PAD)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     _order(tl.load(counts + e, e < E, other=0), slots, E, E_PAD)
 
 
@@ -150,17 +192,106 @@ def _product(x, rows, live, w, first, scale0, scale1, upper, C: tl.constexpr, WI
     return total
 
 
+@triton.jit
+def _split_product(x, rows, live, w, first, scale_at, C: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr,
+                   SPLIT: tl.constexpr):  # fmt: skip
+    """The first and the second half of `_product`'s rows, by SPLIT warps of which each takes every SPLIT-th block, and whose
+    sums are added up in their order. scale_at: [len(first)], where the scales of a row's blocks begin."""
+    warp = tl.arange(0, SPLIT)
+    k = (warp * WIDTH)[:, None, None] + tl.arange(0, WIDTH)[None, None, :]
+    x_at = x + rows[None, :, None] * C + k
+    w_at = w + first[None, :, None] * C + k
+    share_at = scale_at[None, :] + warp[:, None]
+    total = tl.zeros([SPLIT, first.shape[0], rows.shape[0]], tl.float32)
+    for start in range(0, C, SPLIT * WIDTH):
+        weight = tl.load(w_at + start)
+        part = tl.trans(tl.load(x_at + start, live[None, :, None], other=0.0), 0, 2, 1)
+        if SCALED:
+            share = tl.load(share_at + start // WIDTH)
+            total += tl.dot(_widen(weight, part.dtype), part) * share[:, :, None]
+        else:
+            total = tl.dot(weight, part, total)
+    return _halves(total, SPLIT, first.shape[0] // 2, rows.shape[0])
+
+
+@triton.jit
+def _unpack(packed):
+    """The low and the high four bits of every byte, less 8, in bf16.
+
+    Four bytes at a time, by packed instructions: a number in the low bits of bf16 128 (0x4300) adds itself to it, and 1.0 * that
+    - 136 is exact.
+    """
+    if _INTERPRETED:
+        low = (packed & 15).to(tl.float32) - 8
+        high = (packed >> 4).to(tl.float32) - 8
+    else:
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 l, h, one, less;
+            and.b32 l, $4, 0x0F0F0F0F;
+            shr.u32 h, $4, 4;
+            and.b32 h, h, 0x0F0F0F0F;
+            mov.b32 one, 0x3F803F80;
+            mov.b32 less, 0xC308C308;
+            prmt.b32 $0, l, 0x43434343, 0x4140;
+            prmt.b32 $1, l, 0x43434343, 0x4342;
+            prmt.b32 $2, h, 0x43434343, 0x4140;
+            prmt.b32 $3, h, 0x43434343, 0x4342;
+            fma.rn.bf16x2 $0, $0, one, less;
+            fma.rn.bf16x2 $1, $1, one, less;
+            fma.rn.bf16x2 $2, $2, one, less;
+            fma.rn.bf16x2 $3, $3, one, less;
+            }""",
+            "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        )  # fmt: skip
+    return low.to(tl.bfloat16), high.to(tl.bfloat16)
+
+
+@triton.jit
+def _fetch(at):
+    """tl.load of int32, in whatever layout the result is wanted: a load has its own, and the way out of it two barriers."""
+    if _INTERPRETED:
+        value = tl.load(at)
+    else:
+        value = tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return value
+
+
+@triton.jit
+def _product_int4(x, rows, live, w, first, scale, C: tl.constexpr, WIDTH: tl.constexpr, UNROLL: tl.constexpr):
+    """As `_product`, of weights in 4 bits. w: [., C / 2], two groups in WIDTH / 2 bytes; scale: [., C / WIDTH], their two bf16
+    scales in each int32."""
+    k = tl.arange(0, WIDTH // 2)
+    x_at = x + rows[:, None] * C + k
+    w_at = w + first[:, None] * (C // 2) + k
+    scale_at = scale + first * (C // WIDTH)
+    total = tl.zeros([first.shape[0], rows.shape[0]], tl.float32)
+    ahead = _fetch(scale_at)
+    for block in tl.range(0, C // WIDTH, loop_unroll_factor=UNROLL):
+        low, high = _unpack(tl.load(w_at + block * (WIDTH // 2)))
+        part0 = tl.load(x_at + block * WIDTH, live[:, None], other=0.0)
+        part1 = tl.load(x_at + block * WIDTH + WIDTH // 2, live[:, None], other=0.0)
+        both = ahead
+        ahead = _fetch(scale_at + tl.minimum(block + 1, C // WIDTH - 1))  # a block early: it is not waited for
+        total += tl.dot(low, part0.T) * (both << 16).to(tl.float32, bitcast=True)[:, None]
+        total += tl.dot(high, part1.T) * (both & -65536).to(tl.float32, bitcast=True)[:, None]
+    return total
+
+
 @triton.jit(do_not_specialize=["M"])
 def gate_up_kernel(y, w, scale, table, slots, pairs, h, M, S: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr,
-             K: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
-             TOKENS: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """h[pair] = silu(gate) * up, COLUMNS columns for all pairs of one chosen expert. y: [M, H]; h: [M * K, INNER]."""
+             K: tl.constexpr, FORMAT: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+             TOKENS: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """h[pair] = silu(gate) * up, COLUMNS columns for all pairs of one chosen expert. y: [M, H]; h: [M * K, INNER]. SPLIT: of
+    `_split_product`, 1: of `_product`."""
     n, slot = tl.program_id(0) * COLUMNS, tl.program_id(1)
     r = tl.arange(0, 2 * COLUMNS)
     upper = r >= COLUMNS
     first = tl.where(upper, INNER - COLUMNS, 0) + n + r  # gate's rows, then up's
     row0, row1 = 0, 0
-    if SCALED:
+    if FORMAT == "fp8":
         row0, row1 = tl.load(table + n), tl.load(table + INNER + n)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -172,11 +303,21 @@ def gate_up_kernel(y, w, scale, table, slots, pairs, h, M, S: tl.constexpr, H: t
     while start < count:
         t = start + tl.arange(0, TOKENS)
         pair = tl.load(pairs + e * M + t, t < count, other=0)
-        both = _product(y, pair // K, t < count, w + e * (2 * INNER * H), first, scale0, scale1, upper, H, WIDTH, SCALED,
-                        UNROLL)  # fmt: skip
+        mine, live = w + e * (2 * INNER * H), t < count
+        if SPLIT > 1:
+            gate, up = _split_product(y, pair // K, live, mine, first, tl.where(upper, scale1, scale0), H, WIDTH,
+                                      FORMAT == "fp8", SPLIT)  # fmt: skip
+        else:
+            if FORMAT == "int4":
+                both = _product_int4(y, pair // K, live, w + e * (INNER * H), first, scale + e * (2 * INNER * (H // WIDTH)), H,
+                                     WIDTH, UNROLL)  # fmt: skip
+            else:
+                both = _product(
+                    y, pair // K, live, mine, first, scale0, scale1, upper, H, WIDTH, FORMAT == "fp8", UNROLL
+                )
+            gate, up = tl.split(tl.permute(tl.reshape(both, [2, COLUMNS, TOKENS]), [1, 2, 0]))
         if PDL:  # not before: what `_down` then prefetches must not leave L2 again; nor may it read slots too early
             tl.extra.cuda.gdc_launch_dependents()
-        gate, up = tl.split(tl.permute(tl.reshape(both, [2, COLUMNS, TOKENS]), [1, 2, 0]))
         value = (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty)
         at = h + pair * INNER + n + tl.arange(0, COLUMNS)[:, None]
         tl.store(at, value, tl.broadcast_to((t < count)[None, :], [COLUMNS, TOKENS]))
@@ -185,28 +326,34 @@ def gate_up_kernel(y, w, scale, table, slots, pairs, h, M, S: tl.constexpr, H: t
 
 @triton.jit(do_not_specialize=["M"])
 def down_kernel(h, w, scale, table, slots, pairs, y, M, S: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr,
-          SCALED: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+          FORMAT: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
           UNROLL: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y[pair] = down(h[pair]), COLUMNS columns for all pairs of one chosen expert. h: [M * K, INNER]; y: [M * K, H]."""
     n, slot = tl.program_id(0) * COLUMNS, tl.program_id(1)
     first = n + tl.arange(0, COLUMNS)
-    row = tl.load(table + n) if SCALED else 0
+    row = tl.load(table + n) if FORMAT == "fp8" else 0
+    LENGTH: tl.constexpr = INNER // 2 if FORMAT == "int4" else INNER  # of a row, in elements of w
     # complete before this kernel starts: `_gate_up` lets it start only after itself waiting for `_choose`
     packed = tl.load(slots + slot, cache_modifier=".cg")
     e, count = packed & 0xFFFFFFFF, packed >> 32
     if count == 0:
         return
-    w += e * (H * INNER)
+    w += e * (H * LENGTH)
     if PDL:
-        _prefetch(w + first * INNER, LINES)
+        _prefetch(w + first * LENGTH, LINES)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    scale += (e * S + row) * (INNER // WIDTH)
+    scale += (e * (H if FORMAT == "int4" else S) + row) * (INNER // WIDTH)
     start = 0
     while start < count:
         t = start + tl.arange(0, TOKENS)
         pair = tl.load(pairs + e * M + t, t < count, other=0)
-        value = _product(h, pair, t < count, w, first, scale, scale, first < 0, INNER, WIDTH, SCALED, UNROLL)
+        if FORMAT == "int4":
+            value = _product_int4(h, pair, t < count, w, first, scale, INNER, WIDTH, UNROLL)
+        else:
+            value = _product(
+                h, pair, t < count, w, first, scale, scale, first < 0, INNER, WIDTH, FORMAT == "fp8", UNROLL
+            )
         tl.store(y + pair * H + first[:, None], value, tl.broadcast_to((t < count)[None, :], [COLUMNS, TOKENS]))
         start += TOKENS
 
@@ -222,7 +369,7 @@ def _prefetch(rows, LINES: tl.constexpr):
 
 @triton.jit
 def sum_kernel(y, weights, residual, out, H: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr):
-    """out[m] = residual[m], if there is one, + sum over k of weights[m, k] * y[m, k], k ascending, rounded once."""
+    """out[m] = residual[m] + sum over k of weights[m, k] * y[m, k], k ascending, rounded once."""
     m = tl.program_id(1)
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     if PDL:
@@ -231,6 +378,5 @@ def sum_kernel(y, weights, residual, out, H: tl.constexpr, K: tl.constexpr, COLU
     total = tl.zeros([COLUMNS], tl.float32)
     for k in tl.static_range(K):
         total += tl.load(weights + m * K + k) * tl.load(y + (m * K + k) * H + n, n < H, other=0.0)
-    if residual is not None:
-        total += tl.load(residual + m * H + n, n < H, other=0.0).to(tl.float32)
+    total += tl.load(residual + m * H + n, n < H, other=0.0).to(tl.float32)
     tl.store(out + m * H + n, total.to(out.dtype.element_ty), n < H)

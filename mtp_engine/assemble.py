@@ -167,8 +167,8 @@ def load_main(
 ) -> Decoder:  # fmt: skip
     return loader.load_main(
         files.folder, _DTYPES[config.dtype], torch.device(config.device), progress,
-        dequantize=config.dequantize or config.dtype == "int8", window_keys=config.window_keys, make=backend.make,
-        group=group,
+        dequantize=config.dequantize or config.dtype == "int8", window_keys=config.window_keys, experts=config.experts,
+        make=backend.make, group=group,
     )  # fmt: skip
 
 
@@ -196,7 +196,7 @@ def make_drafter(
     if not backend.levels:
         return shaped_drafter(module, config, backend)
     drafting = len(module.draft_ids), config.draft_int8, config.window_keys
-    path = _plans(files, processor(), config.dtype, config.threads, *drafting, *_shared(config))
+    path = _plans(files, processor(), config.dtype, config.threads, *drafting, *_besides(config))
 
     def measure() -> Costs:
         progress("timing drafts", 0, None)
@@ -212,9 +212,10 @@ def make_drafter(
     return mtp_drafter(module, config, backend, Planner(costs))
 
 
-def _shared(config: EngineConfig) -> tuple[int, ...]:
-    """Of how many processes costs are, where that matters."""
-    return (config.tensor_parallel,) if config.tensor_parallel > 1 else ()
+def _besides(config: EngineConfig) -> tuple[int | str, ...]:
+    """What costs depend on that is seldom set: how many processes they are of, and how experts are held."""
+    ranks = (config.tensor_parallel,) if config.tensor_parallel > 1 else ()
+    return ranks if config.experts == "auto" else (*ranks, config.experts)
 
 
 def _agreed(kind: type[C], path: Path, measure: Callable[[], C], model: Decoder) -> C:
@@ -266,7 +267,7 @@ def learn_costs(
     batches = sorted({backend.bucket(size) for size in range(1, config.max_batch + 1)})
     names = [(batch, str(plan)) for batch in batches for plan in planner.plans(batch)]
     device = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else processor()
-    about = device, config.dtype, config.max_context, config.draft_vocab, config.prefill_chunk, names, *_shared(config)
+    about = device, config.dtype, config.max_context, config.draft_vocab, config.prefill_chunk, names, *_besides(config)
 
     def measure() -> ShapeCosts:
         with loop.alike():

@@ -9,6 +9,7 @@ from mtp_engine.checks import check_types
 from mtp_engine.errors import EngineError
 
 DType = Literal["auto", "fp32", "bf16", "int8"]
+Experts = Literal["auto", "int4"]
 
 DEFAULT_MODEL = "smollm2-135m-mtp3"
 MOST_ANSWERS = 1024  # to one prompt
@@ -54,12 +55,14 @@ class MoEConfig:
     """A mixture of experts: each token goes through `per_token` of `experts`, chosen by sigmoid scores plus a bias.
 
     The weights are the scores without the bias, divided by their sum if `normalise`, times `scale`.
+    int4: the engine holds the experts in 4 bits, however they are stored.
     """
 
     experts: int
     per_token: int
     normalise: bool = True
     scale: float = 1.0
+    int4: bool = False
 
 
 @final
@@ -316,6 +319,8 @@ class EngineConfig:
     prefix_cache: keep the beginnings of texts, so that prompts that begin alike are not read again; prefix_cache_gb is how
     much of them (1e9 bytes).
     dequantize turns FP8 weights into `dtype` when they are loaded: faster on a CPU, two or four times the memory.
+    experts int4 holds the experts of a mixture in 4 bits (kernels/int4.py): about half of FP8's memory and time, for some
+    quality. They are rounded as they are read; all other weights stay what they are. Not with dtype int8.
     window_keys is how many keys a query of a sliding-window layer sees, itself included; 0 is the family's reading of
     config.json (for MiMo-V2 sliding_window + 1, as in SGLang and transformers; vLLM and lmdeploy count sliding_window
     keys).
@@ -359,6 +364,7 @@ class EngineConfig:
     page_size: int = 64
     prefill_chunk: int = 0
     dequantize: bool = False
+    experts: Experts = "auto"
     window_keys: int = 0
     tensor_parallel: int = 1
 

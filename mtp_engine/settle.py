@@ -27,7 +27,7 @@ _DEFAULT_TREES = {  # what measured fastest, see bench/LOG.md
 
 def settle(config: EngineConfig, files: ModelFiles) -> EngineConfig:
     """Fill in what depends on the model, and refuse what does not fit it, before any weight is read."""
-    model = loader.read_config(files.folder, config.window_keys)
+    model = loader.read_config(files.folder, config.window_keys, config.experts)
     if config.max_context > model.max_context:
         raise EngineError(f"max_context is {config.max_context}; {files.name} was made for {model.max_context} tokens")
     device = torch.device(config.device).type
@@ -78,6 +78,10 @@ def _dtype(config: EngineConfig, device: str, model: ModelConfig, mtp: MTPConfig
         return "bf16" if config.dtype == "auto" else config.dtype
     if config.dtype not in ("auto", "int8"):
         return config.dtype
+    if config.experts == "int4":
+        if config.dtype == "int8":
+            raise EngineError("int8 holds experts in 8 bits: use --dtype fp32 with --experts int4, or leave that out")
+        return "fp32"
     layers = [*model.layers, *([mtp.layer] if mtp else [])]
     why = why_not(model.hidden_size, layers) or cannot_compile()
     if not why:

@@ -123,7 +123,7 @@ def _check_memory(config: EngineConfig, files: ModelFiles, gpus: Iterable[int]) 
     """Raises EngineError where a rank's part of the weights, as they are published, is more than a GPU has free."""
     if torch.device(config.device).type != "cuda":
         return
-    model, folder = loader.read_config(files.folder, config.window_keys), files.mtp_folder
+    model, folder = loader.read_config(files.folder, config.window_keys, config.experts), files.mtp_folder
     mtp = loader.read_mtp_config(folder, config.window_keys) if folder else None
     needed = sum(loader.share(files.folder, model, mtp, config.tensor_parallel).weights.values())
     for index in gpus:

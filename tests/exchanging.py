@@ -30,7 +30,9 @@ def main() -> None:
     for call in torch.load(folder / "given.pt"):
         x = call["x"][rank]
         if call["sum"]:
-            found.append(exchange.reduce(x, boxes, call["dtype"], call["residual"], few=call["few"]))
+            found.append(
+                exchange.reduce(x, boxes, call["dtype"], call["residual"], call.get("weights"), few=call["few"])
+            )
         else:
             found.append(exchange.gather(x, boxes, join=call["join"]))
     torch.save([*found, stop], folder / f"found{rank}.pt")

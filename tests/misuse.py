@@ -37,7 +37,7 @@ _VALUED = (
     "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--frequency-penalty",
     "--presence-penalty", "--min-tokens", "--stop", "--bad-word", "--seed", "--drafter", "--tree", "--verifier",
     "--draft-vocab", "--tensor-parallel", "--device", "--dtype", "--attention", "--steps-in-flight", "--threads", "--window-keys",
-    "--max-context", "--model", "--mtp", "--system",
+    "--max-context", "--model", "--mtp", "--system", "--experts",
 )  # fmt: skip
 _GENERATE = (
     *_VALUED,

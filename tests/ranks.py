@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtp_engine.config import SamplingParams
-from mtp_engine.parallel.group import Group, joined, ordered_sum
+from mtp_engine.parallel.group import Group, joined, ordered_sum, weighted
 from mtp_engine.parallel.shard import Shard
 from mtp_engine.sampling.batch import Batch, SamplingBatch
 from mtp_engine.tree import DraftTree
@@ -54,8 +54,8 @@ class Seat:
         self._meeting.wait()
         return joined(together) if join else together
 
-    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
-        return ordered_sum(self.gather(partial), dtype, residual)
+    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None, weights: Tensor | None) -> Tensor:
+        return ordered_sum(self.gather(weighted(partial, weights)), dtype, residual)
 
 
 def together(size: int, work: Callable[[Group], T], *, in_turns: bool = False) -> list[T]:

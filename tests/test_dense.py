@@ -1,5 +1,6 @@
 """The dense kernels of a decoding step against their twins, and that a row's result does not depend on its neighbours."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,7 +14,7 @@ triton = pytest.importorskip("triton")
 
 from mtp_engine.kernels.dense import Weight, gated, linear, qkv  # noqa: E402
 from mtp_engine.kernels.dense_reference import gated_twin, linear_twin, qkv_twin  # noqa: E402
-from mtp_engine.kernels.dense_tiles import Tile, many, tile_for  # noqa: E402
+from mtp_engine.kernels.dense_tiles import Tile, many, many_fp8, tile_for  # noqa: E402
 from mtp_engine.kernels.fp8 import BlockMatrix, fused_rows, fused_sizes, plain_rows, quantise_blocks  # noqa: E402
 from mtp_engine.kernels.launch import pdl  # noqa: E402
 
@@ -107,6 +108,29 @@ def test_tiles_for_many_keep_the_order_of_additions(rows: int, k: int) -> None:
         tile = many(few, rows, k, m)
         assert (tile.depth, tile.warps) == (few.depth, few.warps)
         assert m > 16 or tile == few
+
+
+@pytest.mark.parametrize(("rows", "k"), [(1856, 4096), (14848, 4096), (4096, 8192), (64, 128)])
+def test_tiles_for_many_in_fp8_keep_the_order_of_additions(rows: int, k: int) -> None:
+    few = tile_for(rows, k, 1, False)
+    tiles = [many_fp8(few, rows, k, m) for m in (1, 16, 32, 33, 64, 128, 129, 2048)]
+    assert {(tile.depth, tile.warps, tile.wide, tile.teams) for tile in tiles} == {(few.depth, few.warps, 0, 0)}
+    assert tiles[2] == few
+    assert tiles[3] != few
+
+
+def test_teams_only_where_they_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper, and where the columns are whole steps and gate's rows whole eights: elsewhere tiles of the same sums."""
+    few = tile_for(22016, 4096, 2, False)
+    monkeypatch.setattr("mtp_engine.kernels.dense_tiles.hopper", lambda: True)
+    monkeypatch.setattr("mtp_engine.kernels.dense_tiles.warpgroups", lambda: False)
+    assert not many(few, 22016, 4096, 256).teams
+    monkeypatch.setattr("mtp_engine.kernels.dense_tiles.warpgroups", lambda: True)
+    assert many(few, 22016, 4096, 256).teams
+    for rows, k in ((22024, 4096), (22016, 4104)):
+        tile = many(few, rows, k, 256)
+        assert not tile.teams
+        assert (tile.depth, tile.warps) == (few.depth, few.warps)
 
 
 @pytest.mark.parametrize("m", [64, 256])
@@ -218,6 +242,30 @@ def test_real_shapes(rows: int, k: int, fp8: bool) -> None:
         assert torch.equal(alone, full[part]), (first, last)
         assert torch.equal(gated(x[part], weight, norm=norm, eps=1e-6), half[part]), (first, last)
         assert torch.equal(linear(x[part], weight), plain[part]), (first, last)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("teams", "tokens", "stages"),
+    [(1, 64, 4), (1, 128, 4), (2, 64, 6), (2, 128, 6), (3, 64, 6), (3, 128, 4), (2, 256, 4)],
+)
+@pytest.mark.parametrize(("few", "k"), [(Tile(16, 64, 4, 5), 1344), (Tile(16, 128, 4, 4), 1408)])
+def test_teams_add_up_as_few(few: Tile, k: int, teams: int, tokens: int, stages: int) -> None:
+    """Slices of different lengths; neither rows nor tokens fill their last tile; more units than programs, and fewer."""
+    tile = dataclasses.replace(few, teams=teams, tokens=tokens, stages=stages, registers={1: 0, 2: 240, 3: 160}[teams])
+    options: dict[str, Any] = {"norm": randn(k, dtype=torch.bfloat16, seed=2), "eps": 1e-5}
+    for rows, m in ((4112, 300), (176, 700)):
+        x, weight = randn(m, k, dtype=torch.bfloat16), matrix(rows, k, torch.bfloat16, False)
+        bias, residual = (randn(*shape, dtype=torch.bfloat16, seed=3) for shape in ((rows,), (m, rows)))
+        added: dict[str, Any] = {"bias": bias, "residual": residual}
+        for call in (
+            functools.partial(linear, **options, out_dtype=torch.float32), functools.partial(linear, **added), gated,
+            functools.partial(gated, **options), functools.partial(linear, **options, bias=bias),
+        ):  # fmt: skip
+            assert torch.equal(call(x, weight, tile=tile), call(x, weight, tile=few)), call
+        apart = dataclasses.replace(tile, apart=True)
+        for extras in (options, added):
+            assert torch.equal(linear(x, weight, **extras, tile=apart), linear(x, weight, **extras, tile=few))
 
 
 @pytest.mark.cuda

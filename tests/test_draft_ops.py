@@ -164,7 +164,7 @@ SHAPES: dict[Ranking, list[str]] = {
 }  # fmt: skip
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     case=st.sampled_from([(ranking, text) for ranking, texts in SHAPES.items() for text in texts]),
     seed=st.integers(0, 99),

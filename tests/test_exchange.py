@@ -4,6 +4,7 @@ Without GPUs ranks are processes that run the kernels in Triton's interpreter ov
 same, with the processor's caches in place of NVLink. On two GPUs bench/tensor_parallel.py checks the bits.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ from mtp_engine.models import loader
 from mtp_engine.models.fused import FusedJoin, fuse, fuse_mtp
 from mtp_engine.models.layers import Join, RMSNorm
 from mtp_engine.models.make_tiny import make_tiny
-from mtp_engine.parallel.group import Group, joined, ordered_sum
+from mtp_engine.parallel.group import Group, joined, ordered_sum, weighted
 from mtp_engine.parallel.linear import SummedLinear
 from mtp_engine.sampling.batch import Batch, SamplingBatch
 from mtp_engine.tree import DraftTree, VerifyResult
@@ -76,6 +77,10 @@ def test_exchanges_are_their_twins(size: int, tmp_path: Path) -> None:
             calls.append({"x": x, "sum": True, "dtype": torch.float32, "residual": None, "few": few})
             whole = {"x": (x * 4).round(), "residual": residual.round()}  # as the interpreter rounds to bf16 otherwise
             calls.append({**whole, "sum": True, "dtype": torch.bfloat16, "few": few})
+        for rows, terms, width in ((3, 5, 300), (1, 1, 64), (2, 3, 512)):
+            pairs, weights = torch.randn(size, rows * terms, width), torch.rand(rows, terms)
+            given = {"x": pairs, "weights": weights, "residual": torch.randn(rows, width)}
+            calls.append({**given, "sum": True, "dtype": torch.float32, "few": few})
     for join in (False, True):
         calls.append({"x": torch.randint(-(2**63), 2**63 - 1, (size, 3, 5)), "sum": False, "join": join})
         calls.append({"x": torch.arange(size * 600).view(size, 2, 3, 100).float(), "sum": False, "join": join})
@@ -83,7 +88,8 @@ def test_exchanges_are_their_twins(size: int, tmp_path: Path) -> None:
     found = exchanged(tmp_path, size, "all", calls)
     for number, call in enumerate(calls):
         if call["sum"]:
-            expected = ordered_sum(call["x"], call["dtype"], call["residual"])
+            parts = torch.stack([weighted(part, call.get("weights")) for part in call["x"]])
+            expected = ordered_sum(parts, call["dtype"], call["residual"])
         else:
             expected = joined(call["x"]) if call["join"] else call["x"]
         for rank in range(size):
@@ -100,6 +106,15 @@ def test_who_waits_for_nobody_is_released(tmp_path: Path) -> None:
     [[gathered, *_, stop]] = exchanged(tmp_path, 2, "alone", calls, ranks=1)
     assert torch.equal(gathered, x[:1].expand(2, -1, -1))
     assert int(stop) == 1
+
+
+def test_kernels_compile(tmp_path: Path) -> None:
+    """Without a GPU: whoever calls them, for whatever sums and gatherings."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    script = Path(__file__).parent / "offline.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_ranks_choose_what_one_process_chooses() -> None:
@@ -210,3 +225,11 @@ def test_fused_models_over_ranks(family: Any, size: int, tmp_path: Path, monkeyp
         bound = 1e-5 if dtype == torch.float32 else 0.05  # the interpreter rounds to bf16 towards 0
         error = ((found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)).median()
         assert error < bound
+
+
+def test_kernels_compile_for_a_gpu() -> None:
+    """A helper that returned integers here and floats there ran in the interpreter, and on no GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "hopper.py"
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

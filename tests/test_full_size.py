@@ -39,10 +39,18 @@ def test_the_plan() -> None:
     assert plain["read_gb"] == pytest.approx(17.2 / 4, rel=0.05)  # that many GB a token on one GPU; routers are whole
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_tiny_ranks(alone: bool) -> None:
+def test_the_plan_of_4_bits() -> None:
+    """Two H200 hold the model with its experts in 4 bits, 4.25 of them with the scales."""
+    *rows, last = bench("--dry-run", "--ranks", "2", "--experts", "int4")
+    experts = 47 * 256 * 3 * 4096 * 2048 / 2 / 1e9
+    assert last["plan"]["weights_gb"]["experts"] == pytest.approx(experts * 4.25 / 8, abs=0.01)
+    assert (last["experts"], rows[0]["fits"]) == ("int4", [141])
+
+
+@pytest.mark.parametrize("more", [[], ["--alone"], ["--experts", "int4"]])
+def test_tiny_ranks(more: list[str]) -> None:
     options = ["--ranks", "2", "--device", "cpu", "--shape", "tiny", "--batch", "2", "--context", "48", "--steps", "3"]
-    *rows, last = bench(*options, *(["--alone"] if alone else []))
+    *rows, last = bench(*options, *more)
     assert [row["part"] for row in rows] == ["weights", "all_reduce", *["step"] * 4]
     assert not [row for row in rows if "failed" in row]
     chains = [row for row in rows if row.get("tree") == "chain:3"]

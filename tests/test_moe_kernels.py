@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from mtp_engine.kernels import experts, moe
 from mtp_engine.kernels.experts import PlainStack
 from mtp_engine.kernels.fp8 import BlockMatrix, plain_rows, quantise_blocks
+from mtp_engine.kernels.int4 import Int4Stack, pack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
@@ -28,8 +29,10 @@ class Shape(NamedTuple):
     block: int
 
 
-TINY = Shape(8, 3, 32, 16, 16)
+TINY = Shape(8, 3, 64, 16, 16)
+FOUR_BITS = Shape(8, 3, 128, 32, 16)  # groups of 64 and of 16
 REAL = Shape(256, 8, 4096, 2048, 128)
+PART = REAL._replace(experts=64, inner=256)  # of one of eight ranks, of fewer experts
 
 
 class Layer(NamedTuple):
@@ -40,13 +43,16 @@ class Layer(NamedTuple):
     down: moe.Stack
 
 
-def stack(shape: Shape, sizes: list[int], columns: int, fp8: bool) -> moe.Stack:
+def stack(shape: Shape, sizes: list[int], columns: int, kind: str) -> moe.Stack:
     """One matrix of sum(sizes) x columns per expert, drawn and quantised expert by expert: real ones are large."""
+    if kind == "int4":
+        drawn = torch.randn(shape.experts, sum(sizes), columns, device=DEVICE) * columns**-0.5
+        return Int4Stack.of(PlainStack(drawn), shape.experts)
     table = plain_rows(sizes, shape.block)
     plain, data, scale = [], [], []
     for _ in range(shape.experts):
         weight = torch.randn(sum(sizes), columns, device=DEVICE) * columns**-0.5
-        if fp8:
+        if kind == "fp8":
             values, factors = (
                 t.to(DEVICE) for t in quantise_blocks(weight.cpu(), table, int(table[-1]) + 1, shape.block)
             )
@@ -54,19 +60,19 @@ def stack(shape: Shape, sizes: list[int], columns: int, fp8: bool) -> moe.Stack:
             scale.append(factors)
         else:
             plain.append(weight.bfloat16())
-    if fp8:
+    if kind == "fp8":
         return BlockMatrix(torch.stack(data), torch.stack(scale), table.to(DEVICE), shape.block)
     return PlainStack(torch.stack(plain))
 
 
-def layer(shape: Shape, fp8: bool) -> Layer:
+def layer(shape: Shape, kind: str) -> Layer:
     torch.manual_seed(3)
     return Layer(
         (1 + 0.1 * torch.randn(shape.hidden, device=DEVICE)).bfloat16(),
         torch.randn(shape.experts, shape.hidden, device=DEVICE) * shape.hidden**-0.5,
         torch.randn(shape.experts, device=DEVICE) * 0.02,
-        stack(shape, [shape.inner, shape.inner], shape.hidden, fp8),
-        stack(shape, [shape.hidden], shape.inner, fp8),
+        stack(shape, [shape.inner, shape.inner], shape.hidden, kind),
+        stack(shape, [shape.hidden], shape.inner, kind),
     )
 
 
@@ -95,7 +101,7 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize("tokens", [1, 5, 19])
 def test_route(tokens: int, normalise: bool) -> None:
     """19 rows: two tiles of tokens in both kernels."""
-    one, x = layer(TINY, fp8=False), rows(TINY, tokens)
+    one, x = layer(TINY, "bf16"), rows(TINY, tokens)
     y, routing = moe.route(x, one.norm, EPS, one.router, one.bias, TINY.per_token, normalise, 2.5)
     torch.testing.assert_close(
         y, F.rms_norm(x.float(), (TINY.hidden,), one.norm.float(), EPS).bfloat16(), rtol=0.01, atol=0
@@ -119,36 +125,44 @@ def check_groups(routing: moe.Routing, count: int) -> None:
 
 
 def test_of_equal_scores_the_lower_expert_wins() -> None:
-    one = layer(TINY, fp8=False)
+    one = layer(TINY, "bf16")
     router = one.router[:1].expand(TINY.experts, -1).contiguous()
     bias = torch.zeros(TINY.experts, device=DEVICE)
     _, routing = moe.route(rows(TINY, 2), one.norm, EPS, router, bias, TINY.per_token, True, 1.0)
     assert routing.experts.tolist() == [[0, 1, 2]] * 2
 
 
-@pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "bf16"])
+KINDS = pytest.mark.parametrize(("shape", "kind"), [(TINY, "bf16"), (TINY, "fp8"), (FOUR_BITS, "int4")])
+
+
+@KINDS
+@pytest.mark.parametrize("narrow", [0, 768])
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_ffn(tokens: int, fp8: bool) -> None:
-    one, x = layer(TINY, fp8), rows(TINY, tokens)
-    assert error(ffn(x, one, TINY, 2.5), twin(x, one, TINY, 2.5)) < TOLERANCE
+def test_ffn(tokens: int, narrow: int, shape: Shape, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where warps share an expert's inner columns."""
+    monkeypatch.setattr(moe, "_NARROW", narrow)
+    one, x = layer(shape, kind), rows(shape, tokens)
+    assert error(ffn(x, one, shape, 2.5), twin(x, one, shape, 2.5)) < TOLERANCE
 
 
-def test_an_expert_with_more_tokens_than_a_tile() -> None:
+@KINDS
+def test_an_expert_with_more_tokens_than_a_tile(shape: Shape, kind: str) -> None:
     """All 18 tokens go to the same experts, which take them in two tiles."""
-    one, x = layer(TINY, fp8=True), rows(TINY, 18)
-    one = one._replace(bias=torch.arange(TINY.experts, device=DEVICE, dtype=torch.float32))
-    assert error(ffn(x, one, TINY), twin(x, one, TINY)) < TOLERANCE
+    one, x = layer(shape, kind), rows(shape, 18)
+    one = one._replace(bias=torch.arange(shape.experts, device=DEVICE, dtype=torch.float32))
+    assert error(ffn(x, one, shape), twin(x, one, shape)) < TOLERANCE
 
 
-def test_rows_do_not_depend_on_their_neighbours() -> None:
-    one, x = layer(TINY, fp8=True), rows(TINY, 18)
-    together = ffn(x, one, TINY)
+@KINDS
+def test_rows_do_not_depend_on_their_neighbours(shape: Shape, kind: str) -> None:
+    one, x = layer(shape, kind), rows(shape, 18)
+    together = ffn(x, one, shape)
     for first, last in ((0, 1), (3, 7), (17, 18)):
-        assert torch.equal(ffn(x[first:last].contiguous(), one, TINY), together[first:last])
+        assert torch.equal(ffn(x[first:last].contiguous(), one, shape), together[first:last])
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    one, x = layer(TINY, fp8=False), rows(TINY, 1)
+    one, x = layer(TINY, "bf16"), rows(TINY, 1)
     y, routing = moe.route(x, one.norm, EPS, one.router, one.bias, TINY.per_token, True, 1.0)
     with pytest.raises(ValueError, match="cannot be cut"):
         moe.gate_up(y[:, :24], routing, PlainStack(one.gate_up.matrix(0, x.dtype)[None, :, :24]))
@@ -157,11 +171,13 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "bf16"])
-def test_real_shapes(fp8: bool) -> None:
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [(REAL, "fp8"), (PART, "fp8"), (PART, "bf16"), *((REAL._replace(experts=32), kind) for kind in ("bf16", "int4"))],
+)
+def test_real_shapes(shape: Shape, kind: str) -> None:
     """Exact to bf16's rounding of h and of the sum, and the same bits for any number of rows, in any tile."""
-    shape = REAL if fp8 else REAL._replace(experts=32)
-    one, x = layer(shape, fp8), rows(shape, 64)
+    one, x = layer(shape, kind), rows(shape, 64)
     together = ffn(x, one, shape)
     assert error(together, twin(x, one, shape)) < TOLERANCE
     for tokens in (1, 2, 4, 8, 16, 33):
@@ -171,8 +187,8 @@ def test_real_shapes(fp8: bool) -> None:
     h = moe.gate_up(y, routing, one.gate_up)
     for tile in (
         moe.Tile(16, 1, 3),
-        moe.Tile(64, 2, 3, unroll=2),
-        moe.Tile(32, 2, 4, tokens=8),
+        moe.Tile(64 if shape.inner > 256 else 32, 2, 2, unroll=2),
+        moe.Tile(32, 2, 2, tokens=8),
     ):
         assert torch.equal(moe.gate_up(y, routing, one.gate_up, tile), h)
 
@@ -194,3 +210,19 @@ def test_every_fp8_value_is_widened_exactly() -> None:
     residual = torch.zeros(2, 128, device=DEVICE, dtype=torch.bfloat16)
     out = moe.down(one_hot, routing, weight, residual, moe.Tile(64, 2, 3))
     assert torch.equal(out.T[:127].float().cpu(), values.float().view(127, 2))
+
+
+def test_every_number_of_4_bits_is_widened_exactly() -> None:
+    """Down projections of one-hot rows read the weights out: every number in both halves of a byte, scales of both signs."""
+    numbers = torch.arange(-8, 8).repeat(4)[torch.randperm(64, generator=torch.Generator().manual_seed(0))]
+    numbers = torch.stack([numbers.roll(shift) for shift in range(32)]).float()  # [32, 64]: two groups of 32
+    scale = torch.tensor([0.5, -3.0]).bfloat16().expand(1, 32, 2).contiguous()
+    weight = Int4Stack(pack(numbers, 32)[None].to(DEVICE), scale.to(DEVICE), 32)
+    one_hot = torch.eye(64, device=DEVICE).bfloat16()
+    experts, pairs = torch.zeros(64, 1), torch.arange(64)[None]
+    slots = torch.tensor([64 << 32], device=DEVICE)
+    routing = moe.Routing(torch.ones(64, 1, device=DEVICE), experts.int().to(DEVICE), slots, pairs.int().to(DEVICE))
+    out = moe.products(one_hot, routing, weight)
+    expected = numbers * torch.tensor([0.5, -3.0]).repeat_interleave(32)
+    assert torch.equal(out.T.cpu(), expected)
+    assert torch.equal(weight.matrix(0, torch.float32).cpu(), expected)

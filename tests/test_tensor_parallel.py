@@ -177,9 +177,12 @@ def test_texts_are_scored(engine: Engine, alone: list[Generation]) -> None:
         assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
 
 
-def test_another_rule_that_wants_whole_distributions() -> None:
+@pytest.mark.parametrize(
+    ("rule", "tree"), [("rrs", "3x2"), ("rejection", "chain:3"), ("block", "chain:3"), ("traversal", "3x2")]
+)
+def test_rules_that_want_whole_distributions(rule: Any, tree: str) -> None:
     """Of the drafter and of the main model: the same tokens in as many steps as in one process."""
-    config = replace(CONFIG, verifier="rrs", tree=TreeShape.parse("3x2"), draft_int8=False)
+    config = replace(CONFIG, verifier=rule, tree=TreeShape.parse(tree), draft_int8=False)
     params = [SamplingParams(max_tokens=15, temperature=0.8, seed=seed) for seed in range(2)]
     found = []
     for size in (1, 2):
@@ -187,6 +190,7 @@ def test_another_rule_that_wants_whole_distributions() -> None:
             found.append(engine.generate(["Once upon a time", "The little dog"], params))
     assert tokens(found[0]) == tokens(found[1])
     assert [answer.stats.steps for answer in found[0]] == [answer.stats.steps for answer in found[1]]
+    assert sum(answer.stats.accepted_per_depth[0] for answer in found[1]) > 0
 
 
 def test_four_processes_repeat_key_heads(tmp_path: Path) -> None:

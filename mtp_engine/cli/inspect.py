@@ -12,6 +12,7 @@ from mtp_engine.cli.progress import Waits
 from mtp_engine.cli.report import pairs
 
 if TYPE_CHECKING:
+    from mtp_engine.config import Experts
     from mtp_engine.hub.inspect import ModelReport
 
 
@@ -22,10 +23,18 @@ if TYPE_CHECKING:
     "--tensor-parallel", "ranks", default=1, type=click.IntRange(1), help="Show what each of so many GPUs would hold."
 )
 @click.option(
+    "--experts",
+    default="auto",
+    type=click.Choice(["auto", "int4"]),
+    help="Show what memory takes with experts in 4 bits.",
+)
+@click.option(
     "--json", "json_file", metavar="FILE", help="Also write all of it as JSON; - for stdout, and nothing else there."
 )
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
-def inspect(model: str, mtp: str | None, ranks: int, json_file: str | None, quiet: bool) -> None:
+def inspect(
+    model: str, mtp: str | None, ranks: int, experts: "Experts", json_file: str | None, quiet: bool
+) -> None:  # fmt: skip
     """Show what the checkpoint MODEL holds: a registered name, a folder, a .gguf file, or org/name on the hub.
 
     Weights are not loaded, and need not be there: a folder with config.json is enough. How many MTP layers the model has
@@ -36,14 +45,14 @@ def inspect(model: str, mtp: str | None, ranks: int, json_file: str | None, quie
     Examples:
       mtp-engine inspect smollm2-135m-mtp3
       mtp-engine inspect ./my-model --json - | jq .parameters
-      mtp-engine inspect ./MiMo-V2-Flash --tensor-parallel 8
+      mtp-engine inspect ./MiMo-V2-Flash --tensor-parallel 2 --experts int4
     """
     target = JsonTarget.check(json_file) if json_file is not None else None
     with Waits(quiet=quiet) as waits:
         waits("starting", 0, None)
         from mtp_engine.hub.inspect import inspect_model
 
-        report = inspect_model(model, mtp=mtp, ranks=ranks, progress=waits)
+        report = inspect_model(model, mtp=mtp, ranks=ranks, experts=experts, progress=waits)
     if target:
         target.write(asdict(report))
     if target is None or target.path is not None:
@@ -110,7 +119,10 @@ def _share(report: "ModelReport") -> list[tuple[str, str]]:
     fits = ", ".join(f"{'fits' if fits else 'does not fit'} {size}" for size, fits in share.gpus.items())
     kv = f"{share.kv_per_token:,} bytes per token, {decimal(share.kv_per_sequence)} per sequence"
     return [
-        (f"each of {share.ranks}", f"{decimal(sum(share.weights.values()))} ({parts})"),
+        (
+            f"each of {share.ranks}" if share.ranks > 1 else "in memory",
+            f"{decimal(sum(share.weights.values()))} ({parts})",
+        ),
         ("its KV", f"{kv}, {share.kv_full_context / 2**30:.2f} GiB at full context, all in bf16"),
         ("its memory", fits),
     ]

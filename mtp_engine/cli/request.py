@@ -95,6 +95,7 @@ ENGINE = settings(
     setting(EngineConfig, "steps_in_flight", "Steps queued on a GPU before the first one's tokens are looked at."),
     setting(EngineConfig, "threads", "CPU threads; 0 is one per core.", kind=_COUNT),
     click.option("--dequantize", is_flag=True, help="Turn FP8 weights into --dtype when loading."),
+    setting(EngineConfig, "experts", "Hold the experts of a mixture in 4 bits (int4), or as the other weights are."),
     setting(
         EngineConfig,
         "window_keys",

@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Literal, final
 
-from mtp_engine.config import MTPConfig
+from mtp_engine.config import Experts, MTPConfig
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
 from mtp_engine.models import loader
@@ -33,7 +33,8 @@ class ModelReport:
     mtp_depth: tokens the MTP layers can draft in a row, more than mtp_layers where one layer serves every depth.
     mtp_source: how their number is known; it is assumed unless it is "weights".
     kv_bytes_per_token: by engine dtype, of the main model's layers with full attention (those with a sliding window
-    keep a fixed number of rows). plan: what config.json calls for. share: of it, what each of several processes holds.
+    keep a fixed number of rows). plan: what config.json calls for. share: what each of several processes
+    holds, or one with experts in 4 bits.
     """
 
     name: str
@@ -58,12 +59,14 @@ class ModelReport:
     share: Share | None
 
 
-def inspect_model(name: str, *, mtp: str | None = None, ranks: int = 1, progress: Progress = hub.silent) -> ModelReport:
+def inspect_model(
+    name: str, *, mtp: str | None = None, ranks: int = 1, experts: Experts = "auto", progress: Progress = hub.silent
+) -> ModelReport:
     """Describe the model `name` (as in `hub.locate`, which fetches a registered one) without loading its weights.
 
     A folder with config.json alone is enough; the index of the weights tells how many MTP layers there are, which is
     otherwise assumed. mtp: a folder of MTP layers to look at instead of the model's own. ranks: processes that would share
-    the model. Raises EngineError for what a user can mend.
+    the model. experts: how they would be held. Raises EngineError for what a user can mend.
     """
     weightless = _is_plan(Path(name))
     if weightless:
@@ -102,8 +105,14 @@ def inspect_model(name: str, *, mtp: str | None = None, ranks: int = 1, progress
         mtp_files=_sizes(apart) if apart else {},
         kv_bytes_per_token={dtype: width * size for dtype, size in _KV_BYTES.items()},
         plan=plan,
-        share=loader.share(files.folder, config, mtp_config, ranks) if ranks > 1 else None,
+        share=_share(files, mtp_config, ranks, experts),
     )
+
+
+def _share(files: hub.ModelFiles, mtp: MTPConfig | None, ranks: int, experts: Experts) -> Share | None:
+    if ranks == 1 and experts == "auto":
+        return None
+    return loader.share(files.folder, loader.read_config(files.folder, experts=experts), mtp, ranks)
 
 
 def _mtp(files: hub.ModelFiles, weightless: bool) -> tuple[MTPConfig | None, MTPSource]:

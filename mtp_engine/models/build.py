@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mtp_engine.config import AttentionConfig, LayerConfig, ModelConfig, MTPConfig
 from mtp_engine.kernels.experts import ExpertStack
+from mtp_engine.kernels.int4 import Int4Stack
 from mtp_engine.kernels.linear import Linear
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.layers import Block, GatedMLP, Head, Join, LinearMap, RMSNorm, RotaryEmbedding, SelfAttention
@@ -132,13 +133,16 @@ def _moe(weights: WeightSource, prefix: str, layer: LayerConfig, hidden: int) ->
     moe, wide = layer.moe, layer.intermediate
     assert moe is not None
     experts = [f"{prefix}.experts.{e}" for e in range(moe.experts)]
+
+    def stack(names: Sequence[Parts], columns: int, split: Split) -> ExpertStack:
+        read = weights.experts(names, columns, split=split)
+        return Int4Stack.of(read, moe.experts) if moe.int4 else read
+
     return MoE(
         config=moe,
         router=weights.exact(f"{prefix}.gate.weight", moe.experts, hidden),
         bias=weights.exact(f"{prefix}.gate.e_score_correction_bias", moe.experts),
-        gate_up=weights.experts(
-            [[(f"{e}.gate_proj", wide), (f"{e}.up_proj", wide)] for e in experts], hidden, split="rows"
-        ),
-        down=weights.experts([[(f"{e}.down_proj", hidden)] for e in experts], wide, split="columns"),
+        gate_up=stack([[(f"{e}.gate_proj", wide), (f"{e}.up_proj", wide)] for e in experts], hidden, "rows"),
+        down=stack([[(f"{e}.down_proj", hidden)] for e in experts], wide, "columns"),
         group=weights.group,
     )

@@ -15,6 +15,7 @@ from mtp_engine.config import RopeConfig
 from mtp_engine.kernels import dense, moe
 from mtp_engine.kernels.experts import ExpertStack, PlainStack
 from mtp_engine.kernels.fp8 import BlockLinear, BlockMatrix
+from mtp_engine.kernels.int4 import Int4Stack
 from mtp_engine.kernels.linear import Linear
 from mtp_engine.kernels.rope import rope_tables
 from mtp_engine.models.decoder import Decoder
@@ -57,8 +58,8 @@ def weight_of(linear: LinearMap) -> Tensor | BlockMatrix:
     return weight
 
 
-def _stack(experts: ExpertStack) -> PlainStack | BlockMatrix:
-    assert isinstance(experts, PlainStack | BlockMatrix)
+def _stack(experts: ExpertStack) -> moe.Stack:
+    assert isinstance(experts, PlainStack | BlockMatrix | Int4Stack)
     return experts
 
 
@@ -158,9 +159,10 @@ def ffn(layer: object, norm: RMSNorm, x: Tensor) -> Tensor:
     if isinstance(layer, MoE):
         c = layer.config
         y, routing = moe.route(x, norm.weight, norm.eps, layer.router, layer.bias, c.per_token, c.normalise, c.scale)
-        h, shared = moe.gate_up(y, routing, _stack(layer.gate_up)), layer.group.size > 1
-        y = moe.down(h, routing, _stack(layer.down), None if shared else x)
-        return layer.group.sum(y, x.dtype, x) if shared else y
+        h, stack = moe.gate_up(y, routing, _stack(layer.gate_up)), _stack(layer.down)
+        if layer.group.size == 1:
+            return moe.down(h, routing, stack, x)
+        return layer.group.sum(moe.products(h, routing, stack), x.dtype, x, routing.weights)
     assert isinstance(layer, GatedMLP)
     h = dense.gated(x, weight_of(layer.gate_up), norm=norm.weight, eps=norm.eps)
     return add_linear(h, layer.down, x)

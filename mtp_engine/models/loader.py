@@ -1,14 +1,16 @@
 """From a folder to a model: which family it is, its main model, and its MTP layers."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 import torch
 
-from mtp_engine.config import AttentionConfig, LayerConfig, ModelConfig, MTPConfig, RopeConfig
+from mtp_engine.config import AttentionConfig, Experts, LayerConfig, ModelConfig, MTPConfig, RopeConfig
 from mtp_engine.errors import EngineError
+from mtp_engine.kernels.int4 import LEAST
 from mtp_engine.models import build, llama, mimo, mimo_v2_flash
 from mtp_engine.models.checkpoint import Checkpoint, read_index, read_json
 from mtp_engine.models.decoder import Decoder
@@ -29,14 +31,28 @@ _FAMILIES: dict[str, ModuleType] = {
 """Each has parse, parse_mtp, MTP_NAMES and USUAL_MTP_LAYERS, the number that its published models have."""
 
 
-def read_config(folder: Path, window_keys: int = 0) -> ModelConfig:
+def read_config(folder: Path, window_keys: int = 0, experts: Experts = "auto") -> ModelConfig:
     """config.json of a main model. Raises EngineError for a family the engine does not know.
 
-    window_keys: keys that a query of a sliding-window layer sees, itself included; 0 is the family's default.
+    window_keys: keys that a query of a sliding-window layer sees, itself included; 0 is the family's default. experts: see
+    EngineConfig.
     """
     family, fields = _family(folder)
     config: ModelConfig = family.parse(fields, window_keys)
-    return config
+    return config if experts == "auto" else with_int4(config, str(folder))
+
+
+def with_int4(config: ModelConfig, where: str) -> ModelConfig:
+    """The same with experts in 4 bits. Raises EngineError about `where` if there are none that 4 bits can hold."""
+    wide = [layer.intermediate for layer in config.layers if layer.moe]
+    if not wide:
+        raise EngineError(f"{where}: the model has no experts to be held in 4 bits; leave --experts out")
+    if odd := [columns for columns in (config.hidden_size, *wide) if columns % LEAST]:
+        raise EngineError(
+            f"{where}: 4 bits take experts of a multiple of {LEAST} columns, not {odd[0]}; leave --experts out"
+        )
+    layers = (replace(layer, moe=layer.moe and replace(layer.moe, int4=True)) for layer in config.layers)
+    return replace(config, layers=tuple(layers))
 
 
 def load_main(
@@ -47,12 +63,13 @@ def load_main(
     *,
     dequantize: bool = False,
     window_keys: int = 0,
+    experts: Experts = "auto",
     make: Makers = Makers(),  # noqa: B008  frozen
     group: Group = Group(),  # noqa: B008  frozen
 ) -> Decoder:
     """The main model of a Hugging Face folder. dequantize: FP8 weights become `dtype` as they are read. make: what then
-    becomes of its matrices. group: those who share the model; this rank's part is read."""
-    config = read_config(folder, window_keys)
+    becomes of its matrices. experts: see EngineConfig. group: those who share the model; this rank's part is read."""
+    config = read_config(folder, window_keys, experts)
     weights = Weights(
         Checkpoint(folder), dtype, device, fp8_block=config.fp8_block, dequantize=dequantize, make=make, group=group
     )

@@ -1,4 +1,7 @@
-"""The tensors that a checkpoint of a given configuration must hold: names, shapes, stored dtypes. Nothing is read."""
+"""The tensors that a checkpoint of a given configuration must hold: names, shapes, stored dtypes. Nothing is read.
+
+Of experts in 4 bits, which no checkpoint holds, what an engine does.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,9 +10,10 @@ from typing import final
 
 from mtp_engine.config import AttentionConfig, LayerConfig, ModelConfig, MTPConfig
 from mtp_engine.kernels.fp8 import fused_sizes
+from mtp_engine.kernels.int4 import group_of
 from mtp_engine.models.build import FEATURES, FFN_NORM, MTPNames
 
-BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
+BYTES = {"U8": 1, "F8_E4M3": 1, "BF16": 2, "F32": 4}
 
 
 @final
@@ -81,7 +85,8 @@ def _block(prefix: str, layer: LayerConfig, config: ModelConfig, ffn_norm: str) 
     yield Stored(f"{prefix}.mlp.gate.weight", (layer.moe.experts, hidden), "F32")
     yield Stored(f"{prefix}.mlp.gate.e_score_correction_bias", (layer.moe.experts,), "F32")
     for e in range(layer.moe.experts):
-        yield from _mlp(f"{prefix}.mlp.experts.{e}", hidden, layer.intermediate, fp8)
+        for tensor in _mlp(f"{prefix}.mlp.experts.{e}", hidden, layer.intermediate, None if layer.moe.int4 else fp8):
+            yield from _packed(tensor) if layer.moe.int4 else [tensor]
 
 
 def qkv_scale_rows(a: AttentionConfig, block: int) -> tuple[int, ...]:
@@ -95,6 +100,13 @@ def qkv_scale_rows(a: AttentionConfig, block: int) -> tuple[int, ...]:
 def _mlp(prefix: str, hidden: int, wide: int, fp8: int | None) -> Iterator[Stored]:
     for name, rows, columns in (("gate", wide, hidden), ("up", wide, hidden), ("down", hidden, wide)):
         yield from _matrix(f"{prefix}.{name}_proj", rows, columns, fp8, -(-rows // fp8) if fp8 else 0)
+
+
+def _packed(matrix: Stored) -> Iterator[Stored]:
+    """As kernels.int4.Int4Stack holds it."""
+    rows, columns = matrix.shape
+    yield Stored(matrix.name, (rows, columns // 2), "U8")
+    yield Stored(f"{matrix.name}_scale", (rows, columns // group_of(columns)))
 
 
 def _matrix(name: str, rows: int, columns: int, fp8: int | None, scale_rows: int) -> Iterator[Stored]:

@@ -36,8 +36,8 @@ class DeviceExchange:
             return self.gather(wide, join=join).to(x.dtype)
         return exchange.gather(x, self.boxes, join=join)
 
-    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
-        return exchange.reduce(partial, self.boxes, dtype, residual)
+    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None, weights: Tensor | None) -> Tensor:
+        return exchange.reduce(partial, self.boxes, dtype, residual, weights)
 
     def check(self) -> None:
         """Raises RankLost where somebody did not wait to the end."""

@@ -26,8 +26,8 @@ class Exchange(Protocol):
         """Contiguous, of the same shape and dtype on every rank -> [size, *shape], in the order of ranks; join: side by
         side, [..., n] -> [..., size * n]."""
 
-    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
-        """As `ordered_sum` of what is gathered. partial: fp32, contiguous; residual: contiguous."""
+    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None, weights: Tensor | None) -> Tensor:
+        """As `ordered_sum` of what is gathered of `weighted` partial. partial: fp32, contiguous; residual: contiguous."""
 
 
 def ordered_sum(parts: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
@@ -36,6 +36,17 @@ def ordered_sum(parts: Tensor, dtype: torch.dtype, residual: Tensor | None) -> T
     for part in parts:
         total = total + part
     return (total if residual is None else total + residual.float()).to(dtype)
+
+
+def weighted(partial: Tensor, weights: Tensor | None) -> Tensor:
+    """Of k rows at a time their weighted sum, in the order in which they lie: partial [M * k, N] and weights [M, k] ->
+    [M, N]. Without weights, partial."""
+    if weights is None:
+        return partial
+    rows, total = partial.view(*weights.shape, -1), torch.zeros_like(partial[: len(weights)])
+    for index in range(weights.shape[1]):
+        total = total + weights[:, index, None] * rows[:, index]
+    return total
 
 
 def joined(parts: Tensor) -> Tensor:
@@ -55,12 +66,15 @@ class Group:
     def size(self) -> int:
         return self.shard.size
 
-    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None = None) -> Tensor:
+    def sum(
+        self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
         """The sum over ranks, in fp32, in the order of ranks, plus what all have alike, rounded once to `dtype`. A kernel
-        that sums in another order would change a row's bits with the number of rows."""
+        that sums in another order would change a row's bits with the number of rows. weights: see `weighted`."""
         if self.exchange is None:
+            partial = weighted(partial, weights)
             return (partial if residual is None else partial + residual).to(dtype)
-        return self.exchange.sum(partial.float().contiguous(), dtype, residual)
+        return self.exchange.sum(partial.float().contiguous(), dtype, residual, weights)
 
     def join(self, part: Tensor) -> Tensor:
         """[..., n] of every rank, side by side: [..., size * n]."""

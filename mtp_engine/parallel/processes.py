@@ -12,7 +12,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 from torch.distributed.rendezvous import rendezvous
 
-from mtp_engine.parallel.group import Group, RankLost, joined, ordered_sum
+from mtp_engine.parallel.group import Group, RankLost, joined, ordered_sum, weighted
 from mtp_engine.parallel.shard import Shard
 
 if TYPE_CHECKING:
@@ -89,9 +89,9 @@ class Processes:
         parts = out.view(self.shard.size, *x.shape)
         return joined(parts) if join else parts
 
-    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
+    def sum(self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None, weights: Tensor | None) -> Tensor:
         """See Exchange. Raises RankLost."""
-        return ordered_sum(self.gather(partial), dtype, residual)
+        return ordered_sum(self.gather(weighted(partial, weights)), dtype, residual)
 
     def tell(self, data: bytes) -> None:
         """Rank 0: to all others, who `hear` it. Raises RankLost."""

@@ -6,10 +6,12 @@ over joined inputs by columns; embedding, norms and routers are whole everywhere
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from math import lcm
 from typing import final
 
 from mtp_engine.config import AttentionConfig, LayerConfig, ModelConfig, MTPConfig
 from mtp_engine.errors import EngineError
+from mtp_engine.kernels.int4 import LEAST
 
 
 @final
@@ -72,7 +74,7 @@ def _divided(config: ModelConfig, mtp: MTPConfig | None) -> Iterator[tuple[str, 
     for layer in _layers(config, mtp):
         yield "attention heads", layer.attention.heads, 1
         kind = "columns of an expert" if layer.moe else "columns of a feed-forward layer"
-        yield kind, layer.intermediate, config.fp8_block or 1
+        yield kind, layer.intermediate, lcm(config.fp8_block or 1, LEAST if layer.moe and layer.moe.int4 else 1)
     yield "tokens of the vocabulary", config.vocab_size, 1
     if mtp:
         yield "columns of an MTP layer's projection", 2 * config.hidden_size, 1

@@ -59,5 +59,6 @@ class Memory:
             return min(self._most, self._rows)
         if found.device.type != "cuda":
             return 0
+        torch.cuda.empty_cache()  # what writing the corpus took is free, too
         free = torch.cuda.mem_get_info(found.device)[0] - _LEFT
         return max(0, min(self._rows, free // (found[0].numel() * found.element_size())))

@@ -1,12 +1,13 @@
 """Prompts over passages, sentences and code: summaries, questions about a text, translations, explanations; for training.
 
     python -m mtp_engine.training.passages --text "public domain:FACTBOOK" --text "MIT OR Apache-2.0:BOOK/src" \\
-        --code MIT:ALGORITHMS --beside prompts-permissive.jsonl.xz --out prompts.jsonl.xz \\
-        --held-out bench_core.jsonl --held-out spec-bench.jsonl
+        --code MIT:ALGORITHMS --german "MIT OR Apache-2.0:BUCH/src" --beside prompts-permissive.jsonl.xz \\
+        --held-out bench_core.jsonl --held-out spec-bench.jsonl --out prompts.jsonl.xz
 
 A source is LICENCE:FOLDER, whose .md, .txt, .rst and .json files (of the latter the strings) are read as text, or .py files as
-code. What shares a run of 13 words with a held-out prompt is left out. --beside: prompts that are there already, of which as
-many are taken as --share says; the file is what `mtp-engine train --prompts` reads.
+code. Every text gives short passages, and again long ones; a German one gives sentences to be translated. What shares a run
+of 13 words with a held-out prompt is left out. --beside: prompts that are there already, of which as many are taken as
+--share says; the file is what `mtp-engine train --prompts` reads.
 """
 
 import ast
@@ -21,7 +22,7 @@ from typing import Any
 import click
 
 _GRAM = 13  # words
-_WORDS = (90, 380)  # of a passage
+_SHORT, _LONG = (90, 380), (330, 620)  # words of a passage
 _SUMMARY = (
     "Summarize: {}", "Summarize the following text.\n\n{}", "{}\n\nSummarize the text above in three sentences.",
     "Write a short summary of this passage:\n\n{}", "{}\n\nTL;DR", "What are the main points of the following text?\n\n{}",
@@ -33,12 +34,20 @@ _ASKED = (
     "{}\n\nRewrite the text above in simpler words.", "Continue the following text.\n\n{}",
     "List the names and numbers in this text, each with what is said of it:\n\n{}",
 )  # fmt: skip
+_TOPICS = (
+    "{0}\n\nWhat does the text say about {1}?", "{0}\nExplain what is meant by {1} here.",
+    "Question: What is said of {1}?\n\nContext: {0}", "{0}\n\nAnswer with the help of the text above: why does {1} matter?",
+)  # fmt: skip
 _LANGUAGES = ("German", "German", "French", "Spanish", "Italian", "Portuguese", "Dutch")
 _TRANSLATION = (
     "Translate English to {}: {}",
     "Translate the following sentence into {}.\n\n{}",
     "How do you say this in {}?\n{}",
 )
+_GERMAN = (
+    "Translate German to English: {}", "Translate the following sentence into English.\n\n{}",
+    "What does this mean in English?\n{}",
+)  # fmt: skip
 _CODE = (
     "Explain what this Python code does.\n\n```python\n{}\n```", "Add comments to this function.\n\n```python\n{}\n```",
     "Write unit tests for the following code.\n\n```python\n{}\n```", "Rewrite this in JavaScript.\n\n```python\n{}\n```",
@@ -46,17 +55,18 @@ _CODE = (
 )  # fmt: skip
 
 
-def passages(text: str) -> Iterator[str]:
-    """Paragraphs that follow each other, as many as make a passage."""
+def passages(text: str, words: tuple[int, int] = _SHORT) -> Iterator[str]:
+    """Paragraphs that follow each other, as many as make a passage of so many words."""
+    least, most = words
     kept: list[str] = []
     for part in re.split(r"\n\s*\n", text):
-        words = " ".join(part.split())
-        if len(words) < 40 or words[0] in "#|<`{-*=" or words.count("  "):
+        paragraph = " ".join(part.split())
+        if len(paragraph) < 40 or paragraph[0] in "#|<`{-*=":
             continue
-        kept.append(words)
+        kept.append(paragraph)
         count = sum(len(each.split()) for each in kept)
-        if count >= _WORDS[0]:
-            if count <= _WORDS[1]:
+        if count >= least:
+            if count <= most:
                 yield "\n\n".join(kept)
             kept = []
 
@@ -103,12 +113,36 @@ def asked(
         if code:
             yield {"source": f"{source}/code", "licence": licence, "prompt": rng.choice(_CODE).format(piece)}
             continue
-        kind, forms = rng.choice((("summary", _SUMMARY), ("summary", _SUMMARY), ("asked", _ASKED)))
-        yield {"source": f"{source}/{kind}", "licence": licence, "prompt": rng.choice(forms).format(piece)}
-        sentences = [each for each in re.split(r"(?<=[.!?])\s+", piece) if 30 < len(each) < 220]
-        if sentences and rng.random() < 0.5:
-            prompt = rng.choice(_TRANSLATION).format(rng.choice(_LANGUAGES), rng.choice(sentences))
+        kinds = (("summary", _SUMMARY), ("summary", _SUMMARY), ("asked", _ASKED), ("asked", _TOPICS))
+        (kind, forms), topics = rng.choice(kinds), re.findall(r"\b[A-Za-z][a-z]{6,}\b", piece)
+        prompt = rng.choice(forms).format(piece, rng.choice(topics or ["that"]))
+        yield {"source": f"{source}/{kind}", "licence": licence, "prompt": prompt}
+        if (found_here := sentences(piece)) and rng.random() < 0.5:
+            prompt = rng.choice(_TRANSLATION).format(rng.choice(_LANGUAGES), rng.choice(found_here))
             yield {"source": f"{source}/translation", "licence": licence, "prompt": prompt}
+
+
+def sentences(piece: str) -> list[str]:
+    """Those that are neither tiny nor long."""
+    return [each for each in re.split(r"(?<=[.!?])\s+", piece) if 30 < len(each) < 220]
+
+
+def _rows(folder: Path, licence: str, kind: str, rng: random.Random) -> Iterator[list[dict[str, str]]]:
+    """Prompts over a source, in groups of which none is to crowd out another. kind: "text", "code" or "german"."""
+    if kind == "code":
+        yield list(asked(folder.name, licence, functions(folder), rng, code=True))
+    elif kind == "german":
+        every = [each for text in texts(folder) for piece in passages(text) for each in sentences(piece)]
+        source = f"{folder.name}/translation"
+        yield [{"source": source, "licence": licence, "prompt": rng.choice(_GERMAN).format(each)} for each in every]
+    else:
+        yield list(asked(folder.name, licence, _pieces(folder, _SHORT), rng, code=False))
+        long = list(_pieces(folder, _LONG))
+        yield list(asked(f"{folder.name}-long", licence, [*long, *long], rng, code=False))  # each asked about twice
+
+
+def _pieces(folder: Path, words: tuple[int, int]) -> Iterator[str]:
+    return (piece for text in texts(folder) for piece in passages(text, words))
 
 
 def _lines(path: Path, name: str) -> list[dict[str, Any]]:
@@ -137,6 +171,9 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.command()
 @click.option("--text", "texts_of", multiple=True, metavar="LICENCE:FOLDER")
 @click.option("--code", "code_of", multiple=True, metavar="LICENCE:FOLDER")
+@click.option(
+    "--german", "german_of", multiple=True, metavar="LICENCE:FOLDER", help="Texts whose sentences to translate."
+)
 @click.option("--held-out", multiple=True, type=_FILE, required=True)
 @click.option("--beside", type=_FILE)
 @click.option(
@@ -145,19 +182,18 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--per-source", default=4000, type=click.IntRange(1), show_default=True)
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path))
 def main(
-    texts_of: tuple[str, ...], code_of: tuple[str, ...], held_out: tuple[Path, ...], beside: Path | None, share: float,
-    per_source: int, out: Path,
+    texts_of: tuple[str, ...], code_of: tuple[str, ...], german_of: tuple[str, ...], held_out: tuple[Path, ...],
+    beside: Path | None, share: float, per_source: int, out: Path,
 ) -> None:  # fmt: skip
     """Make prompts of texts and code, and put them among others."""
     rng, rows = random.Random(0), list[dict[str, Any]]()
     forbidden = {
         gram for path in held_out for row in _lines(path, "turns") for turn in row["turns"] for gram in grams(turn)
     }
-    for code, given in ((False, texts_of), (True, code_of)):
+    for kind, given in (("text", texts_of), ("code", code_of), ("german", german_of)):
         for licence, folder in _sources(given):
-            pieces = functions(folder) if code else (piece for text in texts(folder) for piece in passages(text))
-            found = list(asked(folder.name, licence, pieces, rng, code=code))
-            rows += rng.sample(found, min(len(found), per_source))
+            for found in _rows(folder, licence, kind, rng):
+                rows += rng.sample(found, min(len(found), per_source))
     clean = [row for row in rows if not grams(row["prompt"]) & forbidden]
     others = _lines(beside, "prompt") if beside else []
     rng.shuffle(others)
