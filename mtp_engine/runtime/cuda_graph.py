@@ -45,9 +45,7 @@ from mtp_engine.sampling.batch import Plan, SamplingBatch
 
 _LOG = logging.getLogger("mtp_engine")
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # a batch is padded up to one of these
-_RARELY = (
-    1000  # times as rare as younger ones are full collections, in which all wait for tens of milliseconds; usual are 10
-)
+_RARELY = 1000  # younger collections to a full one, in which all wait for tens of milliseconds; 10 are usual
 SCRATCH_TOKENS = SCRATCH_LENGTH + 128  # room the scratch slot needs in the caches
 
 

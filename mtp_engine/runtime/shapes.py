@@ -22,9 +22,7 @@ _LIKELY = 0.62  # of the drafter's first candidate, before anything is known
 _WIDER = 0.07  # more for each doubling of a tree's nodes
 _OWN = 0.95  # of what is known of a request that is left after a step of it
 _BELIEF = 4.0  # steps' worth of belief that a new request is like those before it
-_MEMORY = (
-    0.998  # of what is known of each shape that is left after a request's step with any: texts and temperatures change
-)
+_MEMORY = 0.998  # of what is known of each shape that is left after a request's step with any, as texts change
 _PRIOR = 8.0  # requests' steps' worth of belief in what a shape gives, at least
 _CREDIT = 1.0  # accepted drafts that a shape of which nothing is known gets for that
 _HYSTERESIS = 1.03  # by which drafting must be better than not drafting, or the other way round, to change
