@@ -22,7 +22,7 @@ from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.attention.torch import TorchAttention
 from mtp_engine.hub import hub
 from mtp_engine.kernels.experts import ExpertStack, PlainStack
-from mtp_engine.kernels.int4 import quantise
+from mtp_engine.kernels.int4 import dequantise, quantise
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.moe import MoE
 from mtp_engine.training.evaluate import outside_loops
@@ -34,8 +34,7 @@ def rounded(model: Decoder, group: int) -> Decoder:
 
     def stack(experts: ExpertStack) -> PlainStack:
         assert isinstance(experts, PlainStack)
-        numbers, scale = quantise(experts.weight, group)
-        return PlainStack((numbers.unflatten(-1, (-1, group)) * scale.float()[..., None]).flatten(-2))
+        return PlainStack(dequantise(*quantise(experts.weight, group)))
 
     def changed(block: Any) -> Any:
         ffn = block.ffn

@@ -145,13 +145,11 @@ class Soak:
         """What a loop without requests should not hold."""
         loop, scheduler = self.loop, self.loop.scheduler
         caches = [loop.work.cache, *([loop.work.drafter.cache] if hasattr(loop.work.drafter, "cache") else [])]
-        for each in caches:
-            each.check()
+        (loop.memory.prefix or loop.memory.pages).check()
         return {
             "pages": sum(len(pages) for each in caches for group in each.paged for pages in group.table[:SLOTS]),
             "slots": scheduler._slots - len(scheduler._free),
             "requests": len(scheduler.running) + len(scheduler.waiting) + len(self.open),
-            "processors": len(loop.work.processors._wanted),
             "steps in flight": len(loop._flying),
             "outputs": len(scheduler.outputs) + len(scheduler._cancelled),
         }

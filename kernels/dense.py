@@ -168,7 +168,8 @@ def _teams(
         weights = Boxes.from_tensor(weight, [64, 64], layout)
     units, when = columns * cdiv(len(weight), 64 * tile.teams) * (tile.warps if tile.apart else 1), overlap(m)
     given = {"bias": None, "residual": None, "residual_stride": 0} | added
-    teams_kernel[(min(units, SMS * (2 if tile.teams == 1 else 1)),)](
+    pairs = tile.teams == 1 and tile.stages * (tile.tokens + 64) * 128 <= SHARED // 2  # of programs on a multiprocessor
+    teams_kernel[(min(units, SMS * (2 if pairs else 1)),)](
         inputs, weights, None if tile.apart else factors, out=out, **given, M=m, units=units, columns=columns,
         N=len(weight) // (2 if both else 1), K=k, BM=tile.tokens, DEPTH=tile.depth, SLICES=tile.warps, TEAMS=tile.teams,
         STAGES=tile.stages, BOTH=both, APART=tile.apart, PDL=when, REGISTERS=tile.registers, launch_pdl=when > 0,

@@ -6,7 +6,7 @@ those before it fit into registers. Programs walk over tiles: the next one's box
 while a team ends a slice the others keep the tensor cores busy.
 
 Rows of gate and up alternate by eights in a team's 64 (a box of four dimensions), so that one thread has both of a pair.
-Triton's interpreter has no Gluon: there, and on GPUs before Hopper, kernels/dense_tiles.py chooses other tiles.
+Only Hopper has wgmma, and Triton's interpreter has no Gluon: elsewhere kernels/dense_tiles.py chooses other tiles.
 """
 
 from triton.experimental import gluon
@@ -39,12 +39,8 @@ class _Work:
     @gluon.constexpr_function
     def __init__(self, xs, ws, ready, empty, units, columns, K, BM, DEPTH, SLICES, TEAMS, STAGES, BOTH, APART):  # type: ignore[no-untyped-def]
         self.xs, self.ws, self.ready, self.empty, self.units, self.columns = xs, ws, ready, empty, units, columns
-        self.K, self.BM, self.DEPTH, self.SLICES = (
-            gl.constexpr(K),
-            gl.constexpr(BM),
-            gl.constexpr(DEPTH),
-            gl.constexpr(SLICES),
-        )
+        self.K, self.BM = gl.constexpr(K), gl.constexpr(BM)
+        self.DEPTH, self.SLICES = gl.constexpr(DEPTH), gl.constexpr(SLICES)
         self.TEAMS, self.STAGES = gl.constexpr(TEAMS), gl.constexpr(STAGES)
         self.BOTH, self.APART = gl.constexpr(BOTH), gl.constexpr(APART)
 

@@ -7,7 +7,7 @@ gives not quite twice what memory gives, so from 32 tokens on tiles must grow (`
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-from mtp_engine.kernels.launch import cdiv, hopper
+from mtp_engine.kernels.launch import cdiv, hopper, warpgroups
 
 SMS = 132  # multiprocessors of an H100; on another GPU the choice of tiles is a little worse
 PREFETCH = 8 << 20  # bytes of a weight that are asked for before the input is there: 2.7 us at 3 TB/s
@@ -92,9 +92,8 @@ def many(tile: Tile, rows: int, k: int, m: int) -> Tile:
         large, small = (cdiv(cdiv(rows, 128) * cdiv(m, tokens), SMS) for tokens in (256, 128))  # rounds of CTAs
         fewer = large <= 0.58 * small  # a small one takes 0.58 as long
         given = _wide(128, 256, 8, 3, boxes=True) if fewer else _wide(128, 128, 8, 4, boxes=True)
-    whole = (
-        rows % 16 == k % tile.depth == 0 and k >= tile.depth * tile.warps
-    )  # gate's rows and up's by eights, all slices
+    # gate's rows and up's by eights, and something in each slice
+    whole = warpgroups() and rows % 16 == k % tile.depth == 0 and k >= tile.depth * tile.warps
     if {"boxes", "apart", "teams"} & given.keys() and (not hopper() or k % 8 or ("teams" in given and not whole)):
         given = _wide(128, 128, 8, 4)
     return replace(tile, **given)

@@ -50,8 +50,7 @@ class Int4Stack:
 
     def matrix(self, index: int, dtype: torch.dtype) -> Tensor:
         """Expert `index`'s, dequantised: [R, C]."""
-        numbers, scale = unpack(self.data[index], self.group), self.scale[index].float()
-        return (numbers.unflatten(-1, (-1, self.group)) * scale[..., None]).flatten(-2).to(dtype)
+        return dequantise(unpack(self.data[index], self.group), self.scale[index]).to(dtype)
 
 
 def group_of(columns: int) -> int:
@@ -74,6 +73,12 @@ def quantise(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
         error = (_rounded(parts, scale) * scale - parts).square().sum(-1, keepdim=True)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return _rounded(parts, best).flatten(-2), best[..., 0].bfloat16()
+
+
+def dequantise(numbers: Tensor, scale: Tensor) -> Tensor:
+    """The inverse of `quantise` up to rounding, in fp32."""
+    parts = numbers.unflatten(-1, (scale.shape[-1], -1))
+    return (parts * scale.float()[..., None]).flatten(-2)
 
 
 def _rounded(parts: Tensor, scale: Tensor) -> Tensor:

@@ -36,3 +36,9 @@ def pdl() -> bool:
 def hopper() -> bool:
     """Whether there is a copy engine that fetches tiles (a GPU of Hopper or later)."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+@cache
+def warpgroups() -> bool:
+    """Whether four warps multiply together (wgmma): Hopper's alone."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9

@@ -122,8 +122,10 @@ def test_tiles_for_many_in_fp8_keep_the_order_of_additions(rows: int, k: int) ->
 def test_teams_only_where_they_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """On Hopper, and where the columns are whole steps and gate's rows whole eights: elsewhere tiles of the same sums."""
     few = tile_for(22016, 4096, 2, False)
-    assert not many(few, 22016, 4096, 256).teams
     monkeypatch.setattr("mtp_engine.kernels.dense_tiles.hopper", lambda: True)
+    monkeypatch.setattr("mtp_engine.kernels.dense_tiles.warpgroups", lambda: False)
+    assert not many(few, 22016, 4096, 256).teams
+    monkeypatch.setattr("mtp_engine.kernels.dense_tiles.warpgroups", lambda: True)
     assert many(few, 22016, 4096, 256).teams
     for rows, k in ((22024, 4096), (22016, 4104)):
         tile = many(few, rows, k, 256)

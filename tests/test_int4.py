@@ -16,7 +16,7 @@ from mtp_engine.hub import hub
 from mtp_engine.hub.inspect import inspect_model
 from mtp_engine.kernels.experts import PlainStack
 from mtp_engine.kernels.fp8 import BlockMatrix
-from mtp_engine.kernels.int4 import GROUP, Int4Stack, group_of, pack, quantise, unpack
+from mtp_engine.kernels.int4 import GROUP, Int4Stack, dequantise, group_of, pack, quantise, unpack
 from mtp_engine.models import loader
 from mtp_engine.models.make_tiny import make_tiny
 
@@ -42,7 +42,7 @@ def test_rounding_stays_near(group: int, size: int, seed: int, sparse: bool) -> 
     numbers, scale = quantise(weight, group)
     assert (numbers >= -8).all()
     assert (numbers <= 7).all()
-    found = (numbers.unflatten(-1, (-1, group)) * scale.float()[..., None]).flatten(-2)
+    found = dequantise(numbers, scale)
     assert torch.equal(found[0], weight[0])
     if sparse:
         assert torch.equal(found[1, 1:], weight[1, 1:])

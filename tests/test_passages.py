@@ -68,6 +68,30 @@ def test_held_out_prompts_stay_held_out(tmp_path: Path) -> None:
     assert sorted(read_prompts(out)) == sorted(row["prompt"].strip() for row in rows)
 
 
+def test_long_passages_and_sentences_of_german(tmp_path: Path) -> None:
+    """Each text is cut twice; of a German one only sentences are taken."""
+    root, german, out = folder(tmp_path / "source"), tmp_path / "buch", tmp_path / "prompts.jsonl"
+    paragraphs = [" ".join(sentence(100 * part + i) for i in range(6)) for part in range(8)]
+    (root / "story.txt").write_text("\n\n".join(paragraphs))
+    german.mkdir()
+    (german / "text.md").write_text(
+        " ".join(f"Im Jahr {i} waren der Fluss und die alte Mühle fort." for i in range(12))
+    )
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"turns": ["Hi"]}\n')
+    options = ["--text", f"CC0:{root}", "--german", f"CC0:{german}", "--held-out", held, "--out", out]
+    CliRunner().invoke(main, [str(each) for each in options], catch_exceptions=False)
+    with lzma.open(out, "rt") as file:
+        rows = [json.loads(line) for line in file]
+    long = [row["prompt"] for row in rows if row["source"] in ("source-long/summary", "source-long/asked")]
+    assert long
+    assert all(330 <= len(each.split()) <= 650 for each in long)
+    translated = [row["prompt"] for row in rows if row["source"] == "buch/translation"]
+    assert len(translated) == 12
+    assert all("Fluss" in each and "English" in each for each in translated)
+    assert not [row for row in rows if "Fluss" in row["prompt"] and row["source"] != "buch/translation"]
+
+
 @pytest.mark.parametrize(
     ("held", "given", "words"),
     [

@@ -296,3 +296,36 @@ def test_smaller_trees_teach_nothing(models: Models) -> None:
     while loop.requests:
         loop.step()
     assert learned
+
+
+def test_a_shape_that_was_never_tried_is_not_judged_by_other_texts() -> None:
+    """Small batches after large ones in which few drafts were accepted, and for which trees are not on offer: what was learned
+    there of requests stands for all shapes alike, and the largest tree, which is worth it, is found."""
+    offers = [
+        Offer(TreeShape.parse("chain:3"), 4), Offer(TreeShape.parse("tree:7"), 8, 1, 16),
+        Offer(TreeShape.parse("tree:15"), 16, 1, 2),
+    ]  # fmt: skip
+    seconds = {
+        (1, "plain"): 0.58, (1, "chain:3"): 0.76, (1, "tree:7"): 0.78, (1, "tree:15"): 0.80,
+        (16, "plain"): 0.65, (16, "chain:3"): 1.25, (16, "tree:7"): 1.3, (64, "plain"): 1.0, (64, "chain:3"): 1.3,
+    }  # fmt: skip
+    planner = ShapePlanner(offers, depth=3, room=ROOM, costs=ShapeCosts(seconds), bucket=bucket)
+    rng = random.Random(1)
+
+    def decode(batch: int, steps: int, chances: dict[str, float]) -> list[str]:
+        chosen, slots = [], list(range(batch))
+        for _ in range(steps):
+            plan = planner.choose(slots, 512, limited=False, speculates=True)
+            chosen.append(str(plan.shape))
+            chance = chances.get(chosen[-1], 0)
+            planner.learn(plan, slots, [next((n for n in range(3) if rng.random() > chance), 3) for _ in slots])
+        for slot in slots:
+            planner.release(slot)
+        return chosen
+
+    for _ in range(4):
+        decode(64, 20, {"chain:3": 0.4})
+    for _ in range(10):
+        decode(16, 20, {"chain:3": 0.55, "tree:7": 0.74})
+    chosen = [shape for _ in range(20) for shape in decode(1, 30, {"chain:3": 0.6, "tree:7": 0.74, "tree:15": 0.82})]
+    assert chosen[200:].count("tree:15") > 0.7 * len(chosen[200:])

@@ -38,12 +38,13 @@ from mtp_engine.models.checkpoint import Checkpoint
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.export import add_marks, write_tokenizer
 from mtp_engine.models.fields import Fields
+from mtp_engine.models.mtp import MTPModule
 from mtp_engine.training import checkpoint, heads, trainer
 from mtp_engine.training.attention import SequenceAttention
-from mtp_engine.training.data import begin_corpus, tokenizer_sha, write_shard
+from mtp_engine.training.data import begin_corpus, by_frequency, tokenizer_sha, write_shard
 from mtp_engine.training.evaluate import accepted_length, held_out
 from mtp_engine.training.heads import FirstValues, build_heads, plan_heads
-from mtp_engine.training.objective import Measures
+from mtp_engine.training.objective import Measures, Objective
 from mtp_engine.training.optimiser import Optimiser, Rates
 from mtp_engine.training.processes import Process
 from mtp_engine.training.report import read_log
@@ -212,6 +213,24 @@ def test_accepted_length_rises(world: World, learnt: Path) -> None:
     assert 1 <= before < 1.1
     assert len(after) == 2
     assert after[-1] > 2
+
+
+def test_what_is_measured_proposes_what_is_learnt(world: World, tmp_path: Path) -> None:
+    """As in an engine: the scores of other tokens are not trained."""
+    training = Training(world.job(tmp_path / "out", objective=Objective(drafted=30)))
+    measured: list[MTPModule] = []
+
+    def measure(module: MTPModule) -> float:
+        measured.append(module)
+        return 1.0
+
+    list(training.trainer.run(measure))
+    [module], ids = measured, by_frequency(training.corpus, 264)[:30]
+    assert module.draft_ids.tolist() == ids.tolist()
+    output = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    for level in range(2):
+        wanted = training.trainer.module.logits(level, output)[:, ids]
+        torch.testing.assert_close(module.logits(level, output), wanted)
 
 
 def test_trained_layers_are_lossless_and_of_use(world: World, learnt: Path) -> None:

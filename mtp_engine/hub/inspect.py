@@ -33,8 +33,8 @@ class ModelReport:
     mtp_depth: tokens the MTP layers can draft in a row, more than mtp_layers where one layer serves every depth.
     mtp_source: how their number is known; it is assumed unless it is "weights".
     kv_bytes_per_token: by engine dtype, of the main model's layers with full attention (those with a sliding window
-    keep a fixed number of rows). plan: what config.json calls for. share: what each of several
-    processes holds, or one with experts in 4 bits.
+    keep a fixed number of rows). plan: what config.json calls for. share: what each of several processes
+    holds, or one with experts in 4 bits.
     """
 
     name: str

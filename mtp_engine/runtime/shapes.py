@@ -22,10 +22,11 @@ _LIKELY = 0.62  # of the drafter's first candidate, before anything is known
 _WIDER = 0.07  # more for each doubling of a tree's nodes
 _OWN = 0.95  # of what is known of a request that is left after a step of it
 _BELIEF = 4.0  # steps' worth of belief that a new request is like those before it
-_MEMORY = 0.998  # of what is known of a shape that is left after a request's step with it
-_PRIOR = 8.0  # requests' steps' worth of belief in what a shape gives
-_FADING = 0.9995  # of how well a shape is known, that is left after a step with any
-_CREDIT = 0.5  # accepted drafts that a shape of which nothing is known gets for that
+_MEMORY = (
+    0.998  # of what is known of each shape that is left after a request's step with any: texts and temperatures change
+)
+_PRIOR = 8.0  # requests' steps' worth of belief in what a shape gives, at least
+_CREDIT = 1.0  # accepted drafts that a shape of which nothing is known gets for that
 _HYSTERESIS = 1.03  # by which drafting must be better than not drafting, or the other way round, to change
 _DRIFT = 0.1  # weight of the newest measurement
 _FREE = 1.2  # times as long as reading the fewest rows may take, whatever a step takes
@@ -61,8 +62,8 @@ class ShapeCosts:
 @final
 @dataclass
 class _Shape:
-    """accepted: drafts, of requests' steps with it; hoped: for how many steps of a usual request these count. known: steps,
-    of late."""
+    """accepted: drafts, of requests' steps with it; hoped: for how many steps of a usual request these count. known: requests'
+    steps, of late."""
 
     accepted: float
     hoped: float = _PRIOR
@@ -72,6 +73,15 @@ class _Shape:
     def gain(self) -> float:
         """Accepted drafts of a step of a usual request."""
         return self.accepted / self.hoped
+
+    def fade(self, left: float) -> None:
+        self.known *= left
+        if self.hoped > _PRIOR:
+            self.accepted, self.hoped = self.accepted * left, self.hoped * left
+
+    def note(self, accepted: int, usual: float) -> None:
+        """usual: for how many steps of a usual request this one counts."""
+        self.accepted, self.hoped, self.known = self.accepted + accepted, self.hoped + usual, self.known + 1
 
 
 @final
@@ -123,7 +133,7 @@ class ShapePlanner:
         chains = [o.shape for o in offers if set(o.shape.widths) == {1}]
         self._parts = {chain: [each for each in chains if len(each.widths) <= len(chain.widths)] for chain in chains}
         self._own: dict[int, _Own] = {}  # by slot
-        self._ratio = 1.0  # of requests that have ended lately
+        self._ratio = 1.0  # of requests lately, on average: what all have in common is the shapes' own
         self._more: dict[tuple[int, int], float] = {}  # seconds beyond the table, by recorded batch and bound
         self._host: dict[int, float] = {}  # seconds that the host is busy with a step, by recorded batch
         self._reading: list[tuple[int, float]] = []  # rows of prompts, and seconds that they take
@@ -154,7 +164,7 @@ class ShapePlanner:
     def _of(self, slot: int) -> _Own:
         own = self._own.get(slot)
         if own is None:
-            own = self._own[slot] = _Own(self._ratio)
+            own = self._own[slot] = _Own(1.0)
         return own
 
     def _best(self, own: Sequence[_Own], bound: int, *, limited: bool, speculates: bool) -> Plan:
@@ -170,7 +180,6 @@ class ShapePlanner:
         hopes, more = sum(each.ratio for each in own), self._more.get((batch, bound), 0.0)
         best, most, host = self._plain, 0.0, self._host.get(batch, 0.0)
         for plan, shape, seconds in table:
-            shape.known *= _FADING
             gain = shape.gain + _CREDIT / (1 + shape.known) ** 0.5
             rate = (len(own) + hopes * gain) / max(seconds + more, host)
             best, most = (plan, rate) if rate > most else (best, most)
@@ -209,13 +218,13 @@ class ShapePlanner:
             if own is None:
                 continue  # it has ended since
             gain = self._shapes[plan.shape].gain
-            for each in parts:
-                shape, most = self._shapes[each], len(each.widths) or self._depth
-                shape.accepted = _MEMORY * shape.accepted + min(count, most)
-                shape.hoped = _MEMORY * shape.hoped + own.ratio
-                shape.known += 1
+            for each in self._shapes.values():
+                each.fade(_MEMORY)
+            for part in parts:
+                self._shapes[part].note(min(count, len(part.widths) or self._depth), own.ratio / self._ratio)
+            self._ratio += (1 - _MEMORY) * (own.ratio - self._ratio)
             own.accepted, own.hoped = _OWN * own.accepted + count, _OWN * own.hoped + gain
-            own.ratio = (own.accepted + _BELIEF * self._ratio) / (own.hoped + _BELIEF)
+            own.ratio = (own.accepted + _BELIEF) / (own.hoped + _BELIEF)
 
     def timed(self, plan: Plan, batch: int, bound: int, step_s: float, host_s: float | None) -> None:
         """See StepPlanner."""
@@ -240,9 +249,7 @@ class ShapePlanner:
         return max(rows for rows, seconds in self._reading if seconds <= limit)
 
     def release(self, slot: int) -> None:
-        own = self._own.pop(slot, None)
-        if own and own.hoped > 1:
-            self._ratio += _DRIFT * (own.ratio - self._ratio)
+        self._own.pop(slot, None)
 
 
 @final

@@ -5,9 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, cast, final
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from mtp_engine.kernels.fp8 import FP8, dequantise_blocks, plain_rows, quantise_
 from mtp_engine.models import build
 from mtp_engine.models.checkpoint import Checkpoint, read_json
 from mtp_engine.models.decoder import Decoder
-from mtp_engine.models.layers import RotaryEmbedding
+from mtp_engine.models.layers import Head, RotaryEmbedding
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.training.trainable import TrainableWeights, named_noise
 
@@ -56,6 +57,16 @@ def build_heads(config: MTPConfig, main: Decoder, weights: TrainableWeights) -> 
     draft_ids = torch.arange(main.vocab_size, device=main.embedding.device)
     mix = build.feature_mix(weights, config, main.config.hidden_size, main.config.norm_eps)
     return MTPModule(config, layers, main.embedding, main.norm, draft_ids, rotary, mix)
+
+
+def proposing(module: MTPModule, ids: Tensor, rows: Tensor) -> MTPModule:
+    """The layers with a head for some tokens, as an engine has them. ids: [n] int64; rows: of the head, [n, H]."""
+
+    def linear(normed: Tensor) -> Tensor:
+        return F.linear(normed, rows)
+
+    layers = [replace(layer, head=Head(cast(Head, layer.head).norm, linear)) for layer in module.layers]
+    return replace(module, layers=layers, draft_ids=ids)
 
 
 @final

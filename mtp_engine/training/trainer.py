@@ -19,7 +19,7 @@ from mtp_engine.models.mtp import MTPModule
 from mtp_engine.training.attention import sequence_hidden
 from mtp_engine.training.checkpoint import RunState
 from mtp_engine.training.data import Corpus, by_frequency
-from mtp_engine.training.heads import FirstValues, build_heads
+from mtp_engine.training.heads import FirstValues, build_heads, proposing
 from mtp_engine.training.memory import Memory
 from mtp_engine.training.objective import Lesson, Measures, Objective, distill_step, teach
 from mtp_engine.training.optimiser import Optimiser, Rates, average_gradients
@@ -74,8 +74,8 @@ class Trainer:
         self.main, self.config, self.corpus, self.settings, self.out = quick_main(main), config, corpus, settings, out
         self._process = process
         drafted = settings.objective.drafted
-        some = 0 < drafted < main.vocab_size
-        self.head = main.head_weight[by_frequency(corpus, main.vocab_size)] if some else main.head_weight
+        self._learnt = by_frequency(corpus, main.vocab_size) if 0 < drafted < main.vocab_size else None
+        self.head = main.head_weight if self._learnt is None else main.head_weight[self._learnt]
         self.weights = TrainableWeights(first, main.embedding.dtype, main.embedding.device)
         self.module: MTPModule = build_heads(config, main, self.weights)
         self._learner = quick_layers(self.module)
@@ -116,7 +116,7 @@ class Trainer:
                     raise self._state.diverged(self.step, "--lr")
                 now = time.monotonic()
                 speed = len(sums) * self._rows * self._process.world * self.corpus.tokens.shape[1] / (now - last)
-                measured = evaluate(self.module) if evaluate and due and not self._process.rank else None
+                measured = evaluate(self._proposing()) if evaluate and due and not self._process.rank else None
                 yield Report(
                     self.step, loss, measures.length(greedy=True).tolist(), measures.length(greedy=False).tolist(), speed,
                     now - begin, measured,
@@ -156,6 +156,13 @@ class Trainer:
             self._orders = {epoch: torch.randperm(len(self.corpus.tokens), generator=generator)}
         start = (at * self._process.world + self._process.rank) * self._rows
         return self._orders[epoch][start : start + self._rows]
+
+    def _proposing(self) -> MTPModule:
+        """The layers, which propose the tokens that they learn to draft: what they say of others is not trained."""
+        if self._learnt is None:
+            return self.module
+        count = self.settings.objective.drafted
+        return proposing(self.module, self._learnt[:count].to(self.head.device), self.head[:count])
 
     @torch.no_grad()
     def _states(self, tokens: Tensor) -> Tensor:
