@@ -9,12 +9,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mtp_engine.kernels import exchange_kernels
+from mtp_engine.kernels import exchange_kernels, moe_kernels
 
 _EXCHANGE = {
     "x": "*fp32", "weights": "*fp32", "residual": "*bf16", "out": "*bf16", "boxes": "*i64", "turns": "*i32", "stop": "*i32",
     "halted": "*i32", "count": "i32", "width": "i32", "TERMS": 0, "EVEN": True, "RANK": 0, "SIZE": 4, "SUM": True, "PADDED": 4,
     "PROGRAMS": 128, "ROOM": 1 << 16, "LOOKS": 64, "PATIENCE": 1000, "PDL": True,
+}  # fmt: skip
+_EXPERTS = {
+    "y": "*bf16", "w": "*fp8e4nv", "scale": "*fp32", "table": "*i64", "slots": "*i64", "pairs": "*i32", "h": "*bf16", "M": "i32",
+    "S": 4, "H": 4096, "INNER": 256, "K": 8, "FORMAT": "fp8", "COLUMNS": 16, "WIDTH": 128, "TOKENS": 8, "UNROLL": 1, "SPLIT": 4,
+    "PDL": True,
 }  # fmt: skip
 
 
@@ -35,3 +40,4 @@ if __name__ == "__main__":
     for even in (True, False):
         compiled(few, 1, _EXCHANGE, TERMS=8, EVEN=even, BLOCK=128)
         compiled(many, 4, _EXCHANGE, TERMS=8, EVEN=even, BLOCK=1024)
+    compiled(moe_kernels.gate_up_kernel, 4, _EXPERTS)
