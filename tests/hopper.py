@@ -26,8 +26,8 @@ _EXPERTS = {
 def compiled(kernel: Any, warps: int, arguments: dict[str, Any], **changes: Any) -> None:
     """Raises CompilationError. arguments, changes: by name, the type of a pointer or a number, or a constant's value."""
     given = {name: {**arguments, **changes}[name] for name in kernel.arg_names}
-    types = {name: value if isinstance(value, str) else "constexpr" for name, value in given.items()}
-    constants = {(i,): value for i, value in enumerate(given.values()) if not isinstance(value, str)}
+    types = {name: value if value == "i32" or str(value)[0] == "*" else "constexpr" for name, value in given.items()}
+    constants = {(i,): given[name] for i, (name, kind) in enumerate(types.items()) if kind == "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, value in enumerate(given.values()) if str(value).startswith("*")}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
