@@ -56,10 +56,8 @@ class Tile:
 
 
 GATE_UP, DOWN = Tile(32, 2, 4, crowd=6), Tile(64, 2, 4)
-_NARROW, _SPLIT = (
-    768,
-    4,
-)  # up to so many columns (a rank's part) programs are few, and so many warps share the inner columns
+_NARROW = 768  # columns of an expert, as a rank has them, up to which programs are few
+_SPLIT = 4  # warps of each that share the inner columns then
 NARROW = Tile(16, 2, 3)
 
 

@@ -9,20 +9,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mtp_engine.kernels import exchange_kernels
+from mtp_engine.kernels import exchange_kernels, moe_kernels
 
 _EXCHANGE = {
     "x": "*fp32", "weights": "*fp32", "residual": "*bf16", "out": "*bf16", "boxes": "*i64", "turns": "*i32", "stop": "*i32",
     "halted": "*i32", "count": "i32", "width": "i32", "TERMS": 0, "EVEN": True, "RANK": 0, "SIZE": 4, "SUM": True, "PADDED": 4,
     "PROGRAMS": 128, "ROOM": 1 << 16, "LOOKS": 64, "PATIENCE": 1000, "PDL": True,
 }  # fmt: skip
+_EXPERTS = {
+    "y": "*bf16", "w": "*fp8e4nv", "scale": "*fp32", "table": "*i64", "slots": "*i64", "pairs": "*i32", "h": "*bf16", "M": "i32",
+    "S": 4, "H": 4096, "INNER": 256, "K": 8, "FORMAT": "fp8", "COLUMNS": 16, "WIDTH": 128, "TOKENS": 8, "UNROLL": 1, "SPLIT": 4,
+    "PDL": True,
+}  # fmt: skip
 
 
 def compiled(kernel: Any, warps: int, arguments: dict[str, Any], **changes: Any) -> None:
     """Raises CompilationError. arguments, changes: by name, the type of a pointer or a number, or a constant's value."""
     given = {name: {**arguments, **changes}[name] for name in kernel.arg_names}
-    types = {name: value if isinstance(value, str) else "constexpr" for name, value in given.items()}
-    constants = {(i,): value for i, value in enumerate(given.values()) if not isinstance(value, str)}
+    types = {name: value if value == "i32" or str(value)[0] == "*" else "constexpr" for name, value in given.items()}
+    constants = {(i,): given[name] for i, (name, kind) in enumerate(types.items()) if kind == "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, value in enumerate(given.values()) if str(value).startswith("*")}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
@@ -35,3 +40,4 @@ if __name__ == "__main__":
     for even in (True, False):
         compiled(few, 1, _EXCHANGE, TERMS=8, EVEN=even, BLOCK=128)
         compiled(many, 4, _EXCHANGE, TERMS=8, EVEN=even, BLOCK=1024)
+    compiled(moe_kernels.gate_up_kernel, 4, _EXPERTS)
