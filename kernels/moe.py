@@ -61,6 +61,7 @@ _NARROW, _SPLIT = (
     4,
 )  # up to so many columns (a rank's part) programs are few, and so many warps share the inner columns
 NARROW = Tile(16, 2, 3)
+INT4 = Tile(16, 2, 4, crowd=6)  # of `gate_up`; 6 to 14% faster than GATE_UP
 
 
 @final
@@ -118,7 +119,7 @@ def gate_up(y: Tensor, routing: Routing, stack: Stack, tile: Tile | None = None)
     tokens, per_token = routing.weights.shape
     inner, hidden = weight.shape[1] // 2, y.shape[1]
     split = _split(inner, hidden, stack)
-    tile = tile or (GATE_UP if split == 1 else NARROW)
+    tile = tile or (NARROW if split > 1 else INT4 if isinstance(stack, Int4Stack) else GATE_UP)
     columns, width = _cut(inner, hidden, tile, stack)
     h = torch.empty(tokens * per_token, inner, dtype=y.dtype, device=y.device)
     gate_up_kernel[(inner // columns, min(len(weight), len(h)))](
