@@ -225,3 +225,11 @@ def test_fused_models_over_ranks(family: Any, size: int, tmp_path: Path, monkeyp
         bound = 1e-5 if dtype == torch.float32 else 0.05  # the interpreter rounds to bf16 towards 0
         error = ((found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)).median()
         assert error < bound
+
+
+def test_kernels_compile_for_a_gpu() -> None:
+    """A helper that returned integers here and floats there ran in the interpreter, and on no GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "hopper.py"
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
