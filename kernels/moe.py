@@ -59,6 +59,7 @@ GATE_UP, DOWN = Tile(32, 2, 4, crowd=6), Tile(64, 2, 4)
 _NARROW = 768  # columns of an expert, as a rank has them, up to which programs are few
 _SPLIT = 4  # warps of each that share the inner columns then
 NARROW = Tile(16, 2, 3)
+INT4 = Tile(16, 2, 4, crowd=6)  # of `gate_up`; 6 to 14% faster than GATE_UP
 
 
 @final
@@ -116,7 +117,7 @@ def gate_up(y: Tensor, routing: Routing, stack: Stack, tile: Tile | None = None)
     tokens, per_token = routing.weights.shape
     inner, hidden = weight.shape[1] // 2, y.shape[1]
     split = _split(inner, hidden, stack)
-    tile = tile or (GATE_UP if split == 1 else NARROW)
+    tile = tile or (NARROW if split > 1 else INT4 if isinstance(stack, Int4Stack) else GATE_UP)
     columns, width = _cut(inner, hidden, tile, stack)
     h = torch.empty(tokens * per_token, inner, dtype=y.dtype, device=y.device)
     gate_up_kernel[(inner // columns, min(len(weight), len(h)))](
