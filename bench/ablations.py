@@ -37,9 +37,10 @@ from mtp_engine.training import data
 from mtp_engine.training.data import Corpus, by_frequency, in_loop
 from mtp_engine.training.heads import save_heads
 from mtp_engine.training.held_out import Answers, rank, write_answers
+from mtp_engine.training.job import Job
 from mtp_engine.training.objective import teach
 from mtp_engine.training.processes import Process
-from mtp_engine.training.run import Job, load_main, make_trainer, write_corpus
+from mtp_engine.training.run import load_main, make_trainer, write_corpus
 from mtp_engine.training.trainer import Trainer
 
 BASE = "base"

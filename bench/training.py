@@ -20,9 +20,10 @@ from common import COUNT, SOME, conditions, require_commit, run
 
 from mtp_engine.config import DEFAULT_MODEL
 from mtp_engine.training.dialogues import DialogueSettings
+from mtp_engine.training.job import Job
 from mtp_engine.training.objective import Objective
 from mtp_engine.training.plan import PEAK_BF16
-from mtp_engine.training.run import Job, Training, plan
+from mtp_engine.training.run import Training, plan
 from mtp_engine.training.trainer import TrainSettings
 
 

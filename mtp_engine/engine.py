@@ -3,7 +3,7 @@
 import gc
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -39,6 +39,8 @@ from mtp_engine.text.tokenizer import Tokenizer
 _LOG = logging.getLogger("mtp_engine")
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Raw text, token ids, or chat messages ({"role": ..., "content": ...}) for the model's chat template."""
+FormTeam = Callable[[EngineConfig, hub.ModelFiles], tuple[Team, EngineConfig]]
+"""As team.form_team."""
 
 
 @final
@@ -79,10 +81,12 @@ class Engine:
         *,
         mtp: str | None = None,
         progress: Progress = hub.silent,
+        form: FormTeam = form_team,
     ) -> "Engine":
         """Load a registered model, a local folder, a GGUF file or `org/name` from the hub.
 
-        mtp: a folder of MTP layers to use instead of the model's own. Raises EngineError for everything a user can mend.
+        mtp: a folder of MTP layers to use instead of the model's own. form: brings the ranks together that share the model.
+        Raises EngineError for everything a user can mend.
         """
         config = config or EngineConfig()
         device = find_device(config.device)
@@ -95,17 +99,17 @@ class Engine:
         torch.set_num_threads(threads)
         files = hub.locate(name, mtp=mtp, progress=progress)
         try:
-            return cls._load(files, config, progress)
+            return cls._load(files, config, progress, form)
         except Exception:
             if not hub.discard_damaged(files.folder, progress):
                 raise
-        return cls._load(hub.locate(name, mtp=mtp, progress=progress), config, progress)
+        return cls._load(hub.locate(name, mtp=mtp, progress=progress), config, progress, form)
 
     @classmethod
-    def _load(cls, files: hub.ModelFiles, config: EngineConfig, progress: Progress) -> "Engine":
+    def _load(cls, files: hub.ModelFiles, config: EngineConfig, progress: Progress, form: FormTeam) -> "Engine":
         if files.mtp_folder is None and config.drafter == "mtp" and loader.has_mtp(files.folder):
             files = replace(files, mtp_folder=files.folder)
-        team, config = form_team(settle(config, files), files)
+        team, config = form(settle(config, files), files)
         if isinstance(team, Follower):
             cls.follow(files, config, team)
             raise SystemExit(0)  # torchrun started this process to follow rank 0

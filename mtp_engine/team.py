@@ -2,9 +2,9 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 
@@ -18,7 +18,12 @@ from mtp_engine.parallel.shard import Shard
 from mtp_engine.runtime.lead import Follower, Leader, Solo, Team
 from mtp_engine.runtime.threads import pool_size
 
+if TYPE_CHECKING:
+    from mtp_engine.parallel.processes import Processes
+
 _LOG = logging.getLogger("mtp_engine")
+Work = Callable[[Shard, int, EngineConfig], bytes]
+"""What a rank is to do, as its process is handed it: which it is, the port where all meet, and its configuration."""
 
 
 @final
@@ -40,9 +45,24 @@ def form_team(config: EngineConfig, files: ModelFiles) -> tuple[Team, EngineConf
 
     Raises EngineError where there are too few GPUs, or other ones, or torchrun started another number of processes.
     """
-    size = config.tensor_parallel
-    if size == 1:
+    if config.tensor_parallel == 1:
         return Solo(), config
+
+    def work(shard: Shard, port: int, own: EngineConfig) -> bytes:
+        return WORK.write(RankWork(shard, port, files, own))
+
+    processes, children, config = meet(config, files, "mtp_engine.rank", work)
+    return (Follower(processes) if processes.shard.rank else Leader(processes, children)), config
+
+
+def meet(
+    config: EngineConfig, files: ModelFiles, command: str, work: Work, *remedy: str
+) -> tuple["Processes", Children | None, EngineConfig]:
+    """The ranks that share the model, those that this process started, and this one's configuration. config: settled.
+
+    The others run `python -m command`, unless torchrun started them. remedy: see Children. Raises EngineError as `form_team`.
+    """
+    size = config.tensor_parallel
     if not torch.distributed.is_available():
         raise EngineError("this torch is built without torch.distributed, which tensor_parallel needs: install another")
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -53,19 +73,18 @@ def form_team(config: EngineConfig, files: ModelFiles) -> tuple[Team, EngineConf
     _check_memory(config, files, range(size))
     store = new_store(size)
     each = [replace(config, device=_device(config, rank), threads=_threads(config, size)) for rank in range(size)]
-    works = [RankWork(Shard(rank, size), store.port, files, each[rank]) for rank in range(1, size)]
-    children = Children("mtp_engine.rank", [WORK.write(work) for work in works])
+    works = [work(Shard(rank, size), store.port, each[rank]) for rank in range(1, size)]
+    children = Children(command, works, *remedy)
     torch.set_num_threads(each[0].threads)
     try:
-        device = torch.device(each[0].device)
-        kernels = by_kernels(each[0])
-        return Leader(Processes(store, Shard(0, size), device, children.lost, kernels=kernels), children), each[0]
+        device, kernels = torch.device(each[0].device), by_kernels(each[0])
+        return Processes(store, Shard(0, size), device, children.lost, kernels=kernels), children, each[0]
     except BaseException:
         children.close()
         raise
 
 
-def _join_torchrun(config: EngineConfig, files: ModelFiles) -> tuple[Team, EngineConfig]:
+def _join_torchrun(config: EngineConfig, files: ModelFiles) -> tuple["Processes", None, EngineConfig]:
     size, local = config.tensor_parallel, int(os.environ["LOCAL_RANK"])
     if (world := int(os.environ["WORLD_SIZE"])) != size:
         raise EngineError(
@@ -84,8 +103,8 @@ def _join_torchrun(config: EngineConfig, files: ModelFiles) -> tuple[Team, Engin
     if config.device != "cpu":
         torch.cuda.set_device(config.device)  # where what names no index goes
     store, rank, _ = torchrun_store()
-    processes = Processes(store, Shard(rank, size), torch.device(config.device), kernels=by_kernels(config))
-    return (Follower(processes) if rank else Leader(processes, None)), config
+    kernels = by_kernels(config)
+    return Processes(store, Shard(rank, size), torch.device(config.device), kernels=kernels), None, config
 
 
 def by_kernels(config: EngineConfig) -> bool:

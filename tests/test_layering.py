@@ -53,7 +53,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     ),
     "conformance": ("config engine errors hub protocols sampling mtp_engine", "torch transformers pytest"),
     "training": (
-        "assemble config drafters engine errors hub kernels models parallel.group protocols sampling text",
+        "assemble config drafters engine errors hub kernels models parallel protocols runtime sampling team text",
         "torch numpy safetensors tokenizers click rich",
     ),
     "training.nano": ("config engine errors hub kernels models text training", "torch numpy safetensors tokenizers click rich"),

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -39,16 +40,19 @@ from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.export import add_marks, write_tokenizer
 from mtp_engine.models.fields import Fields
 from mtp_engine.models.mtp import MTPModule
+from mtp_engine.parallel.group import RankLost
 from mtp_engine.training import checkpoint, heads, trainer
 from mtp_engine.training.attention import SequenceAttention
 from mtp_engine.training.data import begin_corpus, by_frequency, tokenizer_sha, write_shard
 from mtp_engine.training.evaluate import accepted_length, held_out
 from mtp_engine.training.heads import FirstValues, build_heads, plan_heads
+from mtp_engine.training.job import Job
 from mtp_engine.training.objective import Measures, Objective
 from mtp_engine.training.optimiser import Optimiser, Rates
 from mtp_engine.training.processes import Process
+from mtp_engine.training.ranks import Alike
 from mtp_engine.training.report import read_log
-from mtp_engine.training.run import Job, Training
+from mtp_engine.training.run import Training
 from mtp_engine.training.trainable import TrainableWeights
 from mtp_engine.training.trainer import Trainer, TrainSettings
 
@@ -609,6 +613,74 @@ def test_two_processes_learn_what_one_does(world: World, uninterrupted: dict[str
             moved = (value.float() - first(name, tuple(value.shape))).norm()
             assert (two[name].float() - value.float()).norm() < 0.05 * moved, name
     assert [row["step"] for row in read_log(tmp_path / "two")] == list(range(1, 13))
+
+
+def nearly(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Equal but for sums in another order."""
+    return all((a[name] - b[name]).norm() < 1e-4 * b[name].norm() for name in b)
+
+
+def test_a_divided_model_s_layers_are_those_of_one_process(
+    world: World, uninterrupted: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """The run loses its other process on the way, says so, and goes on from its checkpoint."""
+    job = world.job(tmp_path / "out", checkpoint_s=0.0)
+    shared = replace(job, tensor_parallel=2)
+    training = Training(shared)
+    team = training.engine.team
+    assert isinstance(team, Alike)
+    [other] = team.processes
+    run = training.run()
+    begun = [next(run).step]
+    os.kill(other, signal.SIGKILL)
+    with pytest.raises(RankLost, match=rf"rank 1 \(process {other}\) was ended by SIGKILL; run the same command again"):
+        list(run)
+    again = Training(shared)
+    assert again.resumed
+    assert [*begun, *(report.step for report in again.run())] == [3, 6, 9, 12]
+    assert nearly(trained_weights(again), uninterrupted)
+    list(Training(replace(job, out=tmp_path / "one")).run())
+    for row, alone in zip(read_log(job.out), read_log(tmp_path / "one"), strict=True):
+        for key in ("loss", "lengths", "sampled"):
+            assert row[key] == pytest.approx(alone[key], rel=1e-4), key
+
+
+def test_a_divided_model_writes_and_measures_as_one_process_does(world: World, tmp_path: Path) -> None:
+    """The command itself: the model's own dialogues, drafts of held-out prompts, and what is written down."""
+    options = ["--layers", 2, "--shards", 2, "--rows", 8, "--row-length", 192, "--steps", 6, "--batch-tokens", 768, "-q"]
+    options += ["--prompts", world.prompts, "--eval-prompts", world.prompts, "--lr", 2e-2, "--adam-lr", 1e-2]
+    for name, ranks in (("one", 1), ("two", 2)):
+        world.train(tmp_path / name, *options, "--tensor-parallel", ranks)
+    one, two = (tmp_path / name for name in ("one", "two"))
+    for shard in sorted((one / "data").iterdir()):
+        assert (two / "data" / shard.name).read_bytes() == shard.read_bytes(), shard.name
+    [row], [alone] = (read_log(out)[-1:] for out in (two, one))
+    assert row["measured"] == alone["measured"]
+    assert row["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+    assert "tensor-parallel = 2\n" in (two / "recipe.toml").read_text()
+    assert "divided among 2 processes" in (two / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "words"),
+    [
+        (["--tensor-parallel", 3], {}, ("tensor_parallel is 3", "does not divide", "4 attention heads")),
+        (["--tensor-parallel", 3, "--dry-run"], {}, ("tensor_parallel is 3", "does not divide")),
+        (["--tensor-parallel", 2], {"WORLD_SIZE": "2"}, ("unset WORLD_SIZE",)),
+        (
+            ["--tensor-parallel", 2], {"WORLD_SIZE": "4", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"},
+            ("torchrun started 4 processes", "tensor_parallel is 2"),
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_divided_model_cannot_is_said_before_it_is_read(
+    world: World, options: list[Any], environment: dict[str, str], words: tuple[str, ...], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(loader, "load_main", lambda *_, **__: pytest.fail("read"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert_refused(world.train(tmp_path / "out", "--text", world.text, "-q", *options, ok=False), *words)
 
 
 # ---- what is written down ---------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from mtp_engine.config import DRAFT_VOCAB
 from mtp_engine.errors import EngineError
 
 if TYPE_CHECKING:
-    from mtp_engine.training.run import Job
+    from mtp_engine.training.job import Job
     from mtp_engine.training.trainer import Report
 
 _PATH = click.Path(path_type=Path)
@@ -99,6 +99,13 @@ _TRAINING = settings(
     ),
     click.option("--eval-every", default=500, type=click.IntRange(1), help="Steps."),
     click.option("--device", default="cpu", help="cpu or cuda; several GPUs by torchrun."),
+    click.option(
+        "--tensor-parallel",
+        default=1,
+        type=click.IntRange(1),
+        metavar="N",
+        help="Divide MODEL among N processes, one per GPU; each trains on a part of every step's rows.",
+    ),
     click.option("--dtype", default="auto", type=click.Choice(["auto", "fp32", "bf16"])),
     recipe_option("A run's options as a TOML file: each run leaves its own in OUT. Those that are given count more."),
     click.option("--dry-run", is_flag=True, help="Say what it would take, and stop."),
@@ -124,6 +131,7 @@ def train(context: click.Context, /, model: str, dry_run: bool, quiet: bool, **o
       mtp-engine train ./my-llama --layers 2 --text book.txt --steps 500
       mtp-engine train --recipe heads/recipe.toml --seed 2 --out heads-2
       torchrun --nproc-per-node 2 -m mtp_engine.cli train ./my-llama --device cuda --out heads
+      mtp-engine train ./MiMo-V2-Flash --device cuda --tensor-parallel 8 --out heads
       mtp-engine generate --model ./my-llama --mtp heads "Once upon a time"
     """
     check_files(context)
@@ -169,9 +177,9 @@ def _interrupted(job: "Job") -> str:
 
 def make_job(model: str, options: dict[str, Any]) -> "Job":
     from mtp_engine.training.dialogues import DialogueSettings, shares
+    from mtp_engine.training.job import Job
     from mtp_engine.training.objective import Objective
     from mtp_engine.training.optimiser import Rates
-    from mtp_engine.training.run import Job
     from mtp_engine.training.trainer import TrainSettings
 
     o = options
@@ -193,7 +201,7 @@ def make_job(model: str, options: dict[str, Any]) -> "Job":
     return Job(
         model, out, o["corpus"] or out / "data", o["layers"], o["chained"], o["window"], o["width"], _layers(o["features"]),
         o["fp8"], o["hidden"], o["init"], o["texts"], dialogues, training, o["eval_prompts"], device=o["device"],
-        dtype=o["dtype"], command=shlex.join(["mtp-engine", *sys.argv[1:]]),
+        dtype=o["dtype"], tensor_parallel=o["tensor_parallel"], command=shlex.join(["mtp-engine", *sys.argv[1:]]),
     )  # fmt: skip
 
 

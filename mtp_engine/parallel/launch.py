@@ -20,8 +20,10 @@ _LEAVE = 5.0  # seconds in which a rank that was told to end does
 class Children:
     """The processes of ranks 1, 2, ... on this host."""
 
-    def __init__(self, command: str, works: Sequence[bytes]) -> None:
-        """Start `python -m command` for each of `works`, which it reads from its stdin (see `handed`)."""
+    def __init__(self, command: str, works: Sequence[bytes], remedy: str = "load the engine anew") -> None:
+        """Start `python -m command` for each of `works`, which it reads from its stdin (see `handed`). remedy: what to do
+        when one has ended."""
+        self._remedy = remedy
         self.said = ""  # who has ended that was not told to, in one line
         self.on_lost: Callable[[], None] = lambda: None  # is called when there is one
         self._failed, self._ending, self._lock = threading.Event(), False, threading.Lock()
@@ -63,7 +65,7 @@ class Children:
                 return
             ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
             said = f": {last[0]}" if last and code > 0 else ""
-            self.said = f"rank {rank} (process {child.pid}) {ended}{said}; load the engine anew"
+            self.said = f"rank {rank} (process {child.pid}) {ended}{said}; {self._remedy}"
             self._failed.set()
         for other in self._children:
             other.kill()

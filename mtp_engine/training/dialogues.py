@@ -86,9 +86,9 @@ def write_dialogues(
 ) -> DialogueStats:  # fmt: skip
     """Write shards rank, rank + world, ... of settings.shards; those that are there are kept.
 
-    A shard depends on the settings, its number and the shards of this rank before it (whose answers it does not repeat).
-    Raises EngineError for a full disk, a folder with another corpus, prompts that cannot be read, a template that
-    cannot be cut.
+    Ranks that share the model write together, and the first of them keeps it. A shard depends on the settings, its number and
+    the shards of this rank before it (whose answers it does not repeat). Raises EngineError for a full disk, a folder with
+    another corpus, prompts that cannot be read, a template that cannot be cut.
     """
     template = Template.cut(tokenizer)
     if len(template.open) + len(template.head) >= settings.length:
@@ -98,7 +98,9 @@ def write_dialogues(
             f"rows of {settings.length} tokens, the model takes {model.config.max_context}; make them shorter"
         )
     prompts = _prompts(tokenizer, template, settings)
-    data.begin_corpus(folder, _info(tokenizer, model.vocab_size, settings))
+    keeps = not model.group.shard.rank
+    if keeps:
+        data.begin_corpus(folder, _info(tokenizer, model.vocab_size, settings))
     seen: set[int] = set()
     writer: LockStep | None = None
     tokens = answers = loops = duplicates = 0
@@ -112,13 +114,15 @@ def write_dialogues(
         report = _reporter(progress, settings, done, len(mine), tokens / (time.perf_counter() - start))
         rows, kinds = writer.write(plan_shard(settings, template, prompts, index), report)
         kept = data.deduplicate(rows, kinds, seen)
-        data.write_shard(folder, index, rows[kept], kinds[kept])
+        if keeps:
+            data.write_shard(folder, index, rows[kept], kinds[kept])
         counts = torch.bincount(kinds[kept].flatten(), minlength=data.LOOP + 1).tolist()
         tokens += sum(counts)
         answers, loops = answers + counts[data.ANSWER] + counts[data.LOOP], loops + counts[data.LOOP]
         duplicates += int((~kept).sum())
     seconds = time.perf_counter() - start
-    data.finish_corpus(folder)
+    if keeps:
+        data.finish_corpus(folder)
     return DialogueStats(tokens, answers, loops, seconds, duplicates)
 
 

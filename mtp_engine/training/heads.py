@@ -51,16 +51,27 @@ def plan_heads(
 
 
 def build_heads(config: MTPConfig, main: Decoder, weights: TrainableWeights) -> MTPModule:
-    """A module of fresh parameters over the main model's embedding and head."""
+    """A module of fresh parameters over the main model's embedding and head. Ranks that share that have the layers whole, and
+    each its tokens of the head."""
     layers = [build.mtp_layer(weights, _NAMES, k, config, main, main.unembed) for k in range(config.depth)]
     rotary = RotaryEmbedding(config.layer.attention.rope, main.embedding.device)
-    draft_ids = torch.arange(main.vocab_size, device=main.embedding.device)
+    own = main.group.shard.part(main.vocab_size)
+    draft_ids = torch.arange(own.start, own.stop, device=main.embedding.device)
     mix = build.feature_mix(weights, config, main.config.hidden_size, main.config.norm_eps)
-    return MTPModule(config, layers, main.embedding, main.norm, draft_ids, rotary, mix)
+    return MTPModule(config, layers, main.embedding, main.norm, draft_ids, rotary, mix, group=main.group)
+
+
+def whole_head(main: Decoder) -> Tensor:
+    """The main model's head, [V, H], on every rank."""
+    return main.group.gather(main.head_weight).flatten(0, 1)
 
 
 def proposing(module: MTPModule, ids: Tensor, rows: Tensor) -> MTPModule:
-    """The layers with a head for some tokens, as an engine has them. ids: [n] int64; rows: of the head, [n, H]."""
+    """The layers with a head for some tokens, as an engine has them. ids: [n] int64; rows: of the head, [n, H]. Of ranks each
+    takes its part; without the last ones where they cannot be divided."""
+    shard = module.group.shard
+    own = shard.part(len(ids) - len(ids) % shard.size)
+    ids, rows = ids[own.start : own.stop], rows[own.start : own.stop]
 
     def linear(normed: Tensor) -> Tensor:
         return F.linear(normed, rows)

@@ -115,6 +115,7 @@ class LockStep:
         self._attention: Attention | None = KernelAttention(self._cache, self._rows.position) if kernels else None
         self._choose = _kernel_choice(model, self._batch) if kernels else _portable_choice(model)
         plain = model.config.fp8_block is None and all(layer.moe is None for layer in model.config.layers)
+        plain = plain and model.group.size == 1  # what NCCL does is left out of graphs
         self._captures = kernels and plain and device.type == "cuda"  # torch's mixtures of experts ask the host
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -166,7 +167,7 @@ class LockStep:
         """Keys and values of the first `count` positions."""
         if count == 0:
             return
-        size = max(1, _PREFILL // count)
+        size = max(1, _PREFILL // (count * self._model.group.size))  # sums over ranks hold what each has computed
         for start in range(0, self._batch, size):
             some = slice(start, min(start + size, self._batch))
             tokens = self._rows.tokens[some, :count]
@@ -233,7 +234,8 @@ def batch_size(model: Decoder, settings: "DialogueSettings") -> int:
     cached = sum(a.kv_heads * (a.qk_dim + a.v_dim) for a in attentions) * size  # bytes per token
     per_row = settings.length * (cached + 32) + 3 * size * model.vocab_size
     free = int(0.8 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else _CPU_BYTES
-    most = max(1, min(_MOST_ROWS, settings.rows, free // per_row))
+    room = model.group.gather(torch.tensor([free // per_row], device=device))  # of every rank
+    most = max(1, min(_MOST_ROWS, settings.rows, int(room.min())))
     return -(-settings.rows // -(-settings.rows // most))
 
 
@@ -261,7 +263,8 @@ def _kernel_choice(model: Decoder, batch: int) -> Choose:
     arrivals = torch.zeros(batch, dtype=torch.int32, device=model.embedding.device)
 
     def choose(hidden: Tensor, positions: Tensor, seeds: Tensor, temperature: Tensor) -> Tensor:
-        logits = model.unembed(model.norm(hidden))  # as model.logits, but left in bf16: [B, 1, V] is large
+        # as model.logits, but left in bf16: [B, 1, V] is large
+        logits = model.group.join(model.unembed(model.norm(hidden)))
         return choose_kernel(logits, positions, seeds, temperature, arrivals, ahead=1)[:, 0]
 
     return choose

@@ -10,6 +10,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from mtp_engine.parallel.group import Group
+
 _LEFT = 8 << 30  # bytes of a GPU's memory that stay free: for evaluation, and for what fragments
 States = Callable[[Tensor], Tensor]
 """Tokens [B, L] int64 -> hidden states [B, L, W]."""
@@ -19,9 +21,10 @@ States = Callable[[Tensor], Tensor]
 class Memory:
     """The states of rows that have come, until it is full; those of others are computed every time."""
 
-    def __init__(self, states: States, rows: int, most: int | None = None) -> None:
-        """rows: of the corpus. most: how many are kept; None: what a GPU has room for after the first batch, none elsewhere."""
-        self._states, self._rows, self._most = states, rows, most
+    def __init__(self, states: States, rows: int, most: int | None = None, group: Group = Group()) -> None:  # noqa: B008
+        """rows: of the corpus. most: how many are kept; None: what a GPU has room for after the first batch, none elsewhere.
+        group: the ranks that compute states together, and keep the same ones."""
+        self._states, self._rows, self._most, self._group = states, rows, most, group
         self._slots = torch.full((rows,), -1)  # of rows that are kept
         self._kept: Tensor | None = None  # [K, L, W]
         self._begun = most is not None
@@ -61,4 +64,5 @@ class Memory:
             return 0
         torch.cuda.empty_cache()  # what writing the corpus took is free, too
         free = torch.cuda.mem_get_info(found.device)[0] - _LEFT
-        return max(0, min(self._rows, free // (found[0].numel() * found.element_size())))
+        room = torch.tensor([free // (found[0].numel() * found.element_size())], device=found.device)
+        return max(0, min(self._rows, int(self._group.gather(room).min())))

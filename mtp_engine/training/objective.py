@@ -122,8 +122,12 @@ def teach(
     return Lesson(tokens, kinds, positions, features, hidden, normed, head, logits)
 
 
-def distill_step(module: MTPModule, lesson: Lesson, objective: Objective, *, scale: float = 1.0) -> Measures:
+def distill_step(
+    module: MTPModule, lesson: Lesson, objective: Objective, mean: Callable[[Tensor], Tensor] = mean_over_processes, *,
+    scale: float = 1.0,
+) -> Measures:  # fmt: skip
     """Forward and backward over rows of tokens; the gradients are added to the module's parameters, times `scale`.
+    mean: of a tensor over all processes.
 
     Row j of depth k predicts token j + k + 2, of which the main model's distribution stands at position j + k + 1. Logits of
     the layers exist for a few sequences at a time only.
@@ -135,7 +139,7 @@ def distill_step(module: MTPModule, lesson: Lesson, objective: Objective, *, sca
     leaves = [each.detach() for each in normed]
     grads = [torch.empty_like(each) for each in leaves]
     weights = objective.token_weights(lesson.kinds)
-    total = mean_over_processes(weights[:, 2:].sum()).clamp(min=1.0)
+    total = mean(weights[:, 2:].sum()).clamp(min=1.0)
     depth = len(normed)
     sums, mass = torch.zeros(depth, 4, device=tokens.device), torch.zeros(depth, device=tokens.device)
     rows = max(1, _LOGIT_BYTES // (length * len(head) * head.element_size()))

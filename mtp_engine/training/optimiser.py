@@ -1,17 +1,15 @@
 """Muon for matrices, AdamW for the rest (or for all), over the fp32 masters; warm-up, then a cosine to zero."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mtp_engine.errors import EngineError
 from mtp_engine.training.muon import Muon
-from mtp_engine.training.processes import mean_over_processes
 from mtp_engine.training.trainable import Parameter, TrainableWeights
 
 _BY_ADAM = ("norm", "embed_tokens", "lm_head", "mlp.gate.weight", "bias")  # what is in a name that Muon does not suit
@@ -94,13 +92,11 @@ class Optimiser:
             optimiser.state.setdefault(master, {})[key] = kept
 
 
-def average_gradients(parameters: Sequence[Parameter]) -> None:
-    """The mean over all processes, in one exchange per dtype; nothing where there is one process."""
-    if not dist.is_initialized():
-        return
+def average_gradients(parameters: Sequence[Parameter], mean: Callable[[Tensor], Tensor]) -> None:
+    """The mean over all processes, which `mean` gives of a tensor, in one exchange per dtype."""
     grads = [p.leaf.grad for p in parameters if p.leaf.grad is not None]
     for dtype in sorted({grad.dtype for grad in grads}, key=str):  # the same order everywhere
         same = [grad for grad in grads if grad.dtype == dtype]
-        flat = mean_over_processes(torch.cat([grad.flatten() for grad in same]))
+        flat = mean(torch.cat([grad.flatten() for grad in same]))
         for grad, part in zip(same, torch.split(flat, [g.numel() for g in same]), strict=True):
             grad.copy_(part.view(grad.shape))

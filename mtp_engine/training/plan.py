@@ -30,8 +30,10 @@ class RunPlan:
     seconds: float | None
 
 
-def plan_run(model: ModelConfig, mtp: MTPConfig, settings: TrainSettings, world: int, device: str) -> RunPlan:
-    """device: its name, as torch.cuda gives it."""
+def plan_run(
+    model: ModelConfig, mtp: MTPConfig, settings: TrainSettings, world: int, device: str, ranks: int = 1
+) -> RunPlan:
+    """device: its name, as torch.cuda gives it. ranks: how many share the main model, if not each of `world` has it whole."""
     steps, step_tokens = settings.steps, settings.tokens
     trained = sum(t.size for t in mtp_tensors(model, mtp, MTPNames()) if t.is_parameter)
     stored = sum(t.size for t in main_tensors(model) if t.is_parameter)
@@ -40,7 +42,8 @@ def plan_run(model: ModelConfig, mtp: MTPConfig, settings: TrainSettings, world:
     # forward of the main model and its head; forward and backward of the layers; their heads are frozen, so two products
     flops = sum(2 * _active(layer, hidden) for layer in model.layers) + head + 6 * trained + mtp.depth * 2 * draft_head
     wide = mtp.depth * (12 * hidden + 4 * mtp.layer.intermediate)  # activations kept, per token
-    memory = 2 * stored + _OPTIMISED * trained + _LOGITS + 2 * wide * step_tokens // world
+    held = stored if ranks == 1 else stored // ranks + 2 * model.vocab_size * hidden  # embedding and head are whole
+    memory = 2 * held + _OPTIMISED * trained + _LOGITS + 2 * wide * step_tokens // world
     peak = next((value for name, value in PEAK_BF16.items() if name in device), None)
     tokens = steps * step_tokens
     seconds = flops * tokens / (peak * _UTILISATION * world) if peak else None

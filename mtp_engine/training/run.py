@@ -4,17 +4,17 @@ import json
 import os
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mtp_engine.config import DRAFT_VOCAB, EngineConfig, ModelConfig, MTPConfig
-from mtp_engine.engine import Engine
+from mtp_engine.engine import Engine, FormTeam
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
 from mtp_engine.hub.files import atomically
@@ -22,67 +22,53 @@ from mtp_engine.models.checkpoint import Checkpoint, read_json
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.loader import read_config, read_mtp_config
 from mtp_engine.models.mtp import MTPModule
+from mtp_engine.parallel.shard import check_divides
 from mtp_engine.protocols import Progress
+from mtp_engine.team import form_team
 from mtp_engine.training import data
 from mtp_engine.training.attention import sequence_hidden
 from mtp_engine.training.checkpoint import append_log, saved_place
 from mtp_engine.training.data import Corpus
-from mtp_engine.training.dialogues import DialogueSettings, write_dialogues
+from mtp_engine.training.dialogues import write_dialogues
 from mtp_engine.training.evaluate import accepted_length, held_out
 from mtp_engine.training.heads import FirstValues, plan_heads, save_heads
+from mtp_engine.training.job import Job
 from mtp_engine.training.plan import RunPlan, device_name, plan_run
 from mtp_engine.training.processes import Process, join_processes, own_device
 from mtp_engine.training.prompts import read_prompts
+from mtp_engine.training.ranks import bring_together, rank_of
 from mtp_engine.training.report import RECIPE, write_card, write_report
-from mtp_engine.training.trainer import KEPT, LOG, STATE, Report, Trainer, TrainSettings
+from mtp_engine.training.trainer import KEPT, LOG, STATE, Report, Trainer
 
 _FINISHED = "finished.json"  # what was trained
 _EVALUATED = 24  # held-out prompts that are decoded at a time
 
 
 @final
-@dataclass(frozen=True)
-class Job:
-    """What is to be trained.
-
-    corpus: a folder of shards; what it lacks is written there, from `texts` if there are any, else by the model itself.
-    window: keys that a row of the layers sees; 0 is all. width: of their FFN; 0 is the main model's. features: see
-    MTPConfig. fp8: the FFNs are kept in FP8. init: a folder of earlier layers to begin with. evaluation: a file of
-    held-out prompts. hidden: see MTPConfig.
-    """
-
-    model: str
-    out: Path
-    corpus: Path
-    layers: int = 3
-    chained: bool = True
-    window: int = 128
-    width: int = 0
-    features: tuple[int, ...] = ()
-    fp8: bool = False
-    hidden: Literal["pre_norm", "post_norm"] = "pre_norm"
-    init: Path | None = None
-    texts: Sequence[Path] = ()
-    dialogues: DialogueSettings = field(default_factory=lambda: DialogueSettings(shards=12))
-    settings: TrainSettings = field(default_factory=TrainSettings)
-    evaluation: Path | None = None
-    evaluated: int = 48
-    device: str = "cpu"
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    command: str = ""  # for the model card
-    recipe: str = ""  # the same as a file
-
-
-@final
 class Training:
     """A job that is set up: `run` trains, and leaves the layers, a report and a card in `job.out`."""
 
-    def __init__(self, job: Job, progress: Progress = hub.silent) -> None:
-        """Loads the model, writes what the corpus lacks, makes the layers. Raises EngineError."""
-        device = own_device(job.device)
-        self.job, self.process = job, join_processes(device)
-        self.folder, self.engine = load_main(job, device, progress)
-        self.config = planned(job, self.engine.model.config)
+    def __init__(self, job: Job, progress: Progress = hub.silent, form: FormTeam | None = None) -> None:
+        """Loads the model, writes what the corpus lacks, makes the layers. form: brings together those who share the model, where
+        it is not this process that starts them. Raises EngineError."""
+        self.job = job
+        if job.tensor_parallel > 1:
+            form = form or (lambda config, files: bring_together(job, config, files))
+            self.folder, self.engine = load_main(job, job.device, progress, form)
+            self.process = rank_of(self.engine.team)
+        else:
+            device = own_device(job.device)
+            self.process = join_processes(device)
+            self.folder, self.engine = load_main(job, device, progress)
+        try:
+            self._prepare(progress)
+        except BaseException:
+            self.engine.team.close()
+            raise
+
+    def _prepare(self, progress: Progress) -> None:
+        job = self.job
+        self.config = planned(job, read_config(self.folder))
         write_corpus(job, self.folder, self.engine, self.process, progress)
         self.corpus = Corpus.load(job.corpus, tokenizer_sha=data.tokenizer_sha(self.folder))
         self.trainer = make_trainer(job, self.folder, self.engine.model, self.corpus, self.process)
@@ -90,6 +76,12 @@ class Training:
 
     def run(self) -> Generator[Report, None, None]:
         """Reports as training goes on. At the end, and at every evaluation, the layers are written."""
+        try:
+            yield from self._run()
+        finally:
+            self.engine.team.close()
+
+    def _run(self) -> Generator[Report, None, None]:
         prompts = self._prompts()
 
         def measure(module: MTPModule) -> float:
@@ -132,12 +124,14 @@ class Training:
             "trained on": f"{seen:,} tokens in {report.step} steps",
             "speed": f"{report.tokens_per_s:,.0f} tokens/s on {self.process.world} device(s)",
         }
+        if job.tensor_parallel > 1:
+            facts["main model"] = f"divided among {job.tensor_parallel} processes"
         if job.recipe:
             atomically(job.out / RECIPE, lambda path: path.write_text(job.recipe, encoding="utf-8"))
         write_card(job.out, job.model, job.command, facts, recipe=bool(job.recipe))
 
     def _prompts(self) -> list[list[int]]:
-        if self.job.evaluation is None or self.process.rank:
+        if self.job.evaluation is None or not self.process.decodes:
             return []
         texts = read_prompts(self.job.evaluation)[: self.job.evaluated]
         if not (found := held_out(self.engine, texts)):
@@ -145,8 +139,10 @@ class Training:
         return found
 
 
-def load_main(job: Job, device: str, progress: Progress = hub.silent) -> tuple[Path, Engine]:
-    """The main model's folder, and an engine that holds it unfused."""
+def load_main(
+    job: Job, device: str, progress: Progress = hub.silent, form: FormTeam = form_team
+) -> tuple[Path, Engine]:
+    """The main model's folder, and an engine that holds it unfused. form: see Engine.load."""
     config = EngineConfig(
         drafter="root",
         attention="torch",
@@ -154,9 +150,10 @@ def load_main(job: Job, device: str, progress: Progress = hub.silent) -> tuple[P
         dtype="fp32" if job.dtype == "auto" and device == "cpu" else job.dtype,  # int8 is for decoding
         max_batch=_EVALUATED,
         kv_tokens=_EVALUATED * 1024,
+        tensor_parallel=job.tensor_parallel,
     )
     folder = hub.locate(job.model, progress=progress).folder
-    return folder, Engine.load(job.model, config, progress=progress)
+    return folder, Engine.load(job.model, config, progress=progress, form=form)
 
 
 def write_corpus(job: Job, folder: Path, engine: Engine, process: Process, progress: Progress) -> None:
@@ -165,12 +162,12 @@ def write_corpus(job: Job, folder: Path, engine: Engine, process: Process, progr
         if not process.rank:
             _write_texts(job, folder, engine)
     elif not all(data.has_shard(job.corpus, index) for index in range(job.dialogues.shards)):
+        shared = process.group.size > 1  # then all write each shard together
+        rank, world = (0, 1) if shared else (process.rank, process.world)
         write_dialogues(
-            engine.model, engine.tokenizer, job.dialogues, job.corpus, rank=process.rank, world=process.world,
-            progress=progress,
-        )  # fmt: skip
-    if dist.is_initialized():
-        dist.barrier()
+            engine.model, engine.tokenizer, job.dialogues, job.corpus, rank=rank, world=world, progress=progress
+        )
+    process.wait(engine.model.embedding.device)
 
 
 def _write_texts(job: Job, folder: Path, engine: Engine) -> None:
@@ -201,7 +198,7 @@ def make_trainer(job: Job, folder: Path, main: Decoder, corpus: Corpus, process:
         Checkpoint(folder), len(main.config.layers) - 1, hidden_rms(main, corpus.tokens[:4]),
         Checkpoint(job.init) if job.init else None, job.settings.seed,
     )  # fmt: skip
-    return Trainer(main, planned(job, main.config), first, corpus, job.settings, job.out, process)
+    return Trainer(main, planned(job, read_config(folder)), first, corpus, job.settings, job.out, process)
 
 
 @torch.no_grad()
@@ -264,6 +261,7 @@ def saved_step(out: Path) -> int | None:
 def plan(job: Job) -> RunPlan:
     """What the job will take. Reads configurations only."""
     model = read_config(hub.locate(job.model).folder)
+    check_divides(job.tensor_parallel, model, None)
     heads = planned(job, model)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    return plan_run(model, heads, job.settings, world, device_name(job.device))
+    world = max(int(os.environ.get("WORLD_SIZE", "1")), job.tensor_parallel)
+    return plan_run(model, heads, job.settings, world, device_name(job.device), job.tensor_parallel)

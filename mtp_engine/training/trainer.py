@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
@@ -19,7 +19,7 @@ from mtp_engine.models.mtp import MTPModule
 from mtp_engine.training.attention import sequence_hidden
 from mtp_engine.training.checkpoint import RunState
 from mtp_engine.training.data import Corpus, by_frequency
-from mtp_engine.training.heads import FirstValues, build_heads, proposing
+from mtp_engine.training.heads import FirstValues, build_heads, proposing, whole_head
 from mtp_engine.training.memory import Memory
 from mtp_engine.training.objective import Lesson, Measures, Objective, distill_step, teach
 from mtp_engine.training.optimiser import Optimiser, Rates, average_gradients
@@ -75,7 +75,8 @@ class Trainer:
         self._process = process
         drafted = settings.objective.drafted
         self._learnt = by_frequency(corpus, main.vocab_size) if 0 < drafted < main.vocab_size else None
-        self.head = main.head_weight if self._learnt is None else main.head_weight[self._learnt]
+        head = whole_head(main)
+        self.head = head if self._learnt is None else head[self._learnt]
         self.weights = TrainableWeights(first, main.embedding.dtype, main.embedding.device)
         self.module: MTPModule = build_heads(config, main, self.weights)
         self._learner = quick_layers(self.module)
@@ -91,7 +92,7 @@ class Trainer:
                 "write more data, or lower --batch-tokens"
             )
         again = settings.steps > self._per_epoch
-        self._memory = Memory(self._states, rows, None if again else 0)
+        self._memory = Memory(self._states, rows, None if again else 0, main.group)
         self.step = 0
         self._orders: dict[int, Tensor] = {}
 
@@ -110,13 +111,14 @@ class Trainer:
                 due = self.step % settings.evaluate_every == 0 or self.step == settings.steps
                 if self.step % settings.log_every and not due:
                     continue
-                measures = Measures(sum(m.sums for m in sums), sum(m.weight for m in sums))  # type: ignore[arg-type]
+                measures = self._over_all(sums)
                 loss = measures.loss.tolist()  # waits for the device
+                self._process.check()
                 if not (all(map(math.isfinite, loss)) and self._state.sound()):
                     raise self._state.diverged(self.step, "--lr")
                 now = time.monotonic()
                 speed = len(sums) * self._rows * self._process.world * self.corpus.tokens.shape[1] / (now - last)
-                measured = evaluate(self._proposing()) if evaluate and due and not self._process.rank else None
+                measured = evaluate(self._proposing()) if evaluate and due and self._process.decodes else None
                 yield Report(
                     self.step, loss, measures.length(greedy=True).tolist(), measures.length(greedy=False).tolist(), speed,
                     now - begin, measured,
@@ -131,31 +133,45 @@ class Trainer:
             raise
 
     def _train(self, step: int) -> Measures:
-        rows = self._order(step)
-        tokens, kinds = self._tokens[rows].long(), self._kinds[rows]
-        hidden = self._memory.states(rows, tokens)
+        tokens, kinds = self.batch(step)
+        hidden = self._hidden(step)
         return self.learn(step, teach(self.main, tokens, kinds, self.head, self.config.features, hidden=hidden))
+
+    def _hidden(self, step: int) -> Tensor:
+        """The main model's states of a step's rows: ranks that share it compute those of all of them together."""
+        shard = self.main.group.shard
+        rows = self._order(step, self._process.rank - shard.rank, shard.size)
+        hidden = self._memory.states(rows, self._tokens[rows].long())
+        own = shard.part(len(rows))
+        return hidden[own.start : own.stop]
+
+    def _over_all(self, measures: Sequence[Measures]) -> Measures:
+        """Those of some steps, of all processes' rows."""
+        parts = (torch.stack([m.sums for m in measures]), torch.stack([m.weight for m in measures]))
+        return Measures(*(self._process.mean(part.sum(0)) * self._process.world for part in parts))
 
     def learn(self, step: int, lesson: Lesson) -> Measures:
         """One step on a batch, which may be others' too."""
-        measures = distill_step(self._learner, lesson, self.settings.objective)
-        average_gradients(self.weights.parameters)
+        measures = distill_step(self._learner, lesson, self.settings.objective, self._process.mean)
+        if self._process.world > 1:
+            average_gradients(self.weights.parameters, self._process.mean)
         self._optimiser.step(step, self.settings.steps)
         return measures
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Tokens [B, L] int64 and kinds [B, L] of a step, this process's rows."""
-        rows = self._order(step)
+        rows = self._order(step, self._process.rank)
         return self._tokens[rows].long(), self._kinds[rows]
 
-    def _order(self, step: int) -> Tensor:
-        """The numbers of a step's rows: every epoch goes through the corpus in an order of its own."""
+    def _order(self, step: int, first: int, processes: int = 1) -> Tensor:
+        """The numbers of a step's rows, of some processes from `first` on: every epoch goes through the corpus in an order of its
+        own."""
         epoch, at = divmod(step, self._per_epoch)
         if epoch not in self._orders:
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
             self._orders = {epoch: torch.randperm(len(self.corpus.tokens), generator=generator)}
-        start = (at * self._process.world + self._process.rank) * self._rows
-        return self._orders[epoch][start : start + self._rows]
+        start = (at * self._process.world + first) * self._rows
+        return self._orders[epoch][start : start + processes * self._rows]
 
     def _proposing(self) -> MTPModule:
         """The layers, which propose the tokens that they learn to draft: what they say of others is not trained."""
@@ -166,7 +182,9 @@ class Trainer:
 
     @torch.no_grad()
     def _states(self, tokens: Tensor) -> Tensor:
-        return sequence_hidden(replace(self.main, features=self.config.features), tokens)[0]
+        main = replace(self.main, features=self.config.features)
+        parts = torch.split(tokens, self._rows)  # of one process: sums over ranks hold what each has computed
+        return torch.cat([sequence_hidden(main, part)[0] for part in parts])
 
     def save(self) -> None:
         """Write a checkpoint, by the first process."""
