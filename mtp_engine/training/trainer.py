@@ -146,9 +146,9 @@ class Trainer:
         return hidden[own.start : own.stop]
 
     def _over_all(self, measures: Sequence[Measures]) -> Measures:
-        """Those of some steps, of all processes' rows."""
+        """Those of some steps; where ranks share the main model, of all their rows."""
         parts = (torch.stack([m.sums for m in measures]), torch.stack([m.weight for m in measures]))
-        return Measures(*(self._process.mean(part.sum(0)) * self._process.world for part in parts))
+        return Measures(*(self._process.group.sum(part.sum(0), torch.float32) for part in parts))
 
     def learn(self, step: int, lesson: Lesson) -> Measures:
         """One step on a batch, which may be others' too."""
