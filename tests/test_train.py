@@ -647,7 +647,7 @@ def test_a_divided_model_s_layers_are_those_of_one_process(
 
 def test_a_divided_model_writes_and_measures_as_one_process_does(world: World, tmp_path: Path) -> None:
     """The command itself: the model's own dialogues, drafts of held-out prompts, and what is written down."""
-    (tmp_path / "few.jsonl").write_text("".join(world.prompts.read_text().splitlines(keepends=True)[:2]))
+    (tmp_path / "few.jsonl").write_text("".join(world.prompts.read_text().splitlines(keepends=True)[0]))
     options = ["--layers", 2, "--shards", 2, "--rows", 4, "--row-length", 64, "--steps", 4, "--batch-tokens", 256, "-q"]
     options += ["--eval-prompts", tmp_path / "few.jsonl", "--lr", 2e-2, "--adam-lr", 1e-2]
     for name, ranks in (("one", 1), ("two", 2)):

@@ -98,7 +98,7 @@ _TRAINING = settings(
         "--eval-prompts", type=_FILE, help="Held-out prompts to measure accepted length on (`turns` or `prompt`)."
     ),
     click.option("--eval-every", default=500, type=click.IntRange(1), help="Steps."),
-    click.option("--device", default="cpu", help="cpu or cuda; several GPUs by torchrun."),
+    click.option("--device", default="cpu", help="cpu or cuda; several GPUs by torchrun, or --tensor-parallel."),
     click.option(
         "--tensor-parallel",
         default=1,

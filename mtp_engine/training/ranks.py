@@ -1,6 +1,7 @@
 """The ranks of a training run that share the main model. Each does what the others do, with the same weights and another part
 of every step's rows: nobody leads."""
 
+import atexit
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
@@ -51,6 +52,7 @@ class Alike:
         self.group, self._processes, self._children = processes.group, processes, children
         if children:
             children.on_lost = processes.abort
+        atexit.register(self.close)  # what the interpreter's end finds of process groups crashes it
 
     @property
     def processes(self) -> list[int]:
@@ -72,6 +74,7 @@ class Alike:
 
     def close(self) -> None:
         """End the others: what they do is of no use without this one. Closing twice does no harm."""
+        atexit.unregister(self.close)
         if self._children:
             self._children.close(wait=False)
         self._processes.close()
