@@ -160,10 +160,10 @@ def ask(chat: Terminal, line: str, mark: str = " a second") -> str:
 def test_an_interrupted_answer_stays_as_far_as_it_came() -> None:
     """With the default model: mimo-nano would have said it all before it can be interrupted."""
     first, second = "Write a long story about the sea.", "Thank you."
-    params = SamplingParams(max_tokens=600, seed=5)
+    params = SamplingParams(max_tokens=300, seed=5)
     with Engine.load(config=CONFIG) as reference:
         whole = reference.generate([[user(first)]], params)[0].text
-        chat = Terminal("--max-tokens", "600", "--seed", "5")
+        chat = Terminal("--max-tokens", "300", "--seed", "5")
         try:
             chat.process.send(f"{first}\r")
             chat.process.expect_exact("\x1b[?2004l")  # the line is entered

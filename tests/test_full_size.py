@@ -47,7 +47,7 @@ def test_the_plan_of_4_bits() -> None:
     assert (last["experts"], rows[0]["fits"]) == ("int4", [141])
 
 
-@pytest.mark.parametrize("more", [[], ["--alone"], ["--experts", "int4"]])
+@pytest.mark.parametrize("more", [["--alone"], ["--experts", "int4"]])
 def test_tiny_ranks(more: list[str]) -> None:
     options = ["--ranks", "2", "--device", "cpu", "--shape", "tiny", "--batch", "2", "--context", "48", "--steps", "3"]
     *rows, last = bench(*options, *more)
