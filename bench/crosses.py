@@ -57,7 +57,7 @@ def main(
             break
     print(json.dumps({
         "bench": "crosses", "model": model, "dtype": dtype, "recorded": recorded, "ranks": tensor_parallel, "cases": done,
-        "first": first, **total, "ends": ends, "seconds": round(time.monotonic() - begin), **conditions(commit),
+        "first": first, **total, "ends": ends, "seconds": round(time.monotonic() - begin), **conditions(commit, device),
     }))  # fmt: skip
 
 
