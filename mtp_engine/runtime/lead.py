@@ -61,34 +61,46 @@ class Solo:
         pass
 
 
-@final
-class Leader:
-    """Rank 0's Team. One step at a time, of whichever loop and thread."""
+class Beside:
+    """What a rank knows of the others that share the model."""
 
     def __init__(self, processes: "Processes", children: Children | None) -> None:
         """children: the other ranks, where this process started them."""
-        self.group, self.lock = processes.group, threading.Lock()
-        self._processes, self._children, self._numbers = processes, children, itertools.count()
-        self.closed, self._why = False, ""
+        self.group, self._processes, self._children, self._why = processes.group, processes, children, ""
         if children:
             children.on_lost = processes.abort
-        self._at_exit = _closing(weakref.ref(self))
-        atexit.register(self._at_exit)  # what the interpreter's end finds of process groups crashes it
 
     @property
     def lost(self) -> str:
         return (self._children.said if self._children else "") or self._why
+
+    @property
+    def processes(self) -> list[int]:
+        """Of ranks 1, 2, ..., where this process started them."""
+        return self._children.processes if self._children else []
+
+    def check(self) -> None:
+        """Raises RankLost if another rank has ended."""
+        if self.lost:
+            raise RankLost(self.lost)
+        self._processes.check()
+
+
+@final
+class Leader(Beside):
+    """Rank 0's Team. One step at a time, of whichever loop and thread."""
+
+    def __init__(self, processes: "Processes", children: Children | None) -> None:
+        super().__init__(processes, children)
+        self.lock, self._numbers, self.closed = threading.Lock(), itertools.count(), False
+        self._at_exit = _closing(weakref.ref(self))
+        atexit.register(self._at_exit)  # what the interpreter's end finds of process groups crashes it
 
     def fail(self, why: str) -> str:
         """Nothing can go on, and the others end. Returns why: which of them has ended, if one has."""
         self._why = self.lost or why
         self.close(tell=False)
         return self._why
-
-    @property
-    def processes(self) -> list[int]:
-        """Of ranks 1, 2, ..., where this process started them."""
-        return self._children.processes if self._children else []
 
     def ranks(self, **changes: Any) -> Ranks:
         number = next(self._numbers)
@@ -100,12 +112,6 @@ class Leader:
     def tell(self, message: Message) -> None:
         self.check()
         self._processes.tell(CODEC.write(message))
-
-    def check(self) -> None:
-        """Raises RankLost if another rank has ended."""
-        if self.lost:
-            raise RankLost(self.lost)
-        self._processes.check()
 
     def close(self, *, tell: bool = True) -> None:
         """End the others. Closing twice does no harm. tell: False where they are in the midst of a step."""

@@ -10,10 +10,9 @@ from mtp_engine.config import EngineConfig, TreeShape
 from mtp_engine.errors import EngineError
 from mtp_engine.hub.hub import ModelFiles
 from mtp_engine.parallel.codec import Codec
-from mtp_engine.parallel.group import RankLost
 from mtp_engine.parallel.launch import Children
 from mtp_engine.parallel.shard import Shard
-from mtp_engine.runtime.lead import Team
+from mtp_engine.runtime.lead import Beside, Team
 from mtp_engine.runtime.ranks import Alone, Ranks
 from mtp_engine.team import meet
 from mtp_engine.training.dialogues import DialogueSettings
@@ -44,33 +43,15 @@ RANK_JOB = Codec(RankJob, Shard, EngineConfig, TreeShape, Job, DialogueSettings,
 
 
 @final
-class Alike:
+class Alike(Beside):
     """One rank's Team, of an engine that every rank asks for the same things in the same order."""
 
     def __init__(self, processes: "Processes", children: Children | None = None) -> None:
-        """children: the other ranks, where this process started them."""
-        self.group, self._processes, self._children = processes.group, processes, children
-        if children:
-            children.on_lost = processes.abort
+        super().__init__(processes, children)
         atexit.register(self.close)  # what the interpreter's end finds of process groups crashes it
-
-    @property
-    def processes(self) -> list[int]:
-        """Of ranks 1, 2, ..., where this process started them."""
-        return self._children.processes if self._children else []
-
-    @property
-    def lost(self) -> str:
-        return self._children.said if self._children else ""
 
     def ranks(self, **changes: Any) -> Ranks:
         return Alone()
-
-    def check(self) -> None:
-        """Raises RankLost if another rank has ended."""
-        if self.lost:
-            raise RankLost(self.lost)
-        self._processes.check()
 
     def close(self) -> None:
         """End the others: what they do is of no use without this one. Closing twice does no harm."""
