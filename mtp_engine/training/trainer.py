@@ -133,17 +133,15 @@ class Trainer:
             raise
 
     def _train(self, step: int) -> Measures:
-        tokens, kinds = self.batch(step)
-        hidden = self._hidden(step)
-        return self.learn(step, teach(self.main, tokens, kinds, self.head, self.config.features, hidden=hidden))
-
-    def _hidden(self, step: int) -> Tensor:
-        """The main model's states of a step's rows: ranks that share it compute those of all of them together."""
+        """Ranks that share the main model work out the states of all their rows together, and each learns from its own."""
         shard = self.main.group.shard
         rows = self._order(step, self._process.rank - shard.rank, shard.size)
-        hidden = self._memory.states(rows, self._tokens[rows].long())
-        own = shard.part(len(rows))
-        return hidden[own.start : own.stop]
+        tokens, part = self._tokens[rows].long(), shard.part(len(rows))
+        own, hidden = slice(part.start, part.stop), self._memory.states(rows, tokens)
+        lesson = teach(
+            self.main, tokens[own], self._kinds[rows[own]], self.head, self.config.features, hidden=hidden[own]
+        )
+        return self.learn(step, lesson)
 
     def _over_all(self, measures: Sequence[Measures]) -> Measures:
         """Those of some steps; where ranks share the main model, of all their rows."""
