@@ -24,14 +24,13 @@ from mtp_engine.kernels.dense_kernels import (
     slice_kernel,
 )
 from mtp_engine.kernels.dense_teams import teams_kernel
-from mtp_engine.kernels.dense_tiles import PREFETCH, SMS, Tile, many, many_fp8, tile_for
+from mtp_engine.kernels.dense_tiles import PREFETCH, Tile, many, many_fp8, tile_for
 from mtp_engine.kernels.fp8 import BlockMatrix
-from mtp_engine.kernels.launch import cdiv, next_power_of_2, overlap
+from mtp_engine.kernels.launch import SHARED, SMS, cdiv, next_power_of_2, overlap
 
 Weight = Tensor | BlockMatrix
 """[out, in], last dimension contiguous: bf16 or fp32, or FP8 with scales."""
 
-SHARED = 220_000  # bytes of shared memory that the stages of a CTA may take (an H100 has 232,448)
 _APART = 256  # from so many tokens on, placing queries, keys and values is a kernel of its own
 
 

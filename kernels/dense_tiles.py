@@ -7,9 +7,8 @@ gives not quite twice what memory gives, so from 32 tokens on tiles must grow (`
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-from mtp_engine.kernels.launch import cdiv, hopper, warpgroups
+from mtp_engine.kernels.launch import SMS, cdiv, hopper, warpgroups
 
-SMS = 132  # multiprocessors of an H100; on another GPU the choice of tiles is a little worse
 PREFETCH = 8 << 20  # bytes of a weight that are asked for before the input is there: 2.7 us at 3 TB/s
 
 

@@ -5,6 +5,9 @@ from functools import cache
 
 import torch
 
+SMS = 132  # multiprocessors of an H100; on another GPU the choice of tiles is a little worse
+SHARED = 220_000  # bytes of shared memory that the stages of a CTA may take (an H100 has 232,448)
+
 
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up. Triton's own is made for kernels and takes 8 us on the host; a prompt waits for hundreds."""

@@ -38,6 +38,7 @@ class Plan:
     rows: block of (node, head) rows that share a tile's keys; with tensor cores 16 per warp or more, so that no sum
     crosses warps and blocks of any size add alike.
     depth: tiles that are fetched ahead.
+    teams: tiles are fetched by a warp of its own (kernels/chain_teams.py), for chains that it can serve.
     """
 
     tile: int = 64
@@ -46,6 +47,7 @@ class Plan:
     warps: int = 4
     depth: int = 2
     merge_warps: int = 1
+    teams: bool = False
 
     @classmethod
     def default(cls, dtype: torch.dtype, rows: int, kv_heads: int, dim: int, bound: int = 0) -> "Plan":

@@ -8,8 +8,11 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
 
 from mtp_engine.kernels import exchange_kernels, moe_kernels
+from mtp_engine.kernels.chain_teams import chain_teams_kernel
 
 _EXCHANGE = {
     "x": "*fp32", "weights": "*fp32", "residual": "*bf16", "out": "*bf16", "boxes": "*i64", "turns": "*i32", "stop": "*i32",
@@ -21,15 +24,25 @@ _EXPERTS = {
     "S": 4, "H": 4096, "INNER": 256, "K": 8, "FORMAT": "fp8", "COLUMNS": 16, "WIDTH": 128, "TOKENS": 8, "UNROLL": 1, "SPLIT": 4,
     "PDL": True,
 }  # fmt: skip
+_BOXES = f"tensordesc<bf16[64, 128], {NVMMASharedLayout(128, 16, 2)!r}>"
+_CHAINS = {
+    "q": "*bf16", "k_cache": _BOXES, "v_cache": _BOXES, "pages": "*i32", "lengths": "*i64", "out": "*bf16", "q_batch": "i32",
+    "q_node": "i32", "q_head": "i32", "page_stride": "i32", "nodes": "i32", "units": "i32", "blocks": "i32", "per": "i32",
+    "scale": "fp32", "GROUP": 4, "KV_HEADS": 8, "DK": 128, "DV": 128, "PAGE": 64, "SPLITS": (128, 32, 1024, 28, 4096),
+    "TAKEN": 16, "STAGES": 6, "PDL": 3,
+}  # fmt: skip
 
 
 def compiled(kernel: Any, warps: int, arguments: dict[str, Any], **changes: Any) -> None:
-    """Raises CompilationError. arguments, changes: by name, the type of a pointer or a number, or a constant's value."""
+    """Raises CompilationError. arguments, changes: by name, the type of a pointer, a descriptor or a number, or a constant's
+    value."""
     given = {name: {**arguments, **changes}[name] for name in kernel.arg_names}
-    types = {name: value if value == "i32" or str(value)[0] == "*" else "constexpr" for name, value in given.items()}
+    kinds = ("*", "tensordesc", "i32", "fp32")
+    types = {name: value if str(value).startswith(kinds) else "constexpr" for name, value in given.items()}
     constants = {(i,): given[name] for i, (name, kind) in enumerate(types.items()) if kind == "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, value in enumerate(given.values()) if str(value).startswith("*")}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = kind(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
 
 
@@ -41,3 +54,4 @@ if __name__ == "__main__":
         compiled(few, 1, _EXCHANGE, TERMS=8, EVEN=even, BLOCK=128)
         compiled(many, 4, _EXCHANGE, TERMS=8, EVEN=even, BLOCK=1024)
     compiled(moe_kernels.gate_up_kernel, 4, _EXPERTS)
+    compiled(chain_teams_kernel, 4, _CHAINS)

@@ -117,3 +117,21 @@ def test_chunks_of_any_size_on_the_gpu(heads: Heads, start: int) -> None:
         one |= {"q": call["q"][:, at : at + 1], "lengths": lengths, "bound": start + at + 1}
         assert torch.equal(tree_attention(**call | one)[0, 0], y[0, at])
     assert call["plan"].splits != SPLITS
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("heads", [Heads(128, 128, 32, 8), Heads(64, 64, 9, 3), Heads(64, 128, 16, 4)])
+@pytest.mark.parametrize("nodes", [1, 4, 15])
+def test_a_fetching_warp_changes_no_bit(heads: Heads, nodes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few and many requests, from no key to thousands, over NaN where nothing was written; rows on both sides of a tile's end."""
+    monkeypatch.setattr("test_tree_attention.PAGE", 64)
+    for lengths in ([0, 1, 63, 64, 127, 130, 1000, 5000, 40000], [61 + 37 * i for i in range(70)], [1023] * 3):
+        call = make(heads, straight(nodes, len(lengths)), lengths, dtype=torch.bfloat16, seed=nodes)
+        plan = replace(chain_plan(torch.bfloat16, nodes, heads.query, heads.kv, heads.qk, len(lengths)))
+        assert plan.teams
+        for splits in (SPLITS, plan.splits):
+            call["plan"] = replace(plan, splits=splits)
+            y = chain(call, plan=plan)
+            assert torch.equal(y, chain(call, plan=replace(plan, teams=False)))
+            assert all(torch.equal(y, chain(call, plan=plan)) for _ in range(3))
+        assert torch.equal(y[:, :1], chain(call, 0, 1, plan=plan))
