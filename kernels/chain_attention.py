@@ -15,13 +15,11 @@ from typing import final
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon.language import NVMMASharedLayout
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Boxes
 
 from mtp_engine.kernels.ancestry import MAX_NODES
 from mtp_engine.kernels.chain_attention_kernels import blocks_kernel, chain_kernel
-from mtp_engine.kernels.chain_teams import TILE, chain_teams_kernel
-from mtp_engine.kernels.launch import SHARED, SMS, cdiv, next_power_of_2, overlap, pdl, warpgroups
+from mtp_engine.kernels.chain_teams import add_up, suits_teams
+from mtp_engine.kernels.launch import cdiv, next_power_of_2, overlap, pdl
 from mtp_engine.kernels.tree_attention import Plan, head_blocks
 from mtp_engine.kernels.tree_attention_kernels import LOG2E
 
@@ -73,9 +71,11 @@ def chain_plan(dtype: torch.dtype, nodes: int, heads: int, kv_heads: int, dim: i
         return plan
     rows = nodes * (heads // kv_heads)
     depth = 3 if batch * kv_heads <= 132 else 1  # one program may have a multiprocessor to itself (measured on an H100)
-    if rows <= 64:
-        return replace(plan, rows=64, warps=4, depth=depth, teams=warpgroups())
-    return replace(plan, rows=128, warps=8, depth=2)
+    return (
+        replace(plan, rows=64, warps=4, depth=depth)
+        if rows <= 64
+        else replace(plan, rows=128, warps=8, depth=2, teams=False)
+    )
 
 
 def chain_attention(
@@ -105,8 +105,11 @@ def chain_attention(
     per = cdiv(min(nodes, plan.tile), taken)
     tiles = 1 + cdiv(nodes - 1, plan.tile)  # of positions: the first row may stand anywhere in its own
     simple = not window and packed is None and first is None and sink is None
-    if plan.teams and simple and _boxes(k_cache, v_cache, plan, page_size):
-        return _teams(q, k_cache, v_cache, pages, lengths, out, tiles * per, per, taken, page_size, scale, plan)
+    if plan.teams and simple and suits_teams(k_cache, v_cache, page_size, plan.tile):
+        add_up(
+            q, k_cache, v_cache, pages, lengths, out, page_size=page_size, scale=scale, splits=plan.splits, when=when
+        )
+        return out
     blocks = packed.blocks(plan.tile, taken) if packed else None
     grid = (tiles * per * kv_heads, batch) if blocks is None else (len(blocks) * kv_heads, 1)
     k_new, v_new = fresh or (k_cache, v_cache)
@@ -120,31 +123,6 @@ def chain_attention(
         DV_PAD=max(16, next_power_of_2(v_dim)), PAGE=page_size, WINDOW=window, TILE=plan.tile, SPLITS=plan.splits,
         ROWS=plan.rows, TAKEN=taken, DEPTH=plan.depth, FIRST=first is not None, SINK=sink is not None,
         PACKED=packed is not None, FRESH=fresh is not None, PDL=when, launch_pdl=when > 0, num_warps=plan.warps,
-        enable_fp_fusion=False,
-    )  # fmt: skip
-    return out
-
-
-def _boxes(k_cache: Tensor, v_cache: Tensor, plan: Plan, page_size: int) -> bool:
-    """Whether the copy engine can fetch tiles of this cache."""
-    dims = {k_cache.shape[2], v_cache.shape[2]} <= {64, 128} and k_cache.dtype == torch.bfloat16
-    whole = all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (k_cache, v_cache))
-    return dims and whole and plan.tile == plan.rows == TILE.value and page_size % TILE.value == 0
-
-
-def _teams(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, lengths: Tensor, out: Tensor, blocks: int, per: int,
-    taken: int, page_size: int, scale: float, plan: Plan,
-) -> Tensor:  # fmt: skip
-    """`out`, written by `chain_teams_kernel`. blocks: of a request's rows; per: of those in a tile of positions; taken: nodes of
-    one."""
-    (nodes, heads, dim), (kv_heads, v_dim), tile = q.shape[1:], v_cache.shape[1:], plan.tile
-    units, when, layout = len(lengths) * blocks * kv_heads, overlap(q.shape[0] * nodes), NVMMASharedLayout(128, 16, 2)
-    keys, values = (Boxes.from_tensor(x.flatten(1), [tile, x.shape[2]], layout) for x in (k_cache, v_cache))
-    chain_teams_kernel[(min(units, SMS),)](
-        q, keys, values, pages, lengths, out, *q.stride()[:3], pages.stride(0), nodes, units, blocks, per, scale * LOG2E.value,
-        GROUP=heads // kv_heads, KV_HEADS=kv_heads, DK=dim, DV=v_dim, PAGE=page_size, SPLITS=plan.splits, TAKEN=taken,
-        STAGES=min(8, SHARED // (tile * (dim + v_dim) * 2)), PDL=when, launch_pdl=when > 0, num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -1,13 +1,16 @@
-"""Attention of few rows of many requests on Hopper, written in Gluon: the bits of kernels/chain_attention_kernels.py.
+"""Attention of chains of few rows on Hopper, written in Gluon: the bits of kernels/tree_attention.py, see there.
 
-A step of many requests is bound by reading their keys. Here a warp of its own fetches tiles of keys and values through the
-copy engine into a ring of stages, and four warps use them. Programs walk over (request, key head): the next one's tiles come
-while this one's are added up, so memory is never idle between two, as it is where each has a program of its own.
+Such a step is bound by reading its requests' keys. Here a warp of its own fetches tiles of keys and values through the copy
+engine into a ring of stages, and four warps use them. Programs walk over units of work, each all keys of (request, key head),
+or one run of them where these are few: the next unit's tiles come while this one's are added up, so memory is never idle
+between two, as it is where each has a program of its own.
 
 A tile has 64 positions, which lie in one page, and a program's 64 rows are (node, head) pairs of one tile of positions. Only
 Hopper has wgmma, and Triton's interpreter has no Gluon: elsewhere chain_attention takes `chain_kernel`.
 """
 
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -16,10 +19,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
     warpgroup_mma,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Boxes
 from triton.language.core import _aggregate as aggregate
 
 from mtp_engine.kernels import tree_attention_kernels as runs
 from mtp_engine.kernels.dense_teams import _pdl_launch, _pdl_wait
+from mtp_engine.kernels.launch import SHARED, SMS, cdiv
 
 TILE = gl.constexpr(64)  # positions, and (node, head) rows
 _LINEAR = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
@@ -29,8 +34,8 @@ _split_start = gluon.jit(runs._split_start.fn)
 
 @aggregate
 class _Work:
-    """What all warps share. units: (request, block of rows, key head); blocks: of a request's rows; per: of a tile of
-    positions; taken: nodes of a block."""
+    """What all warps share. units: (split, request, block of rows, key head); splits: of far keys, 0 where a unit has all keys;
+    blocks: of a request's rows; per: of a tile of positions; TAKEN: nodes of a block."""
 
     ks: gl.shared_memory_descriptor
     vs: gl.shared_memory_descriptor
@@ -38,30 +43,62 @@ class _Work:
     empty: gl.shared_memory_descriptor
     lengths: gl.tensor
     units: gl.tensor
+    splits: gl.tensor
+    batch: gl.tensor
     nodes: gl.tensor
     blocks: gl.tensor
     per: gl.tensor
     KV_HEADS: gl.constexpr
     TAKEN: gl.constexpr
     STAGES: gl.constexpr
+    SPLITS: gl.constexpr
+    APART: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, ks, vs, ready, empty, lengths, units, nodes, blocks, per, KV_HEADS, TAKEN, STAGES):  # type: ignore[no-untyped-def]
+    def __init__(  # type: ignore[no-untyped-def]
+        self,
+        ks,
+        vs,
+        ready,
+        empty,
+        lengths,
+        units,
+        splits,
+        batch,
+        nodes,
+        blocks,
+        per,
+        KV_HEADS,
+        TAKEN,
+        STAGES,
+        SPLITS,
+        APART,
+    ):
         self.ks, self.vs, self.ready, self.empty = ks, vs, ready, empty
-        self.lengths, self.units, self.nodes, self.blocks, self.per = lengths, units, nodes, blocks, per
+        self.lengths, self.units, self.splits, self.batch = lengths, units, splits, batch
+        self.nodes, self.blocks, self.per = nodes, blocks, per
         self.KV_HEADS, self.TAKEN, self.STAGES = gl.constexpr(KV_HEADS), gl.constexpr(TAKEN), gl.constexpr(STAGES)
+        self.SPLITS, self.APART = gl.constexpr(SPLITS), gl.constexpr(APART)
 
 
 @gluon.jit
 def _unit(work, unit):
-    """A unit's key head, request, committed length, tile of positions, and rows: positions low..high-1, of which there may
-    be none."""
-    b, block = unit // work.KV_HEADS // work.blocks, unit // work.KV_HEADS % work.blocks
+    """A unit's key head, request, committed length, tile of positions, rows (positions low..high-1), tiles of keys
+    (begin..end-1, of which there may be none), and, where units are runs (APART), its run's number: 0 is the near one, which
+    comes last, as far ones are longer."""
+    kv_head, rest = unit % work.KV_HEADS, unit // work.KV_HEADS
+    block, b = rest % work.blocks, rest // work.blocks % work.batch
     length = gl.load(work.lengths + b).to(gl.int32)
     tile = length // TILE + block // work.per
     low = gl.maximum(tile * TILE, length) + block % work.per * work.TAKEN
     high = gl.minimum(gl.minimum(low + work.TAKEN, (tile + 1) * TILE), length + work.nodes)
-    return unit % work.KV_HEADS, b, length, tile, low, high
+    begin, end, run = 0, tile + 1, 0
+    if work.APART:
+        run = work.splits - rest // work.blocks // work.batch
+        far = gl.minimum(_split_start(run, work.SPLITS) // TILE, tile - 1)
+        begin = gl.where(run > 0, _split_start(run - 1, work.SPLITS) // TILE, gl.maximum(tile - 1, 0))
+        end = gl.where(run > 0, far, end)
+    return kv_head, b, length, tile, low, high, begin, gl.where(low < high, end, begin), run
 
 
 @gluon.jit
@@ -79,21 +116,22 @@ def _fetch(
     """What the fetching warp does. Far keys are there before the kernel before has ended, the step's own are not."""
     i = 0
     for unit in range(gl.program_id(0), work.units, gl.num_programs(0)):
-        kv_head, b, _, tile, low, high = _unit(work, unit)
-        table, count = pages + b * page_stride, gl.where(low < high, tile + 1, 0)
-        page = gl.load(table)
-        for t in range(0, count):
-            if PDL:  # noqa: SIM102  one is known when this is compiled
-                if t + 2 >= count:
-                    _pdl_wait()
-            stage, row = i % work.STAGES, page * PAGE + t * TILE % PAGE
-            page = gl.load(table + gl.minimum(t + 1, count - 1) * TILE // PAGE)
-            full = work.ready.index(stage)
-            mbarrier.wait(work.empty.index(stage), (i // work.STAGES & 1) ^ 1)
-            mbarrier.expect(full, TILE * (DK + DV) * 2)
-            tma.async_copy_global_to_shared(k_cache, [row, kv_head * DK], full, work.ks.index(stage))
-            tma.async_copy_global_to_shared(v_cache, [row, kv_head * DV], full, work.vs.index(stage))
-            i += 1
+        kv_head, b, _, tile, _, _, begin, end, _ = _unit(work, unit)
+        if begin < end:
+            table = pages + b * page_stride
+            page = gl.load(table + begin * TILE // PAGE)
+            for t in range(begin, end):
+                if PDL:  # noqa: SIM102  one is known when this is compiled
+                    if t + 1 >= tile:
+                        _pdl_wait()
+                stage, row = i % work.STAGES, page * PAGE + t * TILE % PAGE
+                page = gl.load(table + gl.minimum(t + 1, end - 1) * TILE // PAGE)
+                full = work.ready.index(stage)
+                mbarrier.wait(work.empty.index(stage), (i // work.STAGES & 1) ^ 1)
+                mbarrier.expect(full, TILE * (DK + DV) * 2)
+                tma.async_copy_global_to_shared(k_cache, [row, kv_head * DK], full, work.ks.index(stage))
+                tma.async_copy_global_to_shared(v_cache, [row, kv_head * DV], full, work.vs.index(stage))
+                i += 1
 
 
 @gluon.jit
@@ -137,21 +175,20 @@ def _fresh(DV: gl.constexpr):
 
 @gluon.jit
 def _add_up(
-    work, q, out, q_batch, q_node, q_head, scale, GROUP: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
-    SPLITS: gl.constexpr, PDL: gl.constexpr,
+    work, q, out, stats, q_batch, q_node, q_head, scale, GROUP: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """What the four warps do."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     QUERIES: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     if PDL:
         _pdl_wait()
     if PDL == 1:
         _pdl_launch()
     i = 0
     for unit in range(gl.program_id(0), work.units, gl.num_programs(0)):
-        kv_head, b, length, tile, low, high = _unit(work, unit)
-        if low < high:
+        kv_head, b, length, tile, low, high, begin, end, number = _unit(work, unit)
+        if begin < end:
             r = gl.arange(0, TILE, layout=gl.SliceLayout(1, QUERIES))
             column = gl.arange(0, DK, layout=gl.SliceLayout(0, QUERIES))
             node = low - length + r // GROUP
@@ -162,29 +199,54 @@ def _add_up(
             oldest = gl.minimum(gl.maximum((tile - 1) * TILE, 0), own)
             state, run = _fresh(DV), _fresh(DV)
             split = 0
-            edge = _split_start(1, SPLITS)
-            for t in range(0, tile - 1):
+            edge = _split_start(1, work.SPLITS)
+            for t in range(begin, gl.minimum(end, tile - 1)):
                 run = _absorb(work, run, queries, i, t, oldest, own, high, scale, False)
                 i += 1
-                if ((t + 1) * TILE >= edge) | (t + 1 == tile - 1):
-                    state = _join(state, run)
-                    run = _fresh(DV)
-                    split += 1
-                    edge = _split_start(split + 1, SPLITS)
-            for t in range(gl.maximum(tile - 1, 0), tile + 1):
+                if not work.APART:  # noqa: SIM102
+                    if ((t + 1) * TILE >= edge) | (t + 1 == tile - 1):
+                        state = _join(state, run)
+                        run = _fresh(DV)
+                        split += 1
+                        edge = _split_start(split + 1, work.SPLITS)
+            for t in range(gl.maximum(tile - 1, begin), end):
                 run = _absorb(work, run, queries, i, t, oldest, own, high, scale, True)
                 i += 1
             if PDL == 3:  # noqa: SIM102
                 if unit + gl.num_programs(0) >= work.units:
                     _pdl_launch()
-            _, total, acc = _join(state, run)
-            y = acc / gl.convert_layout(total, gl.SliceLayout(1, OUT))[:, None]
-            r = gl.arange(0, TILE, layout=gl.SliceLayout(1, OUT))
-            column = gl.arange(0, DV, layout=gl.SliceLayout(0, OUT))
-            row = (b.to(gl.int64) * work.nodes + low - length + r // GROUP) * work.KV_HEADS + kv_head
-            target = (row * GROUP + r % GROUP) * DV
-            keep = (low + r // GROUP < high)[:, None] & (column < DV)[None, :]
-            gl.store(out + target[:, None] + column[None, :], y.to(out.dtype.element_ty), mask=keep)
+            if work.APART:
+                line = ((b * work.KV_HEADS + kv_head) * work.nodes + low - length) * GROUP
+                _store_run(run, out, stats, line, work.splits + 1, number, (high - low) * GROUP, DV)
+            else:
+                line = (b.to(gl.int64) * work.nodes + low - length) * work.KV_HEADS + kv_head
+                _store(_join(state, run), out, line, high - low, GROUP, work.KV_HEADS, DV)
+
+
+@gluon.jit
+def _store_run(run, acc_out, stats_out, line, runs, number, count, DV: gl.constexpr):
+    """A run of `count` rows from `line` on, as merge_kernel takes it. runs: of each row."""
+    m, total, acc = run
+    OUT: gl.constexpr = acc.type.layout
+    r, column = gl.arange(0, TILE, layout=gl.SliceLayout(1, OUT)), gl.arange(0, DV, layout=gl.SliceLayout(0, OUT))
+    at = (line + r).to(gl.int64) * runs + number
+    gl.store(acc_out + (at * DV)[:, None] + column[None, :], acc, mask=(r < count)[:, None] & (column < DV)[None, :])
+    r = gl.arange(0, TILE, layout=m.type.layout)
+    at = (line + r).to(gl.int64) * runs + number
+    gl.store(stats_out + at * 2, m, mask=r < count)
+    gl.store(stats_out + at * 2 + 1, total, mask=r < count)
+
+
+@gluon.jit
+def _store(state, out, line, nodes, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DV: gl.constexpr):
+    """The results of `nodes` nodes, the first of which has its key head's rows at `line`, counted in groups of heads."""
+    _, total, acc = state
+    OUT: gl.constexpr = acc.type.layout
+    y = acc / gl.convert_layout(total, gl.SliceLayout(1, OUT))[:, None]
+    r, column = gl.arange(0, TILE, layout=gl.SliceLayout(1, OUT)), gl.arange(0, DV, layout=gl.SliceLayout(0, OUT))
+    target = ((line + r // GROUP * KV_HEADS) * GROUP + r % GROUP) * DV
+    keep = (r // GROUP < nodes)[:, None] & (column < DV)[None, :]
+    gl.store(out + target[:, None] + column[None, :], y.to(out.dtype.element_ty), mask=keep)
 
 
 @gluon.jit
@@ -202,16 +264,17 @@ def _join(state, run):
 
 
 @gluon.jit(
-    do_not_specialize=["page_stride", "nodes", "units", "blocks", "per"],
+    do_not_specialize=["page_stride", "batch", "nodes", "units", "splits", "blocks", "per"],
     do_not_specialize_on_alignment=["pages", "lengths"],
 )
 def chain_teams_kernel(
-    q, k_cache, v_cache, pages, lengths, out, q_batch, q_node, q_head, page_stride, nodes, units, blocks, per, scale,
-    GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, PAGE: gl.constexpr, SPLITS: gl.constexpr,
-    TAKEN: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+    q, k_cache, v_cache, pages, lengths, out, stats, q_batch, q_node, q_head, page_stride, batch, nodes, units, splits,
+    blocks, per, scale, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, PAGE: gl.constexpr,
+    SPLITS: gl.constexpr, TAKEN: gl.constexpr, STAGES: gl.constexpr, APART: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """`chain_kernel` of requests that are not packed, without windows, sinks, and positions that have no keys. k_cache, v_cache:
-    descriptors of boxes [64, DK] and [64, DV] over storage rows and (head, column). units, blocks, per: see `_Work`."""
+    """Attention of chains that are not packed, without windows, sinks, and positions that have no keys. k_cache, v_cache:
+    descriptors of boxes [64, DK] and [64, DV] over storage rows and (head, column). units, splits, blocks, per: see `_Work`.
+    Writes `out` as `chain_kernel` does, or, APART, the runs for merge_kernel: fp32 accumulators, and maxima and sums to stats."""
     ks = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, DK], k_cache.layout)
     vs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, DV], v_cache.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -219,8 +282,39 @@ def chain_teams_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
-    work = _Work(ks, vs, ready, empty, lengths, units, nodes, blocks, per, KV_HEADS, TAKEN, STAGES)
+    work = _Work(
+        ks, vs, ready, empty, lengths, units, splits, batch, nodes, blocks, per, KV_HEADS, TAKEN, STAGES, SPLITS, APART
+    )
     gl.warp_specialize([
-        (_add_up, (work, q, out, q_batch, q_node, q_head, scale, GROUP, DK, DV, SPLITS, PDL)),
+        (_add_up, (work, q, out, stats, q_batch, q_node, q_head, scale, GROUP, DK, DV, PDL)),
         (_fetch, (work, k_cache, v_cache, pages, page_stride, DK, DV, PAGE, PDL)),
     ], [1], [24])  # fmt: skip
+
+
+def suits_teams(k_cache: Tensor, v_cache: Tensor, page_size: int, tile: int) -> bool:
+    """Whether the copy engine can fetch tiles of this cache ([R, Hkv, Dk] and [R, Hkv, Dv]) for `chain_teams_kernel`."""
+    dims = {k_cache.shape[2], v_cache.shape[2]} <= {64, 128} and k_cache.dtype == torch.bfloat16
+    whole = all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (k_cache, v_cache))
+    return dims and whole and tile == TILE.value and page_size % tile == 0
+
+
+def add_up(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, lengths: Tensor, out: Tensor, stats: Tensor | None = None, *,
+    page_size: int, scale: float, splits: tuple[int, ...], when: int, apart: int = 0,
+) -> None:  # fmt: skip
+    """Launches `chain_teams_kernel`. Arguments as for tree_attention; out, or, of so many far splits that stand apart, fp32
+    accumulators with stats; splits: a Plan's; when: see `overlap`."""
+    (batch, nodes, heads, dim), (kv_heads, v_dim), tile = q.shape, v_cache.shape[1:], TILE.value
+    group, layout = heads // kv_heads, gl.NVMMASharedLayout(128, 16, 2)
+    assert group <= tile, "a node's heads must fit into one block"
+    taken = tile // group
+    per = cdiv(min(nodes, tile), taken)
+    blocks = (1 + cdiv(nodes - 1, tile)) * per  # of positions: the first row may stand anywhere in its own tile
+    units = (1 + apart) * batch * blocks * kv_heads
+    keys, values = (Boxes.from_tensor(x.flatten(1), [tile, x.shape[2]], layout) for x in (k_cache, v_cache))
+    chain_teams_kernel[(min(units, SMS),)](
+        q, keys, values, pages, lengths, out, out if stats is None else stats, *q.stride()[:3], pages.stride(0), batch, nodes,
+        units, apart, blocks, per, scale * runs.LOG2E.value, GROUP=group, KV_HEADS=kv_heads, DK=dim, DV=v_dim, PAGE=page_size,
+        SPLITS=splits, TAKEN=taken, STAGES=min(8, SHARED // (tile * (dim + v_dim) * 2)), APART=stats is not None, PDL=when,
+        launch_pdl=when > 0, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip

@@ -132,6 +132,8 @@ def test_a_fetching_warp_changes_no_bit(heads: Heads, nodes: int, monkeypatch: p
         for splits in (SPLITS, plan.splits):
             call["plan"] = replace(plan, splits=splits)
             y = chain(call, plan=plan)
+            assert torch.equal(y, tree_attention(**call))
+            assert torch.equal(y, tree_attention(**call, chain=True))  # runs apart, where keys are many
             assert torch.equal(y, chain(call, plan=replace(plan, teams=False)))
             assert all(torch.equal(y, chain(call, plan=plan)) for _ in range(3))
         assert torch.equal(y[:, :1], chain(call, 0, 1, plan=plan))
