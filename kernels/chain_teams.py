@@ -87,7 +87,7 @@ def _unit(work, unit):
     (begin..end-1, of which there may be none), and, where units are runs (APART), its run's number: 0 is the near one, which
     comes last, as far ones are longer."""
     kv_head, rest = unit % work.KV_HEADS, unit // work.KV_HEADS
-    block, b = rest % work.blocks, rest // work.blocks % work.batch
+    b, block = rest % work.batch, rest // work.batch % work.blocks  # the last blocks are empty, but for a few requests
     length = gl.load(work.lengths + b).to(gl.int32)
     tile = length // TILE + block // work.per
     low = gl.maximum(tile * TILE, length) + block % work.per * work.TAKEN

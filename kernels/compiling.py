@@ -5,6 +5,7 @@ that are not compiled yet are noted instead of launched; then all of them are co
 its disk. Many are compiled in forked processes, as in threads they would wait for each other, for Python's lock.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -161,6 +162,7 @@ def _in_processes(kernels: Sequence[Kernel], processes: int, done: Callable[[int
 
 def _work(kernels: Sequence[Kernel], todo: int, say: int) -> None:
     """What such a process does."""
+    gc.disable()  # a tensor of the GPU that is collected here would have to be given back by a driver that is not
     try:
         while number := os.read(todo, 2):
             with suppress(Exception):
