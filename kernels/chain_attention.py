@@ -19,7 +19,7 @@ from torch import Tensor
 from mtp_engine.kernels.ancestry import MAX_NODES
 from mtp_engine.kernels.chain_attention_kernels import blocks_kernel, chain_kernel
 from mtp_engine.kernels.chain_teams import add_up, suits_teams
-from mtp_engine.kernels.launch import cdiv, next_power_of_2, overlap, pdl
+from mtp_engine.kernels.launch import cdiv, next_power_of_2, overlap, pdl, warpgroups
 from mtp_engine.kernels.tree_attention import Plan, head_blocks
 from mtp_engine.kernels.tree_attention_kernels import LOG2E
 
@@ -71,24 +71,21 @@ def chain_plan(dtype: torch.dtype, nodes: int, heads: int, kv_heads: int, dim: i
         return plan
     rows = nodes * (heads // kv_heads)
     depth = 3 if batch * kv_heads <= 132 else 1  # one program may have a multiprocessor to itself (measured on an H100)
-    return (
-        replace(plan, rows=64, warps=4, depth=depth)
-        if rows <= 64
-        else replace(plan, rows=128, warps=8, depth=2, teams=False)
-    )
+    return replace(plan, rows=64, warps=4, depth=depth) if rows <= 64 else replace(plan, rows=128, warps=8, depth=2)
 
 
 def chain_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, lengths: Tensor, first: Tensor | None, *, page_size: int,
     wrap: int, window: int, scale: float, sink: Tensor | None, plan: Plan | None = None,
-    packed: Packed | None = None, fresh: tuple[Tensor, Tensor] | None = None,
+    packed: Packed | None = None, fresh: tuple[Tensor, Tensor] | None = None, teams: bool = True,
 ) -> Tensor:  # fmt: skip
     """Attention of any number of new rows per request, row i at position lengths[b] + i, above row i + 1; all their keys and
     values are in the cache already.
 
     Arguments as for `tree_attention`, but first may be None: 0 everywhere. scale must be positive. packed: q is
     [1, N, Hq, Dk], with the rows of one request behind those of the other. fresh: these rows' own keys and values,
-    [N, Hkv, Dk] and [N, Hkv, Dv], where they are packed, windowed, and not in the cache yet.
+    [N, Hkv, Dk] and [N, Hkv, Dv], where they are packed, windowed, and not in the cache yet. teams: kernels/chain_teams.py may
+    serve the call, if it can; that changes no bit.
     Returns [B, N, Hq, Dv], or [1, N, Hq, Dv], in q's dtype.
     """
     (nodes, heads, dim), batch = q.shape[1:], len(lengths)
@@ -101,15 +98,13 @@ def chain_attention(
     new = torch.zeros if packed and packed.padded else torch.empty
     out = new(*q.shape[:3], v_dim, dtype=q.dtype, device=q.device)
     when = overlap(q.shape[0] * q.shape[1])
+    simple = not window and packed is None and first is None and sink is None
+    if teams and simple and warpgroups() and suits_teams(q, k_cache, v_cache, page_size, plan.tile):
+        given = page_size, plan.splits, when
+        return add_up(q, k_cache, v_cache, pages, lengths, out, *given, scale=scale)
     taken = min(plan.rows // group, plan.tile)
     per = cdiv(min(nodes, plan.tile), taken)
     tiles = 1 + cdiv(nodes - 1, plan.tile)  # of positions: the first row may stand anywhere in its own
-    simple = not window and packed is None and first is None and sink is None
-    if plan.teams and simple and suits_teams(k_cache, v_cache, page_size, plan.tile):
-        add_up(
-            q, k_cache, v_cache, pages, lengths, out, page_size=page_size, scale=scale, splits=plan.splits, when=when
-        )
-        return out
     blocks = packed.blocks(plan.tile, taken) if packed else None
     grid = (tiles * per * kv_heads, batch) if blocks is None else (len(blocks) * kv_heads, 1)
     k_new, v_new = fresh or (k_cache, v_cache)

@@ -24,12 +24,9 @@ import torch
 from torch import Tensor
 
 from mtp_engine.kernels.ancestry import MAX_NODES
-from mtp_engine.kernels.chain_teams import add_up, suits_teams
-from mtp_engine.kernels.launch import cdiv, next_power_of_2, pdl, warpgroups
+from mtp_engine.kernels.launch import cdiv, next_power_of_2, pdl
 from mtp_engine.kernels.reference import attend, visible_bias
 from mtp_engine.kernels.tree_attention_kernels import LOG2E, merge_kernel, runs_kernel
-
-LONG = 4096  # positions from which chains' far keys are fetched by a warp of its own
 
 
 @final
@@ -41,16 +38,14 @@ class Plan:
     rows: block of (node, head) rows that share a tile's keys; with tensor cores 16 per warp or more, so that no sum
     crosses warps and blocks of any size add alike.
     depth: tiles that are fetched ahead.
-    teams: tiles are fetched by a warp of its own (kernels/chain_teams.py), where it can serve a call.
     """
 
     tile: int = 64
-    splits: tuple[int, int, int, int, int] = (128, 32, 1024, 28, 4096)
+    splits: tuple[int, int, int, int, int] = (256, 16, 1024, 28, 2048)
     rows: int = 64
     warps: int = 4
     depth: int = 2
     merge_warps: int = 1
-    teams: bool = False
 
     @classmethod
     def default(cls, dtype: torch.dtype, rows: int, kv_heads: int, dim: int, bound: int = 0) -> "Plan":
@@ -59,12 +54,10 @@ class Plan:
         # measured: wide heads gain more from two programs per multiprocessor, unless each has many tiles to read
         depth = 2 if dim <= 64 or bound > 4096 else 1
         # few heads make few programs: shorter splits keep more of the GPU busy
-        splits = (128, 32, 1024, 28, 4096) if kv_heads >= 8 else (128, 32, 512, 56, 4096)
+        splits = (256, 16, 1024, 28, 2048) if kv_heads >= 8 else (128, 32, 512, 56, 4096)
         if dtype == torch.float32:  # without tensor cores; only exact, not fast
             return cls(splits=splits, rows=16, warps=8, depth=0)
-        if rows > 64:
-            return cls(splits=splits, rows=128, warps=8, depth=depth)
-        return cls(splits=splits, depth=depth, teams=warpgroups())
+        return cls(splits=splits, depth=depth) if rows <= 64 else cls(splits=splits, rows=128, warps=8, depth=depth)
 
     def far(self, bound: int) -> int:
         """How many splits the far keys of a row at position bound - 1 fall into."""
@@ -99,7 +92,7 @@ def head_blocks(dim: int) -> tuple[int, int]:
 def tree_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, lengths: Tensor, positions: Tensor, paths: Tensor,
     first: Tensor, *, page_size: int, wrap: int, window: int, bound: int, scale: float, sink: Tensor | None,
-    scratch: Scratch | None = None, plan: Plan | None = None, chain: bool = False,
+    scratch: Scratch | None = None, plan: Plan | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of up to 64 new rows per request, whose own keys and values are already in the cache.
 
@@ -109,8 +102,7 @@ def tree_attention(
     has slot lengths[b] + j. lengths, first: [B] int64, tokens cached and the first position that has a key (a row
     always sees itself). positions: [B, N] int64; paths: [B, N, N] int32 from `ancestry`. window: keys a row sees,
     itself included, 0 = all. bound: no lengths[b] + N exceeds it; it decides the grid, and programs that find nothing
-    to do are cheap but not free. scale: of the scores. sink: [Hq] logits that join the denominator. chain: row i + 1 is below
-    row i, and first is 0 everywhere.
+    to do are cheap but not free. scale: of the scores. sink: [Hq] logits that join the denominator.
     Returns [B, N, Hq, Dv] in q's dtype.
     """
     batch, nodes, heads, dim = q.shape
@@ -136,18 +128,12 @@ def tree_attention(
     shared |= {"TILE": plan.tile, "SPLITS": plan.splits, "SINK": sink is not None, "PDL": pdl(), "launch_pdl": pdl()}
     shared |= {"enable_fp_fusion": False}
     whole, rest = head_blocks(dim)
-    if splits and chain and plan.teams and bound > LONG and suits_teams(k_cache, v_cache, page_size, plan.tile):
-        add_up(
-            q, k_cache, v_cache, pages, lengths, acc, stats, page_size=page_size, scale=scale, splits=plan.splits, when=pdl(),
-            apart=splits,
-        )  # fmt: skip
-    else:
-        runs_kernel[splits * cdiv(nodes * group, plan.rows) * kv_heads + nodes * kv_heads, batch](
-            q, k_cache, v_cache, pages, lengths, positions, paths, first, out if sink is None else sink, out, acc, stats,
-            *q.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2], positions.stride(0), pages.stride(0), wrap,
-            nodes, splits, scale * LOG2E.value, DK=dim, D0=whole, D1=rest, PAGE=page_size, WINDOW=window, ROWS=plan.rows,
-            DEPTH=plan.depth, WHOLE=splits == 0, num_warps=plan.warps, **shared,
-        )  # fmt: skip
+    runs_kernel[splits * cdiv(nodes * group, plan.rows) * kv_heads + nodes * kv_heads, batch](
+        q, k_cache, v_cache, pages, lengths, positions, paths, first, out if sink is None else sink, out, acc, stats,
+        *q.stride()[:3], *k_cache.stride()[:2], *v_cache.stride()[:2], positions.stride(0), pages.stride(0), wrap,
+        nodes, splits, scale * LOG2E.value, DK=dim, D0=whole, D1=rest, PAGE=page_size, WINDOW=window, ROWS=plan.rows,
+        DEPTH=plan.depth, WHOLE=splits == 0, num_warps=plan.warps, **shared,
+    )  # fmt: skip
     if splits:
         merge_kernel[(batch * nodes * heads,)](
             acc, stats, lengths, positions, first, out if sink is None else sink, out, positions.stride(0), nodes,

@@ -26,10 +26,10 @@ _EXPERTS = {
 }  # fmt: skip
 _BOXES = f"tensordesc<bf16[64, 128], {NVMMASharedLayout(128, 16, 2)!r}>"
 _CHAINS = {
-    "q": "*bf16", "k_cache": _BOXES, "v_cache": _BOXES, "pages": "*i32", "lengths": "*i64", "out": "*bf16", "stats": "*fp32",
-    **dict.fromkeys(("q_batch", "q_node", "q_head", "page_stride", "batch", "nodes", "units", "splits", "blocks", "per"), "i32"),
-    "scale": "fp32", "GROUP": 4, "KV_HEADS": 8, "DK": 128, "DV": 128, "PAGE": 64, "SPLITS": (128, 32, 1024, 28, 4096),
-    "TAKEN": 16, "STAGES": 6, "APART": False, "PDL": 3,
+    "q": "*bf16", "k_cache": _BOXES, "v_cache": _BOXES, "pages": "*i32", "lengths": "*i64", "out": "*bf16",
+    **dict.fromkeys(("q_batch", "q_node", "q_head", "page_stride", "nodes", "units"), "i32"), "scale": "fp32",
+    "GROUP": 4, "KV_HEADS": 8, "DK": 128, "DV": 128, "PAGE": 64, "SPLITS": (128, 32, 1024, 28, 4096),
+    "STAGES": 6, "PDL": 3,
 }  # fmt: skip
 
 
@@ -55,4 +55,3 @@ if __name__ == "__main__":
         compiled(many, 4, _EXCHANGE, TERMS=8, EVEN=even, BLOCK=1024)
     compiled(moe_kernels.gate_up_kernel, 4, _EXPERTS)
     compiled(chain_teams_kernel, 4, _CHAINS)
-    compiled(chain_teams_kernel, 4, _CHAINS, APART=True, out="*fp32")

@@ -150,7 +150,7 @@ class ExactAttention:
         batch, nodes = rows.positions.shape
         if suits_forest(batch, nodes, k.shape[1], rows.bound):
             return forest_attention(*tree, **given)
-        return tree_attention(*tree, bound=rows.bound, chain=self._straight and rows.first is None, **given)
+        return tree_attention(*tree, bound=rows.bound, **given)
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, sink: Tensor | None = None
