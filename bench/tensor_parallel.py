@@ -95,6 +95,7 @@ def default(config: EngineConfig, prompts: int, tokens: int) -> dict[str, Any]:
         loaded = time.perf_counter()
         drafted = engine.generate(asked, params)
         between = time.perf_counter()
+        click.echo(f"loaded in {loaded - began:.1f} s, drafted in {between - loaded:.1f} s", err=True)
         with engine.undrafted() as undrafted:
             plain = [answer.token_ids for answer in undrafted.generate(asked, params)]
     return {
