@@ -29,6 +29,7 @@ from mtp_engine.models.export import fp8_settings, write_json
 from mtp_engine.models.fields import Fields
 from mtp_engine.models.make_tiny import TINY
 from mtp_engine.models.tensors import main_tensors, mtp_tensors
+from mtp_engine.parallel.processes import new_store
 
 _LAYER = {  # the real model's heads and FP8 block; width and experts scaled down
     "hidden_size": 2048, "head_dim": 192, "v_head_dim": 128, "swa_head_dim": 192, "swa_v_head_dim": 128,
@@ -53,7 +54,9 @@ def write(folder: Path, gigabytes: float, fp8: bool, sizes: dict[str, Any]) -> P
     drawn = torch.randn(1 << 20)
     kinds = {"F8_E4M3": (drawn * 48).to(FP8), "BF16": drawn.bfloat16(), "F32": drawn.abs()}
     main = list(main_tensors(config))
-    files = {f"model-{n}": main[n::4] for n in range(4)} | {"model_mtp": list(mtp_tensors(config, mtp, names))}
+    quarter = -(-len(main) // 4)
+    files = {f"model-{n}": main[n * quarter : (n + 1) * quarter] for n in range(4)}
+    files["model_mtp"] = list(mtp_tensors(config, mtp, names))
     folder.mkdir(parents=True)
     write_json(folder / "config.json", raw)
     for name, tensors in files.items():
@@ -99,23 +102,28 @@ def resident_bytes(root: Any) -> int:
     return sum(seen.values())
 
 
-def child(folder: Path, dtype: str, dequantize: bool, rank: int, ranks: int, cores: int, device: str) -> None:
-    """Load a rank's share once, when told to, and print what it took."""
+def child(
+    folder: Path, dtype: str, dequantize: bool, rank: int, ranks: int, cores: int, port: int, device: str
+) -> None:
+    """Load a rank's share once, when told to, and print what it took. port: where ranks on GPUs meet, which exchange columns."""
     import time
 
     from mtp_engine.kernels.linear import packed_is_faster
     from mtp_engine.models import loader
     from mtp_engine.parallel.group import Group
+    from mtp_engine.parallel.processes import Processes, join_store
     from mtp_engine.parallel.shard import Shard
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[rank * cores : (rank + 1) * cores])
     torch.set_num_threads(cores)
-    group, where = (
-        Group(Shard(rank, ranks)),
-        torch.device(f"cuda:{rank % torch.cuda.device_count()}" if device == "cuda" else "cpu"),
-    )
-    torch.zeros(1, device=where)
-
+    where = torch.device(f"cuda:{rank % torch.cuda.device_count()}" if device == "cuda" else "cpu")
+    group = Group(Shard(rank, ranks))
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+        if port:
+            group = Processes(join_store(port, ranks), group.shard, where, kernels=True).group
+        group.gather(torch.zeros(1 << 20, dtype=torch.int32, device=where))  # compiles it
+        torch.cuda.synchronize()
     for file in folder.glob("*.safetensors"):  # into the page cache, not into this process
         subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)
     packed_is_faster()  # measured once per process; not part of loading
@@ -137,10 +145,13 @@ def child(folder: Path, dtype: str, dequantize: bool, rank: int, ranks: int, cor
 
 def together(folder: Path, dtype: str, dequantize: bool, ranks: int, cores: int, device: str) -> dict[str, Any]:
     """One loading by so many processes: the slowest one's seconds and the largest peak, and what rank 0 says of the rest."""
+    store = new_store(ranks) if ranks > 1 and device == "cuda" else None
     command = [sys.executable, __file__, "--child", str(folder), dtype, str(int(dequantize))]
     children = [
         subprocess.Popen(
-            [*command, str(rank), str(ranks), str(cores), device], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [*command, str(rank), str(ranks), str(cores), str(store.port if store else 0), device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         for rank in range(ranks)
     ]
@@ -180,7 +191,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="Where checkpoints stay; those that are there are taken.")
     parser.add_argument("--write", action="store_true", help="Write them and measure nothing.")
-    parser.add_argument("--child", nargs=7)
+    parser.add_argument("--child", nargs=8)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
     if options.child:
