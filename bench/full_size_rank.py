@@ -55,6 +55,8 @@ class Echo:
     """An Exchange of one process that stands for all ranks: what the others would bring is what it brings itself. Its sums
     mean nothing; a rank's own work takes as long as it would among others."""
 
+    fast = False
+
     def __init__(self, size: int) -> None:
         self._size = size
 
@@ -70,6 +72,8 @@ class Echo:
 class Loopback:
     """Echo on a GPU, through the kernel that ranks talk with: what is sent to a rank comes in where that rank's would. Larger
     sums than it is made for are multiplied, or those over experts left as they are."""
+
+    fast = False
 
     def __init__(self, size: int, device: torch.device) -> None:
         slot = 128 * 8  # bytes of a rank's packets
@@ -242,7 +246,7 @@ class Rank:
 def work() -> None:
     job = Job(**json.loads(sys.argv[1]))
     index = 0 if job.alone else job.rank
-    device = torch.device(f"cuda:{index}" if job.device == "cuda" else "cpu")
+    device = torch.device(f"cuda:{index % torch.cuda.device_count()}" if job.device == "cuda" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

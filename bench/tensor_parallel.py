@@ -7,6 +7,7 @@ end all?
 equal: of mimo-nano and of tiny random models, answers that are the same token for token: drafted and plain on the ranks, and
 both against one process (in bf16, and between kernels and torch, a near tie may flip). times: of a decoding step. killed:
 seconds from kill -9 of the last rank, in the midst of an answer, until its one line is out, and which ranks are left.
+default: texts of the default model, whose heads only 3 ranks can share; on fewer GPUs ranks share one of those, in turns.
 On GPUs: exchange: bits and times of sums and gatherings; 7b: MiMo-7B's shape on one GPU and on all of them, steps and texts;
 smol: texts of the default model's shape, which 3 divides; flash: as many of MiMo-V2-Flash's layers as --layers says, layer by
 layer and in whole steps (see full_size.py).
@@ -23,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from common import conditions, require_commit, run
+import torch
+from common import ROOT, conditions, encode, read_prompts, require_commit, run
 from full_size import Limits, Part, measured
 from full_size_rank import Job
 
-from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
+from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape, team
+from mtp_engine.config import DEFAULT_MODEL
 from mtp_engine.errors import EngineError
 from mtp_engine.models.make_tiny import make_tiny
 from mtp_engine.runtime.lead import Leader
@@ -73,6 +76,42 @@ def equal(name: str, config: EngineConfig, tokens: int) -> dict[str, Any]:
         "drafted_as_plain": same(drafted, plain),
         "plain_as_one_process": same(plain, alone),
     }
+
+
+def default(config: EngineConfig, prompts: int, tokens: int) -> dict[str, Any]:
+    """Texts of the default model, every other one at temperature 0.8: drafted as plain, and plain as on one GPU."""
+    if config.device == "cuda" and torch.cuda.device_count() < config.tensor_parallel:
+        share_gpus(torch.cuda.device_count())
+    rows = read_prompts(ROOT / "bench/prompts/bench_core.jsonl", prompts)
+    with Engine.load(DEFAULT_MODEL, replace(config, tensor_parallel=1, tree=None, drafter="root")) as one:
+        asked = [ids for _, ids in encode(one, rows, config.max_context - tokens)]
+        params = [
+            SamplingParams(max_tokens=tokens, temperature=0.8 * (number % 2), seed=number)
+            for number in range(len(asked))
+        ]
+        alone = [answer.token_ids for answer in one.generate(asked, params)]
+    began = time.perf_counter()
+    with Engine.load(DEFAULT_MODEL, config) as engine:
+        loaded = time.perf_counter()
+        drafted = engine.generate(asked, params)
+        between = time.perf_counter()
+        click.echo(f"loaded in {loaded - began:.1f} s, drafted in {between - loaded:.1f} s", err=True)
+        with engine.undrafted() as undrafted:
+            plain = [answer.token_ids for answer in undrafted.generate(asked, params)]
+    return {
+        "answers": len(asked), "tokens": sum(map(len, plain)),
+        "drafted_as_plain": same([answer.token_ids for answer in drafted], plain),
+        "plain_as_one_process": same(plain, alone),
+        "accepted_length": sum(map(len, plain)) / sum(answer.stats.steps for answer in drafted),
+        "load_s": loaded - began, "drafted_s": between - loaded, "plain_s": time.perf_counter() - between,
+    }  # fmt: skip
+
+
+def share_gpus(count: int) -> None:
+    """Ranks beyond `count` take GPUs that others have: the driver lets their processes run in turns, some milliseconds each."""
+    team._device = lambda config, rank: f"cuda:{rank % count}"
+    team._check_devices = lambda config, size: None
+    team._check_memory = lambda config, files, gpus: None
 
 
 def same(first: Sequence[list[int]], second: Sequence[list[int]]) -> int:
@@ -144,10 +183,11 @@ def killed(name: str, config: EngineConfig) -> dict[str, Any]:
 @click.option("--layers", default=18, type=click.IntRange(1), help="Of MiMo-V2-Flash.")
 @click.option("--batch", "batches", multiple=True, default=[1, 16], type=click.IntRange(1), help="Of MiMo-7B's steps.")
 @click.option("--bandwidth", default=3.06, show_default=True, help="TB/s of a GPU, for floors; 4.2 for an H200.")
+@click.option("--prompts", default=40, show_default=True, type=click.IntRange(1), help="Of the part `default`.")
 @click.option("--budget", default=200.0, help="Seconds of each part on GPUs, after which nothing more is begun in it.")
 def main(
     device: str, dtype: Any, ranks: int, tokens: int, parts: str, layers: int, batches: tuple[int, ...], bandwidth: float,
-    budget: float,
+    prompts: int, budget: float,
 ) -> None:  # fmt: skip
     commit = require_commit()
     kinds = parts.split(",")
@@ -159,6 +199,8 @@ def main(
     for kind in ("exchange", "7b", "smol", "flash"):
         if kind in kinds:
             found[kind] = on_gpus(kind, ranks, layers, batches, budget, bandwidth * 1e12)
+    if "default" in kinds:
+        found["default"] = default(replace(config, tree=TreeShape.parse("chain:3"), max_batch=20), prompts, tokens)
     if "equal" in kinds:
         found["equal"] = all_equal(config, tokens)
     if "times" in kinds:

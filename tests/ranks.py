@@ -21,7 +21,8 @@ T = TypeVar("T")
 class Meeting:
     """What every rank brings, laid out for all to read (an Exchange for each)."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, fast: bool = False) -> None:
+        self.fast = fast
         self.brought: list[Any] = [None] * size
         self.barrier = threading.Barrier(size, timeout=60)
         self.turn: threading.Lock | None = None  # held by who computes, where only one may
@@ -42,7 +43,7 @@ class Meeting:
 
 class Seat:
     def __init__(self, meeting: Meeting, rank: int) -> None:
-        self._meeting, self._rank = meeting, rank
+        self._meeting, self._rank, self.fast = meeting, rank, meeting.fast
 
     def gather(self, x: Tensor, *, join: bool = False) -> Tensor:
         assert x.is_contiguous()
@@ -58,9 +59,10 @@ class Seat:
         return ordered_sum(self.gather(weighted(partial, weights)), dtype, residual)
 
 
-def together(size: int, work: Callable[[Group], T], *, in_turns: bool = False) -> list[T]:
-    """What `work` returns on every rank. in_turns: only one computes at a time, as Triton's interpreter wants it."""
-    meeting = Meeting(size)
+def together(size: int, work: Callable[[Group], T], *, in_turns: bool = False, fast: bool = False) -> list[T]:
+    """What `work` returns on every rank. in_turns: only one computes at a time, as Triton's interpreter wants it. fast: what
+    their exchanges say of themselves."""
+    meeting = Meeting(size, fast)
     meeting.turn = threading.Lock() if in_turns else None
 
     def one(rank: int) -> T:

@@ -31,7 +31,7 @@ from mtp_engine.config import AttentionConfig, EngineConfig, RopeConfig, Samplin
 from mtp_engine.drafters import MTPDrafter, RootDrafter, TorchDraftOps
 from mtp_engine.drafters.expand import Growth, Level
 from mtp_engine.errors import EngineError
-from mtp_engine.models import loader
+from mtp_engine.models import checkpoint, loader, weights
 from mtp_engine.models.checkpoint import Checkpoint, Part
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.models.make_tiny import make_tiny
@@ -105,6 +105,14 @@ def test_ranks_compute_what_one_process_does(model: tuple[Path, Path], size: int
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_ranks_that_exchange_what_they_read(model: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows for columns, a few matrices at a time: the weights are the same."""
+    monkeypatch.setattr(weights, "_STAGED", 1 << 14)
+    expected = together(2, lambda group: read(*model, group, torch.bfloat16))
+    found = together(2, lambda group: read(*model, group, torch.bfloat16), fast=True)
+    assert all(torch.equal(a, b) for rank in range(2) for a, b in zip(found[rank], expected[rank], strict=True))
+
+
 def test_bf16_sums_are_rounded_once(model: tuple[Path, Path]) -> None:
     """The same bits on all ranks, and no further from fp32 than one process is."""
     with torch.inference_mode():
@@ -116,9 +124,9 @@ def test_bf16_sums_are_rounded_once(model: tuple[Path, Path]) -> None:
     assert shared < 1.3 * single
 
 
-@pytest.mark.parametrize("family", ["mimo_v2_flash", "mimo"])
-def test_a_rank_reads_its_share(family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no more: what `inspect --tensor-parallel` says it would hold."""
+@pytest.mark.parametrize(("family", "fast"), [("mimo_v2_flash", True), ("mimo_v2_flash", False), ("mimo", False)])
+def test_a_rank_reads_its_share(family: Any, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no more: what `inspect --tensor-parallel` says it would hold. fast: ranks exchange columns, and read none."""
     folder = make_tiny(tmp_path, family=family)
     config, mtp = loader.read_config(folder), loader.read_mtp_config(folder)
     taken, fill = Counter[int](), Checkpoint.fill
@@ -129,7 +137,9 @@ def test_a_rank_reads_its_share(family: Any, tmp_path: Path, monkeypatch: pytest
         fill(self, each)
 
     monkeypatch.setattr(Checkpoint, "fill", counted)
-    together(2, lambda group: load(folder, folder, group))
+    if fast:
+        monkeypatch.setattr(checkpoint, "_read_columns", lambda *_: pytest.fail("columns are read"))
+    together(2, lambda group: load(folder, folder, group, torch.bfloat16), fast=fast)
     share = loader.share(folder, config, mtp, 2)
     assert taken.total() == 2 * sum(share.weights.values())
     whole = loader.plan(folder, config, mtp)

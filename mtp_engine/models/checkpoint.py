@@ -25,7 +25,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_PIECE = 16 << 20  # bytes that one thread reads at a time
+_PIECE = 8 << 20  # bytes that one thread reads at a time
 _BAND = 1 << 20  # bytes of rows of which some columns are taken; they stay in a cache meanwhile
 _LONGEST_HEADER = 100 << 20
 _Piece = tuple[Path, int, memoryview]  # a file, an offset in it, and where its bytes go

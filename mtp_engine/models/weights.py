@@ -1,7 +1,8 @@
 """From named tensors to layers: stacked once in the memory where they stay, FP8 kept with its scales or dequantised."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal, final
 
 import torch
@@ -16,6 +17,7 @@ from mtp_engine.models.layers import LinearMap
 from mtp_engine.parallel.group import Group
 from mtp_engine.parallel.linear import SummedLinear
 
+_STAGED = 64 << 20  # bytes of the host's memory through which weights get to a GPU
 Parts = Sequence[tuple[str, int]]
 """Matrices that are stacked into one: the name without `.weight`, and the rows of each."""
 
@@ -182,24 +184,59 @@ class Weights:
         return BlockLinear(BlockMatrix(stack.data[0], stack.scale[0], stack.rows, stack.block), bias)
 
     def _plain(self, names: Sequence[Parts], cut: Cut) -> Tensor:
-        """[len(names), rows, columns] in the engine's dtype, read in place where that is how they are stored."""
+        """[len(names), rows, columns] in the engine's dtype."""
+        stored = {self.checkpoint.torch_dtype(f"{name}.weight") for parts in names for name, _ in parts}
+        if stored == {self.dtype}:
+            return self._stored(names, cut, self.dtype)
         out = empty((len(names), *cut.shape), self.dtype, self.device)
-        slots = _slots(names, cut, out)
-        direct = self.device.type == "cpu"
-        in_place = [(p, t) for p, t in slots if direct and self.checkpoint.torch_dtype(p.name) == self.dtype]
-        self.checkpoint.fill(in_place)
-        done = {part.name for part, _ in in_place}
-        for part, target in slots:
-            if part.name not in done:
-                target.copy_(self.checkpoint.part(part))
+        for part, target in _slots(names, cut, out):
+            target.copy_(self.checkpoint.part(part))
         return out
+
+    def _stored(self, names: Sequence[Parts], cut: Cut, dtype: torch.dtype) -> Tensor:
+        """[len(names), rows, columns] of matrices that are stored in this dtype: on a CPU read in place, otherwise a few at a
+        time."""
+        own, out = self._read_by(cut, dtype), empty((len(names), *cut.shape), dtype, self.device)
+        if self.device.type == "cpu" and own is cut:
+            self.checkpoint.fill(_slots(names, cut, out))
+            return out
+        largest = max(prod(cut.shape), prod(own.shape) * self.group.size) * dtype.itemsize
+        count = max(1, _STAGED // largest)
+        for start in range(0, len(names), count):
+            target = out[start : start + count]
+            staged = self._stage((len(target), *own.shape), dtype)
+            self.checkpoint.fill(_slots(names[start : start + count], own, staged))
+            if own is cut:
+                target.copy_(staged, non_blocking=True)
+                continue
+            sent = staged.to(self.device, non_blocking=True).view(torch.int32)
+            every = self.group.gather(sent).view(dtype)
+            columns = every[..., cut.columns.start : cut.columns.stop].transpose(0, 1)  # [names, ranks, rows, columns]
+            target.view(columns.shape).copy_(columns)
+        return out
+
+    def _read_by(self, cut: Cut, dtype: torch.dtype) -> Cut:
+        """What this rank reads for its cut: of a matrix that is divided by columns, which lie apart in a file, whole rows, a
+        rank's part of them, where ranks exchange them faster than they are read."""
+        rows = cut.shape[0]
+        if not self.group.fast or len(cut.columns) == cut.width or len(cut.parts) > 1:
+            return cut
+        if rows % self.group.size or cut.width * dtype.itemsize % 4:
+            return cut
+        return replace(cut, rows=[self.group.shard.part(rows)], columns=range(cut.width))
+
+    def _stage(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The host's memory for what is on its way to the device: pinned for a GPU, which fetches it while more is read. PyTorch
+        gives it out again once it has been fetched."""
+        if self.device.type == "cpu" or prod(shape) * dtype.itemsize > _STAGED:
+            return empty(shape, dtype)
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def _blocks(self, names: Sequence[Parts], cut: Cut, grid: Grid) -> BlockMatrix:
         assert self._block is not None
-        data = empty((len(names), *cut.shape), FP8)
-        self.checkpoint.fill(_slots(names, cut, data))
+        data = self._stored(names, cut, FP8)
         rows, scale = cut.grid(grid[0], self._scales(names, cut.width, grid[1]), self._block)
-        return BlockMatrix(data.to(self.device), scale.to(self.device), rows.to(self.device), self._block)
+        return BlockMatrix(data, scale.to(self.device), rows.to(self.device), self._block)
 
     def _dequantised(self, names: Sequence[Parts], cut: Cut, grid: Grid) -> Tensor:
         assert self._block is not None

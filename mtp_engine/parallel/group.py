@@ -22,6 +22,8 @@ class RankLost(EngineError):
 class Exchange(Protocol):
     """How tensors get from rank to rank. Every rank makes the same calls in the same order."""
 
+    fast: bool  # faster than reading files
+
     def gather(self, x: Tensor, *, join: bool = False) -> Tensor:
         """Contiguous, of the same shape and dtype on every rank -> [size, *shape], in the order of ranks; join: side by
         side, [..., n] -> [..., size * n]."""
@@ -65,6 +67,11 @@ class Group:
     @property
     def size(self) -> int:
         return self.shard.size
+
+    @property
+    def fast(self) -> bool:
+        """Whether ranks exchange tensors faster than they read files."""
+        return self.exchange is not None and self.exchange.fast
 
     def sum(
         self, partial: Tensor, dtype: torch.dtype, residual: Tensor | None = None, weights: Tensor | None = None

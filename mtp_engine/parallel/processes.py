@@ -48,6 +48,8 @@ class Processes:
     """This process among those that share a model (an Exchange). Groups of its own, beside torch's default one: an
     application may have that, and several engines."""
 
+    fast = False
+
     def __init__(
         self, store: Store, shard: Shard, device: torch.device, lost: Lost = lambda patience: "", *, kernels: bool = False
     ) -> None:  # fmt: skip
