@@ -78,10 +78,13 @@ def job_of(recipe: Mapping[str, Any], out: Path, device: str) -> Job:
 
 
 def groups(common: Mapping[str, Any], variants: Variants) -> dict[str, Variants]:
-    """Variants by the name of their corpus."""
+    """Variants by the name of their corpus, which is that of the first that asks for such data."""
+    names: dict[str, str] = {}
     found: dict[str, Variants] = {}
     for name, changes in variants.items():
-        found.setdefault("data" if not _DATA & changes.keys() else f"data-{name}", {})[name] = changes
+        asked = {option: value for option, value in changes.items() if option in _DATA}
+        corpus = names.setdefault(json.dumps(asked, sort_keys=True), f"data-{name}" if asked else "data")
+        found.setdefault(corpus, {})[name] = changes
     return found
 
 
@@ -181,6 +184,7 @@ _ONLY = click.option("--only", multiple=True, help="These variants, and the base
 @_OUT
 @_ONLY
 @click.option("--prompts", default="builtin", show_default=True, help="Held-out ones, as `experiment run` takes them.")
+@click.option("--begin-with", type=click.Path(exists=True, dir_okay=False), help="Prompts that dialogues begin with.")
 @click.option("--limit", default=0, type=COUNT, show_default=True)
 @click.option("--longest", default=1024, type=SOME, show_default=True, help="Tokens of a prompt.")
 @click.option("--max-tokens", default=128, type=SOME, show_default=True)
@@ -198,6 +202,7 @@ def train(commit: Commit, plan: Path, out: Path, only: tuple[str, ...], seconds:
         click.echo(f"{time.monotonic() - begin:7.1f} s  {what}", err=True)
 
     common, variants = read_plan(plan, only)
+    common |= {"prompts": o["begin_with"]} if o["begin_with"] else {}
     for folder in ("layers", "ranks"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     left = {name: each for name, each in variants.items() if not (out / "ranks" / f"{name}.npz").is_file()}
@@ -206,7 +211,10 @@ def train(commit: Commit, plan: Path, out: Path, only: tuple[str, ...], seconds:
     answers = held_out(engine, out, o)
     say(f"{sum(len(each.tokens) for each in answers.values())} held-out answers")
     (out / "conditions.json").write_text(json.dumps({"plan": common, **o, **conditions(commit, device)}))
-    for corpus_name, group in groups(common, left).items():
+    for corpus_name, group in groups(common, variants).items():
+        group = {name: each for name, each in group.items() if name in left}
+        if not group:
+            continue
         jobs = {
             name: job_of({**common, "data": out / corpus_name, **changes}, out / "layers" / name, device)
             for name, changes in group.items()
@@ -220,6 +228,7 @@ def train(commit: Commit, plan: Path, out: Path, only: tuple[str, ...], seconds:
         say(f"{corpus_name}: trained {', '.join(group)}")
         keep(trainers, jobs, answers, engine.model, out)
         say(f"{corpus_name}: ranked")
+        trainers.clear()  # the next corpus needs the memory
 
 
 def results_of(out: Path, name: str, trees: tuple[str, ...], vocabulary: int) -> Iterator[Result]:
@@ -252,21 +261,24 @@ def results_of(out: Path, name: str, trees: tuple[str, ...], vocabulary: int) ->
 @click.option("--tree", "trees", multiple=True, default=["chain:3", "4x2x2"], show_default=True)
 @click.option("--vocabulary", default=SIZES[-1], type=click.Choice(SIZES), show_default=True)
 @click.option("--category", default=ALL, show_default=True, help="Of prompts.")
-def table(plan: Path, out: Path, only: tuple[str, ...], trees: tuple[str, ...], vocabulary: int, category: str) -> None:
-    """Compare what `train` has noted with the base, prompt by prompt."""
+@click.option("--against", default=BASE, show_default=True, help="The variant that others are compared with.")
+def table(
+    plan: Path, out: Path, only: tuple[str, ...], trees: tuple[str, ...], vocabulary: int, category: str, against: str
+) -> None:
+    """Compare what `train` has noted with the base, or with another variant, prompt by prompt."""
     _, variants = read_plan(plan, only)
     shown = Table("variant", "setting", "base", "variant's", "difference [95% interval]", "verdict")
-    base, found = list(results_of(out, BASE, trees, vocabulary)), []
+    base, found = list(results_of(out, against, trees, vocabulary)), []
     for name, changes in variants.items():
-        if name == BASE or not (out / "ranks" / f"{name}.npz").is_file():
+        if name == against or not (out / "ranks" / f"{name}.npz").is_file():
             continue
         for row in compare(base, list(results_of(out, name, trees, vocabulary))):
             if row.category == category:
                 apart = row.difference
                 shown.add_row(name, row.name, f"{row.first:.3f}", f"{row.second:.3f}",
                               f"{apart.value:+.3f} [{apart.low:+.3f}, {apart.high:+.3f}]", row.verdict)  # fmt: skip
-                found.append({"variant": name, "changes": changes, "setting": row.name, "category": category,
-                              "prompts": row.prompts, "base": row.first, "variants": row.second,
+                found.append({"variant": name, "against": against, "changes": changes, "setting": row.name,
+                              "category": category, "prompts": row.prompts, "base": row.first, "variants": row.second,
                               "difference": apart.value, "interval": [apart.low, apart.high]})  # fmt: skip
     Console(stderr=True, width=150).print(shown)
     about = json.loads((out / "conditions.json").read_text())

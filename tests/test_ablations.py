@@ -45,6 +45,16 @@ def test_every_variant_of_the_plan_is_a_job(ablations: ModuleType, tmp_path: Pat
     assert len(groups["data"]) == len(others) + 1
 
 
+def test_variants_of_the_same_text_share_it(ablations: ModuleType) -> None:
+    _, variants = ablations.read_plan(BENCH / "grids" / "mixes.toml", ())
+    groups = {corpus: list(group) for corpus, group in ablations.groups({}, variants).items()}
+    assert groups == {
+        "data": ["base", "slow", "fast", "adamw", "adamw-fast", "mixed-on"],
+        "data-greedy": ["greedy", "greedy-on"],
+        "data-warm": ["warm", "warm-on"],
+    }
+
+
 def test_side_by_side_is_one_by_one(ablations: ModuleType, tmp_path: Path) -> None:
     """Weights after some steps are those of a run of one's own, whatever the others read and draft."""
     folder = write_llama(tmp_path / "main")

@@ -233,7 +233,10 @@ def batch_size(model: Decoder, settings: "DialogueSettings") -> int:
     attentions = [layer.attention for layer in model.config.layers]
     cached = sum(a.kv_heads * (a.qk_dim + a.v_dim) for a in attentions) * size  # bytes per token
     per_row = settings.length * (cached + 32) + 3 * size * model.vocab_size
-    free = int(0.8 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else _CPU_BYTES
+    free = _CPU_BYTES
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what training took before is free, too
+        free = int(0.8 * torch.cuda.mem_get_info(device)[0])
     room = model.group.gather(torch.tensor([free // per_row], device=device))  # of every rank
     most = max(1, min(_MOST_ROWS, settings.rows, int(room.min())))
     return -(-settings.rows // -(-settings.rows // most))

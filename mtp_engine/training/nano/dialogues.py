@@ -16,9 +16,9 @@ from mtp_engine.training.nano.prompts import write_prompts
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--writer", default=DEFAULT_MODEL, show_default=True)
-@click.option("--shards", type=click.IntRange(min=1), default=14, show_default=True)
+@click.option("--shards", type=click.IntRange(min=1), default=20, show_default=True)
 @click.option("--rows", type=click.IntRange(min=1), default=8192, show_default=True, help="Answers in a shard.")
-@click.option("--temperatures", default="0:0.4,0.3:0.4,0.5:0.2", show_default=True, metavar="T:SHARE,..")
+@click.option("--temperatures", default="0:0.2,0.3:0.4,0.5:0.4", show_default=True, metavar="T:SHARE,..")
 @click.option("--device", default="cuda", show_default=True)
 def main(folder: Path, writer: str, shards: int, rows: int, temperatures: str, device: str) -> None:
     """Write SHARDS x ROWS answers to templated prompts into FOLDER, few of them above temperature 0.5: at 0.7 a model of this

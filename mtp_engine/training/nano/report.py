@@ -18,7 +18,7 @@ from mtp_engine.models.decoder import Decoder
 from mtp_engine.text.tokenizer import Tokenizer
 from mtp_engine.training.attention import sequence_hidden
 from mtp_engine.training.evaluate import outside_loops
-from mtp_engine.training.nano.text import Dialogue
+from mtp_engine.training.nano.text import Dialogue, repeated
 
 _BATCH = 16  # dialogues that go through a model together
 _LOGITS = 1 << 26  # that exist at a time
@@ -46,13 +46,15 @@ class Loss:
 @dataclass(frozen=True)
 class Figures:
     """What was measured on held-out prompts. accepted_length: chain:3, T = 0, loops left out; equal: of `prompts` answers,
-    those that are the same tokens without drafting. reference_*: another model's on the same text, 0 = not measured."""
+    those that are the same tokens without drafting; repeated: share of their runs of five words that they said before.
+    reference_*: another model's on the same text, 0 = not measured."""
 
     perplexity: float
     bits_per_byte: float
     accepted_length: float
     equal: int
     prompts: int
+    repeated: float
     reference_bits_per_byte: float = 0.0
 
 
@@ -108,9 +110,15 @@ def evaluate(
     answers = drafting.generate([[{"role": "user", "content": p}] for p in shown], SamplingParams(max_tokens=256))
     figures = Figures(
         loss.perplexity, loss.bits_per_byte, length, sum(a == b for a, b in zip(drafted, alone, strict=True)),
-        len(asked), other,
+        len(asked), repetition(drafting.tokenizer, drafted), other,
     )  # fmt: skip
     return figures, [(p, answer.text) for p, answer in zip(shown, answers, strict=True)]
+
+
+def repetition(tokenizer: Tokenizer, answers: Sequence[Sequence[int]]) -> float:
+    """Share of all answers' runs of five words that stood in their answer before."""
+    counts = [repeated(tokenizer.decode(answer)) for answer in answers]
+    return sum(again for again, _ in counts) / max(1, sum(every for _, every in counts))
 
 
 def write_card(
@@ -121,6 +129,7 @@ def write_card(
         "held-out perplexity per token of its own tokenizer": f"{figures.perplexity:.3f}",
         "held-out bits per byte": f"{figures.bits_per_byte:.4f}",
         "accepted length, chain:3, T = 0, bonus token included, loops left out": f"{figures.accepted_length:.3f}",
+        "runs of five words that an answer has said before, T = 0": f"{figures.repeated:.1%}",
         "answers that are the same tokens without drafting": f"{figures.equal} of {figures.prompts}",
     }
     if figures.reference_bits_per_byte:

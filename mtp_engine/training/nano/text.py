@@ -104,6 +104,12 @@ def _runs(sentence: str) -> list[str]:
     return [" ".join(words[i : i + _RUN]) for i in range(max(1, len(words) - _RUN + 1))]
 
 
+def repeated(text: str) -> tuple[int, int]:
+    """How many of a text's runs of five words stood in it before, and how many runs it has."""
+    runs = _runs(text)
+    return len(runs) - len(set(runs)), len(runs)
+
+
 def train_tokenizer(texts: Iterable[str], vocab: int) -> tokenizers.Tokenizer:
     """Byte-level BPE of `vocab` entries with ChatML's tokens, fewer if the texts do not hold so many."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
