@@ -41,7 +41,7 @@ class Plan:
     """
 
     tile: int = 64
-    splits: tuple[int, int, int, int, int] = (256, 16, 1024, 28, 2048)
+    splits: tuple[int, int, int, int, int] = (256, 16, 512, 24, 2048)
     rows: int = 64
     warps: int = 4
     depth: int = 2
@@ -51,10 +51,12 @@ class Plan:
     def default(cls, dtype: torch.dtype, rows: int, kv_heads: int, dim: int, bound: int = 0) -> "Plan":
         """rows: (node, head) rows that share far keys, or one node's if there are none. They may not decide arithmetic, nor
         may `bound`, see tree_attention. dim: of queries."""
-        # measured: wide heads gain more from two programs per multiprocessor, unless each has many tiles to read
-        depth = 2 if dim <= 64 or bound > 4096 else 1
-        # few heads make few programs: shorter splits keep more of the GPU busy
-        splits = (256, 16, 1024, 28, 2048) if kv_heads >= 8 else (128, 32, 512, 56, 4096)
+        # measured on an H100 (bench/LOG.md). Few heads make few programs, of which shorter splits make more, and wide heads
+        # gain more from two programs per multiprocessor, unless each has many tiles to read
+        splits = (128, 32, 512, 56, 4096)
+        if kv_heads >= 4:
+            splits = (256, 16, 512, 24, 2048) if kv_heads >= 8 else (256, 16, 1024, 60, 4096)
+        depth = 2 if bound > 4096 or (64 < dim <= 128 if bound else dim <= 64) else 1
         if dtype == torch.float32:  # without tensor cores; only exact, not fast
             return cls(splits=splits, rows=16, warps=8, depth=0)
         return cls(splits=splits, depth=depth) if rows <= 64 else cls(splits=splits, rows=128, warps=8, depth=depth)
