@@ -4,7 +4,9 @@ each of its shapes alone, in turns; whether the texts are plain decoding's; and 
     python bench/planner.py --device cuda
 
 Batches decode together, prompts left out: a group of prompts is read, and then all go on until each has said its tokens. At
-batch 1 these are all the prompts. On a CPU it runs, too, and shows nothing.
+batch 1 these are all the prompts. On a CPU it runs, too, with the steps of a GPU, operation by operation, and shows nothing:
+
+    python bench/planner.py --model mimo-nano --batch 2 --limit 8 --tokens 8
 """
 
 import json
@@ -16,13 +18,15 @@ from typing import Any
 
 import click
 import torch
-from common import COUNT, SOME, conditions, encode, read_prompts, require_commit, run
+from common import COUNT, SOME, as_recorded, conditions, encode, read_prompts, require_commit, run
 from rich.console import Console
 from rich.table import Table
 
 from mtp_engine import Engine, EngineConfig, SamplingParams
 from mtp_engine.config import DEFAULT_MODEL, TreeShape
+from mtp_engine.hub import hub
 from mtp_engine.runtime.request import Request
+from mtp_engine.runtime.timing import time_shapes
 
 LONGEST = 400  # tokens of a prompt
 
@@ -113,11 +117,14 @@ def main(**o: Any) -> None:
     begin = time.perf_counter()
     record = {"bench": "planner", **{name: o[name] for name in ("model", "tokens", "max_context")}}
     record |= conditions(commit, o["device"])
-    auto = Engine.load(
-        o["model"],
-        EngineConfig(device=o["device"], max_batch=max(o["batches"]), max_context=o["max_context"], capture="load",
-                     tree=TreeShape.parse("auto")),
+    config = EngineConfig(
+        device=o["device"], max_batch=max(o["batches"]), max_context=o["max_context"], capture="load",
+        tree=TreeShape.parse("auto"), dtype="fp32" if o["device"] == "cpu" else "auto",
     )  # fmt: skip
+    auto = Engine.load(o["model"], config)
+    if o["device"] == "cpu":
+        as_recorded(auto, o["model"])
+        time_shapes(auto.loop, auto.loop.work.shapes, [*map(auto.backend.bucket, o["batches"])], 64, hub.silent)  # type: ignore[arg-type]
     record |= {"load_s": round(time.perf_counter() - begin, 1), "captured": auto.captured}
     plain = auto.undrafted(max_batch=max(o["batches"]))
     with torch.inference_mode():
