@@ -57,6 +57,17 @@ def decode(
     return said, spent, requests
 
 
+def lengthen(prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:
+    """Each with others in front of it, so that it has so many tokens."""
+    text = [token for prompt in prompts for token in prompt]
+    text *= 1 + tokens // len(text)
+    begins = [97 * number % len(text) for number in range(len(prompts))]
+    return [
+        [*text[begin:], *text[:begin]][: tokens - len(prompt)] + prompt
+        for begin, prompt in zip(begins, prompts, strict=True)
+    ]
+
+
 def agree(ours: Sequence[Request], theirs: Sequence[Request]) -> int:
     """How many say the same as far as both went."""
     return sum(a.output[: len(b.output)] == b.output[: len(a.output)] for a, b in zip(ours, theirs, strict=True))
@@ -110,12 +121,13 @@ def measure(
 @click.option("--limit", default=0, type=COUNT, help="Prompts; 0: all.")
 @click.option("--tokens", default=96, type=SOME, show_default=True)
 @click.option("--fixed", default=24, type=COUNT, show_default=True, help="Prompts for which each shape is tried alone.")
+@click.option("--context", default=0, type=COUNT, help="Tokens of each prompt, others in front of it; 0: as it is.")
 @click.option("--max-context", default=1024, type=SOME, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 def main(**o: Any) -> None:
     commit = require_commit()
     begin = time.perf_counter()
-    record = {"bench": "planner", **{name: o[name] for name in ("model", "tokens", "max_context")}}
+    record = {"bench": "planner", **{name: o[name] for name in ("model", "tokens", "context", "max_context")}}
     record |= conditions(commit, o["device"])
     config = EngineConfig(
         device=o["device"], max_batch=max(o["batches"]), max_context=o["max_context"], capture="load",
@@ -132,9 +144,12 @@ def main(**o: Any) -> None:
     click.echo(f"{record['load_s']} s to load; {auto.captured}; plain: {plain.captured}", err=True)
     rows = read_prompts(Path(__file__).parent / "prompts/bench_core.jsonl", o["limit"])
     prompts = [ids for _, ids in encode(auto, rows, LONGEST)]
+    prompts = lengthen(prompts, o["context"]) if o["context"] else prompts
     record["prompts"] = len(prompts)
     planner: Any = auto.loop.work.shapes
-    record["costs_ms"] = {f"{n}/{plan}": round(1000 * each, 4) for (n, plan), each in planner.costs.seconds.items()}
+    record["costs_ms"] = {
+        "/".join(map(str, what)): round(1000 * each, 4) for what, each in planner.costs.seconds.items()
+    }
     found, table = {}, Table("batch", "T", "plain", "auto", "x", "alone", "equal", "trees")
     for batch in o["batches"]:
         usable = prompts if len(prompts) >= batch else prompts * -(-batch // len(prompts))
