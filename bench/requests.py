@@ -152,7 +152,7 @@ def ask(engine: Engine, jobs: Sequence[tuple[list[int], SamplingParams]], at_onc
         steps += 1
         if steps % 10 == 0 and at_once > 1 and loop.scheduler.running:
             while loop._flying:
-                loop._land(*loop._flying.popleft())
+                loop._land()
             if running := [request for request in loop.scheduler.running if request.decoding]:
                 loop.memory.keep(running[-1], apart=True)
                 running[-1].stats.preemptions += 1

@@ -106,7 +106,7 @@ def waves(loop: DecodeLoop, params: Sequence[SamplingParams]) -> list[Request]:
             requests.append(loop.add(prompts()[number], each))
         if number == 4 and (running := [r for r in loop.scheduler.running if not r.finish_reason]):
             while loop._flying:
-                loop._land(*loop._flying.popleft())
+                loop._land()
             loop.scheduler._requeue(next((r for r in running if not r.finish_reason), running[0]))
     while loop.requests:
         loop.step()

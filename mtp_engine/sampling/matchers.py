@@ -44,9 +44,12 @@ class Matchers:
         matcher = self.at(path)
         if matcher is None:
             return len(tokens)
-        known = next((n for n, token in enumerate(tokens) if token < 0 or token in self._eos), len(tokens))
-        valid = int(matcher.validate_tokens(list(tokens[:known])))
-        fit = _canonical(matcher, tokens[:valid])
+        known = len(tokens)
+        for number, token in enumerate(tokens):
+            if token < 0 or token in self._eos:
+                known = number
+                break
+        fit = _canonical(matcher, tokens[: matcher.validate_tokens(tokens[:known])])
         if fit < known or known == len(tokens) or tokens[known] not in self._eos:
             return fit
         ended = self.at(
@@ -55,12 +58,19 @@ class Matchers:
         return len(tokens) if ended is not None and ended.is_accepting() else fit
 
     @property
+    def over(self) -> bool:
+        """Whether the answer has ended."""
+        return self._reached[()] is None
+
+    @property
     def complete(self) -> bool:
-        return bool(self._now.is_accepting())
+        """Whether it matches as it is, or has ended."""
+        return self.over or bool(self._now.is_accepting())
 
     def advance(self, token: int) -> str:
-        """What is wrong with the token; empty if the answer has gone on with it."""
-        over = self._reached[()] is None or token in self._eos
+        """What is wrong with the token; empty if the answer has gone on with it. It has ended with an end of text, and with a
+        token below 0, which says that none was left."""
+        over = token < 0 or self.over or token in self._eos
         self._reached = {(): None if over else self._now}
         if over or self._now.consume_token(token):
             return ""
