@@ -30,7 +30,7 @@ from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.recorded import Captured, Prepared, Uncaptured
 from mtp_engine.runtime.request import Members, Request
 from mtp_engine.runtime.scheduler import Scheduler
-from mtp_engine.runtime.structures import Drafted, Structures
+from mtp_engine.runtime.structures import Drafted, Looked, Structures
 from mtp_engine.sampling.masks import Guide
 from mtp_engine.sampling.matchers import Matchers
 from mtp_engine.sampling.structure import GrammarState
@@ -43,15 +43,18 @@ PARTS: tuple[tuple[type[Any], str, str], ...] = (
     (Captured, "choose", "launch: choose"), (Uncaptured, "draft", "launch: draft"), (Uncaptured, "forward", "launch: model"),
     (Uncaptured, "peek", "launch: peek"), (Uncaptured, "choose", "launch: choose"),
     (GraphRunner, "_host", "launch: copies to the host"),
-    (Structures, "begin", "launch: copies to the host"), (Structures, "_force", "forced: written"),
+    (Structures, "begin", "launch: copies to the host"), (Structures, "look", "launch: copies to the host"),
+    (Structures, "_force", "forced: written"),
     (Guide, "begin", "forced: what steps in flight said"), (GrammarState, "forced", "forced: asked"),
     (Flight, "wait", "waiting: a step to land"), (Drafted, "wait", "waiting: drafts"),
-    (Structures, "_settle", "waiting: masks to be read"), (Structures, "allow", "masks: the rest"),
+    (Looked, "wait", "waiting: what would be chosen"), (Structures, "_settle", "waiting: masks to be read"),
+    (Structures, "allow", "masks: the rest"),
     (Guide, "unfit", "fits: the rest"), (GrammarState, "fits", "fits: the rest"), (Matchers, "fits", "fits: asked"),
     (Guide, "fill", "masks: written"), (GrammarState, "mask", "masks: looked up"), (GrammarState, "_read", "masks: made"),
     (Matchers, "at", "matcher: states behind drafts"), (GrammarState, "_look", "matcher: ways to an end"),
     (Scheduler, "commit", "commit: the rest"), (Request, "take", "commit: tokens and text"),
-    (GrammarState, "advance", "matcher: the answer goes on"), (Scheduler, "_record", "commit: statistics"),
+    (GrammarState, "advance", "matcher: the answer goes on"), (GrammarState, "expect", "matcher: the answer goes on"),
+    (Scheduler, "_record", "commit: statistics"),
     (Scheduler, "_emit", "commit: outputs"),
 )  # fmt: skip
 
@@ -87,18 +90,11 @@ class Clock:
     def running(self) -> Iterator[None]:
         """With a clock in each of PARTS."""
         kept: list[tuple[type[Any], str, Any]] = [(owner, name, owner.__dict__[name]) for owner, name, _ in PARTS]
-        kept.append((Structures, "_looked", Structures.__dict__["_looked"]))
         for owner, name, part in PARTS:
             method = owner.__dict__[name]
             shared = isinstance(method, classmethod)
             timed = self.timed(method.__func__ if shared else method, part)
             setattr(owner, name, classmethod(timed) if shared else timed)  # type: ignore[arg-type]
-        look = Structures._looked
-
-        def later(*given: Any) -> Any:
-            return self.timed(look(*given), "waiting: what would be chosen")
-
-        Structures._looked = self.timed(later, "launch: copies to the host")  # type: ignore[method-assign]
         try:
             yield
         finally:

@@ -59,7 +59,8 @@ class Guide:
             constraint = self._constraints[row]
             assert constraint is not None
             if tokens := said(requests[row]):
-                constraint.expect(tokens)
+                with suppress(Exception):  # `advance` will meet it, too
+                    constraint.expect(tokens)
 
     def forced(self, rows: Sequence[int], most: int) -> dict[int, list[int]]:
         """Of these requests, which have a constraint: the tokens that must come next, `most` at most, where there are any."""

@@ -112,9 +112,7 @@ class GrammarState:
         self._known: dict[tuple[int, ...], Tensor] = {}
         self._looked: dict[tuple[int, ...], Look] = {}
         self._before = Look(), -1  # what was found before the last token, and that token
-        self._ahead = deque[
-            tuple[bool, str]
-        ]()  # of each token that is expected: `complete` before it, what is wrong with it
+        self._ahead = deque[str]()  # of each token that is expected, what is wrong with it
 
     def forced(self, path: tuple[int, ...]) -> list[int]:
         """What the grammar has in one way only, such as the names of members, or the way to the end."""
@@ -168,17 +166,25 @@ class GrammarState:
     @property
     def complete(self) -> bool:
         """Whether the answer so far matches as it is, or has ended."""
-        return self._ahead[0][0] if self._ahead else self._matchers.complete
+        return self._matchers.complete(len(self._ahead))
 
     def expect(self, tokens: Sequence[int]) -> None:
         """See Constraint."""
-        for token in tokens[len(self._ahead) :]:
-            self._ahead.append((self._matchers.complete, self._go(token)))
+        new = tokens[len(self._ahead) :]
+        taken = 0 if self._closer else self._matchers.take(new)
+        if taken:
+            self._known, self._said = {}, self._said + taken
+        self._ahead += [""] * taken
+        for token in new[taken:]:
+            try:
+                self._ahead.append(self._go(token))
+            except Exception as failure:
+                self._ahead.append(str(failure) or type(failure).__name__)
 
     def advance(self, tokens: Sequence[int]) -> None:
         """`tokens` were emitted. Raises EngineError if the grammar forbids one: the masks were not obeyed."""
         for token in tokens:
-            if error := self._ahead.popleft()[1] if self._ahead else self._go(token):
+            if error := self._ahead.popleft() if self._ahead else self._go(token):
                 raise EngineError(f"token {token} does not fit the structure: {error}")
 
     def _go(self, token: int) -> str:
