@@ -1,6 +1,6 @@
 """What the host adds to recorded steps for requests with a structure: drafts that must come, and what may follow each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -22,6 +22,15 @@ Trees = tuple[list[list[int]], list[list[int]], list[int]]
 
 def _truncates(params: SamplingParams) -> bool:
     return params.temperature > 0 and bool(params.top_k or params.top_p < 1 or params.min_p)
+
+
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Where rows, in ascending order, begin and end to follow one another."""
+    first = rows[0]
+    for row, after in zip(rows, [*rows[1:], -1], strict=True):
+        if after != row + 1:
+            yield first, row + 1
+            first = after
 
 
 @final
@@ -149,31 +158,30 @@ class Structures:
         self, given: Given, drafted: Drafted, looked: "Looked | None"
     ) -> Mapping[tuple[int, tuple[int, ...]], str]:
         """Write what may follow the nodes where that decides. Returns Guide.failed. looked: from `look`."""
-        guide, late = drafted.guide, looked.rows if looked else []
-        trees = drafted.wait()
+        guide = drafted.guide
         self._settle()
         if self._masked:
             self._masks.fill_(-1)
-        written = self._written[: given.mask.numel()].view(given.mask.shape)
-        begins = dict.fromkeys(guide.rows if looked is None else [row for row in guide.rows if row not in late], 0)
-        self._fill(guide, written, trees, begins)
+        begins = dict.fromkeys(guide.rows if looked is None else sorted({*guide.rows} - {*looked.rows}), 0)
+        unfit = dict[int, int]()
+        self._write(given, drafted, begins)
         if looked:
-            unfit = guide.unfit(late, looked.wait())
-            self._fill(guide, written, trees, unfit)
-            begins |= unfit
-        self._masked = bool(begins)
-        if begins:
-            first, last = min(begins), max(begins) + 1
-            written.numpy()[[row for row in late if first < row < last and row not in begins]] = -1
-            given.mask[first:last].copy_(written[first:last], non_blocking=True)
-            self._copied = self._mark()
-            self._copied.record()
+            unfit = guide.unfit(looked.rows, looked.wait())
+            self._write(given, drafted, unfit)
+        self._masked = bool(begins or unfit)
         return guide.failed
 
-    def _fill(self, guide: Guide, written: Tensor, trees: Trees, begins: Mapping[int, int]) -> None:
-        if begins:
-            written.numpy()[list(begins)] = -1
-            guide.fill(written, *trees, begins)
+    def _write(self, given: Given, drafted: Drafted, begins: Mapping[int, int]) -> None:
+        """What may follow in these rows, which are in ascending order, from these nodes on."""
+        if not begins:
+            return
+        written = self._written[: given.mask.numel()].view(given.mask.shape)
+        written.numpy()[list(begins)] = -1
+        drafted.guide.fill(written, *drafted.wait(), begins)
+        for first, last in _runs(list(begins)):
+            given.mask[first:last].copy_(written[first:last], non_blocking=True)
+        self._copied = self._mark()
+        self._copied.record()
 
     def _settle(self) -> None:
         """Wait until what was written last has been read."""
