@@ -4,6 +4,8 @@ import random
 import time
 from collections.abc import Sequence
 
+import torch
+
 from mtp_engine.config import SamplingParams
 from mtp_engine.protocols import Progress
 from mtp_engine.runtime.loop import DecodeLoop
@@ -69,6 +71,7 @@ def _time(loop: DecodeLoop, planner: ShapePlanner, size: int, rng: random.Random
     loop.runner.settle()
 
 
+@torch.inference_mode()
 def _lengthen(loop: DecodeLoop, requests: Sequence[Request], context: int) -> None:
     """From now on these are taken to have so many tokens: what lies before theirs is whatever the caches hold there. That is
     read as any text is, in the same time, and reading it first would take much longer."""
