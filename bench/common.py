@@ -68,6 +68,14 @@ def encode(engine: Engine, rows: Iterable[dict[str, Any]], longest: int) -> list
     return [(category, tokens) for category, tokens in pairs if len(tokens) <= longest]
 
 
+def as_recorded(engine: Engine, model: str) -> None:
+    """Let an fp32 engine on a CPU run its steps as they are recorded for a GPU."""
+    sys.path.append(str(ROOT / "tests"))
+    from crossing import record
+
+    record(engine, model)
+
+
 @final
 @dataclass(frozen=True)
 class Commit:

@@ -47,6 +47,9 @@ class Recorder:
     def settle(self) -> None:
         self._inner.settle()
 
+    def proceed(self) -> None:
+        self._inner.proceed()
+
     def complete(self) -> None:
         self._inner.complete()
 

@@ -4,7 +4,9 @@ each of its shapes alone, in turns; whether the texts are plain decoding's; and 
     python bench/planner.py --device cuda
 
 Batches decode together, prompts left out: a group of prompts is read, and then all go on until each has said its tokens. At
-batch 1 these are all the prompts. On a CPU it runs, too, and shows nothing.
+batch 1 these are all the prompts. On a CPU it runs, too, with the steps of a GPU, operation by operation, and shows nothing:
+
+    python bench/planner.py --model mimo-nano --batch 2 --limit 8 --tokens 8
 """
 
 import json
@@ -16,13 +18,15 @@ from typing import Any
 
 import click
 import torch
-from common import COUNT, SOME, conditions, encode, read_prompts, require_commit, run
+from common import COUNT, SOME, as_recorded, conditions, encode, read_prompts, require_commit, run
 from rich.console import Console
 from rich.table import Table
 
 from mtp_engine import Engine, EngineConfig, SamplingParams
 from mtp_engine.config import DEFAULT_MODEL, TreeShape
+from mtp_engine.hub import hub
 from mtp_engine.runtime.request import Request
+from mtp_engine.runtime.timing import time_shapes
 
 LONGEST = 400  # tokens of a prompt
 
@@ -51,6 +55,17 @@ def decode(
     for request in requests:
         loop.remove(request)
     return said, spent, requests
+
+
+def lengthen(prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:
+    """Each with others in front of it, so that it has so many tokens."""
+    text = [token for prompt in prompts for token in prompt]
+    text *= 1 + tokens // len(text)
+    begins = [97 * number % len(text) for number in range(len(prompts))]
+    return [
+        [*text[begin:], *text[:begin]][: tokens - len(prompt)] + prompt
+        for begin, prompt in zip(begins, prompts, strict=True)
+    ]
 
 
 def agree(ours: Sequence[Request], theirs: Sequence[Request]) -> int:
@@ -106,18 +121,22 @@ def measure(
 @click.option("--limit", default=0, type=COUNT, help="Prompts; 0: all.")
 @click.option("--tokens", default=96, type=SOME, show_default=True)
 @click.option("--fixed", default=24, type=COUNT, show_default=True, help="Prompts for which each shape is tried alone.")
+@click.option("--context", default=0, type=COUNT, help="Tokens of each prompt, others in front of it; 0: as it is.")
 @click.option("--max-context", default=1024, type=SOME, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 def main(**o: Any) -> None:
     commit = require_commit()
     begin = time.perf_counter()
-    record = {"bench": "planner", **{name: o[name] for name in ("model", "tokens", "max_context")}}
+    record = {"bench": "planner", **{name: o[name] for name in ("model", "tokens", "context", "max_context")}}
     record |= conditions(commit, o["device"])
-    auto = Engine.load(
-        o["model"],
-        EngineConfig(device=o["device"], max_batch=max(o["batches"]), max_context=o["max_context"], capture="load",
-                     tree=TreeShape.parse("auto")),
+    config = EngineConfig(
+        device=o["device"], max_batch=max(o["batches"]), max_context=o["max_context"], capture="load",
+        tree=TreeShape.parse("auto"), dtype="fp32" if o["device"] == "cpu" else "auto",
     )  # fmt: skip
+    auto = Engine.load(o["model"], config)
+    if o["device"] == "cpu":
+        as_recorded(auto, o["model"])
+        time_shapes(auto.loop, auto.loop.work.shapes, [*map(auto.backend.bucket, o["batches"])], 64, hub.silent)  # type: ignore[arg-type]
     record |= {"load_s": round(time.perf_counter() - begin, 1), "captured": auto.captured}
     plain = auto.undrafted(max_batch=max(o["batches"]))
     with torch.inference_mode():
@@ -125,9 +144,12 @@ def main(**o: Any) -> None:
     click.echo(f"{record['load_s']} s to load; {auto.captured}; plain: {plain.captured}", err=True)
     rows = read_prompts(Path(__file__).parent / "prompts/bench_core.jsonl", o["limit"])
     prompts = [ids for _, ids in encode(auto, rows, LONGEST)]
+    prompts = lengthen(prompts, o["context"]) if o["context"] else prompts
     record["prompts"] = len(prompts)
     planner: Any = auto.loop.work.shapes
-    record["costs_ms"] = {f"{n}/{plan}": round(1000 * each, 4) for (n, plan), each in planner.costs.seconds.items()}
+    record["costs_ms"] = {
+        "/".join(map(str, what)): round(1000 * each, 4) for what, each in planner.costs.seconds.items()
+    }
     found, table = {}, Table("batch", "T", "plain", "auto", "x", "alone", "equal", "trees")
     for batch in o["batches"]:
         usable = prompts if len(prompts) >= batch else prompts * -(-batch // len(prompts))

@@ -12,7 +12,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,11 @@ def params(kind: str, seed: int, tokens: int, **changes: Any) -> SamplingParams:
 
 
 def rate(
-    engine: Engine, prompts: Sequence[list[int]], kinds: Sequence[str], tokens: int
-) -> tuple[float, float, list[float]]:
-    """Tokens per second and milliseconds a step once all decode, and tokens per second of each request."""
+    engine: Engine, prompts: Sequence[list[int]], kinds: Sequence[str], tokens: int,
+    begun: Callable[[], object] = lambda: None,
+) -> tuple[float, float, list[float]]:  # fmt: skip
+    """Tokens per second and milliseconds a step once all decode, which is when `begun` is called, and tokens per second of
+    each request."""
     loop = engine.loop
     requests = [
         loop.add(prompt, params(kind, number, 2 * tokens + 64, ignore_eos=True))
@@ -80,9 +82,12 @@ def rate(
     ]
     while not all(request.decoding and request.output for request in requests):
         loop.step()
+        if errors := [request.error for request in requests if request.error]:
+            raise click.ClickException(errors[0])
     for _ in range(4):
         loop.step()
     loop.runner.settle()
+    begun()
     before, steps, begin = [len(request.output) for request in requests], 0, time.perf_counter()
     while (
         min(len(r.output) - n for r, n in zip(requests, before, strict=True)) < tokens and not requests[0].finish_reason
@@ -99,13 +104,13 @@ def rate(
 
 def speed(
     engines: dict[str, Engine], prompts: Sequence[list[int]], tokens: int, batches: Sequence[int],
-    kinds: dict[str, Sequence[str]],
+    kinds: dict[str, Sequence[str]], least: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """kinds: by engine."""
+    """kinds: by engine. least: prompts that each is timed on, or one batch."""
     table, found = Table("engine", "batch", "request", "tokens/s", "x greedy", "ms a step", "x greedy's", "tokens"), {}
     for name, engine in engines.items():
         for batch in batches:
-            groups = [prompts[at : at + batch] for at in range(0, max(batch, 4), batch)]
+            groups = [prompts[at : at + batch] for at in range(0, max(batch, least), batch)]
             greedy: tuple[float, float] = (0.0, 0.0)
             for kind in dict.fromkeys(("greedy", *kinds[name])):
                 for _ in range(2):  # the first time warms up what is compiled or read for the first time
@@ -147,7 +152,7 @@ def ask(engine: Engine, jobs: Sequence[tuple[list[int], SamplingParams]], at_onc
         steps += 1
         if steps % 10 == 0 and at_once > 1 and loop.scheduler.running:
             while loop._flying:
-                loop._land(*loop._flying.popleft())
+                loop._land()
             if running := [request for request in loop.scheduler.running if request.decoding]:
                 loop.memory.keep(running[-1], apart=True)
                 running[-1].stats.preemptions += 1
@@ -240,6 +245,7 @@ def compilations() -> Any:
 @click.option("--batch", "batches", multiple=True, type=SOME, default=[1, 16], show_default=True)
 @click.option("--most", default=64, type=SOME, show_default=True, help="Requests at a time, for equality and load.")
 @click.option("--tokens", default=96, type=SOME, show_default=True)
+@click.option("--timed", default=4, type=SOME, show_default=True, help="Prompts, for speed, or one batch.")
 @click.option("--count", default=40, type=SOME, show_default=True, help="Prompts, for equality.")
 @click.option("--steps", default=1000, type=SOME, show_default=True)
 @click.option("--max-context", default=1024, type=SOME, show_default=True)
@@ -262,7 +268,9 @@ def main(**o: Any) -> None:
         record.setdefault("captured", {})[f"{name}/{most}"] = engine.captured
         return engine
 
-    rows = read_prompts(Path(__file__).parent / "prompts/bench_core.jsonl", max(o["count"], *o["batches"]) * 2)
+    rows = read_prompts(
+        Path(__file__).parent / "prompts/bench_core.jsonl", max(o["count"], o["timed"], *o["batches"]) * 2
+    )
     most = max([*o["batches"], *([] if set(o["parts"]) == {"speed"} else [o["most"]])])
     plain, drafted = loaded(most, drafter="root"), loaded(most, tree=TreeShape.parse(o["trees"][0]))
     prompts = [ids for _, ids in encode(plain, rows, 300)]
@@ -273,7 +281,7 @@ def main(**o: Any) -> None:
         for rule in o["rules"]:
             engines[rule] = loaded(max(o["batches"]), verifier=rule, capture="lazy")
         kinds = {name: o["kinds"] if name in ("plain", o["trees"][0]) else ["T = 0.8"] for name in engines}
-        record["speed"] = speed(engines, short, o["tokens"], o["batches"], kinds)
+        record["speed"] = speed(engines, short, o["tokens"], o["batches"], kinds, o["timed"])
         del engines
     if "equality" in o["parts"]:
         record["equality"] = equality(plain, drafted, prompts[: o["count"]], o["tokens"], sorted({1, 8, o["most"]}))

@@ -55,7 +55,7 @@ from mtp_engine.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger("mtp_engine")
 C = TypeVar("C", Costs, ShapeCosts)
-_COSTS = 2  # version of what is kept of them
+_COSTS = 3  # version of what is kept of them
 _ROUNDS = 20  # of steps with each tree that are timed at most; the best ones count
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
 _SHAPES = (  # beside a chain of all levels: on a GPU, what steps of so many requests at least, and at most, may draft

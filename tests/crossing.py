@@ -154,7 +154,7 @@ class Crosses:
             asked = [replace(each, params=replace(each.params, tree=None)) for each in asked]
         with Engine.load(self.model, outcome.config) as engine:
             if self._recorded:
-                _record(engine, self.model)
+                record(engine, self.model)
             requests = self._run(engine, asked, outcome)
             for index, (each, request) in enumerate(zip(asked, requests, strict=True)):
                 for sample, answer in enumerate((request, *request.others)):
@@ -236,7 +236,7 @@ class Crosses:
         return all(abs(a.logprob - b.logprob) < 1e-3 for a, b in zip(ours, theirs, strict=True))
 
 
-def _record(engine: Engine, model: str) -> None:
+def record(engine: Engine, model: str) -> None:
     """From now on its steps are recorded, as on a GPU."""
     config, device = engine.config, torch.device("cpu")
     backend = replace(

@@ -240,7 +240,7 @@ def test_kept_beginnings_have_the_bits_of_what_was_read(model: Model, shape: str
     for _ in range(6):
         loop.step()
     while loop._flying:
-        loop._land(*loop._flying.popleft())
+        loop._land()
     loop.memory.keep(request, apart=True)
     loop.scheduler._requeue(request)
     while loop.requests:

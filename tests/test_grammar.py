@@ -205,7 +205,7 @@ def test_masks_of_many_nodes_are_those_of_each_alone() -> None:
 
 @pytest.mark.parametrize("within", [0, 60])
 def test_what_fits_is_what_masks_allow(within: int) -> None:
-    """One token after another, beyond the end of an answer, too."""
+    """One token after another, beyond the end of an answer, too; and what is expected counts at once, but for the end."""
     schema = json.dumps({"type": "array", "items": {"type": "string", "maxLength": 6}, "minItems": 2})
     record = json.dumps(of(name={**TEXT, "maxLength": 4}, kind={"enum": ["yes", "perhaps"]}, born=WHOLE))
     with Engine.load("mimo-nano", EngineConfig(device="cpu", threads=1, max_context=64)) as engine:
@@ -233,11 +233,18 @@ def test_what_fits_is_what_masks_allow(within: int) -> None:
             assert state.fits((), path) == counts[-1]
             assert state.fits(tuple(path[:1]), path[1:]) == counts[-1] - 1 or not counts[-1]
             kept = path[: min(counts[-1], 2)]
+            for _ in range(2):  # steps in flight may be told of twice, and are asked behind
+                state.expect(kept)
+            mask = state.mask(())
+            for token in kept:
+                assert state.complete == twin.complete
+                for each in (state, twin):
+                    each.advance([token])
+            assert torch.equal(mask, twin.mask(()))
+            assert state.complete == twin.complete
             if set(kept) & set(tokenizer.eos_ids):
                 break
             said += kept
-            for each in (state, twin):
-                each.advance(kept)
     assert set(counts) == {0, 1, 2, 3, 4, 5}
 
 

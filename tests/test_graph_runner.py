@@ -21,7 +21,9 @@ from mtp_engine.protocols import Drafter, Verifier
 from mtp_engine.runtime import cuda_graph, structures
 from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner, Key
 from mtp_engine.runtime.loop import DecodeLoop
+from mtp_engine.runtime.recorded import Uncaptured
 from mtp_engine.runtime.request import Request
+from mtp_engine.runtime.scheduler import Scheduler
 from mtp_engine.runtime.step import EagerRunner
 from mtp_engine.sampling.masks import Guide
 from mtp_engine.verifiers import (
@@ -106,7 +108,7 @@ def waves(loop: DecodeLoop, params: Sequence[SamplingParams]) -> list[Request]:
             requests.append(loop.add(prompts()[number], each))
         if number == 4 and (running := [r for r in loop.scheduler.running if not r.finish_reason]):
             while loop._flying:
-                loop._land(*loop._flying.popleft())
+                loop._land()
             loop.scheduler._requeue(next((r for r in running if not r.finish_reason), running[0]))
     while loop.requests:
         loop.step()
@@ -339,6 +341,44 @@ def test_what_is_allowed_anyway_needs_no_mask(models: Models, truncated: bool, m
 def found(forced: list[tuple[int, list[int]]], chains: dict[int, list[int]]) -> dict[int, list[int]]:
     forced += chains.items()
     return chains
+
+
+def test_the_model_runs_while_the_step_before_is_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the rest of a step is launched later than here: its model once all before it have landed, what is chosen after
+    their tokens are handed out."""
+    schema = '{"type": "array", "items": {"type": "string", "maxLength": 9}, "minItems": 9}'
+    structures = [Structure(json=schema), Structure(json=schema, within=200), Structure(regex="[a-z ]{400}")]
+    wanted = [SamplingParams(max_tokens=60, seed=n, temperature=0.9, structure=s) for n, s in enumerate(structures)]
+    done: list[str] = []
+    monkeypatch.setattr(cuda_graph, "Captured", Uncaptured)
+    for owner, name in ((Uncaptured, "draft"), (Uncaptured, "forward"), (Uncaptured, "choose"), (Scheduler, "commit")):
+        monkeypatch.setattr(owner, name, noted(done, name, getattr(owner, name)))
+    with Engine.load(
+        "mimo-nano", EngineConfig(dtype="fp32", tree=TreeShape.parse("chain:3"), max_batch=4, max_context=128)
+    ) as engine:
+        runner: Any = lambda slots: partial(GraphRunner, in_flight=2, scratch=slots, device=CPU)  # noqa: E731
+        backend = replace(engine.backend, runner=runner, in_flight=2, scratch_tokens=SCRATCH_TOKENS)
+        config, drafter = replace(engine.config, prefix_cache=False), engine.loop.work.drafter
+        loop = make_loop(engine.model, drafter, config, backend, slots=4, tokenizer=engine.tokenizer)
+        prompt = engine.encode("Once upon a time")
+        requests = [loop.add(prompt, each) for each in wanted]
+        while max(len(request.output) for request in requests) < 24:
+            loop.step()
+        order = done[-12:]
+        plain = [engine.plain(prompt, replace(each, max_tokens=16)) for each in wanted]
+    for request, other in zip(requests, plain, strict=True):
+        common = min(len(request.output), len(other.output))
+        assert common > 8
+        assert request.output[:common] == other.output[:common]
+    assert order == ["choose", "draft", "forward", "commit"] * 3
+
+
+def noted(done: list[str], name: str, call: Any) -> Any:
+    def wrapped(*args: Any) -> Any:
+        done.append(name)
+        return call(*args)
+
+    return wrapped
 
 
 def test_a_real_model_with_a_real_grammar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ def feed(
 ) -> list[str]:
     """Let it decide for so many steps of so many requests; what costs and gives so much."""
     rng, chosen = random.Random(0), list[str]()
-    planner.know(ShapeCosts({(bucket(batch), name): each for name, each in seconds.items()}))
+    planner.know(ShapeCosts({(bucket(batch), 512, name): each for name, each in seconds.items()}))
     slots = list(range(batch))
     for _ in range(steps):
         plan = planner.choose(slots, 512, limited=False, speculates=True)
@@ -188,6 +188,23 @@ def test_what_pays_is_taken(batch: int, accepted: dict[str, float], best: str) -
     assert tokens / spent > 0.95 * rates[best]
 
 
+@pytest.mark.parametrize(("bound", "best"), [(512, "tree:5"), (2048, "chain:1"), (8192, "plain"), (32768, "plain")])
+def test_contexts_have_tables_of_their_own(bound: int, best: str) -> None:
+    """Where longer contexts make trees dearer than plain decoding, others pay; beyond what was timed the longest stands."""
+    planner = planner_of(room=32)
+    scales = {512: {"tree:5": 1.4}, 2048: {"tree:5": 4.0, "chain:2": 3.0}, 8192: dict.fromkeys(NAMES, 9.0)}
+    costs = dict[tuple[int, int, str], float]()
+    for each, dearer in scales.items():
+        costs |= {(1, each, name): dearer.get(name, seconds) for name, seconds in COSTS.items()}
+    planner.know(ShapeCosts(costs))
+    chosen = []
+    for _ in range(200):
+        plan = planner.choose([0], bound, limited=False, speculates=True)
+        chosen.append(str(plan.shape or "plain"))
+        planner.learn(plan, [0], [{1: 0, 2: 1, 3: 1, 6: 2}[plan.nodes]])
+    assert chosen[50:].count(best) > 140
+
+
 def test_it_changes_its_mind() -> None:
     """Other texts come, of which other drafts are accepted: it notices, from plain decoding too."""
     planner = planner_of(room=32)
@@ -198,7 +215,7 @@ def test_it_changes_its_mind() -> None:
 
 def test_where_the_host_is_the_limit_more_nodes_cost_nothing() -> None:
     planner = planner_of()
-    planner.know(ShapeCosts({(1, name): each for name, each in COSTS.items()}))
+    planner.know(ShapeCosts({(1, 512, name): each for name, each in COSTS.items()}))
     plan = planner.choose([0], 512, limited=False, speculates=True)
     for _ in range(200):
         planner.timed(plan, 1, 512, 1.8, 5.0)
@@ -226,9 +243,11 @@ def test_rows_that_wait_are_never_more_than_there_is_room_for() -> None:
 def test_prompts_are_read_in_chunks_no_longer_than_a_step() -> None:
     planner = planner_of()
     assert planner.rows() is None, "nothing was timed"
-    reading = {(rows, READING): seconds for rows, seconds in ((16, 0.38), (32, 0.4), (64, 0.6), (128, 1.1), (256, 1.9))}
+    reading = {
+        (rows, 0, READING): seconds for rows, seconds in ((16, 0.38), (32, 0.4), (64, 0.6), (128, 1.1), (256, 1.9))
+    }
     for scale, rows in ((0.7, 64), (1.4, 128), (9.0, 256), (0.1, 32)):  # at least what takes little more than the least
-        planner.know(ShapeCosts({(4, name): scale for name in COSTS} | reading))
+        planner.know(ShapeCosts({(4, 512, name): scale for name in COSTS} | reading))
         planner.choose([0, 1, 2, 3], 512, limited=False, speculates=True)
         assert planner.rows() == rows
 
@@ -236,23 +255,36 @@ def test_prompts_are_read_in_chunks_no_longer_than_a_step() -> None:
 def test_costs_are_kept(tmp_path: Path) -> None:
     costs, path = ShapeCosts(), tmp_path / "plans" / "a.json"
     for seconds in (0.3, 0.1, 0.2):
-        costs.note(4, Plan(SHAPES[2], 6), seconds)
+        costs.note(4, 512, Plan(SHAPES[2], 6), seconds)
     kept.write(costs, path)
-    assert kept.read(ShapeCosts, path) == costs == ShapeCosts({(4, "tree:5"): 0.1})
-    for damaged in ("", "[1]", "{}x", '[["a"]]'):
+    assert kept.read(ShapeCosts, path) == costs == ShapeCosts({(4, 512, "tree:5"): 0.1})
+    for damaged in ("", "[1]", "{}x", '[["a"]]', '[[4, "tree:5", 0.1]]'):
         path.write_text(damaged)
         assert kept.read(ShapeCosts, path) is None
     assert kept.read(ShapeCosts, tmp_path / "none") is None
 
 
 def test_shapes_are_timed_on_the_recorded_steps(models: Models) -> None:
-    planner = planner_of()
-    loop = loop_of(models, drafter_of(models.mtp, planner), shapes=planner, prefix_bytes=1 << 20)
-    loop.runner.capture(SLOTS, CONTEXT, lambda *_: None)
-    kept = loop.memory.prefix
+    """Also in the midst of a longer bound, where memory has room for so many tokens; and nothing is left of it."""
+    planner, longest = planner_of(), 960
+    sizes: dict[str, Any] = {"max_context": longest, "tokens": 2500}
+    loop = loop_of(models, drafter_of(models.mtp, planner), shapes=planner, prefix_bytes=1 << 20, **sizes)
+    loop.runner.capture(SLOTS, longest, lambda *_: None)
+    kept, forward, lengths = loop.memory.prefix, loop.work.forward, set[int]()
+
+    def seen(batch: Batch, tree: DraftTree) -> Any:
+        lengths.update(batch.lengths[: len(loop.requests)].tolist())
+        return forward(batch, tree)
+
+    loop.work.forward = seen  # type: ignore[method-assign]
     time_shapes(loop, planner, [1, 2, 4], 100, lambda *_: None)
-    assert {(batch, str(plan)) for batch in (1, 2, 4) for plan in planner.plans(batch)} <= planner.costs.seconds.keys()
-    assert {rows for rows, what in planner.costs.seconds if what == READING} == {32, 64}
+    loop.work.forward = forward  # type: ignore[method-assign]
+    timed = {(1, 512), (2, 512), (4, 512), (1, 2048), (2, 2048)}  # four have no room for so many tokens
+    costs = planner.costs.seconds
+    assert {(n, bound) for n, bound, _ in costs if bound} - {(3, 512)} == timed
+    assert {(n, bound, str(plan)) for n, bound in timed for plan in planner.plans(n)} <= costs.keys()
+    assert max(lengths) in range((512 + longest) // 2, longest)
+    assert {rows for rows, _, what in costs if what == READING} == {32, 64}
     assert not loop.requests
     assert loop.memory.prefix is kept
     assert not planner.forced
@@ -305,10 +337,11 @@ def test_a_shape_that_was_never_tried_is_not_judged_by_other_texts() -> None:
         Offer(TreeShape.parse("chain:3"), 4), Offer(TreeShape.parse("tree:7"), 8, 1, 16),
         Offer(TreeShape.parse("tree:15"), 16, 1, 2),
     ]  # fmt: skip
-    seconds = {
-        (1, "plain"): 0.58, (1, "chain:3"): 0.76, (1, "tree:7"): 0.78, (1, "tree:15"): 0.80,
-        (16, "plain"): 0.65, (16, "chain:3"): 1.25, (16, "tree:7"): 1.3, (64, "plain"): 1.0, (64, "chain:3"): 1.3,
+    costs = {
+        1: {"plain": 0.58, "chain:3": 0.76, "tree:7": 0.78, "tree:15": 0.80},
+        16: {"plain": 0.65, "chain:3": 1.25, "tree:7": 1.3}, 64: {"plain": 1.0, "chain:3": 1.3},
     }  # fmt: skip
+    seconds = {(batch, 512, name): each for batch, table in costs.items() for name, each in table.items()}
     planner = ShapePlanner(offers, depth=3, room=ROOM, costs=ShapeCosts(seconds), bucket=bucket)
     rng = random.Random(1)
 

@@ -162,6 +162,7 @@ class Sums:
     def __init__(self, vocab: int = 61) -> None:
         self.vocab = vocab
         self.answer: list[int] = []
+        self.ahead = 0  # tokens of it that were only expected so far
 
     def allows(self, text: Sequence[int], token: int) -> bool:
         return (sum(text) + token) % 3 != 2
@@ -184,10 +185,17 @@ class Sums:
                 return number
         return len(tokens)
 
+    def expect(self, tokens: Sequence[int]) -> None:
+        self.answer += tokens[self.ahead :]
+        self.ahead = len(tokens)
+
     def advance(self, tokens: Sequence[int]) -> None:
         for token in tokens:
-            assert self.allows(self.answer, token)
-            self.answer.append(token)
+            known = len(self.answer) - self.ahead
+            assert self.allows(self.answer[:known], token)
+            self.answer[known:] = self.answer[known:] or [token]
+            assert self.answer[known] == token
+            self.ahead = max(0, self.ahead - 1)
 
 
 class Recites(Sums):

@@ -39,7 +39,7 @@ from mtp_engine.runtime.request import Landed, Launched, Members, PromptChunk, T
 from mtp_engine.runtime.shapes import Watched
 from mtp_engine.runtime.slots import SCRATCH_LENGTH
 from mtp_engine.runtime.step import ModelStep, Said
-from mtp_engine.runtime.structures import Drafted, Given, Structures
+from mtp_engine.runtime.structures import Drafted, Given, Looked, Structures
 from mtp_engine.runtime.threads import usable_cores
 from mtp_engine.sampling.batch import Plan, SamplingBatch
 
@@ -97,7 +97,7 @@ class GraphRunner:
         self._next = Key(0, 0, False, True)  # of the step that is launched next
         self._shapes = step.shapes
         self._likely: Key | None = None  # whose kernels are compiled
-        self._open: Opened | None = None  # the newest step, if something is left of it to launch
+        self._open: Opened[Looked | None] | None = None  # the newest step, if something is left of it to launch
         self._idle: float | None = None  # since when the host has worked for steps alone
         self._lane = Lane(device) if self._cuda else None
         self.prompts = RecordedPrompts(
@@ -194,32 +194,47 @@ class GraphRunner:
         tree = step.parts.draft()
         marks[1].record()
         drafted = self._structures.begin(tree, members) if step.given else None
-        # what has landed needs no waiting for
-        known = drafted is not None and all(members.requests[row].in_flight == 1 for row in drafted.guide.rows)
-        if drafted and known:
-            self._structures.force(drafted, members, said)
-        if drafted is None or known or tree.nodes == 1:
-            step.parts.forward()
         if drafted is None:
+            step.parts.forward()
             return self._watched(self._chosen(step, members, marks, {}), members, key)
-        opened = self._open = Opened(partial(self._finish, step, members, drafted, None if known else said, marks))
+        opened = self._open = Opened(
+            partial(self._pass, step, members, drafted, said),
+            partial(self._finish, step, members, drafted, said, marks),
+        )
+        # what has landed needs no waiting for
+        if tree.nodes == 1 or all(members.requests[row].in_flight == 1 for row in drafted.guide.rows):
+            opened.proceed()
         if not isinstance(step.parts, Captured):
             self.complete()  # operations may ask the host for the pages of who will have left by then
         return self._watched(opened, members, key)
 
+    def _pass(self, step: Prepared, members: Members, drafted: Drafted, said: Said) -> Looked | None:
+        """Where structures have a say: the model over drafts of which some are forced, and a look at what would be chosen."""
+        if drafted.depth:
+            self._structures.force(drafted, members, said)
+        step.parts.forward()
+        return self._structures.look(drafted, members, step.parts.peek) if self._step.verifier.picks else None
+
     def _finish(
-        self, step: Prepared, members: Members, drafted: Drafted, said: Said | None, marks: Sequence[Mark]
+        self,
+        step: Prepared,
+        members: Members,
+        drafted: Drafted,
+        said: Said,
+        marks: Sequence[Mark],
+        looked: Looked | None,
     ) -> Flight:
-        """What follows where structures have a say. The steps before have landed by now, mostly, and the host has done their work
-        while the device drafted, or ran its model where that was launched; the next step is launched behind this. said: None
-        where what is forced is known already."""
+        """What follows that. The steps before have landed by now, mostly, and the host has done their work while the device
+        drafted, or ran the model; the next step is launched behind this."""
         assert step.given
-        if said and self._structures.force(drafted, members, said):
-            step.parts.forward()
-        failed = self._structures.allow(
-            step.given, drafted, members, step.parts.peek if self._step.verifier.picks else None
-        )
+        if not drafted.depth:
+            drafted.guide.begin(members.requests, said)
+        failed = self._structures.allow(step.given, drafted, looked)
         return self._chosen(step, members, marks, failed)
+
+    def proceed(self) -> None:
+        if self._open:
+            self._open.proceed()
 
     def complete(self) -> None:
         opened, self._open = self._open, None

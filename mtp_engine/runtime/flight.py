@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, final
+from typing import Any, Generic, Protocol, TypeVar, final
 
 from torch import Tensor
 
 from mtp_engine.runtime.request import Landed
 from mtp_engine.sampling.logprobs import Notes
+
+T = TypeVar("T")
 
 
 class Mark(Protocol):
@@ -55,16 +57,24 @@ class Flight:
 
 
 @final
-class Opened:
-    """A step of which the host has to finish launching the rest (a Launched)."""
+class Opened(Generic[T]):
+    """A step that the host launches part by part (a Launched): its drafts, then its model, then what is chosen."""
 
-    def __init__(self, rest: Callable[[], Flight]) -> None:
-        self._rest = rest
+    def __init__(self, model: Callable[[], T], rest: Callable[[T], Flight]) -> None:
+        """rest: is given what `model` returns."""
+        self._model, self._rest = model, rest
+        self._passed: list[T] = []
         self._flight: Flight | None = None
+
+    def proceed(self) -> None:
+        """Launch its model, unless it was."""
+        if not self._passed:
+            self._passed.append(self._model())
 
     def finish(self) -> Flight:
         if self._flight is None:
-            self._flight = self._rest()
+            self.proceed()
+            self._flight = self._rest(self._passed[0])
         return self._flight
 
     def wait(self) -> Landed:

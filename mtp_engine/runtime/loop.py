@@ -90,7 +90,7 @@ class DecodeLoop:
             while len(self._flying) < self.runner.in_flight and self._launch():
                 pass
             if self._flying:
-                self._land(*self._flying.popleft())
+                self._land()
         except BaseException as error:
             self._restart(error)
         if not self.scheduler.running:
@@ -131,15 +131,18 @@ class DecodeLoop:
         """What those of these steps that are in flight still emit for a request."""
         said = list[int]()
         for plan, launched in before:
-            if request in plan.decoding and any(launched is each for _, each in self._flying):
+            if any(launched is each for _, each in self._flying) and request in plan.decoding:
                 count, _, _, *tokens = launched.wait().rows[plan.decoding.index(request)]
                 said += tokens[:count]
         return said
 
-    def _land(self, plan: StepPlan, launched: Launched) -> None:
-        """Wait for a step, the only synchronisation but for structures, and hand its tokens out."""
-        landed = launched.wait()
+    def _land(self) -> None:
+        """Wait for the oldest step, the only synchronisation but for structures, and hand its tokens out."""
+        landed = self._flying[0][1].wait()
         self._ranks.check()
+        if len(self._flying) == 2:  # the newer one knows now what came before it
+            self.runner.proceed()
+        plan, _ = self._flying.popleft()
         times = self._clock.land(landed.draft_s, landed.verify_s)
         if plan.decoding:
             self.scheduler.commit(plan, landed, times)

@@ -1,8 +1,8 @@
 """Which shape pays where steps are recorded ahead (a GPU): one of a few for all requests of a step, plain decoding among them.
 
 A shape is chosen when a step is launched, so nothing is known yet of its drafts, nor of the steps in flight. What it
-costs was timed at load by batch, on the recorded steps themselves; what longer contexts cost comes on top, and is learned
-from every step. What it gives is how many drafts are accepted over such a shape, times how much better or worse this
+costs was timed at load by batch and context, on the recorded steps themselves; what is found of it in earnest comes on
+top, from every step. What it gives is how many drafts are accepted over such a shape, times how much better or worse this
 request has done than was to be expected. The shape with the most tokens per second over the batch is taken; one that was
 seldom seen gets credit, so that it is tried now and then. The text cannot change: the rule keeps what plain decoding says.
 """
@@ -35,26 +35,31 @@ _WATCHED = 8  # requests of a step from which is learned
 @final
 @dataclass
 class ShapeCosts:
-    """Seconds of a step, drafting and verifying, by the batch that it was recorded for and the plan's name; and of reading
-    so many rows of prompts."""
+    """Seconds of a step, drafting and verifying, by the batch and the bound of contexts that it was recorded for and the plan's
+    name; and of reading so many rows of prompts, with 0 for a bound."""
 
-    seconds: dict[tuple[int, str], float] = field(default_factory=dict)
+    seconds: dict[tuple[int, int, str], float] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> "ShapeCosts":
         """What `text` gave. Raises ValueError for anything else."""
         try:
-            return cls({(int(batch), str(plan)): float(seconds) for batch, plan, seconds in json.loads(text)})
+            return cls({(int(n), int(bound), str(plan)): float(each) for n, bound, plan, each in json.loads(text)})
         except TypeError as error:
             raise ValueError("these are no costs") from error
 
     def text(self) -> str:
         return json.dumps([[*key, each] for key, each in self.seconds.items()])
 
-    def note(self, batch: int, plan: Plan | str, seconds: float) -> None:
+    def note(self, batch: int, bound: int, plan: Plan | str, seconds: float) -> None:
         """A step took so long; the shortest of several counts, as the others were disturbed."""
-        key = batch, str(plan)
+        key = batch, bound, str(plan)
         self.seconds[key] = min(seconds, self.seconds.get(key, seconds))
+
+    def of(self, batch: int, bound: int, plan: Plan) -> float:
+        """Of the longest bound up to this one that was timed; infinite where none was."""
+        bounds = [known for n, known, what in self.seconds if (n, what) == (batch, str(plan)) and known <= bound]
+        return self.seconds[batch, max(bounds), str(plan)] if bounds else inf
 
 
 @final
@@ -96,6 +101,16 @@ class _Own:
 
 @final
 @dataclass(frozen=True)
+class _Table:
+    """What steps of a recorded batch and bound take. drafted: plans with drafts, and what is known of their shapes."""
+
+    seconds: dict[Plan, float]
+    plain_s: float
+    drafted: list[tuple[Plan, _Shape, float]]
+
+
+@final
+@dataclass(frozen=True)
 class Offer:
     """A shape that steps of least..most requests may take. nodes: of its trees, root included."""
 
@@ -127,12 +142,12 @@ class ShapePlanner:
         self.costs, self.forced = costs, list[Plan]()  # forced: the plan that is taken whatever it costs, to time it
         self._depth, self._room, self._bucket = depth, room, bucket
         self._shapes = {o.shape: _Shape(likely(o.shape, depth) * _PRIOR) for o in offers}
-        self._tables: dict[int, list[tuple[Plan, _Shape, float]]] = {}  # by recorded batch: plans with drafts, seconds
+        self._tables: dict[tuple[int, int], _Table] = {}  # by recorded batch and bound
         chains = [o.shape for o in offers if set(o.shape.widths) == {1}]
         self._parts = {chain: [each for each in chains if len(each.widths) <= len(chain.widths)] for chain in chains}
         self._own: dict[int, _Own] = {}  # by slot
         self._ratio = 1.0  # of requests lately, on average: what all have in common is the shapes' own
-        self._more: dict[tuple[int, int], float] = {}  # seconds beyond the table, by recorded batch and bound
+        self._more: dict[tuple[int, int], float] = {}  # seconds beyond the tables, by recorded batch and bound
         self._host: dict[int, float] = {}  # seconds that the host is busy with a step, by recorded batch
         self._reading: list[tuple[int, float]] = []  # rows of prompts, and seconds that they take
         self._step_s = 0.0  # of the last step
@@ -171,38 +186,35 @@ class ShapePlanner:
         if not speculates:
             return self._plain
         batch = self._bucket(len(own))
-        table = self._table(batch)
-        if limited or self._measured(batch, self._plain) == inf:
-            return table[-1][0]
+        table = self._table(batch, bound)
+        if limited or table.plain_s == inf:
+            return table.drafted[-1][0]
         self._turn += 1
         hopes, more = sum(each.ratio for each in own), self._more.get((batch, bound), 0.0)
-        best, most, host = self._plain, 0.0, self._host.get(batch, 0.0)
-        for plan, shape, seconds in table:
+        best, most, host = (self._plain, table.plain_s), 0.0, self._host.get(batch, 0.0)
+        for plan, shape, seconds in table.drafted:
             gain = shape.gain + _CREDIT / (1 + shape.known) ** 0.5
             rate = (len(own) + hopes * gain) / max(seconds + more, host)
-            best, most = (plan, rate) if rate > most else (best, most)
-        plain_s = max(self._measured(batch, self._plain) + more, host)
+            best, most = ((plan, seconds), rate) if rate > most else (best, most)
+        plain_s = max(table.plain_s + more, host)
         self._drafting = most * plain_s > len(own) * (1 / _HYSTERESIS if self._drafting else _HYSTERESIS)
-        plan = best if self._drafting else self._plain
-        self._step_s = max(self._measured(batch, plan) + more, host)
+        plan, seconds = best if self._drafting else (self._plain, table.plain_s)
+        self._step_s = max(seconds + more, host)
         return plan
 
     def know(self, costs: ShapeCosts) -> None:
         """These are the costs from now on."""
         self.costs = costs
         self._tables.clear()
-        self._reading = sorted((rows, each) for (rows, what), each in costs.seconds.items() if what == READING)
+        self._reading = sorted((rows, each) for (rows, _, what), each in costs.seconds.items() if what == READING)
 
-    def _table(self, batch: int) -> list[tuple[Plan, _Shape, float]]:
-        if batch not in self._tables:
-            plans = self._offered(batch)
-            self._tables[batch] = [
-                (plan, self._shapes[plan.shape], self._measured(batch, plan)) for plan in plans if plan.shape
-            ]
-        return self._tables[batch]
-
-    def _measured(self, batch: int, plan: Plan) -> float:
-        return self.costs.seconds.get((batch, str(plan)), inf)
+    def _table(self, batch: int, bound: int) -> _Table:
+        table = self._tables.get((batch, bound))
+        if table is None:
+            seconds = {plan: self.costs.of(batch, bound, plan) for plan in self.plans(batch)}
+            drafted = [(plan, self._shapes[plan.shape], seconds[plan]) for plan in self._offered(batch) if plan.shape]
+            table = self._tables[batch, bound] = _Table(seconds, seconds[self._plain], drafted)
+        return table
 
     def learn(self, plan: Plan, slots: Sequence[int], accepted: Sequence[int]) -> None:
         """See StepPlanner. Of a large batch some requests must do, and others in the next step, to spare the host."""
@@ -228,10 +240,10 @@ class ShapePlanner:
         """See StepPlanner."""
         batch = self._bucket(batch)
         if self.forced:
-            self.costs.note(batch, plan, step_s)
+            self.costs.note(batch, bound, plan, step_s)
             return
-        measured = self.costs.seconds.get((batch, str(plan)))
-        if measured is None:
+        measured = self._table(batch, bound).seconds.get(plan, inf)
+        if measured == inf:
             return
         more = self._more.get((batch, bound), 0.0)
         self._more[batch, bound] = more + _DRIFT * (min(max(step_s - measured, -measured / 2), 3 * measured) - more)

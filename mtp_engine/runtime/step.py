@@ -214,6 +214,10 @@ class Runner(Protocol):
     def launch(self, members: Members, bound: int, said: Said) -> Launched:
         """Start a step. Where a structure has a say, what is chosen may wait for `complete`, or until the step is waited for."""
 
+    def proceed(self) -> None:
+        """All steps but the newest have landed: its model may be launched, so that it runs while the host hands out what the
+        others said."""
+
     def complete(self) -> None:
         """Launch what is left of the newest step: before slots change hands, and before any other."""
 
@@ -256,6 +260,9 @@ class EagerRunner:
         pass
 
     def settle(self) -> None:
+        pass
+
+    def proceed(self) -> None:
         pass
 
     def complete(self) -> None:

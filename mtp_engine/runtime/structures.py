@@ -1,6 +1,6 @@
 """What the host adds to recorded steps for requests with a structure: drafts that must come, and what may follow each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -16,9 +16,21 @@ from mtp_engine.tree import DraftTree
 
 _HIDDEN = 8  # masks that take the host no longer than the model runs
 
+Trees = tuple[list[list[int]], list[list[int]], list[int]]
+"""Tokens, parents and sizes, by row."""
+
 
 def _truncates(params: SamplingParams) -> bool:
     return params.temperature > 0 and bool(params.top_k or params.top_p < 1 or params.min_p)
+
+
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Where rows, in ascending order, begin and end to follow one another."""
+    first = rows[0]
+    for row, after in zip(rows, [*rows[1:], -1], strict=True):
+        if after != row + 1:
+            yield first, row + 1
+            first = after
 
 
 @final
@@ -36,20 +48,40 @@ class Drafted:
     """A step that has drafted, on its way to the host."""
 
     guide: Guide
-    table: Tensor  # [B, 2 N + 1] int64: tokens, parents and size of each tree
+    table: Tensor | None  # [B, 2 N + 1] int64: tokens, parents and size of each tree; None where all are roots
     done: Mark
+    nodes: int  # of each tree's room
     depth: int  # of the trees, at most
     forced: dict[int, list[int]] = field(default_factory=dict)  # by row, chains in place of trees
 
-    def wait(self) -> tuple[list[list[int]], list[list[int]], list[int]]:
-        """Tokens, parents and sizes, by row."""
+    def wait(self) -> Trees:
+        if self.table is None:
+            count = self.guide.size
+            return [[0]] * count, [[-1]] * count, [1] * count
         self.done.synchronize()
-        nodes = self.table.shape[1] // 2
-        columns = self.table[:, :nodes], self.table[:, nodes:-1]
-        (tokens, parents), sizes = (part.tolist() for part in columns), self.table[:, -1].tolist()
+        rows, nodes = self.table.tolist(), self.nodes
+        tokens, parents, sizes = (
+            [row[:nodes] for row in rows],
+            [row[nodes:-1] for row in rows],
+            [row[-1] for row in rows],
+        )
         for row, chain in self.forced.items():
             tokens[row], parents[row], sizes[row] = [0, *chain], list(range(-1, len(chain))), 1 + len(chain)
         return tokens, parents, sizes
+
+
+@final
+@dataclass(frozen=True)
+class Looked:
+    """What would be chosen without structures, on its way to the host. rows: of the requests that go by it."""
+
+    rows: list[int]
+    table: Tensor  # see ModelStep.peek
+    done: Mark
+
+    def wait(self) -> list[list[int]]:
+        self.done.synchronize()
+        return self.table.tolist()  # type: ignore[no-any-return]
 
 
 @final
@@ -78,24 +110,21 @@ class Structures:
         guide, count = members.guide, len(members.slots)
         if guide is None or tree.nodes == 1:
             self._force({})
-            return None if guide is None else Drafted(guide, torch.tensor([[0, -1, 1]] * count), HostMark(), 0)
+            return None if guide is None else Drafted(guide, None, HostMark(), 1, 0)
         table = self._host(torch.cat([tree.tokens, tree.parents, tree.size[:, None]], 1)[:count])
         done = self._mark()
         done.record()
-        return Drafted(guide, table, done, min(tree.max_depth, tree.nodes - 1))
+        return Drafted(guide, table, done, tree.nodes, min(tree.max_depth, tree.nodes - 1))
 
-    def force(self, drafted: Drafted, members: Members, said: Said) -> bool:
+    def force(self, drafted: Drafted, members: Members, said: Said) -> None:
         """Tell the guide of another step, for which what steps in flight say is waited for, and put chains that are forced in
-        place of trees. False where there are none, as nothing is drafted."""
+        place of trees."""
         guide = drafted.guide
         guide.begin(members.requests, said)
-        if not drafted.depth:
-            return False
         params = [request.params for request in members.requests]
         free = [row for row in guide.rows if params[row].speculate and params[row].tree is None]
         drafted.forced.update(guide.forced(free, drafted.depth))
         self._force(drafted.forced)
-        return True
 
     def _force(self, chains: Mapping[int, list[int]]) -> None:
         if not (chains or self._any):
@@ -110,52 +139,49 @@ class Structures:
         self._copied = self._mark()
         self._copied.record()
 
-    def allow(
-        self, given: Given, drafted: Drafted, members: Members, peek: Callable[[], Tensor] | None
-    ) -> Mapping[tuple[int, tuple[int, ...]], str]:
-        """Write what may follow the nodes where that decides. Returns Guide.failed.
+    def look(self, drafted: Drafted, members: Members, peek: Callable[[], Tensor]) -> "Looked | None":
+        """Launch a look at what would be chosen without structures (ModelStep.peek), where that is worth it. The likeliest of all
+        tokens is the likeliest of those that are allowed, if it is one of them: then no mask is needed. Elsewhere one is, for
+        that node and those behind it. But what is truncated (top-p) depends on what is allowed; there, and where there are few,
+        all nodes have a mask, made while the model runs."""
+        guide = drafted.guide
+        if len(guide.rows) * drafted.nodes <= _HIDDEN:
+            return None
+        rows = [row for row in guide.rows if not _truncates(members.requests[row].params)]
+        if not rows:
+            return None
+        table, done = self._host(peek()[: len(members.slots)]), self._mark()
+        done.record()
+        return Looked(rows, table, done)
 
-        peek: what would be chosen without structures (ModelStep.peek). The likeliest of all tokens is the likeliest of those
-        that are allowed, if it is one of them: then no mask is needed. Elsewhere one is, for that node and those behind it. But
-        what is truncated (top-p) depends on what is allowed; there, without `peek`, and where there are few, all nodes have
-        one, made while the model runs.
-        """
-        guide, params = drafted.guide, [request.params for request in members.requests]
-        many = len(guide.rows) * given.mask.shape[1] > _HIDDEN
-        late = [row for row in guide.rows if peek and many and not _truncates(params[row])]
-        looked = self._looked(peek, len(params)) if peek and late else None
-        trees = drafted.wait()
+    def allow(
+        self, given: Given, drafted: Drafted, looked: "Looked | None"
+    ) -> Mapping[tuple[int, tuple[int, ...]], str]:
+        """Write what may follow the nodes where that decides. Returns Guide.failed. looked: from `look`."""
+        guide = drafted.guide
         self._settle()
         if self._masked:
             self._masks.fill_(-1)
-        written = self._written[: given.mask.numel()].view(given.mask.shape)
-        begins = {row: 0 for row in guide.rows if row not in late}
-        written.numpy()[list(begins)] = -1
-        guide.fill(written, *trees, begins)
+        begins = dict.fromkeys(guide.rows if looked is None else sorted({*guide.rows} - {*looked.rows}), 0)
+        unfit = dict[int, int]()
+        self._write(given, drafted, begins)
         if looked:
-            unfit = guide.unfit(late, looked())
-            written.numpy()[list(unfit)] = -1
-            guide.fill(written, *trees, unfit)
-            begins |= unfit
-        self._masked = bool(begins)
-        if begins:
-            first, last = min(begins), max(begins) + 1
-            written.numpy()[[row for row in late if first < row < last and row not in begins]] = -1
-            given.mask[first:last].copy_(written[first:last], non_blocking=True)
-            self._copied = self._mark()
-            self._copied.record()
+            unfit = guide.unfit(looked.rows, looked.wait())
+            self._write(given, drafted, unfit)
+        self._masked = bool(begins or unfit)
         return guide.failed
 
-    def _looked(self, peek: Callable[[], Tensor], count: int) -> Callable[[], list[list[int]]]:
-        """Launch it; what is returned waits for it."""
-        table, done = self._host(peek()[:count]), self._mark()
-        done.record()
-
-        def wait() -> list[list[int]]:
-            done.synchronize()
-            return table.tolist()  # type: ignore[no-any-return]
-
-        return wait
+    def _write(self, given: Given, drafted: Drafted, begins: Mapping[int, int]) -> None:
+        """What may follow in these rows, which are in ascending order, from these nodes on."""
+        if not begins:
+            return
+        written = self._written[: given.mask.numel()].view(given.mask.shape)
+        written.numpy()[list(begins)] = -1
+        drafted.guide.fill(written, *drafted.wait(), begins)
+        for first, last in _runs(list(begins)):
+            given.mask[first:last].copy_(written[first:last], non_blocking=True)
+        self._copied = self._mark()
+        self._copied.record()
 
     def _settle(self) -> None:
         """Wait until what was written last has been read."""

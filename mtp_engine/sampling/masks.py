@@ -23,6 +23,10 @@ class Constraint(Protocol):
     def fits(self, path: tuple[int, ...], tokens: Sequence[int]) -> int:
         """How many of the tokens may follow the answer so far and then `path`, one after the other: as `mask` has it."""
 
+    def expect(self, tokens: Sequence[int]) -> None:
+        """`tokens` will belong to the answer: those of steps that are in flight or have landed, all that it was not told of by
+        `advance` yet. From now on everything is asked behind them."""
+
     def advance(self, tokens: Sequence[int]) -> None:
         """`tokens` now belong to the answer."""
 
@@ -33,7 +37,7 @@ class Constraint(Protocol):
 
 @final
 class Guide:
-    """The constraints of a batch; None where a request has none.
+    """The constraints of a batch; None where a request has none. size: of the batch; rows: of the requests that have one.
 
     A constraint that raises after a path leaves no token to choose there: the request ends if its answer takes that path,
     as it would without drafts. The messages of the last step stand in `failed`, by the request's row and the path.
@@ -41,21 +45,22 @@ class Guide:
 
     def __init__(self, constraints: Sequence[Constraint | None]) -> None:
         self._constraints = constraints
-        self._said: dict[int, tuple[int, ...]] = {}
+        self.size, self.rows = len(constraints), [row for row, each in enumerate(constraints) if each is not None]
         self.failed: dict[tuple[int, tuple[int, ...]], str] = {}
 
     @classmethod
     def build(cls, constraints: Sequence[Constraint | None]) -> "Guide | None":
         return cls(constraints) if any(constraints) else None
 
-    @property
-    def rows(self) -> list[int]:
-        """Of the requests that have a constraint."""
-        return [row for row, constraint in enumerate(self._constraints) if constraint is not None]
-
     def begin(self, requests: Sequence[T], said: Callable[[T], Sequence[int]]) -> None:
         """Another step. said: what steps in flight emit for a request, which its constraint has not been told yet."""
-        self._said, self.failed = {row: tuple(said(requests[row])) for row in self.rows}, {}
+        self.failed = {}
+        for row in self.rows:
+            constraint = self._constraints[row]
+            assert constraint is not None
+            if tokens := said(requests[row]):
+                with suppress(Exception):  # `advance` will meet it, too
+                    constraint.expect(tokens)
 
     def forced(self, rows: Sequence[int], most: int) -> dict[int, list[int]]:
         """Of these requests, which have a constraint: the tokens that must come next, `most` at most, where there are any."""
@@ -64,7 +69,7 @@ class Guide:
             constraint = self._constraints[row]
             assert constraint is not None
             with suppress(Exception):  # `fill` will meet it, too
-                if chain := constraint.forced(self._said[row])[:most]:
+                if chain := constraint.forced(())[:most]:
                     found[row] = chain
         return found
 
@@ -77,7 +82,7 @@ class Guide:
             assert constraint is not None
             tokens, nodes = rest[:count], rest[len(rest) // 2 :]
             try:
-                fit = constraint.fits(self._said[row], tokens)
+                fit = constraint.fits((), tokens)
             except Exception:  # `fill` will meet it, too
                 fit = 0
             if fit < count:
@@ -126,7 +131,7 @@ class Guide:
         constraint = self._constraints[row]
         assert constraint is not None
         try:
-            return constraint.mask((*self._said[row], *path))
+            return constraint.mask(path)
         except Exception as error:
             self.failed[row, path] = str(error)
             return None

@@ -11,11 +11,10 @@ def _canonical(matcher: Any, tokens: Sequence[int]) -> int:
         if number:
             matcher = matcher.deep_copy() if number == 1 else matcher
             matcher.consume_token(tokens[number - 1])
-        if not matcher.compute_ff_bytes():
-            continue
-        forced = matcher.compute_ff_tokens()
-        if forced[0] != token if forced else not matcher.compute_bitmask()[token // 8] >> token % 8 & 1:
-            return number
+        if matcher.compute_ff_bytes():
+            forced = matcher.compute_ff_tokens()
+            if forced[0] != token if forced else not matcher.compute_bitmask()[token // 8] >> token % 8 & 1:
+                return number
     return len(tokens)
 
 
@@ -26,6 +25,7 @@ class Matchers:
     def __init__(self, matcher: Any, eos: Collection[int]) -> None:
         self._now, self._eos = matcher, eos
         self._reached: dict[tuple[int, ...], Any] = {(): matcher}
+        self._idle = 0  # tokens since it is over
 
     def at(self, path: tuple[int, ...]) -> Any:
         """The matcher after `path`; None after the end, where the grammar forbids it, and behind a token below 0, with which
@@ -44,9 +44,8 @@ class Matchers:
         matcher = self.at(path)
         if matcher is None:
             return len(tokens)
-        known = next((n for n, token in enumerate(tokens) if token < 0 or token in self._eos), len(tokens))
-        valid = int(matcher.validate_tokens(list(tokens[:known])))
-        fit = _canonical(matcher, tokens[:valid])
+        known = self._ordinary(tokens)
+        fit = _canonical(matcher, tokens[: matcher.validate_tokens(tokens[:known])])
         if fit < known or known == len(tokens) or tokens[known] not in self._eos:
             return fit
         ended = self.at(
@@ -54,14 +53,40 @@ class Matchers:
         )  # asked itself, as one that has stopped takes no token, not even an end
         return len(tokens) if ended is not None and ended.is_accepting() else fit
 
+    def _ordinary(self, tokens: Sequence[int]) -> int:
+        """How many come before an end of text, and before a token below 0, which says that none was left."""
+        for number, token in enumerate(tokens):
+            if token < 0 or token in self._eos:
+                return number
+        return len(tokens)
+
     @property
-    def complete(self) -> bool:
-        return bool(self._now.is_accepting())
+    def over(self) -> bool:
+        """Whether the answer has ended."""
+        return self._reached[()] is None
+
+    def complete(self, back: int = 0) -> bool:
+        """Whether it matched as it was, or had ended, so many tokens ago."""
+        if back < self._idle:
+            return True
+        if back == self._idle:
+            return bool(self._now.is_accepting())
+        matcher = self._now.deep_copy()
+        return bool(matcher.rollback(back - self._idle) and matcher.is_accepting())
+
+    def take(self, tokens: Sequence[int]) -> int:
+        """The answer goes on with as many of the tokens as are quickly taken. Returns how many those are."""
+        known = 0 if self.over else self._ordinary(tokens)
+        taken = int(self._now.try_consume_tokens(tokens[:known])) if known else 0
+        if taken:
+            self._reached = {(): self._now}
+        return taken
 
     def advance(self, token: int) -> str:
-        """What is wrong with the token; empty if the answer has gone on with it."""
-        over = self._reached[()] is None or token in self._eos
+        """What is wrong with the token; empty if the answer has gone on with it. It ends with an end of text."""
+        over = self.over or not self._ordinary([token])
         self._reached = {(): None if over else self._now}
+        self._idle += over
         if over or self._now.consume_token(token):
             return ""
         return str(self._now.get_error()) or "it is not allowed"

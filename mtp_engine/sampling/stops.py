@@ -118,20 +118,25 @@ class Trail:
 
     def follow(self, tokens: Sequence[int]) -> "Followed":
         """Add a step's tokens, one by one as plain decoding would: up to the end, or to one that the constraint fails for."""
-        kept: list[int] = []
-        reason, error = None, ""
-        for token in tokens:
-            try:
-                if self.constraint:
-                    self.constraint.advance([token])
-            except Exception as failure:
-                error = str(failure) or type(failure).__name__
-                break
-            kept.append(token)
-            if reason := self.ends.cut([token])[1]:
-                break
+        kept, reason, error = self._kept(tokens)
         text = self.visible.push(kept, ended=reason is not None) if self.visible else ""
         return Followed(kept, reason, text, error)
+
+    def _kept(self, tokens: Sequence[int]) -> tuple[list[int], FinishReason | None, str]:
+        """What belongs to the answer, why it ends if it does, and what went wrong behind that."""
+        if self.constraint is None:
+            count, reason = self.ends.cut(tokens)
+            return list(tokens[:count]), reason, ""
+        kept: list[int] = []
+        for token in tokens:
+            try:
+                self.constraint.advance([token])
+            except Exception as failure:
+                return kept, None, str(failure) or type(failure).__name__
+            kept.append(token)
+            if reason := self.ends.cut([token])[1]:
+                return kept, reason, ""
+        return kept, None, ""
 
 
 @final

@@ -4,6 +4,7 @@ Chosen over xgrammar (Apache-2.0), which brings transformers, pydantic, triton a
 """
 
 import json
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -111,6 +112,7 @@ class GrammarState:
         self._known: dict[tuple[int, ...], Tensor] = {}
         self._looked: dict[tuple[int, ...], Look] = {}
         self._before = Look(), -1  # what was found before the last token, and that token
+        self._ahead = deque[str]()  # of each token that is expected, what is wrong with it
 
     def forced(self, path: tuple[int, ...]) -> list[int]:
         """What the grammar has in one way only, such as the names of members, or the way to the end."""
@@ -164,17 +166,34 @@ class GrammarState:
     @property
     def complete(self) -> bool:
         """Whether the answer so far matches as it is, or has ended."""
-        return self._matchers.at(()) is None or self._matchers.complete
+        return self._matchers.complete(len(self._ahead))
+
+    def expect(self, tokens: Sequence[int]) -> None:
+        """See Constraint."""
+        new = tokens[len(self._ahead) :]
+        taken = 0 if self._closer else self._matchers.take(new)
+        if taken:
+            self._known, self._said = {}, self._said + taken
+        self._ahead += [""] * taken
+        for token in new[taken:]:
+            try:
+                self._ahead.append(self._go(token))
+            except Exception as failure:
+                self._ahead.append(str(failure) or type(failure).__name__)
 
     def advance(self, tokens: Sequence[int]) -> None:
         """`tokens` were emitted. Raises EngineError if the grammar forbids one: the masks were not obeyed."""
         for token in tokens:
-            over = self._matchers.at(()) is None
-            self._before = (Look() if over else self._look(())), token
-            self._looked = {path[1:]: look for path, look in self._looked.items() if path[:1] == (token,)}
-            self._known, self._said = {}, self._said + 1
-            if error := self._matchers.advance(token):
+            if error := self._ahead.popleft() if self._ahead else self._go(token):
                 raise EngineError(f"token {token} does not fit the structure: {error}")
+
+    def _go(self, token: int) -> str:
+        """What is wrong with the token; empty if the answer has gone on with it."""
+        if self._closer:
+            self._before = (Look() if self._matchers.over else self._look(())), token
+            self._looked = {path[1:]: look for path, look in self._looked.items() if path[:1] == (token,)}
+        self._known, self._said = {}, self._said + 1
+        return self._matchers.advance(token)
 
 
 @final

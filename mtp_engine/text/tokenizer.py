@@ -220,7 +220,7 @@ class StreamDecoder:
             ready -= 1
         new = text[self._sent : ready]
         self._sent = max(self._sent, ready)
-        if ready == len(text):
+        if ready == len(text) and len(self._ids) > _LONG:
             self._ids = self._ids[-_CONTEXT:]
             self._sent = len(self._decode(self._ids))
         elif len(self._ids) > _LONG:
