@@ -262,10 +262,11 @@ def add_up(
     """`out`, written by `chain_teams_kernel`. Arguments as for chain_attention; splits: a Plan's; when: see `overlap`."""
     (batch, nodes, heads, dim), (kv_heads, v_dim), tile = q.shape, v_cache.shape[1:], TILE.value
     units, layout = batch * kv_heads, gl.NVMMASharedLayout(128, 16, 2)
+    # more stages are no faster, and leave no room to begin beside the kernel before
     keys, values = (Boxes.from_tensor(x.flatten(1), [tile, x.shape[2]], layout) for x in (k_cache, v_cache))
     chain_teams_kernel[(min(units, SMS),)](
         q, keys, values, pages, lengths, out, *q.stride()[:3], pages.stride(0), nodes, units, scale * runs.LOG2E.value,
         GROUP=heads // kv_heads, KV_HEADS=kv_heads, DK=dim, DV=v_dim, PAGE=page_size, SPLITS=splits,
-        STAGES=min(12, SHARED // (tile * (dim + v_dim) * 2)), PDL=when, launch_pdl=when > 0, num_warps=4, enable_fp_fusion=False,
+        STAGES=SHARED // 2 // (tile * (dim + v_dim) * 2), PDL=when, launch_pdl=when > 0, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
