@@ -60,6 +60,7 @@ def test_flashinfer_is_refused_where_it_cannot_compute(monkeypatch: pytest.Monke
     ("error", "advice"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore"), "lower kv_tokens, max_batch"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "lower kv_tokens, max_batch"),
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), "start anew"),
     ],
 )

@@ -83,7 +83,8 @@ def test_what_is_missing_is_compiled_at_once_and_only_once(tmp_path: Path, proce
 
     def run() -> dict[str, object]:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-            "TRITON_CACHE_DIR": str(tmp_path)
+            "TRITON_CACHE_DIR": str(tmp_path),
+            "CUDA_VISIBLE_DEVICES": "",
         }
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, "1" if processes else "99"],

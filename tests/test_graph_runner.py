@@ -220,6 +220,7 @@ def test_a_full_memory_names_what_to_lower(models: Models, monkeypatch: pytest.M
         loop.runner.capture(SLOTS, CONTEXT, lambda *_: None)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would compile kernels for what is refused here")
 def test_what_cannot_be_captured_says_so_once_and_runs(
     models: Models, alone: list[Request], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

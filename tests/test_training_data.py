@@ -512,7 +512,10 @@ def test_settings_that_make_no_sense(tmp_path: Path, dense_folder: Path) -> None
 
 # ---- what a GPU runs, in Triton's interpreter where there is none ---------------------------------------------------
 
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter, with tensors of a CPU")
 
+
+@interpreted
 def test_the_kernel_attends_as_torch_does(model_folder: Path) -> None:
     pytest.importorskip("triton")
     rows, length, config = 3, 24, load(model_folder).config
@@ -534,6 +537,7 @@ def test_the_kernel_attends_as_torch_does(model_folder: Path) -> None:
             positions.add_(1)
 
 
+@interpreted
 def test_kernels_write_the_same_rows(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     folder = make_tiny(tmp_path / "m", family="mimo", seed=1, num_hidden_layers=1)
