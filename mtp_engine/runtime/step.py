@@ -296,9 +296,7 @@ def explain(error: BaseException) -> str:
     text = (str(error).splitlines() or [""])[0]
     if isinstance(error, EngineError):
         return text
-    if (
-        isinstance(error, torch.OutOfMemoryError) or "out of memory" in text
-    ):  # or the driver's own, while graphs are made
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text:  # the latter by the driver, of graphs
         return f"the GPU's memory is full: lower kv_tokens, max_batch or max_context ({text})"
     if isinstance(error, torch.AcceleratorError):
         return f"the GPU failed: start anew, and look at nvidia-smi if it happens again ({text})"
