@@ -246,7 +246,7 @@ class Rank:
 def work() -> None:
     job = Job(**json.loads(sys.argv[1]))
     index = 0 if job.alone else job.rank
-    device = torch.device(f"cuda:{index % torch.cuda.device_count()}" if job.device == "cuda" else "cpu")
+    device = torch.device(f"cuda:{index}" if job.device == "cuda" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

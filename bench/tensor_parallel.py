@@ -7,7 +7,7 @@ end all?
 equal: of mimo-nano and of tiny random models, answers that are the same token for token: drafted and plain on the ranks, and
 both against one process (in bf16, and between kernels and torch, a near tie may flip). times: of a decoding step. killed:
 seconds from kill -9 of the last rank, in the midst of an answer, until its one line is out, and which ranks are left.
-default: texts of the default model, whose heads only 3 ranks can share; on fewer GPUs ranks share one of those, in turns.
+default: texts of the default model, whose heads only 3 ranks can share.
 On GPUs: exchange: bits and times of sums and gatherings; 7b: MiMo-7B's shape on one GPU and on all of them, steps and texts;
 smol: texts of the default model's shape, which 3 divides; flash: as many of MiMo-V2-Flash's layers as --layers says, layer by
 layer and in whole steps (see full_size.py).
@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from common import ROOT, conditions, encode, read_prompts, require_commit, run
 from full_size import Limits, Part, measured
 from full_size_rank import Job
 
-from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape, team
+from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.config import DEFAULT_MODEL
 from mtp_engine.errors import EngineError
 from mtp_engine.models.make_tiny import make_tiny
@@ -80,8 +79,6 @@ def equal(name: str, config: EngineConfig, tokens: int) -> dict[str, Any]:
 
 def default(config: EngineConfig, prompts: int, tokens: int) -> dict[str, Any]:
     """Texts of the default model, every other one at temperature 0.8: drafted as plain, and plain as on one GPU."""
-    if config.device == "cuda" and torch.cuda.device_count() < config.tensor_parallel:
-        share_gpus(torch.cuda.device_count())
     rows = read_prompts(ROOT / "bench/prompts/bench_core.jsonl", prompts)
     with Engine.load(DEFAULT_MODEL, replace(config, tensor_parallel=1, tree=None, drafter="root")) as one:
         asked = [ids for _, ids in encode(one, rows, config.max_context - tokens)]
@@ -105,13 +102,6 @@ def default(config: EngineConfig, prompts: int, tokens: int) -> dict[str, Any]:
         "accepted_length": sum(map(len, plain)) / sum(answer.stats.steps for answer in drafted),
         "load_s": loaded - began, "drafted_s": between - loaded, "plain_s": time.perf_counter() - between,
     }  # fmt: skip
-
-
-def share_gpus(count: int) -> None:
-    """Ranks beyond `count` take GPUs that others have: the driver lets their processes run in turns, some milliseconds each."""
-    team._device = lambda config, rank: f"cuda:{rank % count}"
-    team._check_devices = lambda config, size: None
-    team._check_memory = lambda config, files, gpus: None
 
 
 def same(first: Sequence[list[int]], second: Sequence[list[int]]) -> int:
