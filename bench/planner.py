@@ -170,7 +170,7 @@ def main(**o: Any) -> None:
     runner: Any = auto.loop.runner
     record |= {
         "found": found,
-        "late": runner.late,
+        "late": runner.steps.late,
         "slow": runner.slow,
         "seconds": round(time.perf_counter() - begin, 1),
     }

@@ -214,7 +214,9 @@ def load(engine: Engine, prompts: Sequence[list[int]], steps: int, most: int) ->
 
 
 def counters(runner: Any) -> dict[str, int]:
-    return {name: getattr(runner, name, 0) for name in ("recorded", "late", "replayed", "slow")}
+    steps = getattr(runner, "steps", None)
+    of = {"recorded": steps, "late": steps, "replayed": runner, "slow": runner}
+    return {name: getattr(each, name, 0) for name, each in of.items()}
 
 
 def compilations() -> Any:

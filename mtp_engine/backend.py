@@ -162,7 +162,8 @@ def _kernels_of_a_gpu(config: EngineConfig, device: torch.device, progress: Prog
     from mtp_engine.drafters.device import DeviceDraftOps
     from mtp_engine.kernels.compiling import wake
     from mtp_engine.models.fused import fuse, fuse_mtp
-    from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner, bucket
+    from mtp_engine.runtime.cuda_graph import GraphRunner, bucket
+    from mtp_engine.runtime.recorded_steps import SCRATCH_TOKENS
 
     wake()  # while weights are read
     attention: AttentionFactory = exact_attention

@@ -17,8 +17,9 @@ from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.assemble import make_drafter, make_loop
 from mtp_engine.config import Structure
 from mtp_engine.hub import hub
-from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner
+from mtp_engine.runtime.cuda_graph import GraphRunner
 from mtp_engine.runtime.loop import DecodeLoop
+from mtp_engine.runtime.recorded_steps import SCRATCH_TOKENS
 from mtp_engine.runtime.request import Request
 
 _SHAPES = (

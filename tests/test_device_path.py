@@ -25,8 +25,9 @@ from mtp_engine.models import loader
 from mtp_engine.models.fused import fuse, fuse_mtp
 from mtp_engine.models.make_tiny import make_tiny
 from mtp_engine.protocols import Drafter, Verifier
-from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner
+from mtp_engine.runtime.cuda_graph import GraphRunner
 from mtp_engine.runtime.loop import DecodeLoop
+from mtp_engine.runtime.recorded_steps import SCRATCH_TOKENS
 from mtp_engine.runtime.request import Request
 from mtp_engine.runtime.step import EagerRunner
 from mtp_engine.verifiers import BlockVerifier, DeviceMatchVerifier, DeviceRRSVerifier, TraversalVerifier

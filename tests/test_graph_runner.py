@@ -18,10 +18,11 @@ from mtp_engine.config import SamplingParams, Structure, TreeShape
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter, TorchDraftOps
 from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Drafter, Verifier
-from mtp_engine.runtime import cuda_graph, structures
-from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner, Key
+from mtp_engine.runtime import cuda_graph, recorded_steps, structures
+from mtp_engine.runtime.cuda_graph import GraphRunner
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.recorded import Uncaptured
+from mtp_engine.runtime.recorded_steps import SCRATCH_TOKENS, Key, RecordedSteps
 from mtp_engine.runtime.request import Request
 from mtp_engine.runtime.scheduler import Scheduler
 from mtp_engine.runtime.step import EagerRunner
@@ -141,7 +142,7 @@ def test_all_kinds_together_say_what_each_says_alone(
     loop.work.processors.start(0, [1], SamplingParams(bad_words=((1, 2),) * 3))  # tables for all that comes
     loop.runner.capture(SLOTS, CONTEXT, lambda *_: None)
     runner: Any = loop.runner
-    recorded = runner.recorded
+    recorded = runner.steps.recorded
     found = waves(loop, params())
     for number, kind in enumerate(KINDS):
         mine, theirs = found[number], alone[number]
@@ -149,8 +150,8 @@ def test_all_kinds_together_say_what_each_says_alone(
             kind
         )
         assert [(p.token, p.rank) for p in mine.logprobs] == [(p.token, p.rank) for p in theirs.logprobs]
-    assert (runner.late, runner.recorded) == (0, recorded)
-    bare = {key.bare for key, held in runner._prepared.items() if held.loaded}
+    assert (runner.steps.late, runner.steps.recorded) == (0, recorded)
+    bare = {key.bare for key, held in runner.steps.prepared.items() if held.loaded}
     assert bare == {True, False}, "both kinds of recorded steps ran"
     recited = found[list(KINDS).index("recited")]
     if isinstance(loop.work.drafter, MTPDrafter):
@@ -184,9 +185,9 @@ def test_words_beyond_the_tables_are_recorded_anew(models: Models, caplog: pytes
     expected = [solo(loop_of(models, RootDrafter(), in_flight=0), *each) for each in enumerate(wanted)]
     assert [r.output for r in found] == [r.output for r in expected]
     runner: Any = loop.runner
-    assert runner.late > 0
+    assert runner.steps.late > 0
     assert "in the midst of the work" in caplog.text
-    assert {key.tables for key in runner._prepared if not key.bare} == {loop.work.processors.grown}
+    assert {key.tables for key in runner.steps.prepared if not key.bare} == {loop.work.processors.grown}
 
 
 def test_what_is_captured_at_load(models: Models) -> None:
@@ -195,7 +196,7 @@ def test_what_is_captured_at_load(models: Models) -> None:
     said: list[tuple[str, int, int | None]] = []
     loop.runner.capture(SLOTS, 600, lambda *each: said.append(each))
     runner: Any = loop.runner
-    assert set(runner._prepared) == {
+    assert set(runner.steps.prepared) == {
         Key(batch, bound, *kind)
         for batch in (1, 2, 3, 4) for bound in (512, 2048)
         for kind in ((False, True), (False, False), (True, True), (True, False), (True, False, True))
@@ -206,14 +207,14 @@ def test_what_is_captured_at_load(models: Models) -> None:
 
 def test_a_full_memory_names_what_to_lower(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = loop_of(models, drafter_of("3x2", models))
-    recorded = GraphRunner._record
+    recorded = RecordedSteps._record
 
-    def record(self: GraphRunner, key: Key, *, compiled: bool = False) -> None:
+    def record(self: RecordedSteps, key: Key, *, compiled: bool = False) -> None:
         if key.batch < 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         recorded(self, key, compiled=compiled)
 
-    monkeypatch.setattr(GraphRunner, "_record", record)
+    monkeypatch.setattr(RecordedSteps, "_record", record)
     with pytest.raises(
         EngineError, match=r"full after 10 of 20 CUDA graphs: lower max_batch, max_context or kv_tokens"
     ):
@@ -230,27 +231,27 @@ def test_what_cannot_be_captured_says_so_once_and_runs(
 
     loop, told = loop_of(models, drafter_of("3x2", models)), list[str]()
     runner: Any = loop.runner
-    monkeypatch.setattr(cuda_graph, "Captured", Refused)
-    monkeypatch.setattr(runner, "_lane", "of a GPU")
-    monkeypatch.setattr(runner, "_progress", lambda what, *_: told.append(what))
+    monkeypatch.setattr(recorded_steps, "Captured", Refused)
+    monkeypatch.setattr(runner.steps, "_lane", "of a GPU")
+    monkeypatch.setattr(runner.steps, "_progress", lambda what, *_: told.append(what))
     request = solo(loop, 1, params()[1])
     solo(loop, 3, params()[3])
     assert request.output == alone[1].output
     assert caplog.text.count("without CUDA graphs, which is many times slower: operation not permitted") == 1
     assert [said.split(":")[0] for said in told] == ["steps run without CUDA graphs, which is many times slower"]
-    assert request.stats.steps > runner.recorded > 1
+    assert request.stats.steps > runner.steps.recorded > 1
 
 
 def test_getting_ready_has_a_time_of_its_own(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """What compiling and capturing takes is in none of the other times, of those alone who waited for it."""
     loop = loop_of(models, drafter_of("3x2", models))
-    recorded = GraphRunner._record
+    recorded = RecordedSteps._record
 
-    def record(self: GraphRunner, key: Key) -> None:
+    def record(self: RecordedSteps, key: Key) -> None:
         time.sleep(0.3)
         recorded(self, key)
 
-    monkeypatch.setattr(GraphRunner, "_record", record)
+    monkeypatch.setattr(RecordedSteps, "_record", record)
     first, second = (solo(loop, 0, params()[0]).stats for _ in range(2))
     assert first.compile_s >= 0.3
     assert first.ttft_s < 0.3 > first.prefill_s

@@ -22,9 +22,10 @@ from mtp_engine.drafters import RootDrafter
 from mtp_engine.kernels.chain_attention import Packed, chain_attention, chain_plan
 from mtp_engine.kernels.kv import store_rows
 from mtp_engine.protocols import Drafter
-from mtp_engine.runtime.cuda_graph import SCRATCH_TOKENS, GraphRunner
+from mtp_engine.runtime.cuda_graph import GraphRunner
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.recorded_prompts import rows_bucket
+from mtp_engine.runtime.recorded_steps import SCRATCH_TOKENS
 from mtp_engine.verifiers import MatchVerifier
 
 CPU, DEVICE = torch.device("cpu"), torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -98,7 +98,7 @@ def test_all_kinds_together_say_what_each_says_alone(
             kind
         )
         assert [(p.token, p.rank) for p in mine.logprobs] == [(p.token, p.rank) for p in theirs.logprobs]
-    assert runner.late == 0  # type: ignore[attr-defined]
+    assert runner.steps.late == 0  # type: ignore[attr-defined]
     assert "failed" not in caplog.text
     assert {"plain", "chain:1", "chain:2", "tree:5", "late chain:2"} == set(dice.chosen)
 
@@ -290,7 +290,7 @@ def test_shapes_are_timed_on_the_recorded_steps(models: Models) -> None:
     assert not planner.forced
     request = solo(loop, 1, params()[1])
     assert request.output == solo(loop_of(models, RootDrafter(), in_flight=0), 1, params()[1]).output
-    assert loop.runner.late == 0  # type: ignore[attr-defined]
+    assert loop.runner.steps.late == 0  # type: ignore[attr-defined]
 
 
 def test_who_has_ended_teaches_nothing(models: Models) -> None:

@@ -12,7 +12,6 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import final
 
@@ -23,30 +22,23 @@ from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Progress
 from mtp_engine.runtime.flight import Flight, HostMark, Mark, Opened, Reading
 from mtp_engine.runtime.recorded import (
-    BOUND_STEP,
     SMALLEST_BOUND,
     Captured,
     Lane,
     Prepared,
-    Recorded,
     Uncaptured,
     bound_bucket,
-    no_collection,
-    whole,
 )
 from mtp_engine.runtime.recorded_prompts import RecordedPrompts
-from mtp_engine.runtime.request import Landed, Launched, Members, PromptChunk, TreeLimits
+from mtp_engine.runtime.recorded_steps import SCRATCH_TOKENS, Key, RecordedSteps
+from mtp_engine.runtime.request import Landed, Launched, Members, PromptChunk
 from mtp_engine.runtime.shapes import Watched
-from mtp_engine.runtime.slots import SCRATCH_LENGTH
 from mtp_engine.runtime.step import ModelStep, Said
-from mtp_engine.runtime.structures import Drafted, Given, Looked, Structures
-from mtp_engine.runtime.threads import usable_cores
-from mtp_engine.sampling.batch import Plan, SamplingBatch
+from mtp_engine.runtime.structures import Drafted, Looked, Structures
 
 _LOG = logging.getLogger("mtp_engine")
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # a batch is padded up to one of these
 _RARELY = 1000  # younger collections to a full one, in which all wait for tens of milliseconds; 10 are usual
-SCRATCH_TOKENS = SCRATCH_LENGTH + 128  # room the scratch slot needs in the caches
 
 
 def bucket(size: int) -> int:
@@ -55,28 +47,10 @@ def bucket(size: int) -> int:
 
 
 @final
-@dataclass(frozen=True)
-class Key:
-    """What a step is recorded for. drafts: else its trees have one node. bare: nobody wants anything but tokens, chosen by the
-    model's logits. limited: somebody wants a smaller tree; never bare. tables: Processors.grown, as a graph holds the tables
-    that it was captured with. plan: where steps are planned; late ones, which are rare, are recorded for whatever is wanted.
-    """
-
-    batch: int
-    bound: int
-    drafts: bool
-    bare: bool
-    limited: bool = False
-    tables: int = 0
-    plan: Plan | None = None
-
-
-@final
 class GraphRunner:
     """Replays steps (a Runner). in_flight: steps queued before the host waits for the first of them.
 
-    recorded, late: steps that were recorded, and how many of them in the midst of the work after `capture`. replayed, slow:
-    steps that ran as graphs, and on a GPU operation by operation.
+    replayed, slow: steps that ran as graphs, and on a GPU operation by operation.
     """
 
     def __init__(
@@ -87,26 +61,25 @@ class GraphRunner:
         each may have. chunk: rows of prompts that are read at once, at most. progress: is told of kernels that are compiled,
         and of steps that cannot be captured."""
         self.in_flight = in_flight
-        self.recorded = self.late = self.replayed = self.slow = 0
+        self.replayed = self.slow = 0
         self._step, self._scratch, self._device, self._refresh = step, scratch, device, refresh
-        self._progress = progress
-        self._cuda, self._complete, self._told = device.type == "cuda", False, False
-        self._prepared: dict[Key, Prepared] = {}
-        self._compiled = set[Key]()
-        self._most = step.cache.pages.count * step.cache.pages.page_size
+        self._cuda = device.type == "cuda"
         self._next = Key(0, 0, False, True)  # of the step that is launched next
         self._shapes = step.shapes
-        self._likely: Key | None = None  # whose kernels are compiled
         self._open: Opened[Looked | None] | None = None  # the newest step, if something is left of it to launch
         self._idle: float | None = None  # since when the host has worked for steps alone
         self._lane = Lane(device) if self._cuda else None
-        self.prompts = RecordedPrompts(
-            step, scratch=scratch, position=SCRATCH_TOKENS - 1, most=chunk, lane=self._lane, compile=self._compile
-        )
         self._structures = Structures(
             batch=bucket(scratch), nodes=step.drafter.max_nodes, depth=step.drafter.depth, vocab=step.model.vocab_size,
             device=device, mark=self._mark,
         )  # fmt: skip
+        self.steps = RecordedSteps(
+            step, self._structures, scratch=scratch, device=device, lane=self._lane, refresh=refresh, settle=self.settle,
+            progress=progress,
+        )  # fmt: skip
+        self.prompts = RecordedPrompts(
+            step, scratch=scratch, position=SCRATCH_TOKENS - 1, most=chunk, lane=self._lane, compile=self.steps.compile
+        )
 
     def capture(self, batch: int, longest: int, progress: Progress) -> str:
         """See Runner. Raises EngineError where memory is not enough."""
@@ -119,21 +92,14 @@ class GraphRunner:
             {bucket(size) for size in range(1, batch + 1)}, reverse=True
         )  # large ones make room for the rest
         keys = [key for size in sizes for bound in sorted(bounds, reverse=True) for key in self._keys(size, bound)]
-        number = 0
         try:
             prompts = self.prompts.capture(sorted(bounds), progress)
-            if self._lane:
-                self._compile(partial(self._run, [(key, *self._blank(key)) for key in keys]))
-            with no_collection():
-                for number, key in enumerate(keys):
-                    progress("capturing CUDA graphs", number, len(keys))
-                    self._record(key, compiled=True)
+            self.steps.capture(keys, progress)
         except torch.OutOfMemoryError as error:
             raise EngineError(
-                f"the GPU's memory is full after {number} of {len(keys)} CUDA graphs: lower max_batch, max_context or "
-                'kv_tokens, or have them captured when they are needed (capture="lazy")'
+                f"the GPU's memory is full after {self.steps.recorded} of {len(keys)} CUDA graphs: lower max_batch, max_context "
+                'or kv_tokens, or have them captured when they are needed (capture="lazy")'
             ) from error
-        self._complete = True
         gc.collect()
         gc.freeze()
         gc.set_threshold(*gc.get_threshold()[:2], _RARELY)
@@ -159,19 +125,15 @@ class GraphRunner:
     def prepare(self, members: Members, bound: int) -> None:
         self.complete()
         key = self._next = self._key(members, bound)
-        if key not in self._prepared:
-            if self._complete:
-                self.late += 1
-                _LOG.warning("a step is recorded in the midst of the work, which holds all up: %s", key)
-            self._record(key)
+        if self.steps.prepare(key):
+            self._idle = None
 
     def prepare_reading(self, chunks: Sequence[PromptChunk]) -> None:
         self.complete()
-        if not self._lane or self._prepared:
+        if not self._lane or self.steps.prepared:
             self.prompts.prepare(chunks)
-            return
-        key = self._likely = self._first(chunks)
-        self.prompts.prepare(chunks, partial(self._run, [(key, *self._blank(key))]))
+        else:
+            self.prompts.prepare(chunks, self.steps.first(self._first(chunks)))
 
     def _first(self, chunks: Sequence[PromptChunk]) -> Key:
         """Of the step that comes behind the first prompts, most likely: its kernels are compiled together with theirs."""
@@ -185,7 +147,7 @@ class GraphRunner:
     def launch(self, members: Members, bound: int, said: Said) -> Launched:
         self.complete()
         key, count = self._next, len(members.slots)
-        step = self._prepared[key]
+        step = self.steps.prepared[key]
         step.load(members, self._scratch)
         if self._refresh:
             self._refresh(*self._bounds(members, bound, len(step.members.slots) - count))
@@ -297,77 +259,6 @@ class GraphRunner:
         bare = members.sampling.bare and not limited
         tables = 0 if bare else self._step.processors.grown
         return Key(bucket(len(members.slots)), bound, drafts, bare, limited, tables, plan)
-
-    def _blank(self, key: Key) -> tuple[Members, Given | None]:
-        """Room for any members of that kind, and for what structures allow."""
-        slots = torch.full((key.batch,), self._scratch, device=self._device)
-        limits = TreeLimits.none(key.batch, self._device) if key.limited else None
-        sampling = SamplingBatch.room(key.batch, self._device, bare=key.bare)
-        members = Members((), (), slots, sampling, limits=limits, speculates=key.drafts, plan=key.plan)
-        nodes = key.plan.nodes if key.plan else self._step.drafter.max_nodes if key.drafts else 1
-        return members, None if key.bare else self._structures.given(key.batch, nodes)
-
-    def _run(self, steps: Sequence[tuple[Key, Members, Given | None]]) -> None:
-        for key, members, given in steps:
-            whole(self._step, members, key.bound, given)
-
-    def _record(self, key: Key, *, compiled: bool = False) -> None:
-        """Make a step ready for any members of that kind. Where it cannot be captured it will run slowly, which is said.
-        compiled: its kernels are."""
-        stale = [k for k in self._prepared if not (k.bare or key.bare or k.tables == key.tables)]
-        if stale:  # they hold tables that are too small by now, and may be running
-            self.settle()
-        for each in stale:
-            del self._prepared[each]
-        members, given = self._blank(key)
-        parts: Recorded = Uncaptured(self._step, members, key.bound, given)
-        if self._lane:
-            try:
-                if not compiled and key != self._likely:
-                    far = replace(key, bound=min(key.bound * BOUND_STEP**2, bound_bucket(self._most)))
-                    new = [each for each in dict.fromkeys((key, far)) if each not in self._compiled]
-                    self._compiled.update(new)  # longer contexts have kernels of their own, which others then wait for
-                    self._compile(partial(self._run, [(each, members, given) for each in new]))
-                parts = Captured(self._step, members, key.bound, given, self._lane, partial(self._plan, key.batch))
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                if isinstance(error.__context__, torch.OutOfMemoryError):
-                    raise error.__context__ from None
-                self._say_slow(f"steps run without CUDA graphs, which is many times slower: {error} ({key})")
-        self.recorded += 1
-        self._idle = None
-        self._prepared[key] = Prepared(members, given, parts)
-
-    def _compile(self, run: Callable[[], object]) -> None:
-        """Have all kernels of a pass compiled, side by side. Nothing runs: the pass goes into a graph that is thrown away."""
-        lane = self._lane
-        if lane is None or self._refresh:
-            return  # plans for FlashInfer are made on the host, when a pass runs
-        from mtp_engine.kernels.compiling import Missing
-
-        missing = Missing()
-        try:
-            # as nothing of it runs, nothing that happens meanwhile can spoil it: modules may be loaded, memory taken
-            trial = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=lane.stream, capture_error_mode="relaxed")
-            with no_collection(), missing, trial:
-                run()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            return  # where it is captured in earnest it will be said why
-        missing.compile(self._device, usable_cores(), self._progress)
-
-    def _say_slow(self, why: str) -> None:
-        if not self._told:
-            self._told = True
-            _LOG.warning(why)
-            self._progress(why, 0, None)
-
-    def _plan(self, batch: int) -> None:
-        """As `refresh` does, for a batch in the scratch slot."""
-        if self._refresh:
-            self._refresh([self._scratch] * batch, [SCRATCH_TOKENS] * batch)
 
     def _bounds(self, members: Members, bound: int, padding: int) -> tuple[list[int], list[int]]:
         """Slots and the most tokens each may have, padding included; the longest request has `bound` at most."""
