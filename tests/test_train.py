@@ -249,6 +249,35 @@ def test_trained_layers_are_lossless_and_of_use(world: World, learnt: Path) -> N
         assert sum(lengths) / len(lengths) > 1.7
 
 
+def test_a_dry_run_counts_the_weights_that_are_trained(world: World, learnt: Path) -> None:
+    result = invoke("train", world.model, "--dry-run", "--layers", 3)
+    card = (learnt / "README.md").read_text()
+    count = next(line for line in card.splitlines() if line.startswith("| parameters")).split("|")[2].strip()
+    assert f"{count} (" in result.stdout
+
+
+def test_report_and_card_tell_what_the_log_does(world: World, learnt: Path) -> None:
+    rows = read_log(learnt)
+    page, card = ((learnt / name).read_text() for name in ("report.html", "README.md"))
+    assert [row["step"] for row in rows][-1] == 200
+    for key in ("loss", "lengths"):
+        values = [value for row in rows for value in row[key]]
+        assert f">{max(values):.3g}<" in page
+        assert f">{min(values):.3g}<" in page
+    curves = page.split("<polyline")[1:]
+    assert [curve.split('"')[1].count(",") for curve in curves] == [len(rows)] * 6 + [2, len(rows)]
+    for row in rows:
+        line = f"| {row['step']} | {sum(row['loss']):.3f} | {row['lengths'][-1]:.2f} | {row['measured'] or 0:.2f} |"
+        assert (line in card) == (row["measured"] is not None)
+    assert "mtp-engine" in card
+    about = json.loads((learnt / "config.json").read_text())
+    assert (about["steps"], about["base_model"]) == (200, str(world.model))
+    ids = load_file(learnt / "mtp.safetensors")["draft_token_ids"]
+    counts = torch.bincount(torch.tensor(byte_tokenizer().encode(world.text.read_text()).ids), minlength=264)
+    assert len(ids.unique()) == len(ids) == 264
+    assert (counts[ids[:-1].long()] >= counts[ids[1:].long()]).all()
+
+
 def test_layers_learn_from_the_model_s_own_dialogues(world: World, tmp_path: Path) -> None:
     out = tmp_path / "heads"
     options = ["--layers", 2, "--shards", 1, "--rows", 64, "--row-length", 192, "--steps", 60, "--batch-tokens", 1536]
@@ -696,41 +725,12 @@ def test_a_dry_run_writes_nothing(world: World, tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_counts_the_weights_that_are_trained(world: World, learnt: Path) -> None:
-    result = invoke("train", world.model, "--dry-run", "--layers", 3)
-    card = (learnt / "README.md").read_text()
-    count = next(line for line in card.splitlines() if line.startswith("| parameters")).split("|")[2].strip()
-    assert f"{count} (" in result.stdout
-
-
 def test_a_dry_run_for_a_gpu_needs_none(world: World, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     result = invoke("train", world.model, "--dry-run", "--device", "cuda", "--out", tmp_path / "out")
     assert result.exit_code in (0, 2), result.output
     assert "internal error" not in result.output
-
-
-def test_report_and_card_tell_what_the_log_does(world: World, learnt: Path) -> None:
-    rows = read_log(learnt)
-    page, card = ((learnt / name).read_text() for name in ("report.html", "README.md"))
-    assert [row["step"] for row in rows][-1] == 200
-    for key in ("loss", "lengths"):
-        values = [value for row in rows for value in row[key]]
-        assert f">{max(values):.3g}<" in page
-        assert f">{min(values):.3g}<" in page
-    curves = page.split("<polyline")[1:]
-    assert [curve.split('"')[1].count(",") for curve in curves] == [len(rows)] * 6 + [2, len(rows)]
-    for row in rows:
-        line = f"| {row['step']} | {sum(row['loss']):.3f} | {row['lengths'][-1]:.2f} | {row['measured'] or 0:.2f} |"
-        assert (line in card) == (row["measured"] is not None)
-    assert "mtp-engine" in card
-    about = json.loads((learnt / "config.json").read_text())
-    assert (about["steps"], about["base_model"]) == (200, str(world.model))
-    ids = load_file(learnt / "mtp.safetensors")["draft_token_ids"]
-    counts = torch.bincount(torch.tensor(byte_tokenizer().encode(world.text.read_text()).ids), minlength=264)
-    assert len(ids.unique()) == len(ids) == 264
-    assert (counts[ids[:-1].long()] >= counts[ids[1:].long()]).all()
 
 
 def test_a_second_run_starts_a_log_of_its_own(world: World, tmp_path: Path) -> None:
