@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mtp_engine.kernels.ancestry import MAX_NODES
 from mtp_engine.kernels.chain_attention_kernels import blocks_kernel, chain_kernel
-from mtp_engine.kernels.chain_teams import add_up, suits_teams
+from mtp_engine.kernels.chain_teams import chain_teams, suits_teams
 from mtp_engine.kernels.launch import cdiv, next_power_of_2, overlap, pdl, warpgroups
 from mtp_engine.kernels.tree_attention import Plan, head_blocks
 from mtp_engine.kernels.tree_attention_kernels import LOG2E
@@ -101,7 +101,7 @@ def chain_attention(
     simple = not window and packed is None and first is None and sink is None
     if teams and simple and warpgroups() and suits_teams(q, k_cache, v_cache, page_size, plan.tile):
         given = page_size, plan.splits, when
-        return add_up(q, k_cache, v_cache, pages, lengths, out, *given, scale=scale)
+        return chain_teams(q, k_cache, v_cache, pages, lengths, out, *given, scale=scale)
     taken = min(plan.rows // group, plan.tile)
     per = cdiv(min(nodes, plan.tile), taken)
     tiles = 1 + cdiv(nodes - 1, plan.tile)  # of positions: the first row may stand anywhere in its own

@@ -64,16 +64,8 @@ def _unit(work, unit):
 
 @gluon.jit
 def _fetch(
-    work,
-    k_cache,
-    v_cache,
-    pages,
-    page_stride,
-    DK: gl.constexpr,
-    DV: gl.constexpr,
-    PAGE: gl.constexpr,
-    PDL: gl.constexpr,
-):
+    work, k_cache, v_cache, pages, page_stride, DK: gl.constexpr, DV: gl.constexpr, PAGE: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
     """What the fetching warp does. Keys before the step's own are there before the kernel before this one has ended."""
     i = 0
     for unit in range(gl.program_id(0), work.units, gl.num_programs(0)):
@@ -166,16 +158,15 @@ def _add_up(
     i = 0
     for unit in range(gl.program_id(0), work.units, gl.num_programs(0)):
         b, kv_head, length, tile, last = _unit(work, unit)
-        queries = _queries(
-            q + b.to(gl.int64) * q_batch + kv_head * GROUP * q_head, q_node, q_head, work.nodes, GROUP, DK
-        )
+        first, stop = q + b.to(gl.int64) * q_batch + kv_head * GROUP * q_head, length + work.nodes
+        queries = _queries(first, q_node, q_head, work.nodes, GROUP, DK)
         own = length + gl.arange(0, TILE, layout=gl.SliceLayout(1, _SCORES)) // GROUP
         late = own >= (tile + 1) * TILE  # rows whose far keys end a tile later
         state, run = _fresh(DV), _fresh(DV)
         split = 0
         edge = _split_start(1, SPLITS)
         for t in range(0, tile):
-            run = _absorb(work, run, queries, i, t, own, length + work.nodes, scale, False)
+            run = _absorb(work, run, queries, i, t, own, stop, scale, False)
             i += 1
             ends = (t + 1) * TILE >= edge
             ends_early, ends_late = (t < tile - 1) & (ends | (t + 1 == tile - 1)), ends | (t + 1 == tile)
@@ -186,20 +177,14 @@ def _add_up(
                 split += 1
                 edge = _split_start(split + 1, SPLITS)
         for t in range(tile, last + 1):
-            run = _absorb(work, run, queries, i, t, own, length + work.nodes, scale, True)
+            run = _absorb(work, run, queries, i, t, own, stop, scale, True)
             i += 1
         if PDL == 3:  # noqa: SIM102
             if unit + gl.num_programs(0) >= work.units:
                 _pdl_launch()
-        _store(
-            _merge(state, run),
-            out,
-            b.to(gl.int64) * work.nodes * work.KV_HEADS + kv_head,
-            work.nodes,
-            GROUP,
-            work.KV_HEADS,
-            DV,
-        )
+        state = _merge(state, run)
+        line = b.to(gl.int64) * work.nodes * work.KV_HEADS + kv_head
+        _store(state, out, line, work.nodes, GROUP, work.KV_HEADS, DV)
 
 
 @gluon.jit
@@ -255,18 +240,19 @@ def suits_teams(q: Tensor, k_cache: Tensor, v_cache: Tensor, page_size: int, til
     return rows <= TILE.value == tile and dims and whole and page_size % tile == 0
 
 
-def add_up(
+def chain_teams(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, lengths: Tensor, out: Tensor, page_size: int,
     splits: tuple[int, ...], when: int, *, scale: float,
 ) -> Tensor:  # fmt: skip
     """`out`, written by `chain_teams_kernel`. Arguments as for chain_attention; splits: a Plan's; when: see `overlap`."""
     (batch, nodes, heads, dim), (kv_heads, v_dim), tile = q.shape, v_cache.shape[1:], TILE.value
     units, layout = batch * kv_heads, gl.NVMMASharedLayout(128, 16, 2)
-    # more stages are no faster, and leave no room to begin beside the kernel before
     keys, values = (Boxes.from_tensor(x.flatten(1), [tile, x.shape[2]], layout) for x in (k_cache, v_cache))
+    # more stages are no faster, and leave no room to begin beside the kernel before
+    stages = SHARED // 2 // (tile * (dim + v_dim) * 2)
     chain_teams_kernel[(min(units, SMS),)](
         q, keys, values, pages, lengths, out, *q.stride()[:3], pages.stride(0), nodes, units, scale * runs.LOG2E.value,
         GROUP=heads // kv_heads, KV_HEADS=kv_heads, DK=dim, DV=v_dim, PAGE=page_size, SPLITS=splits,
-        STAGES=SHARED // 2 // (tile * (dim + v_dim) * 2), PDL=when, launch_pdl=when > 0, num_warps=4, enable_fp_fusion=False,
+        STAGES=stages, PDL=when, launch_pdl=when > 0, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -28,8 +28,8 @@ _BOXES = f"tensordesc<bf16[64, 128], {NVMMASharedLayout(128, 16, 2)!r}>"
 _CHAINS = {
     "q": "*bf16", "k_cache": _BOXES, "v_cache": _BOXES, "pages": "*i32", "lengths": "*i64", "out": "*bf16",
     **dict.fromkeys(("q_batch", "q_node", "q_head", "page_stride", "nodes", "units"), "i32"), "scale": "fp32",
-    "GROUP": 4, "KV_HEADS": 8, "DK": 128, "DV": 128, "PAGE": 64, "SPLITS": (128, 32, 1024, 28, 4096),
-    "STAGES": 6, "PDL": 3,
+    "GROUP": 4, "KV_HEADS": 8, "DK": 128, "DV": 128, "PAGE": 64, "SPLITS": (256, 16, 512, 24, 2048),
+    "STAGES": 3, "PDL": 3,
 }  # fmt: skip
 
 

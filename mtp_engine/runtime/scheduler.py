@@ -227,7 +227,7 @@ class Scheduler:
             try:
                 if request.params.logprobs is not None and landed.notes:
                     request.logprobs += landed.notes.read(row, tokens[:count], request.params.logprobs)
-                failed = {path: why for (at, path), why in landed.failed.items() if at == row} if landed.failed else {}
+                failed = {path: why for (at, path), why in landed.failed.items() if at == row}
                 taken = request.take(tokens[:count], failed)
             except Exception as error:  # of its text: the others get theirs
                 self.end(request, "error", str(error))

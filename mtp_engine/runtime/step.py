@@ -296,8 +296,11 @@ def explain(error: BaseException) -> str:
     text = (str(error).splitlines() or [""])[0]
     if isinstance(error, EngineError):
         return text
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text:  # the latter by the driver, of graphs
+    driver = isinstance(error, torch.AcceleratorError)
+    if isinstance(error, torch.OutOfMemoryError) or (
+        driver and "out of memory" in text
+    ):  # torch's own, or the driver's
         return f"the GPU's memory is full: lower kv_tokens, max_batch or max_context ({text})"
-    if isinstance(error, torch.AcceleratorError):
+    if driver:
         return f"the GPU failed: start anew, and look at nvidia-smi if it happens again ({text})"
     return f"{type(error).__name__}: {text}"
