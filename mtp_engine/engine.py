@@ -26,6 +26,7 @@ from mtp_engine.models.decoder import Decoder
 from mtp_engine.protocols import Progress
 from mtp_engine.runtime.answer import Chunk, Generation
 from mtp_engine.runtime.compare import Contender, take_turns
+from mtp_engine.runtime.interrupts import uninterrupted
 from mtp_engine.runtime.lead import Follower, Solo, Team
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request, StepOutput
@@ -293,12 +294,14 @@ class Engine:
             return
         for request in requests:
             scheduler.cancel(request)
-        alone = self.config.tensor_parallel == 1
-        if alone and self.lock.acquire(blocking=False):  # it may be this very thread that holds it, collecting garbage
-            try:
-                scheduler.sweep()
-            finally:
-                self.lock.release()
+        if self.config.tensor_parallel > 1:
+            return
+        with uninterrupted():
+            if self.lock.acquire(blocking=False):  # it may be this very thread that holds it, collecting garbage
+                try:
+                    scheduler.sweep()
+                finally:
+                    self.lock.release()
 
     def save_prefix(self, path: str | Path, prompt: Prompt) -> int:
         """Write what has been read of a prompt's beginning to a file, after reading it if that has not happened.

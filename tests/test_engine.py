@@ -1,16 +1,24 @@
 """One Engine for several threads: everybody gets what they would get alone, and whoever leaves takes nothing along."""
 
+import dis
 import gc
+import itertools
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 from test_decode_loop import check_memory
 
+import mtp_engine
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.engine import Prompt
 from mtp_engine.errors import EngineBusy, EngineError
@@ -409,3 +417,70 @@ def test_time_runs_out(engine: Engine, expected: list[Generation]) -> None:
     assert same(third, expected[2])
     [never] = engine.generate([PROMPTS[0]], replace(LONG, timeout=1e-9))
     assert (never.finish_reason, never.token_ids, never.text) == ("timeout", [], "")
+
+
+class Interrupting:
+    """Sends this process a SIGINT at the n-th of the points of our code where Python looks for signals: where a function
+    begins, after a call, before a jump back."""
+
+    OURS = str(Path(mtp_engine.__file__).parent)
+    BEFORE = frozenset(
+        dis.opmap[name] for name in ("CALL", "CALL_FUNCTION_EX", "CALL_KW", "JUMP_BACKWARD") if name in dis.opmap
+    )
+
+    def __init__(self, point: int) -> None:
+        self.left = point
+
+    def __enter__(self) -> "Interrupting":
+        self._before = sys.gettrace()
+        sys.settrace(self._enter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _enter(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
+        if not frame.f_code.co_filename.startswith(self.OURS):
+            return None
+        frame.f_trace_opcodes = True
+        self._pass()
+        last = [0]
+
+        def inside(frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
+            if event == "opcode":
+                if last[0] in self.BEFORE:
+                    self._pass()
+                last[0] = frame.f_code.co_code[frame.f_lasti]
+            return inside
+
+        return inside
+
+    def _pass(self) -> None:
+        self.left -= 1
+        if not self.left:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.timeout(120)
+def test_an_interrupt_at_any_point_of_a_step_hurts_nobody(engine: Engine, expected: list[Generation]) -> None:
+    """Neither another request of that step, nor who asks next."""
+    others, before = (PROMPTS[:1], WANTED[:1]), signal.getsignal(signal.SIGINT)
+    for point in itertools.count(1, 3):
+        interrupting, interrupted = Interrupting(point), False
+        other = engine.stream(*others)
+        told = [next(other)]
+        try:
+            with closing(engine.stream([PROMPTS[4]], LONG)) as chunks:
+                next(chunks)
+                with interrupting:
+                    next(chunks)
+        except KeyboardInterrupt:
+            interrupted = True
+        assert interrupted == (interrupting.left <= 0), point
+        told += other
+        assert same(joined(told), expected[0]), point
+        if not interrupted:
+            break
+        assert not engine.loop.scheduler.busy, point
+    assert point > 300
+    assert signal.getsignal(signal.SIGINT) is before

@@ -2,18 +2,25 @@
 
 import threading
 from collections import deque
+from contextlib import ExitStack
 from typing import final
+
+from mtp_engine.runtime.interrupts import uninterrupted
 
 
 @final
 class Turns:
     """A mutex that is handed on. A threading.Lock is taken again by who has just released it, before a waiter is awake:
-    a thread that steps without a pause keeps all others out for dozens of steps."""
+    a thread that steps without a pause keeps all others out for dozens of steps.
+
+    `with` takes it `uninterrupted`: what Ctrl-C raises on the way in or out would leave it taken for ever.
+    """
 
     def __init__(self) -> None:
         self._inner = threading.Lock()  # held for moments
         self._held = False
         self._waiting: deque[threading.Lock] = deque()
+        self._leave = ExitStack()  # of who has it by `with`
 
     def acquire(self, *, blocking: bool = True) -> bool:
         """Not blocking: False rather than wait, also where the caller interrupts this very lock (garbage collection)."""
@@ -50,7 +57,11 @@ class Turns:
                 self._held = False
 
     def __enter__(self) -> None:
-        self.acquire()
+        with ExitStack() as stack:
+            stack.enter_context(uninterrupted())
+            self.acquire()
+            stack.callback(self.release)
+            self._leave = stack.pop_all()
 
     def __exit__(self, *_: object) -> None:
-        self.release()
+        self._leave.close()
