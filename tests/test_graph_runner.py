@@ -222,6 +222,37 @@ def test_a_full_memory_names_what_to_lower(models: Models, monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would compile kernels for what is refused here")
+@pytest.mark.parametrize("full", [torch.OutOfMemoryError("no"), torch.AcceleratorError("CUDA error: out of memory")])
+@pytest.mark.parametrize("breaks_off", [False, True])
+def test_a_memory_that_is_full_in_a_capture_is_not_taken_for_something_else(
+    models: Models,
+    full: RuntimeError,
+    breaks_off: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """breaks_off: the end of the capture fails as well, and hides why."""
+
+    class Full:
+        def __init__(self, *_: Any) -> None:
+            try:
+                raise full
+            finally:
+                if breaks_off:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+
+    loop = loop_of(models, drafter_of("3x2", models))
+    runner: Any = loop.runner
+    monkeypatch.setattr(recorded_steps, "Captured", Full)
+    monkeypatch.setattr(runner.steps, "_lane", "of a GPU")
+    with pytest.raises(EngineError, match="memory is full after 0 of 20 CUDA graphs: lower max_batch"):
+        loop.runner.capture(SLOTS, CONTEXT, lambda *_: None)
+    request = solo(loop, 1, params()[1])  # captured when it is needed
+    assert request.error.startswith("the GPU's memory is full: lower kv_tokens, max_batch or max_context")
+    assert "many times slower" not in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would compile kernels for what is refused here")
 def test_what_cannot_be_captured_says_so_once_and_runs(
     models: Models, alone: list[Request], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

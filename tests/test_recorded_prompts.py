@@ -125,7 +125,14 @@ def test_all_sizes_are_recorded_at_load(families: dict[str, Family]) -> None:
     assert [rows_bucket(rows) for rows in (1, 17, 2048, 2049, 5000)] == [16, 32, 2048, 2560, 5120]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("stream is capturing"), torch.OutOfMemoryError("out of memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("stream is capturing"),
+        torch.OutOfMemoryError("out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+    ],
+)
 def test_a_size_is_recorded_when_it_comes_again(
     families: dict[str, Family], error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtp_engine.runtime.request import Members, TreeLimits
-from mtp_engine.runtime.step import ModelStep
+from mtp_engine.runtime.step import ModelStep, says_full
 from mtp_engine.runtime.structures import Given
 from mtp_engine.sampling.batch import SamplingBatch
 from mtp_engine.tree import DraftTree
@@ -173,6 +173,18 @@ def bound_bucket(bound: int) -> int:
     while wanted < bound:
         wanted *= BOUND_STEP
     return wanted
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """A full memory raises torch.OutOfMemoryError, also where the driver says so, or a capture that broke off because of it."""
+    try:
+        yield
+    except RuntimeError as error:
+        full = next((each for each in (error, error.__context__) if says_full(each)), None)
+        if full is None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise torch.OutOfMemoryError(str(full)) from error
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 
 from mtp_engine.attention.rows import StepRows
 from mtp_engine.protocols import Progress
-from mtp_engine.runtime.recorded import Lane, bound_bucket, no_collection
+from mtp_engine.runtime.recorded import Lane, bound_bucket, memory_errors, no_collection
 from mtp_engine.runtime.request import PromptChunk
 from mtp_engine.runtime.step import ModelStep, known, spans, told
 from mtp_engine.sampling.batch import Extent, to_device
@@ -169,13 +169,15 @@ class RecordedPrompts:
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._step.device)
         self._lane.stream.wait_stream(before)
         try:
-            with no_collection(), torch.cuda.graph(graph, pool=self._lane.pool, stream=self._lane.stream):
+            with (
+                memory_errors(),
+                no_collection(),
+                torch.cuda.graph(graph, pool=self._lane.pool, stream=self._lane.stream),
+            ):
                 half(size)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if isinstance(error.__context__, torch.OutOfMemoryError):
-                raise error.__context__ from None
             self._refuse(half, size, error)
             return None
         finally:

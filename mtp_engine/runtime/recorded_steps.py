@@ -17,6 +17,7 @@ from mtp_engine.runtime.recorded import (
     Recorded,
     Uncaptured,
     bound_bucket,
+    memory_errors,
     no_collection,
     whole,
 )
@@ -122,12 +123,11 @@ class RecordedSteps:
                     new = [each for each in dict.fromkeys((key, far)) if each not in self._compiled]
                     self._compiled.update(new)  # longer contexts have kernels of their own, which others then wait for
                     self.compile(partial(self._run, [(each, members, given) for each in new]))
-                parts = Captured(self._step, members, key.bound, given, self._lane, partial(self._plan, key.batch))
+                with memory_errors():
+                    parts = Captured(self._step, members, key.bound, given, self._lane, partial(self._plan, key.batch))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                if isinstance(error.__context__, torch.OutOfMemoryError):
-                    raise error.__context__ from None
                 self._say_slow(f"steps run without CUDA graphs, which is many times slower: {error} ({key})")
         self.recorded += 1
         self.prepared[key] = Prepared(members, given, parts)
@@ -143,7 +143,7 @@ class RecordedSteps:
         try:
             # as nothing of it runs, nothing that happens meanwhile can spoil it: modules may be loaded, memory taken
             trial = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=lane.stream, capture_error_mode="relaxed")
-            with no_collection(), missing, trial:
+            with memory_errors(), no_collection(), missing, trial:
                 run()
         except torch.OutOfMemoryError:
             raise

@@ -296,11 +296,14 @@ def explain(error: BaseException) -> str:
     text = (str(error).splitlines() or [""])[0]
     if isinstance(error, EngineError):
         return text
-    driver = isinstance(error, torch.AcceleratorError)
-    if isinstance(error, torch.OutOfMemoryError) or (
-        driver and "out of memory" in text
-    ):  # torch's own, or the driver's
+    if says_full(error):
         return f"the GPU's memory is full: lower kv_tokens, max_batch or max_context ({text})"
-    if driver:
+    if isinstance(error, torch.AcceleratorError):
         return f"the GPU failed: start anew, and look at nvidia-smi if it happens again ({text})"
     return f"{type(error).__name__}: {text}"
+
+
+def says_full(error: BaseException | None) -> bool:
+    """Whether torch, or the driver, says that a GPU's memory is full."""
+    driver = isinstance(error, torch.AcceleratorError) and "out of memory" in str(error)
+    return driver or isinstance(error, torch.OutOfMemoryError)
