@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 import torch
-from common import COUNT, SOME, as_recorded, conditions, encode, read_prompts, require_commit, run
+from common import COUNT, ROOT, SOME, as_recorded, conditions, encode, read_prompts, require_commit, run
 from rich.console import Console
 from rich.table import Table
 
@@ -27,8 +27,6 @@ from mtp_engine.config import DEFAULT_MODEL, TreeShape
 from mtp_engine.hub import hub
 from mtp_engine.runtime.request import Request
 from mtp_engine.runtime.timing import time_shapes
-
-LONGEST = 400  # tokens of a prompt
 
 
 def decode(
@@ -118,6 +116,9 @@ def measure(
 @click.option("--model", default=DEFAULT_MODEL, show_default=True)
 @click.option("--batch", "batches", multiple=True, type=SOME, default=[1, 4, 16, 64], show_default=True)
 @click.option("--temperature", "temperatures", multiple=True, type=float, default=[0.0, 0.8], show_default=True)
+@click.option("--prompts", "path", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              default=ROOT / "bench/prompts/bench_core.jsonl", help="Lines with `category` and `turns`.")  # fmt: skip
+@click.option("--longest", default=400, type=SOME, show_default=True, help="Prompts of more tokens are left out.")
 @click.option("--limit", default=0, type=COUNT, help="Prompts; 0: all.")
 @click.option("--tokens", default=96, type=SOME, show_default=True)
 @click.option("--fixed", default=24, type=COUNT, show_default=True, help="Prompts for which each shape is tried alone.")
@@ -128,7 +129,7 @@ def main(**o: Any) -> None:
     commit = require_commit()
     begin = time.perf_counter()
     record = {"bench": "planner", **{name: o[name] for name in ("model", "tokens", "context", "max_context")}}
-    record |= conditions(commit, o["device"])
+    record |= {"file": o["path"].name, **conditions(commit, o["device"])}
     config = EngineConfig(
         device=o["device"], max_batch=max(o["batches"]), max_context=o["max_context"], capture="load",
         tree=TreeShape.parse("auto"), dtype="fp32" if o["device"] == "cpu" else "auto",
@@ -142,8 +143,7 @@ def main(**o: Any) -> None:
     with torch.inference_mode():
         plain.captured = plain.loop.runner.capture(max(o["batches"]), plain.loop.intake.max_context, lambda *_: None)
     click.echo(f"{record['load_s']} s to load; {auto.captured}; plain: {plain.captured}", err=True)
-    rows = read_prompts(Path(__file__).parent / "prompts/bench_core.jsonl", o["limit"])
-    prompts = [ids for _, ids in encode(auto, rows, LONGEST)]
+    prompts = [ids for _, ids in encode(auto, read_prompts(o["path"], o["limit"]), o["longest"])]
     prompts = lengthen(prompts, o["context"]) if o["context"] else prompts
     record["prompts"] = len(prompts)
     planner: Any = auto.loop.work.shapes
