@@ -3,6 +3,8 @@
 import json
 import random
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -203,15 +205,32 @@ def test_masks_of_many_nodes_are_those_of_each_alone() -> None:
     assert len({tuple(mask.tolist()) for mask in masks.flatten(0, 1)}) > 8
 
 
+def doubled(folder: Path, vocab: int, texts: Sequence[str], target: Path) -> int:
+    """A copy of a tokenizer with one more token for each of these texts, of the same bytes as one that it has. Returns how
+    many tokens it has then."""
+    stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    stored["added_tokens"] += [{"id": vocab + at, "content": text, **flags} for at, text in enumerate(texts)]
+    (target / "tokenizer.json").write_text(json.dumps(stored), encoding="utf-8")
+    return vocab + len(texts)
+
+
+@pytest.mark.parametrize("doubles", [False, True])
 @pytest.mark.parametrize("within", [0, 60])
-def test_what_fits_is_what_masks_allow(within: int) -> None:
-    """One token after another, beyond the end of an answer, too; and what is expected counts at once, but for the end."""
+def test_what_fits_is_what_masks_allow(within: int, doubles: bool, tmp_path: Path) -> None:
+    """One token after another, beyond the end of an answer, too; and what is expected counts at once, but for the end.
+    doubles: where tokens have the same bytes."""
     schema = json.dumps({"type": "array", "items": {"type": "string", "maxLength": 6}, "minItems": 2})
     record = json.dumps(of(name={**TEXT, "maxLength": 4}, kind={"enum": ["yes", "perhaps"]}, born=WHOLE))
     with Engine.load("mimo-nano", EngineConfig(device="cpu", threads=1, max_context=64)) as engine:
         tokenizer, vocab = engine.tokenizer, engine.model.vocab_size
-        start = Grammars(tokenizer.folder, vocab, tokenizer.eos_ids).start
         short = [token for text in (" x", " y", '"', " n", " b", "n", "p", "y") for token in tokenizer.encode(text)]
+        folder = tokenizer.folder
+    if doubles:
+        before, folder = vocab, tmp_path
+        vocab = doubled(tokenizer.folder, vocab, [' "', '"', " ", '":', ",", "x", " n", " k"], folder)
+        short += [*range(before, vocab)] * 2
+    start = Grammars(folder, vocab, tokenizer.eos_ids).start
     rng, counts = random.Random(2), list[int]()
     structures = [
         Structure(regex="(ab|[a-c]x){1,9}"),

@@ -5,16 +5,15 @@ from typing import Any, final
 
 
 def _canonical(matcher: Any, tokens: Sequence[int]) -> int:
-    """How many of these tokens, which a grammar can take one after the other, masks have: where text is forced, llguidance's
-    have the one token that writes it in the tokenizer's own way, and others that write the same text are none of theirs."""
+    """How many of these tokens, which a grammar can take one after the other, masks have: where tokens are forced, llguidance's
+    have the one that writes the text in the tokenizer's own way, and others that write the same text are none of theirs."""
     for number, token in enumerate(tokens):
         if number:
             matcher = matcher.deep_copy() if number == 1 else matcher
             matcher.consume_token(tokens[number - 1])
-        if matcher.compute_ff_bytes():
-            forced = matcher.compute_ff_tokens()
-            if forced[0] != token if forced else not matcher.compute_bitmask()[token // 8] >> token % 8 & 1:
-                return number
+        forced = matcher.compute_ff_bytes() and matcher.compute_ff_tokens()
+        if forced and forced[0] != token:
+            return number
     return len(tokens)
 
 
