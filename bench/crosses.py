@@ -3,7 +3,7 @@
     python bench/crosses.py
     python bench/crosses.py --first 123 --cases 1    # that case again
     python bench/crosses.py --device cuda --dtype bf16 --cases 200
-    python bench/crosses.py --dtype fp32 --recorded --cases 100          # a GPU's steps, on a CPU
+    python bench/crosses.py --recorded --cases 100                       # a GPU's steps, on a CPU, in fp32
     python bench/crosses.py --dtype fp32 --tensor-parallel 2 --cases 50
 
 tests/crossing.py says what a case is. What goes wrong is printed as it comes; the last line is JSON.
@@ -40,6 +40,7 @@ def main(
     from crossing import Crosses
 
     logging.getLogger("mtp_engine").setLevel(logging.CRITICAL)  # steps that break off are a part of it
+    dtype = "fp32" if recorded and dtype == "auto" else dtype
     most = 16 if dtype in ("auto", "int8") or device != "cpu" else 7  # fp32 is slow there
     crosses = Crosses(
         model, recorded=recorded, most=most, ranks=tensor_parallel, device=device, dtype=dtype, threads=threads
