@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, final
 
 from mtp_engine.runtime.request import Members
+from mtp_engine.sampling.masks import Guide
 
 _LEAST = 0.1  # ms: shorter parts are left out
 
@@ -20,19 +21,21 @@ class Watch:
         self.steps: list[dict[str, Any]] = []
         runner, scheduler, memory = loop.runner, loop.scheduler, loop.memory
         for owner, names in (
-            (runner, ("complete", "prepare", "prepare_reading", "launch", "read")),
+            (runner, ("complete", "prepare", "prepare_reading", "launch", "proceed", "read")),
             (scheduler, ("plan", "commit", "sweep", "take_outputs")), (loop.work, ("learn",)),
             (memory, ("enter", "keep", "leave", "_load")), (memory.processors, ("start",)), (loop, ("_land",)),
         ):  # fmt: skip
             for name in names:
                 setattr(owner, name, self._timed(name.strip("_"), getattr(owner, name)))
-        self._build = Members.build
-        Members.build = self._timed("members", Members.build)  # type: ignore[method-assign]
+        self._kept = [(Members, "build", Members.build), (Guide, "unfit", Guide.unfit), (Guide, "fill", Guide.fill)]
+        for owner, name, method in self._kept:
+            setattr(owner, name, self._timed("members" if owner is Members else name, method))
         gc.callbacks.append(self._collected)
 
     def close(self) -> None:
         gc.callbacks.remove(self._collected)
-        Members.build = self._build  # type: ignore[method-assign]
+        for owner, name, method in self._kept:
+            setattr(owner, name, method)
 
     def step(self) -> float:
         """Run one; returns its milliseconds."""
