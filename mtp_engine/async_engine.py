@@ -179,7 +179,9 @@ class AsyncEngine:
                 self._wake.wait_for(self._has_work)
             if self._ended():
                 break
-            with self.engine.lock:
+            turn = self.engine.turns.new()
+            with turn.lock:
+                turn.wait()
                 if self._ended():  # somebody closed the engine meanwhile
                     break
                 self._admit()

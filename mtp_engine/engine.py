@@ -26,7 +26,6 @@ from mtp_engine.models.decoder import Decoder
 from mtp_engine.protocols import Progress
 from mtp_engine.runtime.answer import Chunk, Generation
 from mtp_engine.runtime.compare import Contender, take_turns
-from mtp_engine.runtime.interrupts import uninterrupted
 from mtp_engine.runtime.lead import Follower, Solo, Team
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request, StepOutput
@@ -69,7 +68,7 @@ class Engine:
     ) -> None:  # fmt: skip
         self.model, self.loop, self.tokenizer, self.config, self.backend = model, loop, tokenizer, config, backend
         self._files, self.team = files, team
-        self.lock = Turns()  # held while the loop is touched
+        self.turns = Turns()  # one is held while the loop is touched
         self.closed = False
         self.captured = ""  # what capturing CUDA graphs took, in words
 
@@ -160,7 +159,9 @@ class Engine:
 
     def close(self) -> None:
         """End what runs (finish_reason "abort") and give the memory back. Closing twice does no harm."""
-        with self.lock:
+        turn = self.turns.new()
+        with turn.lock:
+            turn.wait()
             if not self.closed:
                 self.closed = True
                 self.loop.close()
@@ -277,7 +278,9 @@ class Engine:
 
     def _advance(self, inbox: deque[StepOutput], waiting: deque[Job], running: dict[Request, Job]) -> None:
         """Queue what there is room for, and advance the loop unless another thread has done so meanwhile."""
-        with self.lock:
+        turn = self.turns.new()
+        with turn.lock:
+            turn.wait()
             if inbox:
                 return
             self.check_open()
@@ -296,12 +299,10 @@ class Engine:
             scheduler.cancel(request)
         if self.config.tensor_parallel > 1:
             return
-        with uninterrupted():
-            if self.lock.acquire(blocking=False):  # it may be this very thread that holds it, collecting garbage
-                try:
-                    scheduler.sweep()
-                finally:
-                    self.lock.release()
+        turn = self.turns.new()
+        with turn.lock:
+            if turn.wait(blocking=False):  # it may be this very thread that has one, collecting garbage
+                scheduler.sweep()
 
     def save_prefix(self, path: str | Path, prompt: Prompt) -> int:
         """Write what has been read of a prompt's beginning to a file, after reading it if that has not happened.
@@ -311,7 +312,9 @@ class Engine:
         """
         maker, ids = self._maker(), self.encode(prompt)
         for _ in range(2):
-            with self.lock:
+            turn = self.turns.new()
+            with turn.lock:
+                turn.wait()
                 stored = self.check_open().memory.stored(ids[:-1], maker)
             if stored and len(stored.tokens) == len(ids) - 1:
                 atomically(Path(path), stored.write)
@@ -323,7 +326,9 @@ class Engine:
         """Keep what a file of `save_prefix` holds. Returns of how many tokens. Raises EngineError, with nothing changed,
         for files that are damaged or that another model, version, device or drafter made."""
         stored = StoredPrefix.read(Path(path), self._maker())
-        with self.lock:
+        turn = self.turns.new()
+        with turn.lock:
+            turn.wait()
             self.check_open().memory.restore(stored)
         return len(stored.tokens)
 
@@ -379,15 +384,21 @@ class Engine:
         """This engine's loop, which other threads may use too."""
 
         def start() -> Request:
-            with self.lock:
+            turn = self.turns.new()
+            with turn.lock:
+                turn.wait()
                 return self.check_open().add(ids, params)
 
         def step() -> None:
-            with self.lock:
+            turn = self.turns.new()
+            with turn.lock:
+                turn.wait()
                 self.check_open().step()
 
         def settle() -> None:
-            with self.lock:
+            turn = self.turns.new()
+            with turn.lock:
+                turn.wait()
                 self.check_open().runner.settle()
 
         return Contender(start, step, settle, lambda request: self.drop({request: None}))

@@ -43,7 +43,9 @@ def run(work: Callable[[AsyncEngine], Awaitable[None]], **changes: Any) -> None:
 async def idle(engine: AsyncEngine) -> None:
     """Until nothing runs, which takes a few steps at most."""
     for _ in range(400):
-        with engine.engine.lock:
+        turn = engine.engine.turns.new()
+        with turn.lock:
+            turn.wait()
             if not engine.engine.loop.scheduler.busy:
                 break
         await asyncio.sleep(0.005)
@@ -202,7 +204,9 @@ def test_abort_before_it_is_queued(expected: list[Generation]) -> None:
     """The engine's thread is in a step, or somebody else's is, when the request comes and is aborted."""
 
     async def work(engine: AsyncEngine) -> None:
-        with engine.engine.lock:
+        turn = engine.engine.turns.new()
+        with turn.lock:
+            turn.wait()
             task = asyncio.create_task(answer(engine, PROMPTS[0], LONG, request_id="mine"))
             while not engine._arriving:
                 await asyncio.sleep(0.001)
@@ -273,12 +277,16 @@ def test_a_loop_that_cannot_go_on_tells_everybody() -> None:
         streams = [engine.stream(PROMPTS[i], LONG) for i in range(2)]
         for stream in streams:
             await anext(stream)
-        with engine.engine.lock:
+        turn = engine.engine.turns.new()
+        with turn.lock:
+            turn.wait()
             loop.runner.launch = loop.scheduler.restart = broken  # type: ignore[method-assign]
         for stream in streams:
             with pytest.raises(EngineError, match="the engine failed: the GPU is gone"):
                 await collect(stream)
-        with engine.engine.lock:
+        turn = engine.engine.turns.new()
+        with turn.lock:
+            turn.wait()
             del loop.runner.launch, loop.scheduler.restart
 
     def broken(*_: Any) -> Any:
@@ -351,7 +359,9 @@ def test_the_engine_below_is_closed_while_a_request_arrives() -> None:
 
     async def work(engine: AsyncEngine) -> None:
         below = engine.engine
-        with below.lock:
+        turn = below.turns.new()
+        with turn.lock:
+            turn.wait()
             task = asyncio.create_task(engine.generate(PROMPTS[0], LONG))
             while not engine._arriving:
                 await asyncio.sleep(0.001)

@@ -158,7 +158,9 @@ def test_who_leaves_takes_nothing_along(engine: Engine, alone: list[Generation])
     late = engine.requests(PROMPTS[1], replace(LONG, max_tokens=90, timeout=0.05))
     broken = engine.requests(PROMPTS[3], replace(LONG, max_tokens=90))
     broken[0].sink = lambda _: 1 / 0  # type: ignore[assignment,return-value]
-    with engine.lock:
+    turn = engine.turns.new()
+    with turn.lock:
+        turn.wait()
         engine.loop.submit([*late, *broken])
     next(stream)
     time.sleep(0.06)

@@ -57,7 +57,7 @@ class Request:
     text: str = ""  # of the answer, as it may be shown: without special tokens, cut before a stop string
     finish_reason: FinishReason | None = None
     error: str = ""  # what went wrong, where finish_reason is "error"
-    _seen: int = 0  # tokens and characters that `unseen` has given
+    _seen: int = 0  # tokens and characters that `emit` has given
     _shown: int = 0
     _closed: bool = False
 
@@ -127,14 +127,19 @@ class Request:
         else:
             self.trail, self.finish_reason, self.text = trail, again.reason, again.text
 
-    def unseen(self) -> "StepOutput | None":
-        """What has come since the last call, the end included."""
+    def emit(self, outputs: "list[StepOutput]") -> None:
+        """Hand what has come since the last call, the end included, to whoever listens, and put it into `outputs`."""
         tokens, drafted, text = self.output[self._seen :], self.drafted[self._seen :], self.text[self._shown :]
         if self._closed or not (tokens or self.finish_reason):
-            return None
-        logprobs = tuple(self.logprobs[self._seen : len(self.output)])
-        self._seen, self._shown, self._closed = len(self.output), len(self.text), self.finish_reason is not None
-        return StepOutput(self, tokens, drafted, text, self.finish_reason, logprobs)
+            return
+        seen, shown, sink = len(self.output), len(self.text), self.sink
+        output = StepOutput(self, tokens, drafted, text, self.finish_reason, tuple(self.logprobs[self._seen : seen]))
+        if sink:
+            outputs.append(output)
+        take = sink or outputs.append
+        # Ctrl-C comes between two calls only, so what is marked as seen is handed out
+        self._seen, self._shown, self._closed = seen, shown, output.finish_reason is not None
+        take(output)
 
     def resume(self, said: Sequence[int]) -> None:
         """Go on, before it is queued, from tokens that it has said elsewhere: only what follows is emitted.

@@ -318,13 +318,8 @@ class Scheduler:
         return outputs
 
     def _emit(self, request: Request) -> None:
-        output = request.unseen()
-        if output is None:
-            return
-        self.outputs.append(output)
         try:
-            if request.sink:
-                request.sink(output)
+            request.emit(self.outputs)
         except Exception as error:  # of who listens: it ends, and the others get theirs
             _LOG.exception("a sink failed")
             request.sink = None

@@ -1,67 +1,49 @@
-"""A lock that its waiters get in the order in which they came."""
+"""A lock that its waiters get in the order in which they came, and that Ctrl-C cannot leave taken."""
 
 import threading
-from collections import deque
-from contextlib import ExitStack
 from typing import final
-
-from mtp_engine.runtime.interrupts import uninterrupted
 
 
 @final
 class Turns:
-    """A mutex that is handed on. A threading.Lock is taken again by who has just released it, before a waiter is awake:
+    """A mutex that is handed on: a threading.Lock is taken again by who has just released it, before a waiter is awake, and
     a thread that steps without a pause keeps all others out for dozens of steps.
 
-    `with` takes it `uninterrupted`: what Ctrl-C raises on the way in or out would leave it taken for ever.
+        turn = turns.new()
+        with turn.lock:
+            turn.wait()
+            ...
+
+    Were this a context manager of its own, Ctrl-C could raise on its way in or out, between any two calls, and leave it taken
+    for ever; in `with` a threading.Lock it cannot. So each turn has such a lock, from its beginning to its end, and waits for
+    that of the turn before it (Craig, "Building FIFO and priority-queuing spin locks from atomic swap", 1993).
     """
 
     def __init__(self) -> None:
-        self._inner = threading.Lock()  # held for moments
-        self._held = False
-        self._waiting: deque[threading.Lock] = deque()
-        self._leave = ExitStack()  # of who has it by `with`
+        self.swapping = threading.Lock()  # held for moments
+        self.last = Turn(self)
 
-    def acquire(self, *, blocking: bool = True) -> bool:
-        """Not blocking: False rather than wait, also where the caller interrupts this very lock (garbage collection)."""
-        if not self._inner.acquire(blocking=blocking):
-            return False
-        try:
-            if not self._held:
-                self._held = True
-                return True
-            if not blocking:
+    def new(self) -> "Turn":
+        return Turn(self)
+
+
+@final
+class Turn:
+    """before: whose end it waits for. None: it is, or was, this one's turn."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns, self.lock = turns, threading.Lock()
+        self.before: Turn | None = None
+
+    def wait(self, *, blocking: bool = True) -> bool:
+        """Until all before it have ended. Whoever leaves earlier stays in the row, and those behind wait for those before.
+        Not blocking: False rather than wait, also where the caller interrupts this very lock (garbage collection)."""
+        with self._turns.swapping:
+            self.before = self._turns.last  # first, as Ctrl-C may end this here
+            self._turns.last = self
+        while before := self.before:
+            if not blocking and before.lock.locked():
                 return False
-            turn = threading.Lock()
-            turn.acquire()
-            self._waiting.append(turn)
-        finally:
-            self._inner.release()
-        try:
-            turn.acquire()
-        except BaseException:  # Ctrl-C while it waits
-            with self._inner:
-                handed = turn not in self._waiting
-                if not handed:
-                    self._waiting.remove(turn)
-            if handed:
-                self.release()
-            raise
+            with before.lock:
+                self.before = before.before
         return True
-
-    def release(self) -> None:
-        with self._inner:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._held = False
-
-    def __enter__(self) -> None:
-        with ExitStack() as stack:
-            stack.enter_context(uninterrupted())
-            self.acquire()
-            stack.callback(self.release)
-            self._leave = stack.pop_all()
-
-    def __exit__(self, *_: object) -> None:
-        self._leave.close()

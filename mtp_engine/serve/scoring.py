@@ -21,7 +21,9 @@ async def score(engine: AsyncEngine, tokens: Sequence[int], most: int) -> list[T
         raise ApiError(
             400, f"prompt: 1 to {intake.max_context - 1} tokens of the vocabulary can be scored", param="prompt"
         )
-    with inner.lock:
+    turn = inner.turns.new()
+    with turn.lock:
+        turn.wait()
         plain = inner.undrafted(max_batch=1)
     entries: list[TokenLogprob | None] = [None]
     with plain:
@@ -32,6 +34,8 @@ async def score(engine: AsyncEngine, tokens: Sequence[int], most: int) -> list[T
 
 
 def _score(engine: Engine, loop: DecodeLoop, tokens: Sequence[int], start: int, most: int) -> list[TokenLogprob]:
-    with engine.lock:
+    turn = engine.turns.new()
+    with turn.lock:
+        turn.wait()
         engine.check_open()
         return loop.score(tokens, start, most)
