@@ -60,6 +60,9 @@ class Costs:
     widen: float = 0.0
     draft_drift: float = 1.0  # of drafting, against what was measured first
     verify_drift: _Drift = field(default_factory=_Drift)
+    _lines: dict[int, float] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # of `_measured`, which is asked often
 
     @classmethod
     def parse(cls, text: str) -> "Costs":
@@ -86,13 +89,13 @@ class Costs:
 
     def _measured(self, rows: int) -> float:
         """Between and beyond measured numbers of rows on straight lines."""
-        known = sorted(self.verify)
-        if len(known) == 1:
-            return self.verify[known[0]]
-        at = min(max(bisect.bisect_left(known, rows), 1), len(known) - 1)
-        low, high = known[at - 1], known[at]
-        slope = (self.verify[high] - self.verify[low]) / (high - low)
-        return max(self.verify[low] + slope * (rows - low), 1e-9)
+        if rows not in self._lines:
+            known = sorted(self.verify)
+            at = min(max(bisect.bisect_left(known, rows), 1), len(known) - 1)
+            low, high = known[at - 1], known[at]
+            slope = (self.verify[high] - self.verify[low]) / (high - low) if high > low else 0.0
+            self._lines[rows] = max(self.verify[low] + slope * (rows - low), 1e-9)
+        return self._lines[rows]
 
     @property
     def hopeless(self) -> bool:
@@ -182,6 +185,7 @@ class Planner:
     _levels: int = 0  # of that tree
     _further: int = 0  # nodes that it was grown from, besides one of each level
     _frontier: int = 0  # nodes of its newest level, over all requests
+    _best: int | None = None  # what `nodes` said of the tree so far
     _late: int = 0  # rows that its levels had to come, and that cost about what a further node does
     _told: bool = False
 
@@ -191,7 +195,7 @@ class Planner:
     def drafts(self, slots: Sequence[int]) -> bool:
         """Whether to draft in this step, for the requests in `slots`."""
         self._grown, self._levels, self._further, self._frontier = [[] for _ in slots], 0, 0, len(slots)
-        self._late = 0
+        self._late, self._best = 0, None
         if self.forced:
             return self.forced[0] > 0
         own = [self._of(slot) for slot in slots]
@@ -204,7 +208,7 @@ class Planner:
     def grown(self, promises: Sequence[Sequence[float]]) -> int:
         """A level was grown; promises: joint probabilities of its nodes by request. Returns how many nodes of it to keep, the
         best ones of each request: those that may be worth a row."""
-        self._levels += 1
+        self._levels, self._best = self._levels + 1, None
         batch, at = len(promises), self._depths[self._levels - 1]
         rows = [[_Node(min(1.0, p * at.accepted / at.promised), p, self._levels) for p in row] for row in promises]
         self._further += self._frontier - 1
@@ -241,8 +245,10 @@ class Planner:
         most = min(map(len, self._grown))
         if self.forced:
             return min(self.forced[2], most)
-        batch = len(self._grown)
-        return max(range(1, most + 1), key=lambda count: self._rate(self._levels, batch, self._gain(count), count))
+        if self._best is None:
+            batch, gains = len(self._grown), [self._gain(count) for count in range(most + 1)]
+            self._best = max(range(1, most + 1), key=lambda count: self._rate(self._levels, batch, gains[count], count))
+        return self._best
 
     def late(self, rows: int) -> None:
         """Drafting ran so many rows that earlier steps had left out."""
