@@ -154,6 +154,9 @@ class LazyMTPDrafter:
             (self._past.tokens[slot], tokens, start + 1),
         ):
             spans = ring_spans(0, len(ring), at, at + stop - start)
+            if len(spans) == 1:
+                ring[spans[0]] = values
+                continue
             for span, part in zip(spans, torch.split(values, [each.stop - each.start for each in spans]), strict=True):
                 ring[span] = part
 

@@ -1,6 +1,5 @@
 """Drafting with the CPU's library: a level of a LazyMTPDrafter in one call, and growing a tree alone in one."""
 
-from dataclasses import replace
 from typing import final
 
 import torch
@@ -91,12 +90,8 @@ class NativeDraftOps:
         """The first `count` nodes."""
         whole = self._nodes
         assert whole is not None
-        tokens, parents, depths, scores = (
-            table[:, :count] for table in (whole.tokens, whole.parents, whole.depths, whole.scores)
-        )
-        return replace(
-            whole, tokens=tokens, parents=parents, depths=depths, scores=scores, frontier=frontier, level=level
-        )
+        tokens, parents, depths = whole.tokens[:, :count], whole.parents[:, :count], whole.depths[:, :count]
+        return Growth(tokens, parents, depths, whole.scores[:, :count], frontier, level)
 
 
 @final

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from mtp_engine.attention.rows import AttentionFactory
 from mtp_engine.attention.torch import TorchAttention
@@ -109,6 +110,7 @@ def make_loop(
         prefill_chunk=min(config.prefill_chunk or backend.usual_chunk, backend.chunk_rows),
         packs=backend.packs, prefix_bytes=prefix_bytes(config), share_pages=backend.kernels,
         device=embedding.device, attention=backend.attention, runner=backend.runner(slots), kernels=backend.kernels,
+        advance=backend.advance,
         text=tokenizer.stream if tokenizer else None, spell=tokenizer.spellings if tokenizer else None,
         grammars=Grammars(tokenizer.folder, model.config.vocab_size, eos).start if tokenizer else None,
         planner=drafter.planner if isinstance(drafter, LazyMTPDrafter) else None,
@@ -122,18 +124,22 @@ def decode_loop(
     eos_token_ids: Sequence[int], prefill_chunk: int, device: torch.device, max_waiting: int = 1024,
     packs: bool = True, prefix_bytes: int = 0, share_pages: bool = False,
     attention: AttentionFactory = TorchAttention, runner: RunnerFactory = EagerRunner, kernels: bool = False,
+    advance: Callable[..., Tensor] | None = None,
     text: NewDecoder | None = None, spell: Callable[[str], Iterable[Sequence[int]]] | None = None,
     grammars: Callable[[Structure], Constraint] | None = None, clock: Callable[[], float] = time.monotonic,
     planner: TreePlanner | None = None, shapes: StepPlanner | None = None,
     ranks: Ranks = Alone(), shares: bool = False,  # noqa: B008  it holds nothing
 ) -> DecodeLoop:  # fmt: skip
     """A loop of given parts. text, spell, grammars: see Intake. clock: seconds, for timeouts. packs: see Scheduler.
-    prefix_bytes, share_pages: see Memory. planner, shapes: the drafter's, if it has one. shares: see ModelStep."""
+    prefix_bytes, share_pages: see Memory. planner, shapes: the drafter's, if it has one. advance: see SlotState. shares: see
+    ModelStep."""
     drafter.attach(cache.pages, cache.behind)
     processors = Processors(
         slots=slots + 1, vocab=model.vocab_size, eos_token_ids=eos_token_ids, device=device, kernels=kernels
     )
-    state = SlotState(slots + 1, device, kernels=kernels)  # the last slot is scratch, with which runners pad batches
+    state = SlotState(  # the last slot is scratch, with which runners pad batches
+        slots + 1, device, kernels=kernels, advance=advance
+    )
     work = ModelStep(
         model,
         cache,

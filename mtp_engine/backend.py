@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast, final
 
 import torch
+from torch import Tensor
 
 from mtp_engine.attention.rows import AttentionFactory
 from mtp_engine.attention.torch import TorchAttention
@@ -65,7 +66,7 @@ def _same_module(module: MTPModule) -> MTPModule:
 class Backend:
     """attention: makes each step's attention. runner: for a loop of so many slots. verifier: by the rule's name. ops: by
     how candidates are picked. levels: of an MTP module, where trees are grown as far as pays; None: steps have one shape.
-    make: what weights become. fuse, fuse_mtp: wrap the modules. kernels: caches move rows by kernels.
+    make: what weights become. fuse, fuse_mtp: wrap the modules. kernels: caches move rows by kernels. advance: see SlotState.
 
     in_flight: steps that may be queued at a time. ring_page, ring_rows: rings are whole pages and take at least so many
     rows at a time. scratch_tokens: room that the scratch slot needs; 0 = there is none. usual_chunk, chunk_rows: rows of
@@ -89,6 +90,7 @@ class Backend:
     chunk_rows: int = 1 << 30
     packs: bool = True
     kernels: bool = False
+    advance: Callable[..., Tensor] | None = None
     bucket: Callable[[int], int] = lambda size: size
 
 
@@ -230,6 +232,7 @@ def _native(config: EngineConfig) -> Backend:
         verifier=lambda rule: NativeMatchVerifier(team) if rule == "match" else _rule(rule),
         ops=lambda ranking: NativeDraftOps(team) if ranking == "noise" else TorchDraftOps(ranking),
         levels=lambda module: NativeLevels(cast(NativeMTP, module), team),
+        advance=team.advance,
         packs=False,  # beyond 16 rows the library's time is that of its rows
     )
 

@@ -31,6 +31,7 @@ from mtp_engine.models.make_tiny import make_tiny
 from mtp_engine.models.mtp import MTPModule
 from mtp_engine.models.native import NativeMTP, fuse, fuse_mtp, why_not
 from mtp_engine.models.weights import Makers
+from mtp_engine.runtime.slots import SlotState
 from mtp_engine.sampling.batch import Batch, SamplingBatch
 from mtp_engine.tree import VerifyResult
 from mtp_engine.verifiers import MatchVerifier, NativeMatchVerifier
@@ -345,8 +346,12 @@ def test_levels_grow_the_trees_of_their_twin(wide: tuple[NativeMTP, Team], seed:
 
 
 @FEW
-@given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([61, 5000, 49152]), st.sampled_from(["4x8", "chain"]))
-def test_choosing_is_that_of_torch(team: Team, seed: int, batch: int, vocab: int, kind: str) -> None:
+@given(
+    st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([61, 5000, 49152]), st.sampled_from(["4x8", "chain"]),
+    st.integers(0, 1),
+)  # fmt: skip
+def test_choosing_is_that_of_torch(team: Team, seed: int, batch: int, vocab: int, kind: str, extra: int) -> None:
+    """And so is how slots move on. extra: 0 where the last of them is in the batch."""
     generator = torch.Generator().manual_seed(seed)
     params = [SamplingParams(temperature=each) for each in [0.0, 0.8, 1.2, 0.3][:batch]]
     sampling = SamplingBatch.build(params, [seed * 7919**3 + b for b in range(batch)], CPU)
@@ -372,6 +377,10 @@ def test_choosing_is_that_of_torch(team: Team, seed: int, batch: int, vocab: int
     assert torch.equal(expected.path, found.path)
     for b, count in enumerate(found.counts.tolist()):
         assert torch.equal(expected.tokens[b, :count], found.tokens[b, :count])
+    states = [SlotState(batch + extra, CPU, kernels=False, advance=how) for how in (None, team.advance)]
+    tables = [state.advance(requests, drafted, expected) for state in states]
+    for ours, theirs in (tables, [state.lengths for state in states], [state.tokens[:-1] for state in states]):
+        assert torch.equal(ours, theirs)
 
 
 def test_callers_from_several_threads_take_turns(team: Team) -> None:

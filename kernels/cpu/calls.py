@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -81,6 +82,17 @@ class CStep(Structure):
     ]  # fmt: skip
 
 
+class CAdvance(Structure):
+    """The tables of Team.advance; `most` tokens are emitted."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in (
+            "slots", "lengths", "size", "depths", "tokens", "counts", "state_lengths", "state_tokens", "table",
+        )),
+        *((name, c_int32) for name in ("batch", "nodes", "most", "slot_count")),
+    ]  # fmt: skip
+
+
 class CVerify(Structure):
     """Tables of a tree, [B, N] and [B], and of a VerifyResult."""
 
@@ -131,7 +143,9 @@ class Team:
         self._library.team_new.argtypes = [c_int, c_int]
         for name in ("team_free", "pack_matrix", "run_linear", "run_step", "run_verify", "run_grow", "run_level"):
             getattr(self._library, name).argtypes = [c_void_p, c_void_p][: 1 if name == "team_free" else 2]
-        self._library.team_free.restype = self._library.pack_matrix.restype = None
+        self._library.run_advance.argtypes = [c_void_p]
+        for name in ("team_free", "pack_matrix", "run_advance"):
+            getattr(self._library, name).restype = None
         self._one = Lock()
         self.threads, self._handle = threads, self._library.team_new(threads, _SPINS)
         if not self._handle:
@@ -154,6 +168,18 @@ class Team:
     def verify(self, call: CVerify) -> None:
         self._run(self._library.run_verify, call)
 
+    def advance(
+        self, slots: Tensor, lengths: Tensor, tokens: Tensor, counts: Tensor, size: Tensor, depths: Tensor,
+        state_lengths: Tensor, state_tokens: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """kernels.state.advance's twin."""
+        (batch, most), nodes = tokens.shape, depths.shape[1]
+        table = torch.empty(batch, 3 + most, dtype=torch.int64)
+        given = [x.contiguous() for x in (slots, lengths, size, depths, tokens, counts)]
+        addresses = (x.data_ptr() for x in (*given, state_lengths, state_tokens, table))
+        self._library.run_advance(byref(CAdvance(*addresses, batch, nodes, most, len(state_lengths))))
+        return table
+
     def grow(self, call: CGrow) -> None:
         self._run(self._library.run_grow, call)
 
@@ -168,8 +194,7 @@ class Team:
 
 
 @final
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Rows [M, size] fp32, and the weights of the norm [size] that they go through; None: none."""
 
     x: Tensor
@@ -196,7 +221,7 @@ class PackedLinear:
         if not self.scale.isfinite().all():
             raise EngineError("a weight is not a finite number: its file is damaged; fetch the model again")
 
-    @property
+    @cached_property
     def matrix(self) -> CMatrix:
         """Valid as long as this layer is."""
         bias = None if self.bias is None else self.bias.data_ptr()

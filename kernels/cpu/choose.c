@@ -159,6 +159,29 @@ int run_verify(Team *team, const Verify *c) {
     return 0;
 }
 
+typedef struct {
+    const int64_t *slots, *lengths, *sizes, *depths, *emitted, *counts;
+    int64_t *slot_lengths, *slot_tokens, *table;
+    int32_t batch, nodes, most, slot_count;
+} Advance;
+
+/* Move slots on, all but the last, and say of each request how many tokens it emits, the nodes and the depth of its tree, and
+ * the tokens. */
+void run_advance(const Advance *a) {
+    for (int b = 0; b < a->batch; b++) {
+        int64_t *row = a->table + (size_t)b * (3 + a->most), depth = 0;
+        const int64_t *depths = a->depths + (size_t)b * a->nodes, *emitted = a->emitted + (size_t)b * a->most;
+        for (int i = 0; i < a->sizes[b]; i++) depth = depths[i] > depth ? depths[i] : depth;
+        row[0] = a->counts[b];
+        row[1] = a->sizes[b];
+        row[2] = depth;
+        memcpy(row + 3, emitted, a->most * sizeof(int64_t));
+        if (a->slots[b] + 1 == a->slot_count) continue;
+        a->slot_lengths[a->slots[b]] = a->lengths[b] + a->counts[b];
+        a->slot_tokens[a->slots[b]] = emitted[a->counts[b] - 1];
+    }
+}
+
 /* ---- drafting -------------------------------------------------------------------------------------------------------- */
 
 typedef struct {

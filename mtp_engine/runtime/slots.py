@@ -1,5 +1,6 @@
 """What the requests of a step are: their slots, and how far each slot has come."""
 
+from collections.abc import Callable
 from typing import final
 
 import torch
@@ -19,8 +20,13 @@ class SlotState:
     The last slot is scratch: a runner may pad its batches with it. Its length never changes.
     """
 
-    def __init__(self, slots: int, device: torch.device, *, kernels: bool) -> None:
-        self._kernels = kernels
+    def __init__(
+        self, slots: int, device: torch.device, *, kernels: bool, advance: Callable[..., Tensor] | None = None
+    ) -> None:
+        """advance: kernels.state.advance or a twin of it, which `kernels` takes by itself."""
+        if kernels:
+            from mtp_engine.kernels.state import advance
+        self._advance = advance
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)
         self.lengths[-1:].fill_(SCRATCH_LENGTH)
@@ -36,19 +42,9 @@ class SlotState:
     def advance(self, batch: Batch, tree: DraftTree, result: VerifyResult) -> Tensor:
         """Move the slots on, and give the step's table, [B, 3 + D+1] int64: tokens to emit, nodes and depth of the tree,
         then the tokens."""
-        if self._kernels:
-            from mtp_engine.kernels.state import advance
-
-            return advance(
-                batch.slots,
-                batch.lengths,
-                result.tokens,
-                result.counts,
-                tree.size,
-                tree.depths,
-                self.lengths,
-                self.tokens,
-            )
+        if self._advance:
+            tables = result.tokens, result.counts, tree.size, tree.depths, self.lengths, self.tokens
+            return self._advance(batch.slots, batch.lengths, *tables)
         self.lengths[batch.slots] = batch.lengths + result.counts
         self.tokens[batch.slots] = result.tokens.gather(1, result.counts[:, None] - 1)[:, 0]
         self.lengths[-1] = SCRATCH_LENGTH
