@@ -28,10 +28,10 @@ class NativeDraftOps:
     def start(self, batch: Batch, levels: list[tuple[int, int]], ids: Tensor, vocab: int) -> Growth:
         if batch.guide is not None:
             return self._torch.start(batch, levels, ids, vocab)
-        tokens, parents, depths = torch.empty(
+        tokens, parents, depths = torch.zeros(
             3, len(batch.slots), most_nodes(levels, len(ids)), dtype=torch.int64
         ).unbind(0)
-        tokens[:, 0], parents[:, 0], depths[:, 0] = batch.tokens, -1, 0
+        tokens[:, 0], parents[:, 0] = batch.tokens, -1
         self._nodes = Growth(tokens, parents, depths, torch.zeros(tokens.shape), 1, 0)
         return self._shown(1, 1, 0)
 

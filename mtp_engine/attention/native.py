@@ -1,7 +1,8 @@
 """The attention of a step that kernels.cpu runs as a whole: it only says which rows there are, and where their keys lie."""
 
-from ctypes import addressof
+from ctypes import Array, addressof
 from typing import NoReturn, final
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -35,9 +36,14 @@ class NativeAttention:
         return held, parents, first, describe_cache(self._cache, step)
 
 
+_KNOWN: "WeakKeyDictionary[HybridKV, Array[CGroup]]" = WeakKeyDictionary()
+
+
 def describe_cache(cache: HybridKV, step: CStep) -> object:
-    """Fill in where a cache's keys and values lie. Returns what must live until the step has run."""
-    array = (CGroup * len(cache.groups))(*(_group(kv) for kv in cache.groups))
+    """Fill in where a cache's keys and values lie, which never changes. Returns what must live until the step has run."""
+    array = _KNOWN.get(cache)
+    if array is None:
+        array = _KNOWN[cache] = (CGroup * len(cache.groups))(*(_group(kv) for kv in cache.groups))
     step.groups, step.group_count = addressof(array), len(array)
     return array
 

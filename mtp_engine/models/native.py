@@ -87,6 +87,7 @@ class Stack:
         self._frequencies = [RotaryEmbedding(rope, _CPU).frequencies for rope in self._ropes]
         self._c_ropes = (CRope * len(self._ropes))(*(CRope(each.data_ptr(), len(each)) for each in self._frequencies))
         self._experts: list[object] = []
+        self._features: Sequence[int] | None = None  # that the layers were told of last
         kinds: dict[tuple[int | None, int, int, int], int] = {}  # as cache.HybridKV counts them
         self._layers = (CLayer * len(blocks))()
         for block, layer in zip(blocks, self._layers, strict=True):
@@ -124,8 +125,10 @@ class Stack:
 
     def describe(self, features: Sequence[int] = ()) -> CStep:
         """A step through these blocks, without its rows. It is valid as long as this object is."""
-        for number, layer in enumerate(self._layers):
-            layer.feature = features.index(number) if number in features else -1
+        if features != self._features:
+            self._features = features
+            for number, layer in enumerate(self._layers):
+                layer.feature = features.index(number) if number in features else -1
         return CStep(
             layers=addressof(self._layers), ropes=addressof(self._c_ropes), layer_count=len(self._layers),
             rope_count=len(self._ropes), hidden=self._hidden, features=len(features), eps=self._eps,

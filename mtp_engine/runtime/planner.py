@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import NamedTuple, final
 
 _LOG = logging.getLogger("mtp_engine")
 _MEMORY = 0.98  # how much of the evidence for a correction is left after a step
@@ -162,8 +162,7 @@ class _Depth:
 
 
 @final
-@dataclass(frozen=True)
-class _Node:
+class _Node(NamedTuple):
     """promise: the drafter's joint probability. worth: what is made of it."""
 
     worth: float
