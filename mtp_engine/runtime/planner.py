@@ -60,9 +60,7 @@ class Costs:
     widen: float = 0.0
     draft_drift: float = 1.0  # of drafting, against what was measured first
     verify_drift: _Drift = field(default_factory=_Drift)
-    _lines: dict[int, float] = field(
-        default_factory=dict, repr=False, compare=False
-    )  # of `_measured`, which is asked often
+    _lines: dict[int, float] = field(default_factory=dict, repr=False, compare=False)  # what `_measured` has said
 
     @classmethod
     def parse(cls, text: str) -> "Costs":
