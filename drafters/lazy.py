@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mtp_engine.attention.rows import AttentionFactory, StepRows
-from mtp_engine.cache import NO_LIMIT, HybridKV, Pages, ring_spans
+from mtp_engine.cache import NO_LIMIT, HybridKV, Pages, ring_spans, write_ring
 from mtp_engine.config import MTPConfig, TreeShape
 from mtp_engine.drafters.expand import BEAM, Growth, Level, best_first, finish, level_sizes, narrow
 from mtp_engine.drafters.portable import TorchDraftOps
@@ -148,17 +148,8 @@ class LazyMTPDrafter:
 
     def _write(self, slot: int, start: int, tokens: Tensor, states: Tensor) -> None:
         """states [C, H] of the positions from `start` on, tokens [C] of those one later."""
-        stop = start + len(states)
-        for ring, values, at in (
-            (self._past.states[slot], states, start),
-            (self._past.tokens[slot], tokens, start + 1),
-        ):
-            spans = ring_spans(0, len(ring), at, at + stop - start)
-            if len(spans) == 1:
-                ring[spans[0]] = values
-                continue
-            for span, part in zip(spans, torch.split(values, [each.stop - each.start for each in spans]), strict=True):
-                ring[span] = part
+        write_ring(self._past.states[slot], start, states)
+        write_ring(self._past.tokens[slot], start + 1, tokens)
 
     def _advance(self, slot: int, stop: int) -> None:
         """Have all layers run the rows up to position `stop`."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mtp_engine.attention.rows import AttentionFactory, StepRows
 from mtp_engine.attention.torch import TorchAttention
-from mtp_engine.cache import NO_LIMIT, HybridKV, Pages, ring_spans
+from mtp_engine.cache import NO_LIMIT, HybridKV, Pages, ring_spans, write_ring
 from mtp_engine.config import TreeShape
 from mtp_engine.drafters.expand import BEAM, DraftOps, Growth, Level, LevelRows, level_sizes
 from mtp_engine.drafters.portable import TorchDraftOps
@@ -133,10 +133,7 @@ class MTPDrafter:
         """Each level runs over the tokens whose states are there, a row later than the level above, from which it takes a
         state; so all rows are those that were there, and the last ones leave the states that `draft` goes on from."""
         [hidden], tokens, device = saved, len(known) - 1, self._carry.device
-        ring = self._recent[slot]
-        spans = ring_spans(0, len(ring), tokens - len(hidden), tokens)
-        for span, part in zip(spans, torch.split(hidden, [span.stop - span.start for span in spans]), strict=True):
-            ring[span] = part
+        write_ring(self._recent[slot], tokens - len(hidden), hidden)
         if left >= self.history:
             return  # nothing of this will be seen
         start = tokens + 1 - len(hidden)  # position of the first row to run: it takes the state before it

@@ -137,9 +137,7 @@ def decode_loop(
     processors = Processors(
         slots=slots + 1, vocab=model.vocab_size, eos_token_ids=eos_token_ids, device=device, kernels=kernels
     )
-    state = SlotState(  # the last slot is scratch, with which runners pad batches
-        slots + 1, device, kernels=kernels, advance=advance
-    )
+    state = SlotState(slots + 1, device, advance)  # the last slot is scratch, with which runners pad batches
     work = ModelStep(
         model,
         cache,

@@ -163,6 +163,7 @@ def _kernels_of_a_gpu(config: EngineConfig, device: torch.device, progress: Prog
     from mtp_engine.attention.exact import MOST_ROWS, exact_attention
     from mtp_engine.drafters.device import DeviceDraftOps
     from mtp_engine.kernels.compiling import wake
+    from mtp_engine.kernels.state import advance
     from mtp_engine.models.fused import fuse, fuse_mtp
     from mtp_engine.runtime.cuda_graph import GraphRunner, bucket
     from mtp_engine.runtime.recorded_steps import SCRATCH_TOKENS
@@ -206,6 +207,7 @@ def _kernels_of_a_gpu(config: EngineConfig, device: torch.device, progress: Prog
         scratch_tokens=SCRATCH_TOKENS,
         usual_chunk=_GPU_CHUNK,
         kernels=True,
+        advance=advance,
         bucket=bucket,
     )
 

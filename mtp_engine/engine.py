@@ -312,10 +312,7 @@ class Engine:
         """
         maker, ids = self._maker(), self.encode(prompt)
         for _ in range(2):
-            turn = self.turns.new()
-            with turn.lock:
-                turn.wait()
-                stored = self.check_open().memory.stored(ids[:-1], maker)
+            stored = self.turns.run(lambda: self.check_open().memory.stored(ids[:-1], maker))
             if stored and len(stored.tokens) == len(ids) - 1:
                 atomically(Path(path), stored.write)
                 return len(stored.tokens)
@@ -326,10 +323,7 @@ class Engine:
         """Keep what a file of `save_prefix` holds. Returns of how many tokens. Raises EngineError, with nothing changed,
         for files that are damaged or that another model, version, device or drafter made."""
         stored = StoredPrefix.read(Path(path), self._maker())
-        turn = self.turns.new()
-        with turn.lock:
-            turn.wait()
-            self.check_open().memory.restore(stored)
+        self.turns.run(lambda: self.check_open().memory.restore(stored))
         return len(stored.tokens)
 
     def _maker(self) -> str:
@@ -384,22 +378,13 @@ class Engine:
         """This engine's loop, which other threads may use too."""
 
         def start() -> Request:
-            turn = self.turns.new()
-            with turn.lock:
-                turn.wait()
-                return self.check_open().add(ids, params)
+            return self.turns.run(lambda: self.check_open().add(ids, params))
 
         def step() -> None:
-            turn = self.turns.new()
-            with turn.lock:
-                turn.wait()
-                self.check_open().step()
+            self.turns.run(lambda: self.check_open().step())
 
         def settle() -> None:
-            turn = self.turns.new()
-            with turn.lock:
-                turn.wait()
-                self.check_open().runner.settle()
+            self.turns.run(lambda: self.check_open().runner.settle())
 
         return Contender(start, step, settle, lambda request: self.drop({request: None}))
 

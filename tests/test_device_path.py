@@ -21,6 +21,7 @@ from mtp_engine.config import Experts, SamplingParams, Structure, TreeShape
 from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.drafters.device import DeviceDraftOps
 from mtp_engine.drafters.expand import DraftOps
+from mtp_engine.kernels.state import advance
 from mtp_engine.models import loader
 from mtp_engine.models.fused import fuse, fuse_mtp
 from mtp_engine.models.make_tiny import make_tiny
@@ -83,7 +84,7 @@ class Model:
         return decode_loop(
             self.decoder, cache, drafter, rule or DeviceMatchVerifier(4, DEVICE), slots=SLOTS, max_context=400,
             eos_token_ids=[], prefill_chunk=80, device=DEVICE, attention=attention,
-            kernels=True, runner=runner if graphs else EagerRunner,
+            kernels=True, advance=advance, runner=runner if graphs else EagerRunner,
             grammars=lambda _: Sums(self.decoder.config.vocab_size), **options,
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ from mtp_engine.drafters.candidates import Ranking
 from mtp_engine.drafters.device import DeviceDraftOps
 from mtp_engine.drafters.expand import DraftOps, Growth, Level, level_sizes
 from mtp_engine.drafters.portable import TorchDraftOps
-from mtp_engine.kernels.state import force
+from mtp_engine.kernels.state import advance, force
 from mtp_engine.runtime.request import TreeLimits
 from mtp_engine.runtime.slots import SlotState
 from mtp_engine.sampling.batch import Batch, SamplingBatch
@@ -140,7 +140,7 @@ def test_what_a_step_leaves(tree: DraftTree, seed: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
     moved = DraftTree(*(x.to(DEVICE) for x in (tree.tokens, tree.parents, tree.depths, tree.size)), tree.max_depth)
     lengths, sampling = integers(seed, 5, 90, batch), SamplingBatch.build([], [], DEVICE)
-    states = [SlotState(batch + 2, DEVICE, kernels=kernels) for kernels in (False, True)]
+    states = [SlotState(batch + 2, DEVICE, how) for how in (None, advance)]
     tables = [state.advance(Batch(slots, lengths, lengths, 99, sampling), moved, result) for state in states]
     assert torch.equal(*tables)
     assert torch.equal(*(state.lengths for state in states))
@@ -223,7 +223,7 @@ def test_forced_chains(tree: DraftTree, seed: int) -> None:
 @pytest.mark.cuda
 def test_the_scratch_slot_stays() -> None:
     """Padding of a batch shares one slot, which must not grow."""
-    state = SlotState(3, DEVICE, kernels=True)
+    state = SlotState(3, DEVICE, advance)
     before, slots = state.lengths.clone(), torch.tensor([2, 2], device=DEVICE)
     ones = torch.ones(2, dtype=torch.int64, device=DEVICE)
     result = VerifyResult(ones[:, None] * 0, ones[:, None] * 7, ones)

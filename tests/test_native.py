@@ -377,7 +377,7 @@ def test_choosing_is_that_of_torch(team: Team, seed: int, batch: int, vocab: int
     assert torch.equal(expected.path, found.path)
     for b, count in enumerate(found.counts.tolist()):
         assert torch.equal(expected.tokens[b, :count], found.tokens[b, :count])
-    states = [SlotState(batch + extra, CPU, kernels=False, advance=how) for how in (None, team.advance)]
+    states = [SlotState(batch + extra, CPU, how) for how in (None, team.advance)]
     tables = [state.advance(requests, drafted, expected) for state in states]
     for ours, theirs in (tables, [state.lengths for state in states], [state.tokens[:-1] for state in states]):
         assert torch.equal(ours, theirs)

@@ -4,6 +4,6 @@ from mtp_engine.cache.hybrid import NO_LIMIT, HybridKV
 from mtp_engine.cache.paged import PagedKV
 from mtp_engine.cache.pages import Pages
 from mtp_engine.cache.prefix import Entry, PrefixCache
-from mtp_engine.cache.window import WindowKV, ring_spans
+from mtp_engine.cache.window import WindowKV, ring_spans, write_ring
 
-__all__ = ["NO_LIMIT", "Entry", "HybridKV", "PagedKV", "Pages", "PrefixCache", "WindowKV", "ring_spans"]
+__all__ = ["NO_LIMIT", "Entry", "HybridKV", "PagedKV", "Pages", "PrefixCache", "WindowKV", "ring_spans", "write_ring"]

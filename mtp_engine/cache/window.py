@@ -22,6 +22,14 @@ def ring_spans(base: int, size: int, start: int, stop: int) -> list[slice]:
     return spans if before == count else [*spans, slice(base, base + count - before)]
 
 
+def write_ring(ring: Tensor, start: int, values: Tensor) -> None:
+    """values [C, ...] of positions start..start+C-1 into a ring [R, ...]: position p in row p % R."""
+    done = 0
+    for span in ring_spans(0, len(ring), start, start + len(values)):
+        done, begin = done + span.stop - span.start, done
+        ring[span] = values[begin:done]
+
+
 @final
 class WindowKV:
     """Keys and values of `layers` layers with the same head shapes and window. Position p lies in ring row p % size."""

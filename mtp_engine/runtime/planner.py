@@ -243,8 +243,8 @@ class Planner:
         if self.forced:
             return min(self.forced[2], most)
         if self._best is None:
-            batch, gains = len(self._grown), [self._gain(count) for count in range(most + 1)]
-            self._best = max(range(1, most + 1), key=lambda count: self._rate(self._levels, batch, gains[count], count))
+            batch, levels = len(self._grown), self._levels
+            self._best = max(range(1, most + 1), key=lambda n: self._rate(levels, batch, self._gain(n), n))
         return self._best
 
     def late(self, rows: int) -> None:

@@ -20,12 +20,8 @@ class SlotState:
     The last slot is scratch: a runner may pad its batches with it. Its length never changes.
     """
 
-    def __init__(
-        self, slots: int, device: torch.device, *, kernels: bool, advance: Callable[..., Tensor] | None = None
-    ) -> None:
-        """advance: kernels.state.advance or a twin of it, which `kernels` takes by itself."""
-        if kernels:
-            from mtp_engine.kernels.state import advance
+    def __init__(self, slots: int, device: torch.device, advance: Callable[..., Tensor] | None = None) -> None:
+        """advance: in one launch or call (kernels.state.advance, or a twin of it)."""
         self._advance = advance
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)

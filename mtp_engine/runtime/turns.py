@@ -1,7 +1,10 @@
 """A lock that its waiters get in the order in which they came, and that Ctrl-C cannot leave taken."""
 
 import threading
-from typing import final
+from collections.abc import Callable
+from typing import TypeVar, final
+
+T = TypeVar("T")
 
 
 @final
@@ -25,6 +28,13 @@ class Turns:
 
     def new(self) -> "Turn":
         return Turn(self)
+
+    def run(self, call: Callable[[], T]) -> T:
+        """`call` in a turn of its own."""
+        turn = self.new()
+        with turn.lock:
+            turn.wait()
+            return call()
 
 
 @final

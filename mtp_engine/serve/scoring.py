@@ -21,10 +21,7 @@ async def score(engine: AsyncEngine, tokens: Sequence[int], most: int) -> list[T
         raise ApiError(
             400, f"prompt: 1 to {intake.max_context - 1} tokens of the vocabulary can be scored", param="prompt"
         )
-    turn = inner.turns.new()
-    with turn.lock:
-        turn.wait()
-        plain = inner.undrafted(max_batch=1)
+    plain = inner.turns.run(lambda: inner.undrafted(max_batch=1))
     entries: list[TokenLogprob | None] = [None]
     with plain:
         for start in range(0, len(tokens) - 1, inner.config.prefill_chunk):
