@@ -14,8 +14,7 @@ FOLDERS = ("drafters", "verifiers", "kernels")
 # part -> (parts of the project it may import, other packages besides the standard library)
 ALLOWED: dict[str, tuple[str, str]] = {
     "errors": ("", ""),
-    "checks": ("errors", ""),
-    "config": ("checks errors", ""),
+    "config": ("errors", ""),
     "tree": ("", "torch"),
     "kernels": ("errors", "torch triton flashinfer tvm_ffi"),
     "parallel": ("config errors kernels mtp_engine", "torch"),
@@ -48,7 +47,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "rank": ("engine parallel runtime team", "torch"),
     "async_engine": ("config engine errors protocols runtime", ""),
     "serve": (
-        "async_engine attention.rows checks config engine errors runtime sampling text tree mtp_engine",
+        "async_engine attention.rows config engine errors runtime sampling text tree mtp_engine",
         "torch fastapi starlette pydantic uvicorn prometheus_client dynamo uvloop",
     ),
     "conformance": ("config engine errors hub protocols sampling mtp_engine", "torch transformers pytest"),
@@ -58,7 +57,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     ),
     "training.nano": ("config engine errors hub kernels models text training", "torch numpy safetensors tokenizers click rich"),
     "experiments": (
-        "assemble checks config drafters engine errors hub models protocols runtime sampling text training.data tree",
+        "assemble config drafters engine errors hub models protocols runtime sampling text training.data tree",
         "torch numpy pandas pyarrow matplotlib filelock",
     ),
     "cli": ("conformance config engine errors experiments hub kernels models.make_tiny protocols runtime serve text training "
