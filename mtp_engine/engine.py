@@ -1,7 +1,6 @@
 """The engine: loads a model, takes prompts from any number of threads, gives answers."""
 
 import gc
-import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +11,10 @@ from typing import Any, Literal, cast, final
 
 import torch
 
-from mtp_engine.assemble import learn_costs, load_main, make_drafter, make_loop
-from mtp_engine.backend import Backend, describe_device, find_device, gpu_errors, make_backend
+from mtp_engine.assemble.backend import Backend, describe_device, gpu_errors
+from mtp_engine.assemble.loop import make_loop
+from mtp_engine.assemble.parts import make_parts
+from mtp_engine.assemble.settle import settle, settle_machine
 from mtp_engine.cache.prefix_file import StoredPrefix
 from mtp_engine.config import DEFAULT_MODEL, EngineConfig, ModelConfig, SamplingParams
 from mtp_engine.drafters import RootDrafter
@@ -30,13 +31,10 @@ from mtp_engine.runtime.lead import Follower, Solo, Team
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request, StepOutput
 from mtp_engine.runtime.scheduler import Scheduler
-from mtp_engine.runtime.threads import pool_size
 from mtp_engine.runtime.turns import Turns
-from mtp_engine.settle import settle
 from mtp_engine.team import form_team
 from mtp_engine.text.tokenizer import Tokenizer
 
-_LOG = logging.getLogger("mtp_engine")
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Raw text, token ids, or chat messages ({"role": ..., "content": ...}) for the model's chat template."""
 FormTeam = Callable[[EngineConfig, hub.ModelFiles], tuple[Team, EngineConfig]]
@@ -88,15 +86,7 @@ class Engine:
         mtp: a folder of MTP layers to use instead of the model's own. form: brings the ranks together that share the model.
         Raises EngineError for everything a user can mend.
         """
-        config = config or EngineConfig()
-        device = find_device(config.device)
-        config = replace(config, device=str(device))
-        threads = pool_size(config.threads)
-        if config.threads > threads:
-            note = f"running with {threads} threads, not {config.threads}: this process has no more cores"
-            progress(note, 0, None)
-            _LOG.warning(note)
-        torch.set_num_threads(threads)
+        config = settle_machine(config or EngineConfig(), progress)
         files = hub.locate(name, mtp=mtp, progress=progress)
         try:
             return cls._load(files, config, progress, form)
@@ -122,22 +112,9 @@ class Engine:
     @classmethod
     def _build(cls, files: hub.ModelFiles, config: EngineConfig, team: Team, progress: Progress) -> "Engine":
         """config: settled."""
-        device, group = torch.device(config.device), team.group
-        tokenizer = Tokenizer.load(files.folder)
-        backend = make_backend(config, device, progress, group)
-        config = replace(config, prefill_chunk=config.prefill_chunk or backend.usual_chunk)
-        model = load_main(files, config, backend, progress, group)
-        drafter = make_drafter(files, model, config, backend, progress)
-        model = backend.fuse(model)
-        loop = make_loop(
-            model, drafter, config, backend, slots=config.max_batch, tokenizer=tokenizer, ranks=team.ranks()
-        )
-        engine = cls(model, loop, tokenizer, config, backend, files, team)
-        if config.capture == "load":
-            with torch.inference_mode():
-                engine.captured = loop.runner.capture(config.max_batch, loop.intake.max_context, progress)
-            learn_costs(loop, model, files, config, backend, progress)
-        group.join(torch.zeros(1, device=device))  # when all have come so far
+        made = make_parts(files, config, team, progress)
+        engine = cls(made.model, made.loop, made.tokenizer, made.config, made.backend, files, team)
+        engine.captured = made.captured
         return engine
 
     @classmethod

@@ -34,16 +34,12 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "runtime.scheduler": ("config errors runtime sampling.stops", ""),
     "text": ("errors", "tokenizers jinja2"),
     "hub": ("config errors models protocols", "torch platformdirs filelock huggingface_hub"),
-    "backend": (
-        "attention config drafters errors hub.cache kernels models parallel.group protocols runtime sampling verifiers",
+    "assemble": (
+        "attention cache config drafters errors hub kernels models parallel protocols runtime sampling text verifiers",
         "torch triton",
     ),
-    "assemble": (
-        "attention backend cache config drafters errors hub kernels models parallel protocols runtime sampling text", "torch",
-    ),
-    "settle": ("backend config errors hub models parallel", "torch"),
     "team": ("config errors hub models.loader parallel runtime", "torch"),
-    "engine": ("assemble backend cache config drafters errors hub models protocols runtime sampling settle team text", "torch"),
+    "engine": ("assemble cache config drafters errors hub models protocols runtime sampling team text", "torch"),
     "rank": ("engine parallel runtime team", "torch"),
     "async_engine": ("config engine errors protocols runtime", ""),
     "serve": (
@@ -191,7 +187,7 @@ def test_only_what_assembles_names_concrete_parts() -> None:
     whose drafter shows more than drafting asks for."""
     for module in SOURCES:
         targets = {project_module(name) or "" for name in imported(module)}
-        named = "engine assemble backend training.evaluate experiments.record experiments.wide"
+        named = "engine assemble training.evaluate experiments.record experiments.wide"
         if not within(module, f"{named} drafters verifiers"):
             assert not [name for name in targets if within(name, "drafters verifiers")], module
         if not within(module, "cli"):

@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import torch
 
-from mtp_engine.backend import cannot_compile, check_tree
+from mtp_engine.assemble.backend import cannot_compile, check_tree, find_device
 from mtp_engine.config import DRAFT_VOCAB, DType, EngineConfig, ModelConfig, MTPConfig, TreeShape
 from mtp_engine.errors import EngineError
 from mtp_engine.hub.hub import ModelFiles
 from mtp_engine.models import loader
 from mtp_engine.models.native import why_not
 from mtp_engine.parallel.shard import check_divides
+from mtp_engine.protocols import Progress
+from mtp_engine.runtime.threads import pool_size
 
 _LOG = logging.getLogger("mtp_engine")
 _INT8_DRAFT_VOCAB = 8192  # there half of what a draft costs is its head
@@ -23,6 +25,18 @@ _DEFAULT_TREES = {  # what measured fastest, see bench/LOG.md
     "cpu": {"mtp": TreeShape.parse("auto"), "ngram": TreeShape.parse("chain:4")},
     "cuda": {"mtp": TreeShape.parse("auto"), "ngram": TreeShape.parse("chain:4")},
 }
+
+
+def settle_machine(config: EngineConfig, progress: Progress) -> EngineConfig:
+    """Choose the device, and set torch's threads. Raises EngineError for a device that is not here."""
+    config = replace(config, device=str(find_device(config.device)))
+    threads = pool_size(config.threads)
+    if config.threads > threads:
+        note = f"running with {threads} threads, not {config.threads}: this process has no more cores"
+        progress(note, 0, None)
+        _LOG.warning(note)
+    torch.set_num_threads(threads)
+    return config
 
 
 def settle(config: EngineConfig, files: ModelFiles) -> EngineConfig:
