@@ -32,6 +32,8 @@ _KV_BUDGET = 4 << 30  # bytes; the default cache holds a full context per slot u
 
 
 def kv_tokens(model: ModelConfig, config: EngineConfig, slots: int) -> int:
+    """How many tokens the paged KV cache holds: what config asks for, or full contexts as far as the budget goes, and what the
+    prefix cache keeps."""
     context = config.max_context or model.max_context
     if config.kv_tokens:
         return config.kv_tokens
@@ -46,7 +48,7 @@ def kv_tokens(model: ModelConfig, config: EngineConfig, slots: int) -> int:
 
 
 def prefix_bytes(config: EngineConfig) -> int:
-    """Of the prefix cache; 0 where there is none."""
+    """The size of the prefix cache in bytes; 0 where there is none."""
     return int(config.prefix_cache_gb * 1e9) if config.prefix_cache else 0
 
 
@@ -54,7 +56,8 @@ def make_loop(
     model: Decoder, drafter: Drafter, config: EngineConfig, backend: Backend, *, slots: int, tokenizer: Tokenizer | None,
     ranks: Ranks = Alone(),  # noqa: B008  it holds nothing
 ) -> DecodeLoop:  # fmt: skip
-    """Without a tokenizer a loop has no texts, no structures, and no tokens that end a text."""
+    """The loop that config and backend ask for. config: settled. slots: how many requests run at a time, in place of its
+    max_batch. Without a tokenizer a loop has no texts, no structures, and no tokens that end a text."""
     if isinstance(drafter, (MTPDrafter, LazyMTPDrafter)):
         model = replace(model, features=drafter.module.config.features)
     layers, embedding = [layer.attention for layer in model.config.layers], model.embedding
@@ -101,18 +104,7 @@ def decode_loop(
     )
     state = SlotState(slots + 1, device, advance)  # the last slot is scratch, with which runners pad batches
     work = ModelStep(
-        model,
-        cache,
-        drafter,
-        verifier,
-        processors,
-        state,
-        attention,
-        device,
-        planner,
-        kernels,
-        shapes,
-        shares,
+        model, cache, drafter, verifier, processors, state, attention, device, planner, kernels, shapes, shares
     )
     runs = runner(work)
     rows = max(drafter.max_nodes, drafter.scratch_rows if drafter.cache and drafter.cache.paged else 0)
