@@ -21,10 +21,10 @@ _RULE_TREES = {
     rule: TreeShape.parse(tree)
     for rule, tree in (("rejection", "chain:3"), ("block", "chain:3"), ("rrs", "4x2x2"), ("traversal", "4x2x2"))
 }
-_DEFAULT_TREES = {  # what measured fastest, see bench/LOG.md
-    "cpu": {"mtp": TreeShape.parse("auto"), "ngram": TreeShape.parse("chain:4")},
-    "cuda": {"mtp": TreeShape.parse("auto"), "ngram": TreeShape.parse("chain:4")},
-}
+_DEFAULT_TREES = {
+    "mtp": TreeShape.parse("auto"),
+    "ngram": TreeShape.parse("chain:4"),
+}  # measured fastest, see bench/LOG.md
 
 
 def settle_machine(config: EngineConfig, progress: Progress) -> EngineConfig:
@@ -40,7 +40,8 @@ def settle_machine(config: EngineConfig, progress: Progress) -> EngineConfig:
 
 
 def settle(config: EngineConfig, files: ModelFiles) -> EngineConfig:
-    """Fill in what depends on the model, and refuse what does not fit it, before any weight is read."""
+    """Fill in what depends on the model, before any weight is read. config: of `settle_machine`. Raises EngineError for what
+    does not fit the model or the device."""
     model = loader.read_config(files.folder, config.window_keys, config.experts)
     if config.max_context > model.max_context:
         raise EngineError(f"max_context is {config.max_context}; {files.name} was made for {model.max_context} tokens")
@@ -55,7 +56,7 @@ def settle(config: EngineConfig, files: ModelFiles) -> EngineConfig:
         config = replace(config, draft_vocab=_INT8_DRAFT_VOCAB if config.dtype == "int8" else DRAFT_VOCAB)
     if config.drafter == "root":
         return config
-    defaults = _DEFAULT_TREES[device][config.drafter]
+    defaults = _DEFAULT_TREES[config.drafter]
     shape = config.tree or (_RULE_TREES if config.drafter == "mtp" else {}).get(config.verifier, defaults)
     if config.drafter == "mtp":
         if files.mtp_folder is None:
