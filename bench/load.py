@@ -16,19 +16,17 @@ import asyncio
 import json
 import random
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, final
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any
 
 import click
 import httpx
 import jsonschema
-from common import ROOT, SOME, conditions, require_commit, run
+from clients import COMPLETIONS, ask, crowd, events, server
+from common import SOME, conditions, require_commit, run
 
 from mtp_engine import Engine, EngineConfig, SamplingParams
 from mtp_engine.config import Structure
@@ -45,71 +43,6 @@ KINDS: list[tuple[dict[str, Any], dict[str, Any]]] = [  # as the request has it,
     ({"structured_outputs": {"regex": REGEX}}, {"structure": Structure(regex=REGEX), "structured_outputs": None}),
     ({"frequency_penalty": 0.8, "top_p": 0.9}, {}), ({"bad_words": [" the"]}, {"bad_words": (" the",)}),
 ]  # fmt: skip
-
-
-@final
-@dataclass(frozen=True)
-class Server:
-    process: "subprocess.Popen[bytes]"
-    url: str
-
-    @property
-    def resident_mb(self) -> float:
-        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
-        return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1e3
-
-    def metric(self, name: str) -> float:
-        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"mtp_engine:{name}{{"))
-
-
-@contextmanager
-def server(model: str, *options: str) -> Iterator[Server]:
-    command = [sys.executable, "-m", "mtp_engine.cli", "serve", "--model", model, "--port", "0", *options]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
-    try:
-        assert process.stderr is not None
-        line = next((line for line in process.stderr if b"http://" in line), b"")
-        if not line:
-            raise SystemExit("the server did not come up")
-        yield Server(process, line.decode().split("; ")[1].split()[0])
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-@final
-@dataclass
-class Told:
-    """What a client got. times: when pieces came, from the request on."""
-
-    status: int
-    texts: list[str]
-    tokens: int
-    times: list[float]
-
-
-async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> Told:
-    begin, times, found, tokens = time.perf_counter(), list[float](), dict[int, str](), 0
-    if not body.get("stream"):
-        reply = await http.post("/v1/completions", json=body)
-        if reply.status_code != 200:
-            return Told(reply.status_code, [reply.headers.get("retry-after", "")], 0, [])
-        whole = reply.json()
-        texts = [choice["text"] for choice in whole["choices"]]
-        return Told(200, texts, whole["usage"]["completion_tokens"], [])
-    async with http.stream("POST", "/v1/completions", json=body) as reply:
-        if reply.status_code != 200:
-            return Told(reply.status_code, [reply.headers.get("retry-after", "")], 0, [])
-        async for line in reply.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line[6:])
-            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-            for choice in event.get("choices", ()):
-                times.append(time.perf_counter() - begin)
-                found[choice["index"]] = found.get(choice["index"], "") + choice["text"]
-    return Told(200, [found[index] for index in sorted(found)], tokens, times)
 
 
 def cases(requests: int, rng: random.Random) -> list[tuple[dict[str, Any], SamplingParams]]:
@@ -143,26 +76,10 @@ def percentiles(values: list[float]) -> dict[str, float]:
 def poisson(model: str, requests: int, rate: float, rng: random.Random) -> dict[str, Any]:
     made = cases(requests, rng)
     expected = alone(model, made)
-
-    async def everybody(url: str) -> list[Told]:
-        arrivals, at = [], 0.0
-        for _ in made:
-            at += rng.expovariate(rate)
-            arrivals.append(at)
-        free = asyncio.Semaphore(CLIENTS)
-
-        async def one(delay: float, body: dict[str, Any]) -> Told:
-            await asyncio.sleep(delay)
-            async with free:
-                return await ask(http, body)
-
-        limits = httpx.Limits(max_connections=CLIENTS)
-        async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
-            return await asyncio.gather(*(one(delay, sent) for delay, (sent, _) in zip(arrivals, made, strict=True)))
-
+    arrivals = list(accumulate(rng.expovariate(rate) for _ in made))
     with server(model) as target:
         begin = time.perf_counter()
-        told = asyncio.run(everybody(target.url))
+        told = crowd(target.url, lambda http, number: ask(http, made[number][0]), requests, CLIENTS, arrivals)
         seconds = time.perf_counter() - begin
         counted = target.metric("generation_tokens_total")
     between = [
@@ -178,107 +95,66 @@ def poisson(model: str, requests: int, rate: float, rng: random.Random) -> dict[
 
 
 def queue(model: str) -> dict[str, Any]:
-    async def rush(url: str) -> tuple[list[int], int, int]:
-        refusals = told_when = 0
-        async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=CLIENTS)) as http:
+    refusals = list[str]()  # what Retry-After said
 
-            async def one(number: int) -> int:
-                nonlocal refusals, told_when
-                while True:
-                    told = await ask(
-                        http, {"prompt": "Once", "max_tokens": 16, "seed": number, "stream": number % 2 == 0}
-                    )
-                    if told.status != 503:
-                        return told.status
-                    refusals += 1
-                    told_when += told.texts == ["1"]
-                    await asyncio.sleep(float(told.texts[0]) * random.uniform(0.2, 1))
-
-            return await asyncio.gather(*map(one, range(CLIENTS))), refusals, told_when
+    async def insist(http: httpx.AsyncClient, number: int) -> int:
+        body = {"prompt": "Once", "max_tokens": 16, "seed": number, "stream": number % 2 == 0}
+        while (told := await ask(http, body)).status == 503:
+            refusals.extend(told.texts)
+            await asyncio.sleep(float(told.texts[0]) * random.uniform(0.2, 1))
+        return told.status
 
     with server(model, "--max-batch", "4", "--max-waiting", "8") as target:
-        statuses, refusals, told_when = asyncio.run(rush(target.url))
-    return {"served": statuses.count(200), "of": CLIENTS, "refusals": refusals, "with_retry_after": told_when}
+        served = crowd(target.url, insist, CLIENTS, CLIENTS).count(200)
+    return {"served": served, "of": CLIENTS, "refusals": len(refusals), "with_retry_after": refusals.count("1")}
 
 
 def leave(model: str, clients: int) -> dict[str, Any]:
     """Tokens that were made for clients after they had gone: one step's at most for each, and one in flight."""
+    endless = {"prompt": "Once", "max_tokens": 2000, "ignore_eos": True, "stream": True, "return_token_ids": True}
 
-    async def all_leave(url: str) -> int:
-        seen = 0
-        async with httpx.AsyncClient(base_url=url, timeout=600) as http:
-
-            async def one(number: int) -> None:
-                nonlocal seen
-                body = {
-                    "prompt": "Once",
-                    "max_tokens": 2000,
-                    "ignore_eos": True,
-                    "seed": number,
-                    "stream": True,
-                    "return_token_ids": True,
-                }
-                async with http.stream("POST", "/v1/completions", json=body) as reply:
-                    chunks = 0
-                    async for line in reply.aiter_lines():
-                        if line.startswith("data: {"):
-                            seen += len(json.loads(line[6:])["choices"][0]["token_ids"])
-                            chunks += 1
-                        if chunks == 3 + number % 5:
-                            return
-
-            await asyncio.gather(*map(one, range(clients)))
+    async def read_a_little(http: httpx.AsyncClient, number: int) -> int:
+        seen = chunks = 0
+        async with http.stream("POST", COMPLETIONS, json={**endless, "seed": number}) as reply:
+            async for event in events(reply):
+                seen, chunks = seen + len(event["choices"][0]["token_ids"]), chunks + 1
+                if chunks == 3 + number % 5:
+                    break
         return seen
 
     with server(model, "--max-batch", "8") as target:
-        seen = asyncio.run(all_leave(target.url))
+        seen = sum(crowd(target.url, read_a_little, clients, 100))
         time.sleep(1)
-        still = target.metric("num_requests_running") + target.metric("num_requests_waiting")
+        still = target.still_there
         made, drafts = target.metric("generation_tokens_total"), target.metric("spec_decode_num_drafts_total")
     return {
-        "clients": clients,
-        "still_there": int(still),
-        "tokens_unread": int(made) - seen,
-        "unread_each": round((made - seen) / clients, 2),
-        "steps": int(drafts),
-    }
+        "clients": clients, "still_there": still, "tokens_unread": int(made) - seen,
+        "unread_each": round((made - seen) / clients, 2), "steps": int(drafts),
+    }  # fmt: skip
 
 
 def soak(model: str, requests: int, rng: random.Random) -> dict[str, Any]:
-    async def many(url: str, bodies: list[dict[str, Any]]) -> int:
-        free, failures = asyncio.Semaphore(CLIENTS), 0
-
-        @asynccontextmanager
-        async def counted() -> AsyncIterator[None]:
-            nonlocal failures
-            try:
-                yield
-            except httpx.TransportError:
-                failures += 1
-
-        async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=CLIENTS)) as http:
-
-            async def one(number: int, body: dict[str, Any]) -> None:
-                nonlocal failures
-                async with free, counted():
-                    if number % 7 == 6 and body.get("stream"):
-                        async with http.stream("POST", "/v1/completions", json=body) as reply:
-                            async for _ in reply.aiter_lines():
-                                break
-                    else:
-                        failures += (await ask(http, body)).status != 200
-
-            await asyncio.gather(*(one(*each) for each in enumerate(bodies)))
-        return failures
+    async def fails(bodies: Sequence[dict[str, Any]], http: httpx.AsyncClient, number: int) -> bool:
+        body = bodies[number]
+        try:
+            if number % 7 != 6 or not body.get("stream"):
+                return (await ask(http, body)).status != 200
+            async with http.stream("POST", COMPLETIONS, json=body) as reply:
+                async for _ in reply.aiter_lines():
+                    break
+        except httpx.TransportError:
+            return True
+        return False
 
     bodies = [{**sent, "max_tokens": 8, "min_tokens": 0} for sent, _ in cases(requests, rng)]
     with server(model, "--prefix-cache-gb", "0.05") as target:
         memory, failures, part = [], 0, max(1, requests // 5)
         for start in range(0, requests, part):
-            failures += asyncio.run(many(target.url, bodies[start : start + part]))
+            some = bodies[start : start + part]
+            failures += sum(crowd(target.url, partial(fails, some), len(some), CLIENTS))
             memory.append(round(target.resident_mb, 1))
-        left = target.metric("num_requests_running") + target.metric("num_requests_waiting")
-    return {"requests": requests, "failures": failures, "still_there": int(left), "resident_mb": memory}
+        left = target.still_there
+    return {"requests": requests, "failures": failures, "still_there": left, "resident_mb": memory}
 
 
 def schemas() -> list[dict[str, Any]]:
@@ -303,37 +179,26 @@ def schemas() -> list[dict[str, Any]]:
 
 
 def tools(model: str, calls: int) -> dict[str, Any]:
-    async def all_of_them(url: str) -> dict[str, int]:
-        found = {"valid": 0, "cut_off": 0, "wrong": 0}
-        free = asyncio.Semaphore(8)
-        async with httpx.AsyncClient(base_url=url, timeout=600) as http:
-
-            async def one(number: int) -> None:
-                schema = schemas()[number % len(schemas())]
-                tool = {"type": "function", "function": {"name": f"tool_{number % 7}", "parameters": schema}}
-                body = {
-                    "messages": [{"role": "user", "content": "Do something."}],
-                    "tools": [tool],
-                    "tool_choice": "required",
-                    "temperature": 1,
-                    "seed": number,
-                    "max_tokens": 160,
-                }
-                async with free:
-                    choice = (await http.post("/v1/chat/completions", json=body)).json()["choices"][0]
-                try:
-                    function = choice["message"]["tool_calls"][0]["function"]
-                    jsonschema.validate(json.loads(function["arguments"]), schema)
-                    found["valid" if function["name"] == tool["function"]["name"] else "wrong"] += 1
-                except (ValueError, KeyError, jsonschema.ValidationError):
-                    found["cut_off" if choice["finish_reason"] == "length" else "wrong"] += 1
-                    click.echo(f"call {number}: {choice}", err=True)
-
-            await asyncio.gather(*map(one, range(calls)))
-        return found
+    async def verdict(http: httpx.AsyncClient, number: int) -> str:
+        schema = schemas()[number % len(schemas())]
+        function = {"name": f"tool_{number % 7}", "parameters": schema}
+        body = {
+            "messages": [{"role": "user", "content": "Do something."}],
+            "tools": [{"type": "function", "function": function}], "tool_choice": "required",
+            "temperature": 1, "seed": number, "max_tokens": 160,
+        }  # fmt: skip
+        choice = (await http.post("/v1/chat/completions", json=body)).json()["choices"][0]
+        try:
+            called = choice["message"]["tool_calls"][0]["function"]
+            jsonschema.validate(json.loads(called["arguments"]), schema)
+            return "valid" if called["name"] == function["name"] else "wrong"
+        except (ValueError, KeyError, jsonschema.ValidationError):
+            click.echo(f"call {number}: {choice}", err=True)
+            return "cut_off" if choice["finish_reason"] == "length" else "wrong"
 
     with server(model) as target:
-        return {"calls": calls, **asyncio.run(all_of_them(target.url))}
+        found = crowd(target.url, verdict, calls, 8)
+    return {"calls": calls, **{kind: found.count(kind) for kind in ("valid", "cut_off", "wrong")}}
 
 
 @click.command()

@@ -13,7 +13,7 @@ from torch import Tensor, profiler
 
 from mtp_engine import DraftTree, EngineConfig, SamplingParams, TreeShape, VerifyResult
 from mtp_engine.assemble import make_loop, mtp_drafter
-from mtp_engine.backend import make_backend
+from mtp_engine.assemble.backend import make_backend
 from mtp_engine.drafters import RootDrafter
 from mtp_engine.engine import Engine
 from mtp_engine.protocols import Progress, Verifier

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtp_engine import Engine, EngineConfig
-from mtp_engine.backend import make_backend
+from mtp_engine.assemble.backend import make_backend
 from mtp_engine.config import DEFAULT_MODEL, AttentionConfig, Experts, ModelConfig, MTPConfig
 from mtp_engine.kernels.experts import ExpertStack, PlainStack
 from mtp_engine.kernels.fp8 import FP8, BlockLinear, BlockMatrix, fused_rows, plain_rows

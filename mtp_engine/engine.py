@@ -1,26 +1,25 @@
 """The engine: loads a model, takes prompts from any number of threads, gives answers."""
 
 import gc
-import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast, final
+from typing import Any, Literal, TypeVar, cast, final
 
 import torch
 
-from mtp_engine.assemble import learn_costs, load_main, make_drafter, make_loop
-from mtp_engine.backend import Backend, describe_device, find_device, gpu_errors, make_backend
+from mtp_engine.assemble.backend import Backend, describe_device, gpu_errors
+from mtp_engine.assemble.loop import make_loop
+from mtp_engine.assemble.parts import make_parts
+from mtp_engine.assemble.settle import settle, settle_machine
 from mtp_engine.cache.prefix_file import StoredPrefix
 from mtp_engine.config import DEFAULT_MODEL, EngineConfig, ModelConfig, SamplingParams
 from mtp_engine.drafters import RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
 from mtp_engine.hub.files import atomically
-from mtp_engine.hub.identity import weights_identity
+from mtp_engine.hub.identity import prefix_maker
 from mtp_engine.models import loader
 from mtp_engine.models.decoder import Decoder
 from mtp_engine.protocols import Progress
@@ -30,13 +29,11 @@ from mtp_engine.runtime.lead import Follower, Solo, Team
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.request import Request, StepOutput
 from mtp_engine.runtime.scheduler import Scheduler
-from mtp_engine.runtime.threads import pool_size
 from mtp_engine.runtime.turns import Turns
-from mtp_engine.settle import settle
 from mtp_engine.team import form_team
 from mtp_engine.text.tokenizer import Tokenizer
 
-_LOG = logging.getLogger("mtp_engine")
+T = TypeVar("T")
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Raw text, token ids, or chat messages ({"role": ..., "content": ...}) for the model's chat template."""
 FormTeam = Callable[[EngineConfig, hub.ModelFiles], tuple[Team, EngineConfig]]
@@ -66,6 +63,8 @@ class Engine:
         self, model: Decoder, loop: DecodeLoop, tokenizer: Tokenizer, config: EngineConfig, backend: Backend,
         files: hub.ModelFiles | None = None, team: Team = Solo(),  # noqa: B008  it holds nothing
     ) -> None:  # fmt: skip
+        """Of parts that fit together, which `load` makes. config: settled. files: where the weights came from, without which no
+        prefix can be saved. team: the ranks that share the model."""
         self.model, self.loop, self.tokenizer, self.config, self.backend = model, loop, tokenizer, config, backend
         self._files, self.team = files, team
         self.turns = Turns()  # one is held while the loop is touched
@@ -85,18 +84,11 @@ class Engine:
     ) -> "Engine":
         """Load a registered model, a local folder, a GGUF file or `org/name` from the hub.
 
-        mtp: a folder of MTP layers to use instead of the model's own. form: brings the ranks together that share the model.
+        mtp: a folder of MTP layers to use instead of the model's own. progress: see protocols.Progress. form: brings
+        the ranks together that share the model.
         Raises EngineError for everything a user can mend.
         """
-        config = config or EngineConfig()
-        device = find_device(config.device)
-        config = replace(config, device=str(device))
-        threads = pool_size(config.threads)
-        if config.threads > threads:
-            note = f"running with {threads} threads, not {config.threads}: this process has no more cores"
-            progress(note, 0, None)
-            _LOG.warning(note)
-        torch.set_num_threads(threads)
+        config = settle_machine(config or EngineConfig(), progress)
         files = hub.locate(name, mtp=mtp, progress=progress)
         try:
             return cls._load(files, config, progress, form)
@@ -122,22 +114,9 @@ class Engine:
     @classmethod
     def _build(cls, files: hub.ModelFiles, config: EngineConfig, team: Team, progress: Progress) -> "Engine":
         """config: settled."""
-        device, group = torch.device(config.device), team.group
-        tokenizer = Tokenizer.load(files.folder)
-        backend = make_backend(config, device, progress, group)
-        config = replace(config, prefill_chunk=config.prefill_chunk or backend.usual_chunk)
-        model = load_main(files, config, backend, progress, group)
-        drafter = make_drafter(files, model, config, backend, progress)
-        model = backend.fuse(model)
-        loop = make_loop(
-            model, drafter, config, backend, slots=config.max_batch, tokenizer=tokenizer, ranks=team.ranks()
-        )
-        engine = cls(model, loop, tokenizer, config, backend, files, team)
-        if config.capture == "load":
-            with torch.inference_mode():
-                engine.captured = loop.runner.capture(config.max_batch, loop.intake.max_context, progress)
-            learn_costs(loop, model, files, config, backend, progress)
-        group.join(torch.zeros(1, device=device))  # when all have come so far
+        made = make_parts(files, config, team, progress)
+        engine = cls(made.model, made.loop, made.tokenizer, made.config, made.backend, files, team)
+        engine.captured = made.captured
         return engine
 
     @classmethod
@@ -175,7 +154,7 @@ class Engine:
         self.close()
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt. Special-token strings in text stay text."""
+        """Token ids of a prompt. Special-token strings in text stay text. Raises EngineError for what is no prompt."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         if not isinstance(prompt, Iterable) or isinstance(prompt, Mapping | bytes):
@@ -192,7 +171,8 @@ class Engine:
         *,
         on_error: Literal["raise", "return"] = "raise",
     ) -> list[Generation]:
-        """Answer all prompts; more than max_batch of them wait their turn. One `params` for all, or one each.
+        """Answer all prompts, and return the answers in their order; more than max_batch of them wait their turn. One `params`
+        for all, or one each. With n > 1 the second and later answers to a prompt are in the first one's `others`.
 
         The whole list is checked before anything runs. on_error: what happens to a prompt that cannot run or fails on its
         way: EngineError, which names its index, or an answer with finish_reason "error", beside which the others get
@@ -213,7 +193,8 @@ class Engine:
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[Chunk]:
-        """Yield committed tokens as they come. Closing the iterator drops what is unfinished and frees its slots.
+        """Yield what each step adds to an answer, as it comes; a Chunk's `index` says to which prompt's. Closing the iterator
+        drops what is unfinished and frees its slots.
 
         Raises EngineError at once for prompts that cannot run; one that fails on its way ends with an error of its own.
         """
@@ -231,9 +212,13 @@ class Engine:
             raise EngineError("the engine is closed: load another")
         return loop
 
+    def _in_turn(self, call: Callable[[DecodeLoop], T]) -> T:
+        """What `call` makes of the loop, while no other thread touches that. Raises EngineError once the engine is closed."""
+        return self.turns.run(lambda: call(self.check_open()))
+
     @property
     def scheduler(self) -> Scheduler | None:
-        """None once the engine is closed."""
+        """The loop's, which other threads may tell to cancel a request. None once the engine is closed."""
         loop: DecodeLoop | None = getattr(self, "loop", None)
         return loop.scheduler if loop else None
 
@@ -290,7 +275,7 @@ class Engine:
                 self.loop.submit([job.request])
             self.loop.step()
 
-    def drop(self, requests: Mapping[Request, Any]) -> None:
+    def drop(self, requests: Collection[Request]) -> None:
         """End requests: now if the loop is free and ours alone, else before its next step."""
         scheduler = self.scheduler
         if scheduler is None or not requests:
@@ -312,7 +297,7 @@ class Engine:
         """
         maker, ids = self._maker(), self.encode(prompt)
         for _ in range(2):
-            stored = self.turns.run(lambda: self.check_open().memory.stored(ids[:-1], maker))
+            stored = self._in_turn(lambda loop: loop.memory.stored(ids[:-1], maker))
             if stored and len(stored.tokens) == len(ids) - 1:
                 atomically(Path(path), stored.write)
                 return len(stored.tokens)
@@ -320,10 +305,10 @@ class Engine:
         raise EngineError("the prompt's beginning was not kept: raise prefix_cache_gb, or give it more than one token")
 
     def load_prefix(self, path: str | Path) -> int:
-        """Keep what a file of `save_prefix` holds. Returns of how many tokens. Raises EngineError, with nothing changed,
+        """Keep what a file of `save_prefix` holds. Returns how many tokens that is. Raises EngineError, with nothing changed,
         for files that are damaged or that another model, version, device or drafter made."""
         stored = StoredPrefix.read(Path(path), self._maker())
-        self.turns.run(lambda: self.check_open().memory.restore(stored))
+        self._in_turn(lambda loop: loop.memory.restore(stored))
         return len(stored.tokens)
 
     def _maker(self) -> str:
@@ -334,12 +319,7 @@ class Engine:
             raise EngineError(
                 "beginnings are kept in files by the prefix cache, and this engine has none: prefix_cache=True"
             )
-        config, drafter = self.config, self.check_open().work.drafter
-        about = (
-            version("mtp-engine"), torch.__version__, self.model_config, config.dtype, config.device, config.attention,
-            config.window_keys, config.drafter, config.draft_int8, drafter.reread, weights_identity(self._files),
-        )  # fmt: skip
-        return sha256(repr(about).encode()).hexdigest()
+        return prefix_maker(self._files, self.model_config, self.config, self.check_open().work.drafter.reread)
 
     def undrafted(self, **changes: Any) -> "Engine":
         """An engine over the same weights that never drafts, nor keeps what it has read: a loop of its own, with one row
@@ -355,7 +335,7 @@ class Engine:
         return Engine(self.model, loop, tokenizer, config, self.backend, team=self.team)
 
     def plain(self, prompt: Prompt, params: SamplingParams) -> Request:
-        """Decode without drafting on a loop of its own, for comparison."""
+        """The finished request of one prompt, decoded without drafting on a loop of its own."""
         with self.undrafted(max_batch=1) as plain:
             request = plain.loop.add(self.encode(prompt), replace(params, n=1))
             while request.finish_reason is None:
@@ -376,17 +356,12 @@ class Engine:
 
     def _contender(self, ids: Sequence[int], params: SamplingParams) -> Contender:
         """This engine's loop, which other threads may use too."""
-
-        def start() -> Request:
-            return self.turns.run(lambda: self.check_open().add(ids, params))
-
-        def step() -> None:
-            self.turns.run(lambda: self.check_open().step())
-
-        def settle() -> None:
-            self.turns.run(lambda: self.check_open().runner.settle())
-
-        return Contender(start, step, settle, lambda request: self.drop({request: None}))
+        return Contender(
+            start=lambda: self._in_turn(lambda loop: loop.add(ids, params)),
+            step=lambda: self._in_turn(lambda loop: loop.step()),
+            settle=lambda: self._in_turn(lambda loop: loop.runner.settle()),
+            drop=lambda request: self.drop([request]),
+        )
 
 
 def _about(index: int, prompts: int, error: str) -> str:

@@ -50,13 +50,14 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 def on_one_core() -> Iterator[None]:
     """Tests that do not name a device mean the CPU, also on a machine with a GPU; those that do not say how many threads want
     one: a second makes tiny tensors up to ten times slower, and other tests have the other cores."""
-    from mtp_engine import backend, engine, team
+    from mtp_engine import team
+    from mtp_engine.assemble import backend, settle
 
     find, size = backend.find_device, backend.pool_size
     torch.set_num_threads(1)  # for fixtures, too, which are made before `one_thread`
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "find_device", lambda name: find("cpu" if name == "auto" else name))
-        for module in (engine, backend, team):
+        patch.setattr(settle, "find_device", lambda name: find("cpu" if name == "auto" else name))
+        for module in (settle, backend, team):
             patch.setattr(module, "pool_size", lambda asked: size(asked or 1))
         yield
 

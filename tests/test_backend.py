@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
+from mtp_engine.assemble.backend import check_tree, gpu_errors, make_backend
 from mtp_engine.attention.torch import TorchAttention
-from mtp_engine.backend import check_tree, gpu_errors, make_backend
 from mtp_engine.config import EngineConfig, TreeShape
 from mtp_engine.errors import EngineError
 from mtp_engine.runtime.cuda_graph import bound_bucket, bucket

@@ -663,7 +663,7 @@ def test_the_first_line_says_what_it_runs_on(engine: FakeEngine) -> None:
 
 
 def test_devices_that_do_not_exist() -> None:
-    from mtp_engine.backend import find_device
+    from mtp_engine.assemble.backend import find_device
 
     for name in ("mps", "meta", "cuda:99", "xla:0", "cpu:0", ""):
         with pytest.raises(EngineError, match=r"here are: auto, cpu|sees no NVIDIA GPU"):
@@ -741,7 +741,7 @@ def test_inspect_says_where_files_differ_from_what_config_says(tmp_path: Path) -
 def test_flashinfer_on_a_cpu_is_refused() -> None:
     import torch
 
-    from mtp_engine.backend import make_backend
+    from mtp_engine.assemble.backend import make_backend
 
     with pytest.raises(EngineError, match="needs an NVIDIA GPU"):
         make_backend(EngineConfig(attention="flashinfer", device="cpu"), torch.device("cpu"), hub.silent)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_engine.backend import make_backend
+from mtp_engine.assemble.backend import make_backend
 from mtp_engine.config import EngineConfig, TreeShape
 from mtp_engine.engine import Engine
 from mtp_engine.experiments.doctor import diagnose
@@ -27,7 +27,9 @@ def sound(request: pytest.FixtureRequest) -> Iterator[Engine]:
         prefix_cache=False, threads=1,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:  # the faults are planted in MTPDrafter
-        patch.setattr("mtp_engine.engine.make_backend", lambda *given: replace(make_backend(*given), levels=None))
+        patch.setattr(
+            "mtp_engine.assemble.parts.make_backend", lambda *given: replace(make_backend(*given), levels=None)
+        )
         engine = Engine.load("mimo-nano", config)
     with engine:
         yield engine

@@ -8,7 +8,7 @@ import torch
 from tiny import write_llama
 
 from mtp_engine.assemble import make_loop
-from mtp_engine.backend import Backend
+from mtp_engine.assemble.backend import Backend
 from mtp_engine.config import EngineConfig, SamplingParams
 from mtp_engine.config import TreeShape as Shape
 from mtp_engine.drafters import MTPDrafter, RootDrafter

@@ -14,8 +14,7 @@ FOLDERS = ("drafters", "verifiers", "kernels")
 # part -> (parts of the project it may import, other packages besides the standard library)
 ALLOWED: dict[str, tuple[str, str]] = {
     "errors": ("", ""),
-    "checks": ("errors", ""),
-    "config": ("checks errors", ""),
+    "config": ("errors", ""),
     "tree": ("", "torch"),
     "kernels": ("errors", "torch triton flashinfer tvm_ffi"),
     "parallel": ("config errors kernels mtp_engine", "torch"),
@@ -35,20 +34,16 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "runtime.scheduler": ("config errors runtime sampling.stops", ""),
     "text": ("errors", "tokenizers jinja2"),
     "hub": ("config errors models protocols", "torch platformdirs filelock huggingface_hub"),
-    "backend": (
-        "attention config drafters errors hub.cache kernels models parallel.group protocols runtime sampling verifiers",
+    "assemble": (
+        "attention cache config drafters errors hub kernels models parallel protocols runtime sampling text verifiers",
         "torch triton",
     ),
-    "assemble": (
-        "attention backend cache config drafters errors hub kernels models parallel protocols runtime sampling text", "torch",
-    ),
-    "settle": ("backend config errors hub models parallel", "torch"),
     "team": ("config errors hub models.loader parallel runtime", "torch"),
-    "engine": ("assemble backend cache config drafters errors hub models protocols runtime sampling settle team text", "torch"),
+    "engine": ("assemble cache config drafters errors hub models protocols runtime sampling team text", "torch"),
     "rank": ("engine parallel runtime team", "torch"),
     "async_engine": ("config engine errors protocols runtime", ""),
     "serve": (
-        "async_engine attention.rows checks config engine errors runtime sampling text tree mtp_engine",
+        "async_engine attention.rows config engine errors runtime sampling text tree mtp_engine",
         "torch fastapi starlette pydantic uvicorn prometheus_client dynamo uvloop",
     ),
     "conformance": ("config engine errors hub protocols sampling mtp_engine", "torch transformers pytest"),
@@ -58,7 +53,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     ),
     "training.nano": ("config engine errors hub kernels models text training", "torch numpy safetensors tokenizers click rich"),
     "experiments": (
-        "assemble checks config drafters engine errors hub models protocols runtime sampling text training.data tree",
+        "assemble config drafters engine errors hub models protocols runtime sampling text training.data tree",
         "torch numpy pandas pyarrow matplotlib filelock",
     ),
     "cli": ("conformance config engine errors experiments hub kernels models.make_tiny protocols runtime serve text training "
@@ -192,7 +187,7 @@ def test_only_what_assembles_names_concrete_parts() -> None:
     whose drafter shows more than drafting asks for."""
     for module in SOURCES:
         targets = {project_module(name) or "" for name in imported(module)}
-        named = "engine assemble backend training.evaluate experiments.record experiments.wide"
+        named = "engine assemble training.evaluate experiments.record experiments.wide"
         if not within(module, f"{named} drafters verifiers"):
             assert not [name for name in targets if within(name, "drafters verifiers")], module
         if not within(module, "cli"):

@@ -8,11 +8,11 @@ from test_decode_loop import check_memory
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.assemble import make_drafter, make_loop
-from mtp_engine.backend import Backend
+from mtp_engine.assemble.backend import Backend
+from mtp_engine.assemble.settle import settle
 from mtp_engine.config import DEFAULT_MODEL
 from mtp_engine.hub import hub
 from mtp_engine.runtime.request import Request
-from mtp_engine.settle import settle
 
 pytestmark = pytest.mark.model
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import write_llama, write_mtp
 
-from mtp_engine import assemble
+from mtp_engine.assemble import costs as costs_module
 from mtp_engine.assemble import decode_loop
 from mtp_engine.attention.native import NativeAttention
 from mtp_engine.attention.torch import TorchAttention
@@ -341,8 +341,8 @@ def test_costs_belong_to_what_was_timed(tmp_path: Path, monkeypatch: pytest.Monk
         timed.append(len(module.draft_ids))
         return Costs([0.0, 2.0, 4.0, 6.0], {1: 1.0, 4: 1.5})
 
-    monkeypatch.setattr(assemble, "cache_root", lambda: tmp_path)
-    monkeypatch.setattr(assemble, "measured_costs", measure)
+    monkeypatch.setattr(costs_module, "cache_root", lambda: tmp_path)
+    monkeypatch.setattr(costs_module, "measured_costs", measure)
     for vocab in (1024, 1024, 512):
         Engine.load(DEFAULT_MODEL, EngineConfig(device="cpu", threads=1, draft_vocab=vocab)).close()
     assert timed == [1024, 512]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.assemble import decode_loop
-from mtp_engine.backend import _RULES
+from mtp_engine.assemble.backend import _RULES
 from mtp_engine.cache import Entry, HybridKV, Pages, PrefixCache
 from mtp_engine.cache.prefix import as_tokens
 from mtp_engine.config import Structure

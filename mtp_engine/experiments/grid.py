@@ -8,8 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, final
 
-from mtp_engine.checks import check_types
 from mtp_engine.config import DEFAULT_MODEL, EngineConfig, SamplingParams, TreeShape
+from mtp_engine.config.checks import check_types
 from mtp_engine.errors import EngineError
 from mtp_engine.hub.files import read_toml
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
-from mtp_engine.checks import check_types
+from mtp_engine.config.checks import check_types
 from mtp_engine.errors import EngineError
 
 

@@ -44,8 +44,6 @@ _RULES: dict[str, Callable[[], Verifier]] = {
     "match": MatchVerifier, "rejection": RejectionVerifier, "block": BlockVerifier, "rrs": RRSVerifier,
     "traversal": TraversalVerifier, "typical": TypicalVerifier,
 }  # fmt: skip
-
-
 _NO_MEMORY = "the memory is not enough for this model: lower --max-context, or choose a smaller one"
 
 
@@ -64,14 +62,23 @@ def _same_module(module: MTPModule) -> MTPModule:
 @final
 @dataclass(frozen=True)
 class Backend:
-    """attention: makes each step's attention. runner: for a loop of so many slots. verifier: by the rule's name. ops: by
-    how candidates are picked. levels: of an MTP module, where trees are grown as far as pays; None: steps have one shape.
-    make: what weights become. fuse, fuse_mtp: wrap the modules. kernels: caches move rows by kernels. advance: see SlotState.
+    """Parts that suit a device and how it is to be used. The defaults are torch's, for one process.
 
-    in_flight: steps that may be queued at a time. ring_page, ring_rows: rings are whole pages and take at least so many
-    rows at a time. scratch_tokens: room that the scratch slot needs; 0 = there is none. usual_chunk, chunk_rows: rows of
-    prompts that are read at once where the user says nothing, and at most. packs: whether they may be several prompts'.
-    bucket: the batch that is recorded for so many requests.
+    attention: makes each step's attention.
+    make: what weights become as they are read.
+    runner: how steps are run, by how many slots a loop has.
+    fuse, fuse_mtp: wrap the main model and its MTP layers.
+    verifier: makes the verifier of a rule, by its name.
+    ops: makes the drafting operations, by how candidates are picked.
+    levels: makes the levels of an MTP module, where trees are grown as far as pays. None: steps have one of a few shapes.
+    in_flight: steps that may be queued at a time.
+    ring_page, ring_rows: the rings of windows are whole pages of so many rows, and take at least so many rows at a time.
+    scratch_tokens: room that the scratch slot needs, in tokens; 0 where there is none.
+    usual_chunk, chunk_rows: rows of prompts that are read at once where the user says nothing, and at most.
+    packs: whether these rows may be several prompts'.
+    kernels: whether caches and processors move rows by kernels.
+    advance: see SlotState. None: by torch.
+    bucket: how many requests the steps are recorded for that run so many.
     """
 
     attention: AttentionFactory = TorchAttention
@@ -179,11 +186,9 @@ def _kernels_of_a_gpu(config: EngineConfig, device: torch.device, progress: Prog
         attention = FlashInferAttention(progress)
         refresh = attention.refresh
 
-    in_flight = config.steps_in_flight
-
     def runner(slots: int) -> RunnerFactory:
         return partial(
-            GraphRunner, in_flight=in_flight, scratch=slots, device=device, refresh=refresh,
+            GraphRunner, in_flight=config.steps_in_flight, scratch=slots, device=device, refresh=refresh,
             chunk=config.prefill_chunk or _GPU_CHUNK, progress=progress,
         )  # fmt: skip
 
@@ -201,7 +206,7 @@ def _kernels_of_a_gpu(config: EngineConfig, device: torch.device, progress: Prog
         fuse_mtp=fuse_mtp,
         verifier=lambda rule: rules[rule](),
         ops=lambda ranking: DeviceDraftOps(most, device, ranking, group),
-        in_flight=in_flight,
+        in_flight=config.steps_in_flight,
         ring_page=config.page_size,
         ring_rows=MOST_ROWS,
         scratch_tokens=SCRATCH_TOKENS,

@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import torch
 
-from mtp_engine.backend import cannot_compile, check_tree
+from mtp_engine.assemble.backend import cannot_compile, check_tree, find_device
 from mtp_engine.config import DRAFT_VOCAB, DType, EngineConfig, ModelConfig, MTPConfig, TreeShape
 from mtp_engine.errors import EngineError
 from mtp_engine.hub.hub import ModelFiles
 from mtp_engine.models import loader
 from mtp_engine.models.native import why_not
 from mtp_engine.parallel.shard import check_divides
+from mtp_engine.protocols import Progress
+from mtp_engine.runtime.threads import pool_size
 
 _LOG = logging.getLogger("mtp_engine")
 _INT8_DRAFT_VOCAB = 8192  # there half of what a draft costs is its head
@@ -19,14 +21,27 @@ _RULE_TREES = {
     rule: TreeShape.parse(tree)
     for rule, tree in (("rejection", "chain:3"), ("block", "chain:3"), ("rrs", "4x2x2"), ("traversal", "4x2x2"))
 }
-_DEFAULT_TREES = {  # what measured fastest, see bench/LOG.md
-    "cpu": {"mtp": TreeShape.parse("auto"), "ngram": TreeShape.parse("chain:4")},
-    "cuda": {"mtp": TreeShape.parse("auto"), "ngram": TreeShape.parse("chain:4")},
-}
+_DEFAULT_TREES = {
+    "mtp": TreeShape.parse("auto"),
+    "ngram": TreeShape.parse("chain:4"),
+}  # measured fastest, see bench/LOG.md
+
+
+def settle_machine(config: EngineConfig, progress: Progress) -> EngineConfig:
+    """Choose the device, and set torch's threads. Raises EngineError for a device that is not here."""
+    config = replace(config, device=str(find_device(config.device)))
+    threads = pool_size(config.threads)
+    if config.threads > threads:
+        note = f"running with {threads} threads, not {config.threads}: this process has no more cores"
+        progress(note, 0, None)
+        _LOG.warning(note)
+    torch.set_num_threads(threads)
+    return config
 
 
 def settle(config: EngineConfig, files: ModelFiles) -> EngineConfig:
-    """Fill in what depends on the model, and refuse what does not fit it, before any weight is read."""
+    """Fill in what depends on the model, before any weight is read. config: of `settle_machine`. Raises EngineError for what
+    does not fit the model or the device."""
     model = loader.read_config(files.folder, config.window_keys, config.experts)
     if config.max_context > model.max_context:
         raise EngineError(f"max_context is {config.max_context}; {files.name} was made for {model.max_context} tokens")
@@ -41,7 +56,7 @@ def settle(config: EngineConfig, files: ModelFiles) -> EngineConfig:
         config = replace(config, draft_vocab=_INT8_DRAFT_VOCAB if config.dtype == "int8" else DRAFT_VOCAB)
     if config.drafter == "root":
         return config
-    defaults = _DEFAULT_TREES[device][config.drafter]
+    defaults = _DEFAULT_TREES[config.drafter]
     shape = config.tree or (_RULE_TREES if config.drafter == "mtp" else {}).get(config.verifier, defaults)
     if config.drafter == "mtp":
         if files.mtp_folder is None:
