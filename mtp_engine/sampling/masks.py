@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol, TypeVar, final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _NEVER = -float("inf")
@@ -91,12 +93,13 @@ class Guide:
 
     def fill(
         self, masks: Tensor, tokens: list[list[int]], parents: list[list[int]], sizes: list[int],
-        begins: Mapping[int, int] | None = None,
+        begins: Mapping[int, int] | None = None, touched: list[NDArray[np.int32]] | None = None,
     ) -> None:  # fmt: skip
         """For the main model: write into masks, [B, N, W] int32 on the CPU, what may follow the first sizes[b] nodes of a tree.
 
         tokens, parents: [B, N]. None may where the constraint raised. begins: by row, the node behind which, and behind whose
-        descendants; otherwise it is all nodes of all requests that have a constraint.
+        descendants; otherwise it is all nodes of all requests that have a constraint. touched: gets all words that are written,
+        before they are.
         """
         if begins is None:
             begins, self.failed = dict.fromkeys(self.rows, 0), {}
@@ -109,7 +112,10 @@ class Guide:
                 if node == begin or parents[row][node] in behind:
                     behind.add(node)
                     mask = self._mask(row, paths[node])
-                    written[row, node] = 0 if mask is None else mask.numpy()
+                    words = written[row, node]
+                    if touched is not None:
+                        touched.append(words)
+                    words[:] = 0 if mask is None else mask.numpy()
 
     def narrow(self, tokens: Tensor, parents: Tensor, logits: Tensor, ids: Tensor) -> Tensor:
         """For a drafter: -inf for what may not follow. tokens, parents: [B, n] of a growing tree; logits: [B, F, len(ids)] of
