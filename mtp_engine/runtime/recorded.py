@@ -99,6 +99,12 @@ class Captured:
         self._tree = replace(drafted, scores=None, draft=None)
         before.wait_stream(lane.stream)
 
+    def once(self) -> None:
+        """Run all of it, for nobody: the driver takes a graph to the GPU when it runs for the first time."""
+        for graph in (self._draft, self._forward, self._peek, self._choose):
+            if graph:
+                graph.replay()
+
     def draft(self) -> DraftTree:
         self._draft.replay()
         return self._tree
