@@ -295,7 +295,7 @@ def test_a_structure_waits_for_the_host_and_nobody_else(models: Models, in_fligh
     loop = loop_of(models, drafter_of("3x2", models), in_flight=in_flight)
     asked: list[Request] = []
     said = loop._said
-    loop._said = lambda before, request: asked.append(request) or said(before, request)  # type: ignore[method-assign, func-returns-value]
+    loop._said = lambda before, requests: asked.extend(requests) or said(before, requests)  # type: ignore[method-assign, func-returns-value]
     most = 0
     structured = loop.add(prompts()[0], SamplingParams(max_tokens=30, seed=1, structure=Structure(regex="any")))
     loop.add(prompts()[1], SamplingParams(max_tokens=30, seed=2))

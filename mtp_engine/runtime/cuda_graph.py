@@ -177,7 +177,9 @@ class GraphRunner:
         if drafted.depth:
             self._structures.force(drafted, members, said)
         step.parts.forward()
-        return self._structures.look(drafted, members, step.parts.peek) if self._step.verifier.picks else None
+        looked = self._structures.look(drafted, members, step.parts.peek) if self._step.verifier.picks else None
+        self._structures.clear()
+        return looked
 
     def _finish(
         self,

@@ -105,7 +105,7 @@ class Structures:
         self._any = False  # whether something is forced at present
         self._touched: list[NDArray[np.int32]] = []  # what is not all ones any more in `_written`, and in the masks
         self._drafts, self._looks = HostRoom(pinned=pinned), HostRoom(pinned=pinned)
-        self._drafted, self._peeked, self._copied = mark(), mark(), mark()
+        self._drafted, self._peeked, self._copied, self._masked = mark(), mark(), mark(), mark()
 
     def given(self, batch: int, nodes: int) -> Given:
         masks = (each[: batch * nodes * self._words] for each in (self._masks, self._written))
@@ -135,7 +135,7 @@ class Structures:
     def _force(self, chains: Mapping[int, list[int]]) -> None:
         if not (chains or self._any):
             return
-        self._settle()
+        self._copied.synchronize()  # what was written last has been read
         self._any = bool(chains)
         written = self._chains.numpy()
         written[:] = 0
@@ -159,17 +159,21 @@ class Structures:
         self._peeked.record()
         return Looked(rows, table, self._peeked)
 
+    def clear(self) -> None:
+        """All may follow everywhere. The step before has chosen by its masks, or is about to; the host has time now, as the model
+        was launched."""
+        if self._touched:
+            self._masked.synchronize()
+            self._masks.fill_(-1)
+            for words in self._touched:
+                words.fill(-1)
+            self._touched.clear()
+
     def allow(
         self, given: Given, drafted: Drafted, looked: "Looked | None"
     ) -> Mapping[tuple[int, tuple[int, ...]], str]:
         """Write what may follow the nodes where that decides. Returns Guide.failed. looked: from `look`."""
         guide = drafted.guide
-        self._settle()
-        if self._touched:
-            self._masks.fill_(-1)
-            for words in self._touched:
-                words.fill(-1)
-            self._touched.clear()
         begins = dict.fromkeys(guide.rows if looked is None else sorted({*guide.rows} - {*looked.rows}), 0)
         self._write(given, drafted, begins)
         if looked:
@@ -183,8 +187,4 @@ class Structures:
         drafted.guide.fill(given.written, *drafted.wait(), begins, self._touched)
         for first, last in _runs(list(begins)):
             given.mask[first:last].copy_(given.written[first:last], non_blocking=True)
-        self._copied.record()
-
-    def _settle(self) -> None:
-        """Wait until what was written last has been read."""
-        self._copied.synchronize()
+        self._masked.record()

@@ -54,13 +54,13 @@ class Guide:
     def build(cls, constraints: Sequence[Constraint | None]) -> "Guide | None":
         return cls(constraints) if any(constraints) else None
 
-    def begin(self, requests: Sequence[T], said: Callable[[T], Sequence[int]]) -> None:
-        """Another step. said: what steps in flight emit for a request, which its constraint has not been told yet."""
+    def begin(self, requests: Sequence[T], said: Callable[[Sequence[T]], Sequence[Sequence[int]]]) -> None:
+        """Another step. said: what steps in flight emit for requests, which their constraints have not been told yet."""
         self.failed = {}
-        for row in self.rows:
+        for row, tokens in zip(self.rows, said([requests[row] for row in self.rows]), strict=True):
             constraint = self._constraints[row]
             assert constraint is not None
-            if tokens := said(requests[row]):
+            if tokens:
                 with suppress(Exception):  # `advance` will meet it, too
                     constraint.expect(tokens)
 
