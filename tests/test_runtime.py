@@ -330,7 +330,7 @@ class World:
         """What holds between any two steps."""
         scheduler = self.loop.scheduler
         running, waiting = scheduler.running, scheduler.waiting
-        taken = [request.slot for request in running]
+        taken = [request.slot for request in (*running, *scheduler._leaving)]
         assert sorted([*taken, *scheduler._free]) == list(range(scheduler._slots))
         assert [(r.params.priority, r.number) for r in waiting] == sorted(
             (r.params.priority, r.number) for r in waiting
