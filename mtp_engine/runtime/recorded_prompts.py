@@ -102,7 +102,8 @@ class RecordedPrompts:
                 self._run(half, size)
                 graph = self._record(half, size) if self._lane and self._graphs[half, size] is None else None
                 if graph:
-                    graph.replay()  # see Captured.once
+                    with memory_errors():
+                        graph.replay()  # see Captured.once
         progress("capturing passes over prompts", len(kinds), len(kinds))
         return self.captured - before
 

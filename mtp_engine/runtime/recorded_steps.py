@@ -78,7 +78,8 @@ class RecordedSteps:
                 self._record(key, compiled=True)
                 parts = self.prepared[key].parts
                 if isinstance(parts, Captured):
-                    parts.once()
+                    with memory_errors():
+                        parts.once()
         self._complete = True
 
     def prepare(self, key: Key) -> bool:
