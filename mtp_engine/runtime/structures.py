@@ -1,6 +1,6 @@
 """What the host adds to recorded steps for requests with a structure: drafts that must come, and what may follow each."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -18,7 +18,7 @@ from mtp_engine.tree import DraftTree
 
 _HIDDEN = 8  # masks that take the host no longer than the model runs
 
-Trees = tuple[list[list[int]], list[list[int]], list[int]]
+Trees = tuple[dict[int, list[int]], dict[int, list[int]], dict[int, int]]
 """Tokens, parents and sizes, by row."""
 
 
@@ -57,20 +57,19 @@ class Drafted:
     depth: int  # of the trees, at most
     forced: dict[int, list[int]] = field(default_factory=dict)  # by row, chains in place of trees
 
-    def wait(self) -> Trees:
-        if self.table is None:
-            count = self.guide.size
-            return [[0]] * count, [[-1]] * count, [1] * count
+    def wait(self, rows: Iterable[int]) -> Trees:
+        """The trees of these."""
         self.done.synchronize()
-        rows, nodes = self.table.tolist(), self.nodes
-        tokens, parents, sizes = (
-            [row[:nodes] for row in rows],
-            [row[nodes:-1] for row in rows],
-            [row[-1] for row in rows],
-        )
-        for row, chain in self.forced.items():
-            tokens[row], parents[row], sizes[row] = [0, *chain], list(range(-1, len(chain))), 1 + len(chain)
-        return tokens, parents, sizes
+        drafted, nodes = [] if self.table is None else self.table.tolist(), self.nodes
+        tokens, parents, sizes = trees = dict[int, list[int]](), dict[int, list[int]](), dict[int, int]()
+        for row in rows:
+            if self.table is None or row in self.forced:
+                chain = self.forced.get(row, [])
+                tokens[row], parents[row], sizes[row] = [0, *chain], list(range(-1, len(chain))), 1 + len(chain)
+            else:
+                *tree, sizes[row] = drafted[row]
+                tokens[row], parents[row] = tree[:nodes], tree[nodes:]
+        return trees
 
 
 @final
@@ -184,7 +183,7 @@ class Structures:
         """What may follow in these rows, which are in ascending order, from these nodes on."""
         if not begins:
             return
-        drafted.guide.fill(given.written, *drafted.wait(), begins, self._touched)
+        drafted.guide.fill(given.written, *drafted.wait(begins), begins, self._touched)
         for first, last in _runs(list(begins)):
             given.mask[first:last].copy_(given.written[first:last], non_blocking=True)
         self._masked.record()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 _NEVER = -float("inf")
 T = TypeVar("T")
+ByRow = Sequence[T] | Mapping[int, T]
 
 
 class Constraint(Protocol):
@@ -39,7 +40,7 @@ class Constraint(Protocol):
 
 @final
 class Guide:
-    """The constraints of a batch; None where a request has none. size: of the batch; rows: of the requests that have one.
+    """The constraints of a batch; None where a request has none. rows: of the requests that have one.
 
     A constraint that raises after a path leaves no token to choose there: the request ends if its answer takes that path,
     as it would without drafts. The messages of the last step stand in `failed`, by the request's row and the path.
@@ -47,7 +48,7 @@ class Guide:
 
     def __init__(self, constraints: Sequence[Constraint | None]) -> None:
         self._constraints = constraints
-        self.size, self.rows = len(constraints), [row for row, each in enumerate(constraints) if each is not None]
+        self.rows = [row for row, each in enumerate(constraints) if each is not None]
         self.failed: dict[tuple[int, tuple[int, ...]], str] = {}
 
     @classmethod
@@ -92,7 +93,7 @@ class Guide:
         return found
 
     def fill(
-        self, masks: Tensor, tokens: list[list[int]], parents: list[list[int]], sizes: list[int],
+        self, masks: Tensor, tokens: ByRow[Sequence[int]], parents: ByRow[Sequence[int]], sizes: ByRow[int],
         begins: Mapping[int, int] | None = None, touched: list[NDArray[np.int32]] | None = None,
     ) -> None:  # fmt: skip
         """For the main model: write into masks, [B, N, W] int32 on the CPU, what may follow the first sizes[b] nodes of a tree.
