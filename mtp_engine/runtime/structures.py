@@ -2,11 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mtp_engine.config import SamplingParams
@@ -102,7 +100,7 @@ class Structures:
         self._forced = torch.zeros(batch, 1 + depth, dtype=torch.int64, device=device)
         self._chains = torch.zeros(batch, 1 + depth, dtype=torch.int64, pin_memory=pinned)
         self._any = False  # whether something is forced at present
-        self._touched: list[NDArray[np.int32]] = []  # what is not all ones any more in `_written`, and in the masks
+        self._touched: list[Any] = []  # arrays: what is not all ones any more in `_written`, and in the masks
         self._drafts, self._looks = HostRoom(pinned=pinned), HostRoom(pinned=pinned)
         self._drafted, self._peeked, self._copied, self._masked = mark(), mark(), mark(), mark()
 

@@ -2,11 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol, TypeVar, final
+from typing import Any, Protocol, TypeVar, final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 _NEVER = -float("inf")
@@ -94,13 +92,13 @@ class Guide:
 
     def fill(
         self, masks: Tensor, tokens: ByRow[Sequence[int]], parents: ByRow[Sequence[int]], sizes: ByRow[int],
-        begins: Mapping[int, int] | None = None, touched: list[NDArray[np.int32]] | None = None,
+        begins: Mapping[int, int] | None = None, touched: list[Any] | None = None,
     ) -> None:  # fmt: skip
         """For the main model: write into masks, [B, N, W] int32 on the CPU, what may follow the first sizes[b] nodes of a tree.
 
         tokens, parents: [B, N]. None may where the constraint raised. begins: by row, the node behind which, and behind whose
-        descendants; otherwise it is all nodes of all requests that have a constraint. touched: gets all words that are written,
-        before they are.
+        descendants; otherwise it is all nodes of all requests that have a constraint. touched: gets each node's words, an
+        array, before they are written.
         """
         if begins is None:
             begins, self.failed = dict.fromkeys(self.rows, 0), {}
