@@ -5,8 +5,10 @@ import time
 from collections.abc import Callable
 from typing import Any, final
 
+from mtp_engine.runtime.flight import Flight
 from mtp_engine.runtime.request import Members
 from mtp_engine.sampling.masks import Guide
+from mtp_engine.sampling.structure import Closer
 
 _LEAST = 0.1  # ms: shorter parts are left out
 
@@ -14,10 +16,13 @@ _LEAST = 0.1  # ms: shorter parts are left out
 @final
 class Watch:
     """Times the parts of a loop's steps from now on. Parts lie in one another: `load` and `start` in `enter`, that in `plan`.
-    worked: what the thread itself ran, in ms; the rest it waited, for the device or for a core."""
+    worked: what the thread itself ran, in ms, spinning for the device too; the rest it waited for a core. wait: in `land`, for
+    the device. device: ms that the step took there which landed. new: one was launched of a kind that none had been of.
+    read_before: rows of prompts that lie between the step that landed and the one before it."""
 
     def __init__(self, loop: Any) -> None:
         self._loop, self._parts = loop, dict[str, float]()
+        self._kinds, self._reads, self._device = set[Any](), [0, 0], 0.0
         self.steps: list[dict[str, Any]] = []
         runner, scheduler, memory = loop.runner, loop.scheduler, loop.memory
         for owner, names in (
@@ -27,9 +32,13 @@ class Watch:
         ):  # fmt: skip
             for name in names:
                 setattr(owner, name, self._timed(name.strip("_"), getattr(owner, name)))
-        self._kept = [(Members, "build", Members.build), (Guide, "unfit", Guide.unfit), (Guide, "fill", Guide.fill)]
+        parts: tuple[tuple[Any, str], ...] = (
+            (Members, "build"), (Guide, "begin"), (Guide, "forced"), (Guide, "unfit"), (Guide, "fill"), (Closer, "look"),
+        )  # fmt: skip
+        self._kept = [(owner, name, getattr(owner, name)) for owner, name in (*parts, (Flight, "wait"))]
         for owner, name, method in self._kept:
             setattr(owner, name, self._timed("members" if owner is Members else name, method))
+        setattr(Flight, "wait", self._landed(Flight.wait))  # noqa: B010
         gc.callbacks.append(self._collected)
 
     def close(self) -> None:
@@ -45,13 +54,19 @@ class Watch:
         total, running = 1000 * (time.perf_counter() - begin), loop.scheduler.running
         worked = time.thread_time() - worked
         joined = [request for request in running if request not in before]
-        chunks = loop.scheduler._reading
+        kind, rows = (
+            getattr(loop.runner, "_next", None),
+            sum(each.stop - each.start for each in loop.scheduler._reading),
+        )
+        new = kind not in self._kinds
+        self._kinds.add(kind)
+        self._reads.append(rows)
         self.steps.append(
             {
                 "ms": round(total, 2), "worked": round(1000 * worked, 2), "running": len(running), "joined": len(joined),
                 "found": [request.stats.cached_tokens for request in joined if request.stats.cached_tokens],
                 "left": sum(request not in running for request in before),
-                "rows_read": sum(chunk.stop - chunk.start for chunk in chunks),
+                "rows_read": rows, "read_before": self._reads[-3], "new": new, "device": round(1000 * self._device, 2),
                 "structures": sum(request.params.structure is not None for request in running),
                 "parts": {name: round(1000 * each, 2) for name, each in self._parts.items() if 1000 * each > _LEAST},
             }
@@ -70,6 +85,14 @@ class Watch:
                 self._note(name, time.perf_counter() - begin)
 
         return timed
+
+    def _landed(self, wait: Callable[..., Any]) -> Callable[..., Any]:
+        def landed(*args: Any) -> Any:
+            landed = wait(*args)
+            self._device = landed.draft_s + landed.verify_s
+            return landed
+
+        return landed
 
     def _note(self, name: str, seconds: float) -> None:
         self._parts[name] = self._parts.get(name, 0.0) + seconds

@@ -25,7 +25,7 @@ from rich.table import Table
 from mtp_engine import Engine, EngineConfig, TreeShape
 from mtp_engine.config import DEFAULT_MODEL
 from mtp_engine.runtime.cuda_graph import GraphRunner
-from mtp_engine.runtime.flight import Flight
+from mtp_engine.runtime.flight import Flight, HostRoom
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.recorded import Captured, Prepared, Uncaptured
 from mtp_engine.runtime.request import Members, Request
@@ -42,12 +42,12 @@ PARTS: tuple[tuple[type[Any], str, str], ...] = (
     (Captured, "draft", "launch: draft"), (Captured, "forward", "launch: model"), (Captured, "peek", "launch: peek"),
     (Captured, "choose", "launch: choose"), (Uncaptured, "draft", "launch: draft"), (Uncaptured, "forward", "launch: model"),
     (Uncaptured, "peek", "launch: peek"), (Uncaptured, "choose", "launch: choose"),
-    (GraphRunner, "_host", "launch: copies to the host"),
+    (HostRoom, "copy", "launch: copies to the host"),
     (Structures, "begin", "launch: copies to the host"), (Structures, "look", "launch: copies to the host"),
     (Structures, "_force", "forced: written"),
     (Guide, "begin", "forced: what steps in flight said"), (GrammarState, "forced", "forced: asked"),
     (Flight, "wait", "waiting: a step to land"), (Drafted, "wait", "waiting: drafts"),
-    (Looked, "wait", "waiting: what would be chosen"), (Structures, "_settle", "waiting: masks to be read"),
+    (Looked, "wait", "waiting: what would be chosen"), (Structures, "clear", "waiting: masks to be read"),
     (Structures, "allow", "masks: the rest"),
     (Guide, "unfit", "fits: the rest"), (GrammarState, "fits", "fits: the rest"), (Matchers, "fits", "fits: asked"),
     (Guide, "fill", "masks: written"), (GrammarState, "mask", "masks: looked up"), (GrammarState, "_read", "masks: made"),

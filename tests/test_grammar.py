@@ -19,7 +19,7 @@ from mtp_engine.drafters import MTPDrafter, RootDrafter
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
 from mtp_engine.sampling.masks import Guide, unpack
-from mtp_engine.sampling.structure import Grammars, GrammarState
+from mtp_engine.sampling.structure import Closer, Grammars, GrammarState
 from mtp_engine.text.tool_calls import call_schema
 from mtp_engine.tree import DraftTree
 
@@ -340,6 +340,18 @@ def test_what_must_follow_does_not_depend_on_what_was_asked(name: str) -> None:
                 break
         assert one.complete
     assert only
+
+
+def test_where_an_answer_begins_its_end_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When its structure is compiled: in a step it would hold up everybody."""
+    wanted = Structure(json=json.dumps(of(x=NUMBER)), within=40)
+    with Engine.load(hub.NANO, EngineConfig(max_batch=1, threads=1)) as engine:
+        grammars = engine.loop.intake.grammars
+        assert grammars is not None
+        first = grammars(wanted)
+        monkeypatch.setattr(Closer, "look", None)
+        assert first.forced(()) == grammars(wanted).forced(())
+        assert torch.equal(first.mask(()), grammars(wanted).mask(()))
 
 
 def test_a_number_that_does_not_end_is_ended() -> None:

@@ -20,6 +20,7 @@ from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Drafter, Verifier
 from mtp_engine.runtime import cuda_graph, recorded_steps, structures
 from mtp_engine.runtime.cuda_graph import GraphRunner
+from mtp_engine.runtime.flight import HostMark, HostRoom
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.recorded import Uncaptured
 from mtp_engine.runtime.recorded_steps import SCRATCH_TOKENS, Key, RecordedSteps
@@ -295,7 +296,7 @@ def test_a_structure_waits_for_the_host_and_nobody_else(models: Models, in_fligh
     loop = loop_of(models, drafter_of("3x2", models), in_flight=in_flight)
     asked: list[Request] = []
     said = loop._said
-    loop._said = lambda before, request: asked.append(request) or said(before, request)  # type: ignore[method-assign, func-returns-value]
+    loop._said = lambda before, requests: asked.extend(requests) or said(before, requests)  # type: ignore[method-assign, func-returns-value]
     most = 0
     structured = loop.add(prompts()[0], SamplingParams(max_tokens=30, seed=1, structure=Structure(regex="any")))
     loop.add(prompts()[1], SamplingParams(max_tokens=30, seed=2))
@@ -333,6 +334,39 @@ def test_few_with_a_structure_sit_out_while_their_steps_are_in_flight(
     assert peaks == [most] * structured + [2] * (SLOTS - structured)
     expected = [solo(loop_of(models, RootDrafter(), in_flight=0), *each) for each in enumerate(wanted)]
     assert [request.output for request in requests] == [request.output for request in expected]
+
+
+def test_what_broke_off_half_way_into_a_mask_leaves_nothing_there() -> None:
+    """All may follow again when the next step is on its way, which may have trees of another size."""
+    masks = structures.Structures(batch=2, nodes=3, depth=1, vocab=64, device=CPU, mark=HostMark)
+
+    class Interrupted(Sums):
+        def mask(self, path: tuple[int, ...]) -> torch.Tensor:
+            if path:
+                raise KeyboardInterrupt
+            return torch.zeros(2, dtype=torch.int32)
+
+    drafted = structures.Drafted(Guide([Interrupted(0), None]), None, HostMark(), 1, 0, {0: [5]})
+    given = masks.given(2, 2)
+    with pytest.raises(KeyboardInterrupt):
+        drafted.guide.fill(given.written, [[0, 5]], [[-1, 0]], [2], {0: 0}, masks._touched)
+    assert given.written.tolist() == [[[0, 0], [-1, -1]], [[-1, -1], [-1, -1]]]
+    masks.clear()
+    for each in (masks.given(1, 3), given):
+        assert bool((each.written == -1).all())
+        assert bool((each.mask == -1).all())
+
+
+def test_room_on_the_host_takes_what_comes() -> None:
+    room = HostRoom(pinned=False)
+    for shape, kind in (
+        ((2, 3), torch.int64),
+        ((9, 5, 2), torch.float32),
+        ((2, 3), torch.int64),
+        ((1, 3), torch.int64),
+    ):
+        tensor = torch.randn(shape).mul(9).to(kind)
+        assert torch.equal(room.copy(tensor), tensor)
 
 
 class Anything(Sums):

@@ -330,7 +330,7 @@ class World:
         """What holds between any two steps."""
         scheduler = self.loop.scheduler
         running, waiting = scheduler.running, scheduler.waiting
-        taken = [request.slot for request in running]
+        taken = [request.slot for request in (*running, *scheduler._leaving)]
         assert sorted([*taken, *scheduler._free]) == list(range(scheduler._slots))
         assert [(r.params.priority, r.number) for r in waiting] == sorted(
             (r.params.priority, r.number) for r in waiting
@@ -439,6 +439,27 @@ def perform(world: World, steps: Sequence[tuple[Any, ...]]) -> None:
 @given(setup=setups, steps=st.lists(operations, min_size=1, max_size=4))
 def test_what_happens_around_a_request_does_not_matter(solo: Solo, setup: Setup, steps: list[Any]) -> None:
     perform(World(setup, solo), [each for several in steps for each in several])
+
+
+def test_those_who_end_together_leave_one_by_one(solo: Solo) -> None:
+    """What they leave is kept, a step for each, as long as somebody goes on; and the slots are as free as they seem."""
+    loop = make_loop(solo.models.main, RootDrafter(), slots=4, prefill_chunk=100, max_context=CONTEXT, prefix=20,
+                     runner=runner(2), max_waiting=0)  # fmt: skip
+    requests = [loop.add(prompt_of(9 + n), SamplingParams(max_tokens=24 if n == 3 else 6, seed=n)) for n in range(4)]
+    kept, keep, counts = list[Request](), loop.memory.keep, [0]
+
+    def noted(request: Request, *args: Any, **options: Any) -> None:
+        kept.extend([request] if request.finish_reason else [])
+        keep(request, *args, **options)
+
+    loop.memory.keep = noted  # type: ignore[method-assign]
+    while loop.requests:
+        loop.step()
+        counts.append(len(kept))
+        assert loop.scheduler.has_room == (len(loop.scheduler.running) < 4)
+    assert max(after - before for before, after in itertools.pairwise(counts)) == 1
+    assert kept == requests
+    assert sorted(loop.scheduler._free) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("name", DRAFTERS)

@@ -41,6 +41,7 @@ class PagedKV:
         rows = owner.count * owner.page_size
         self.k = _zeros(layers, rows, kv_heads, qk_dim, dtype, owner.device)
         self.v = _zeros(layers, rows, kv_heads, v_dim, dtype, owner.device)
+        self.token_bytes = layers * kv_heads * (qk_dim + v_dim) * dtype.itemsize  # of one token in all layers
 
     @property
     def table(self) -> list[list[int]]:
@@ -50,11 +51,6 @@ class PagedKV:
     def device_pages(self) -> Tensor:
         """[slots, pages] int32."""
         return self.owner.on_device
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token in all layers."""
-        return sum(x[:, :1].numel() * x.element_size() for x in (self.k, self.v))
 
     def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Storage rows of cache slots `positions` [B, N] of the requests in `slots` [B] -> [B, N] int64."""

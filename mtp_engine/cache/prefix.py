@@ -73,6 +73,7 @@ class PrefixCache:
         self._ending: dict[bytes, dict[int, dict[tuple[bytes, bool], Entry]]] = {}  # by the last full page's, see _end
         self._held: Counter[int] = Counter()
         self._copied = 0
+        self._newest: tuple[Tokens, list[bytes]] = as_tokens([]), [b""]  # looked for, and its hashes
         self.asked_tokens = self.hit_tokens = 0  # of prompts that were looked up, and of these what was found
         pages.short = self._give_up
 
@@ -90,7 +91,7 @@ class PrefixCache:
 
     def find(self, tokens: Tokens, most: int, *, drafts: bool) -> Hit:
         """Look for the beginning of `tokens`, of `most` tokens at most. drafts: only with the drafter's state."""
-        chain = _chain(tokens, self._pages.page_size)
+        chain = self._chain(tokens)
         best = self._longest(tokens, most, chain, (True,) if drafts else (True, False))
         alike = len(best.tokens) if best else 0
         shared = next((page for page in range(len(chain) - 1, 0, -1) if chain[page] in self._through), 0)
@@ -117,7 +118,7 @@ class PrefixCache:
     def has(self, tokens: Tokens, *, drafts: bool) -> bool:
         """Whether there is an entry of exactly these tokens; it counts as found."""
         length, tail = self._end(tokens)
-        ends = self._ending.get(_chain(tokens, self._pages.page_size)[-1], {}).get(length, {})
+        ends = self._ending.get(self._chain(tokens)[-1], {}).get(length, {})
         found = ends.get((tail, True)) or (None if drafts else ends.get((tail, False)))
         if found:
             self._use(found)
@@ -133,7 +134,7 @@ class PrefixCache:
         self._pages.hold(entry.pages)
         self._held.update(entry.pages)
         self._copied += entry.copied
-        self._entries[entry] = chain = _chain(entry.tokens, self._pages.page_size)
+        self._entries[entry] = chain = self._chain(entry.tokens)
         if spare:
             self._spare[entry] = None
         for name in chain[1:]:
@@ -177,6 +178,12 @@ class PrefixCache:
             if self._pages.free >= wanted:
                 break
             self.drop(entry)
+
+    def _chain(self, tokens: Tokens) -> list[bytes]:
+        """Whoever is added was looked for just before."""
+        if self._newest[0] is not tokens:
+            self._newest = tokens, _chain(tokens, self._pages.page_size)
+        return self._newest[1]
 
     def _end(self, tokens: Tokens) -> tuple[int, bytes]:
         """What tells texts apart that end behind the same full page: how many tokens they have there, and which."""

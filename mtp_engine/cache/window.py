@@ -55,11 +55,7 @@ class WindowKV:
         # zeros: rows never written are masked, but NaN from uninitialised memory would survive a mask (0 * NaN)
         self.k = torch.zeros(layers, slots * self.size, kv_heads, qk_dim, dtype=dtype, device=device)
         self.v = torch.zeros(layers, slots * self.size, kv_heads, v_dim, dtype=dtype, device=device)
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one row in all layers."""
-        return sum(x[:, :1].numel() * x.element_size() for x in (self.k, self.v))
+        self.token_bytes = layers * kv_heads * (qk_dim + v_dim) * dtype.itemsize  # of one row in all layers
 
     def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Storage rows of `positions` [B, N] of the requests in `slots` [B] -> [B, N] int64."""

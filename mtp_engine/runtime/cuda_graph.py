@@ -13,14 +13,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import cycle
 from typing import final
 
 import torch
-from torch import Tensor
 
 from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Progress
-from mtp_engine.runtime.flight import Flight, HostMark, Mark, Opened, Reading
+from mtp_engine.runtime.flight import Berth, Flight, HostMark, Mark, Opened, Reading
 from mtp_engine.runtime.recorded import (
     SMALLEST_BOUND,
     Captured,
@@ -38,7 +38,8 @@ from mtp_engine.runtime.structures import Drafted, Looked, Structures
 
 _LOG = logging.getLogger("mtp_engine")
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # a batch is padded up to one of these
-_RARELY = 1000  # younger collections to a full one, in which all wait for tens of milliseconds; 10 are usual
+_FEW = 3  # collections of the newest objects to one of those that outlived them: 10, as is usual, make pauses of 3 ms
+_RARELY = 3000  # of these to a full one, in which all wait for tens of milliseconds; 10 are usual
 
 
 def bucket(size: int) -> int:
@@ -69,6 +70,7 @@ class GraphRunner:
         self._open: Opened[Looked | None] | None = None  # the newest step, if something is left of it to launch
         self._idle: float | None = None  # since when the host has worked for steps alone
         self._lane = Lane(device) if self._cuda else None
+        self._berths = cycle([Berth(self._mark, pinned=self._cuda) for _ in range(in_flight + 1)])
         self._structures = Structures(
             batch=bucket(scratch), nodes=step.drafter.max_nodes, depth=step.drafter.depth, vocab=step.model.vocab_size,
             device=device, mark=self._mark,
@@ -102,7 +104,7 @@ class GraphRunner:
             ) from error
         gc.collect()
         gc.freeze()
-        gc.set_threshold(*gc.get_threshold()[:2], _RARELY)
+        gc.set_threshold(gc.get_threshold()[0], _FEW, _RARELY)
         took, room = time.perf_counter() - begin, (free - self._free()) / 1e9
         progress("capturing CUDA graphs", len(keys), len(keys))
         return f"{len(keys) + prompts} CUDA graphs captured in {took:.1f} s, {room:.2f} GB"
@@ -151,17 +153,17 @@ class GraphRunner:
         step.load(members, self._scratch)
         if self._refresh:
             self._refresh(*self._bounds(members, bound, len(step.members.slots) - count))
-        marks = [self._mark() for _ in range(4)]
-        marks[0].record()
+        berth = next(self._berths)
+        berth.marks[0].record()
         tree = step.parts.draft()
-        marks[1].record()
-        drafted = self._structures.begin(tree, members) if step.given else None
+        berth.marks[1].record()
+        drafted = self._structures.begin(tree, step.parts.outline, members) if step.given else None
         if drafted is None:
             step.parts.forward()
-            return self._watched(self._chosen(step, members, marks, {}), members, key)
+            return self._watched(self._chosen(step, members, berth, {}), members, key)
         opened = self._open = Opened(
             partial(self._pass, step, members, drafted, said),
-            partial(self._finish, step, members, drafted, said, marks),
+            partial(self._finish, step, members, drafted, said, berth),
         )
         # what has landed needs no waiting for
         if tree.nodes == 1 or all(members.requests[row].in_flight == 1 for row in drafted.guide.rows):
@@ -175,7 +177,9 @@ class GraphRunner:
         if drafted.depth:
             self._structures.force(drafted, members, said)
         step.parts.forward()
-        return self._structures.look(drafted, members, step.parts.peek) if self._step.verifier.picks else None
+        looked = self._structures.look(drafted, members, step.parts.peek) if self._step.verifier.picks else None
+        self._structures.clear()
+        return looked
 
     def _finish(
         self,
@@ -183,7 +187,7 @@ class GraphRunner:
         members: Members,
         drafted: Drafted,
         said: Said,
-        marks: Sequence[Mark],
+        berth: Berth,
         looked: Looked | None,
     ) -> Flight:
         """What follows that. The steps before have landed by now, mostly, and the host has done their work while the device
@@ -192,7 +196,7 @@ class GraphRunner:
         if not drafted.depth:
             drafted.guide.begin(members.requests, said)
         failed = self._structures.allow(step.given, drafted, looked)
-        return self._chosen(step, members, marks, failed)
+        return self._chosen(step, members, berth, failed)
 
     def proceed(self) -> None:
         if self._open:
@@ -204,18 +208,18 @@ class GraphRunner:
             opened.finish()
 
     def _chosen(
-        self, step: Prepared, members: Members, marks: Sequence[Mark], failed: Mapping[tuple[int, tuple[int, ...]], str]
+        self, step: Prepared, members: Members, berth: Berth, failed: Mapping[tuple[int, tuple[int, ...]], str]
     ) -> Flight:
         """The end of a step, and its way to the host."""
         table, notes = step.parts.choose()
-        marks[2].record()
+        berth.marks[2].record()
         count, most = len(members.slots), members.sampling.most_logprobs
-        kept = None if notes is None or most < 0 else self._host(notes[:count, :, : 1 + most])
-        rows = self._host(table[:count])
-        marks[3].record()
+        kept = None if notes is None or most < 0 else berth.notes.copy(notes[:count, :, : 1 + most])
+        rows = berth.rows.copy(table[:count])
+        berth.marks[3].record()
         self.replayed += isinstance(step.parts, Captured)
         self.slow += self._cuda and isinstance(step.parts, Uncaptured)
-        return Flight(rows, kept, failed, marks)
+        return Flight(rows, kept, failed, berth.marks)
 
     def read(self, chunks: Sequence[PromptChunk]) -> Launched:
         self.complete()  # as graphs share their memory
@@ -266,11 +270,6 @@ class GraphRunner:
         margin = bound - max(r.length for r in requests)
         slots = [r.slot for r in requests] + [self._scratch] * padding
         return slots, [r.length + margin for r in requests] + [SCRATCH_TOKENS] * padding
-
-    def _host(self, table: Tensor) -> Tensor:
-        """A copy on the host, complete once what is queued on the device by now is done."""
-        copy = torch.empty(table.shape, dtype=table.dtype, pin_memory=self._cuda)
-        return copy.copy_(table, non_blocking=True)
 
     def _mark(self) -> Mark:
         return torch.cuda.Event(enable_timing=True) if self._cuda else HostMark()  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar, final
 
+import torch
 from torch import Tensor
 
 from mtp_engine.runtime.request import Landed
@@ -30,6 +31,40 @@ class HostMark:
 
     def elapsed_time(self, end: "HostMark") -> float:
         return (end.at - self.at) * 1e3
+
+
+@final
+class HostRoom:
+    """Room on the host for a copy of a tensor, which stands until the next one: taking pinned memory anew for every copy, and
+    giving it back, asks the driver each time."""
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._views: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Complete once what is queued on the device by now is done."""
+        kind = tensor.shape, tensor.dtype
+        if kind not in self._views:
+            self._views[kind] = self._view(tensor)
+        return self._views[kind].copy_(tensor, non_blocking=True)
+
+    def _view(self, tensor: Tensor) -> Tensor:
+        size = tensor.numel() * tensor.element_size()
+        if size > len(self._bytes):
+            self._bytes = torch.empty(2 * size, dtype=torch.uint8, pin_memory=self._pinned)
+            self._views.clear()
+        return self._bytes[:size].view(tensor.dtype).view(tensor.shape)
+
+
+@final
+class Berth:
+    """What a step in flight needs on the host. Once that has landed, and is handed out, another one takes it."""
+
+    def __init__(self, mark: Callable[[], Mark], *, pinned: bool) -> None:
+        self.marks = [mark() for _ in range(4)]  # see Flight
+        self.rows, self.notes = HostRoom(pinned=pinned), HostRoom(pinned=pinned)
 
 
 @final

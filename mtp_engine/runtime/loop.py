@@ -127,13 +127,17 @@ class DecodeLoop:
             self.runner.prepare(members, bound)
         return self.runner.launch(members, bound, partial(self._said, tuple(self._flying)))
 
-    def _said(self, before: Sequence[tuple[StepPlan, Launched]], request: Request) -> list[int]:
-        """What those of these steps that are in flight still emit for a request."""
-        said = list[int]()
+    def _said(self, before: Sequence[tuple[StepPlan, Launched]], requests: Sequence[Request]) -> list[list[int]]:
+        """What those of these steps that are in flight still emit for each request."""
+        said = [list[int]() for _ in requests]
         for plan, launched in before:
-            if any(launched is each for _, each in self._flying) and request in plan.decoding:
-                count, _, _, *tokens = launched.wait().rows[plan.decoding.index(request)]
-                said += tokens[:count]
+            rows = {request: row for row, request in enumerate(plan.decoding)}
+            if any(launched is each for _, each in self._flying) and not rows.keys().isdisjoint(requests):
+                landed = launched.wait().rows
+                for tokens, request in zip(said, requests, strict=True):
+                    if request in rows:
+                        row = landed[rows[request]]
+                        tokens += row[3 : 3 + row[0]]
         return said
 
     def _land(self) -> None:

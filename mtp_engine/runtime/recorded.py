@@ -7,7 +7,7 @@ those whose choice turns out not to be allowed. And drafts are then what the hos
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, final
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 from mtp_engine.runtime.request import Members, TreeLimits
 from mtp_engine.runtime.step import ModelStep, says_full
 from mtp_engine.runtime.structures import Given
-from mtp_engine.sampling.batch import SamplingBatch
 from mtp_engine.tree import DraftTree
 
 SMALLEST_BOUND, BOUND_STEP = 512, 4  # tokens
@@ -32,6 +31,9 @@ class Uncaptured:
     def draft(self) -> DraftTree:
         self._batch, self._tree = self._step.draft(self._members, self._bound)
         return self._tree
+
+    def outline(self) -> Tensor:
+        return _outline(self._tree)
 
     def forward(self) -> None:
         self._tree = forced(self._step, self._tree, self._given)
@@ -81,6 +83,7 @@ class Captured:
             lane.stream.synchronize()
             with torch.cuda.graph(self._draft, pool=lane.pool, stream=lane.stream):
                 batch, drafted = step.draft(members, bound)
+                self._outline = _outline(drafted) if given else None
             with torch.cuda.graph(self._forward, pool=lane.pool, stream=lane.stream):
                 tree = forced(step, drafted, given)
                 passed = step.forward(batch, tree)
@@ -96,9 +99,19 @@ class Captured:
         self._tree = replace(drafted, scores=None, draft=None)
         before.wait_stream(lane.stream)
 
+    def once(self) -> None:
+        """Run all of it, for nobody: the driver takes a graph to the GPU when it runs for the first time."""
+        for graph in (self._draft, self._forward, self._peek, self._choose):
+            if graph:
+                graph.replay()
+
     def draft(self) -> DraftTree:
         self._draft.replay()
         return self._tree
+
+    def outline(self) -> Tensor:
+        assert self._outline is not None
+        return self._outline
 
     def forward(self) -> None:
         self._forward.replay()
@@ -119,9 +132,15 @@ def forced(step: ModelStep, tree: DraftTree, given: Given | None) -> DraftTree:
     return tree if given is None or given.forced is None else step.force(tree, given.forced)
 
 
+def _outline(tree: DraftTree) -> Tensor:
+    return torch.cat([tree.tokens, tree.parents, tree.size[:, None]], 1)
+
+
 def whole(step: ModelStep, members: Members, bound: int, given: Given | None) -> None:
     """All of a step."""
     batch, drafted = step.draft(members, bound)
+    if given:
+        _outline(drafted)
     tree = forced(step, drafted, given)
     passed = step.forward(batch, tree)
     if given and step.verifier.picks:
@@ -133,6 +152,9 @@ class Recorded(Protocol):
     """The parts of a step over fixed tensors, in this order. What they return is overwritten when they run again."""
 
     def draft(self) -> DraftTree: ...
+
+    def outline(self) -> Tensor:
+        """What was drafted, [B, 2 N + 1] int64: tokens, parents and size of each tree. Only of steps that may have structures."""
 
     def forward(self) -> None: ...
 
@@ -159,8 +181,8 @@ class Prepared:
         count, held, self.loaded = len(members.slots), self.members, members
         held.slots.fill_(scratch)
         held.slots[:count].copy_(members.slots)
-        for ours, theirs in zip(_tensors(held.sampling), _tensors(members.sampling), strict=True):
-            ours[:count].copy_(theirs)
+        held.sampling.rates[:, :count].copy_(members.sampling.rates)
+        held.sampling.numbers[:, :count].copy_(members.sampling.numbers)
         if held.limits:
             limits = members.limits or TreeLimits.none(count, members.slots.device)
             held.limits.widths[:count].copy_(limits.widths)
@@ -198,8 +220,3 @@ def no_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def _tensors(sampling: SamplingBatch) -> list[Tensor]:
-    values = (getattr(sampling, field.name) for field in fields(sampling))
-    return [value for value in values if isinstance(value, Tensor)]

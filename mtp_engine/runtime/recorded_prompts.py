@@ -100,8 +100,10 @@ class RecordedPrompts:
             for number, (half, size) in enumerate(kinds):
                 progress("capturing passes over prompts", number, len(kinds))
                 self._run(half, size)
-                if self._lane and self._graphs[half, size] is None:
-                    self._record(half, size)
+                graph = self._record(half, size) if self._lane and self._graphs[half, size] is None else None
+                if graph:
+                    with memory_errors():
+                        graph.replay()  # see Captured.once
         progress("capturing passes over prompts", len(kinds), len(kinds))
         return self.captured - before
 

@@ -76,6 +76,10 @@ class RecordedSteps:
             for number, key in enumerate(keys):
                 progress("capturing CUDA graphs", number, len(keys))
                 self._record(key, compiled=True)
+                parts = self.prepared[key].parts
+                if isinstance(parts, Captured):
+                    with memory_errors():
+                        parts.once()
         self._complete = True
 
     def prepare(self, key: Key) -> bool:

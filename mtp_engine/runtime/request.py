@@ -207,14 +207,14 @@ class TreeLimits:
         """None where nobody asks for less than the engine's tree."""
         if all(p.speculate and p.tree is None for p in params):
             return None
-        rows, nodes, most = [], [], 1
-        for p in params:
-            widths = p.tree.widths if p.tree and p.tree.widths else (MAX_TREE_NODES,) * MAX_TREE_NODES
-            rows.append([*widths, *[0] * (MAX_TREE_NODES - len(widths))])
+        widths = torch.full((len(params), MAX_TREE_NODES), MAX_TREE_NODES)
+        nodes, most = [], 1
+        for row, p in enumerate(params):
+            if p.tree and p.tree.widths:
+                widths[row] = torch.tensor([*p.tree.widths, *[0] * (MAX_TREE_NODES - len(p.tree.widths))])
             nodes.append(0 if not p.speculate else p.tree.max_nodes - 1 if p.tree else MAX_TREE_NODES)
             most = max(most, min(nodes[-1] + 1, MAX_TREE_NODES))
-        at_most = upload(torch.tensor(rows), device)
-        return cls(at_most, to_device(nodes, torch.int64, device), most)
+        return cls(upload(widths, device), to_device(nodes, torch.int64, device), most)
 
     @classmethod
     def none(cls, batch: int, device: torch.device) -> "TreeLimits":

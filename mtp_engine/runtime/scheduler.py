@@ -17,6 +17,7 @@ from mtp_engine.sampling.stops import FinishReason
 
 _LOG = logging.getLogger("mtp_engine")
 _TOO_SMALL = "the KV cache has no room for it, though nothing else runs: raise kv_tokens"
+_FEW = 4  # ended requests that may wait for what they leave to be kept, one a step; of more, more at a time
 _ATTEMPTS = 2  # steps in a row that may break off with a request before it ends with the error
 
 
@@ -87,6 +88,7 @@ class Scheduler:
         self._room, self._slots, self._chunk, self._max_waiting, self._clock = room, slots, chunk, max_waiting, clock
         self._packs, self._pace, self._dismissing = packs, pace, dismissing
         self._free = list(range(slots))[::-1]
+        self._leaving: deque[Request] = deque()  # they have ended, and what they leave is not kept yet
         self._cancelled: deque[Request] = deque()
         self._arrivals = itertools.count()
         self._reading: tuple[PromptChunk, ...] = ()  # the last ones planned
@@ -99,11 +101,15 @@ class Scheduler:
     @property
     def has_room(self) -> bool:
         """Whether one more request may be added."""
-        return len(self.waiting) < self._max_waiting + len(self._free)
+        return len(self.waiting) < self._most_waiting
+
+    @property
+    def _most_waiting(self) -> int:
+        return self._max_waiting + len(self._free) + len(self._leaving)
 
     def add(self, requests: Sequence[Request], now: float = 0.0) -> None:
         """Queue all of them. now: of the loop's clock. Raises EngineBusy, with nothing changed, if too many are waiting."""
-        if len(self.waiting) + len(requests) > self._max_waiting + len(self._free):
+        if len(self.waiting) + len(requests) > self._most_waiting:
             raise EngineBusy(
                 f"{len(self.waiting)} requests are waiting and at most {self._max_waiting} may: try again later, or "
                 "raise max_waiting"
@@ -137,9 +143,14 @@ class Scheduler:
         """The next step; None where nobody wants one, or it has to wait for those in flight. Its chunks count as read from
         now on. now: of the loop's clock. in_flight: steps whose tokens are not known yet."""
         self._keep_what_was_read()
+        self._let_go(1 + len(self._leaving) // _FEW)
         self._admit(now)
         decoding = _together([request for request in self.running if request.decoding])
-        if crowded := [request for request in decoding if not self._room.grow(request)]:
+        crowded = [request for request in decoding if not self._room.grow(request)]
+        if crowded and self._leaving:
+            self._let_go(len(self._leaving))
+            crowded = [request for request in decoding if not self._room.grow(request)]
+        if crowded:
             if not in_flight:  # what is said by then counts
                 self._preempt(crowded[0])
             return None
@@ -157,6 +168,8 @@ class Scheduler:
     def _admit(self, now: float) -> None:
         """Let in who fits and would read next, but nobody before he can find what those before him are about to read."""
         others = any(request.decoding for request in self.running)
+        if self.waiting and not self._free:
+            self._let_go(1)
         while self.waiting and self._free:
             request = self.waiting[0]
             before = [other for other in self.running if not other.decoding and _rank(other) < _rank(request)]
@@ -220,7 +233,8 @@ class Scheduler:
     def commit(self, plan: StepPlan, landed: Landed, times: StepTimes) -> None:
         """Hand out a step's tokens. Who has ended since it was launched gets nothing."""
         for request in plan.decoding:
-            request.in_flight -= 1
+            if not request.finish_reason:  # else its slot stays as far ahead as it was then
+                request.in_flight -= 1
         for row, (request, (count, nodes, depth, *tokens)) in enumerate(zip(plan.decoding, landed.rows, strict=True)):
             if request.finish_reason:
                 continue
@@ -237,8 +251,23 @@ class Scheduler:
             self._emit(request)
         for request in [r for r in self.running if r.finish_reason]:
             if request.finish_reason in ("stop", "length"):
-                self._room.keep(request)
-            self._drop(request)
+                self._leaving.append(request)
+                self.running.remove(request)
+            else:
+                self._drop(request)
+        if not self.running:
+            self._let_go(len(self._leaving))
+
+    def _let_go(self, most: int) -> None:
+        """Keep what so many of the ended leave, and free their slots. Where others run that is a step's work for one of them, or
+        some that end together would hold them up."""
+        for _ in range(min(most, len(self._leaving))):
+            request = self._leaving[0]
+            self._room.keep(request)
+            self._room.leave(request.slot)
+            self._free.append(request.slot)
+            request.slot = -1
+            self._leaving.popleft()
 
     def _record(self, request: Request, taken: int, nodes: int, depth: int, times: StepTimes, sharers: int) -> None:
         stats, request.failures = request.stats, 0
@@ -283,7 +312,8 @@ class Scheduler:
         """
         self._reading = ()
         half_way_in = [r for r in self.waiting if r.slot >= 0 or r.finish_reason]  # or out
-        ran = list(dict.fromkeys((*self.running, *half_way_in)))
+        ran = list(dict.fromkeys((*self.running, *self._leaving, *half_way_in)))
+        self._leaving.clear()
         for request in ran:
             request.failures += error is not None
             self._requeue(request, error if request.failures >= _ATTEMPTS else None)
@@ -294,7 +324,7 @@ class Scheduler:
         """End everybody, and touch nothing of what they ran in: it is lost. False if there was nobody, and nothing has come
         of the step."""
         ended, self._reading = [*self.running, *self.waiting], ()
-        for requests in (self.running, self.waiting, self._cancelled):
+        for requests in (self.running, self.waiting, self._cancelled, self._leaving):
             requests.clear()
         for request in ended:
             if not request.finish_reason:
@@ -335,3 +365,5 @@ class Scheduler:
         for requests in (self.waiting, self.running):
             if request in requests:
                 requests.remove(request)
+        if not self.running:
+            self._let_go(len(self._leaving))

@@ -190,9 +190,9 @@ def told(chunks: Sequence[PromptChunk]) -> list[Chunk]:
     return found
 
 
-Said = Callable[[Request], Sequence[int]]
-"""What the steps before, which are in flight still, emit for a request. Waits for them, so it is asked for requests with a
-structure only."""
+Said = Callable[[Sequence[Request]], Sequence[Sequence[int]]]
+"""What the steps before, which are in flight still, emit for each of these requests. Waits for steps in which one of them takes
+part, so it is asked for requests with a structure only."""
 
 
 class Runner(Protocol):

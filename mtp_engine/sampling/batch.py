@@ -36,15 +36,23 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
+def rows_to_device(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[rows, n] in one copy. Each row begins at a multiple of 16 bytes, as tensors do for which kernels are compiled."""
+    count, room = len(rows[0]), [0] * (-len(rows[0]) % 4)
+    return upload(torch.tensor([[*row, *room] for row in rows], dtype=dtype), device)[:, :count]
+
+
 @final
 @dataclass(frozen=True)
 class SamplingBatch:
     """The sampling parameters of a batch as tensors, with host flags that say what can be skipped."""
 
+    rates: Tensor  # [3, B] fp32, whose rows are the next three
     temperature: Tensor  # [B] fp32
-    top_k: Tensor  # [B] int64, 0 = off
     top_p: Tensor  # [B] fp32, 1 = off
     min_p: Tensor  # [B] fp32, 0 = off
+    numbers: Tensor  # [4, B] int64, whose rows are the next four
+    top_k: Tensor  # [B] int64, 0 = off
     seed: Tensor  # [B] int64
     logprobs: Tensor  # [B] int64, best tokens to name, -1 = no log-probabilities
     masked: Tensor  # [B] int64, 1 = a structure says what may follow
@@ -63,21 +71,24 @@ class SamplingBatch:
         processed = 0
         for p in params:
             processed |= processes(p)
+        rates = rows_to_device(
+            [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]],
+            torch.float32,
+            device,
+        )
+        top_k = [min(p.top_k, _MOST) for p in params]
+        numbers = rows_to_device([top_k, seeds, logprobs, masked], torch.int64, device)
+        temperature, top_p, min_p = rates
+        top_ks, seed, named, with_mask = numbers
         return cls(
-            temperature=to_device([p.temperature for p in params], torch.float32, device),
-            top_k=to_device([min(p.top_k, _MOST) for p in params], torch.int64, device),
-            top_p=to_device([p.top_p for p in params], torch.float32, device),
-            min_p=to_device([p.min_p for p in params], torch.float32, device),
-            seed=to_device(seeds, torch.int64, device),
-            logprobs=to_device(logprobs, torch.int64, device),
-            masked=to_device(masked, torch.int64, device),
+            rates, temperature, top_p, min_p, numbers, top_ks, seed, named, with_mask,
             greedy=not active,
             truncated=any(p.top_k or p.top_p < 1 or p.min_p for p in active),
             widest_top_k=min(max((p.top_k for p in active), default=0), _MOST),
             most_logprobs=max(logprobs, default=-1),
             processed=processed,
             guided=any(masked),
-        )
+        )  # fmt: skip
 
     @property
     def bare(self) -> bool:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol, TypeVar, final
+from typing import Any, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor
 
 _NEVER = -float("inf")
 T = TypeVar("T")
+ByRow = Sequence[T] | Mapping[int, T]
 
 
 class Constraint(Protocol):
@@ -37,7 +38,7 @@ class Constraint(Protocol):
 
 @final
 class Guide:
-    """The constraints of a batch; None where a request has none. size: of the batch; rows: of the requests that have one.
+    """The constraints of a batch; None where a request has none. rows: of the requests that have one.
 
     A constraint that raises after a path leaves no token to choose there: the request ends if its answer takes that path,
     as it would without drafts. The messages of the last step stand in `failed`, by the request's row and the path.
@@ -45,20 +46,20 @@ class Guide:
 
     def __init__(self, constraints: Sequence[Constraint | None]) -> None:
         self._constraints = constraints
-        self.size, self.rows = len(constraints), [row for row, each in enumerate(constraints) if each is not None]
+        self.rows = [row for row, each in enumerate(constraints) if each is not None]
         self.failed: dict[tuple[int, tuple[int, ...]], str] = {}
 
     @classmethod
     def build(cls, constraints: Sequence[Constraint | None]) -> "Guide | None":
         return cls(constraints) if any(constraints) else None
 
-    def begin(self, requests: Sequence[T], said: Callable[[T], Sequence[int]]) -> None:
-        """Another step. said: what steps in flight emit for a request, which its constraint has not been told yet."""
+    def begin(self, requests: Sequence[T], said: Callable[[Sequence[T]], Sequence[Sequence[int]]]) -> None:
+        """Another step. said: what steps in flight emit for requests, which their constraints have not been told yet."""
         self.failed = {}
-        for row in self.rows:
+        for row, tokens in zip(self.rows, said([requests[row] for row in self.rows]), strict=True):
             constraint = self._constraints[row]
             assert constraint is not None
-            if tokens := said(requests[row]):
+            if tokens:
                 with suppress(Exception):  # `advance` will meet it, too
                     constraint.expect(tokens)
 
@@ -90,13 +91,14 @@ class Guide:
         return found
 
     def fill(
-        self, masks: Tensor, tokens: list[list[int]], parents: list[list[int]], sizes: list[int],
-        begins: Mapping[int, int] | None = None,
+        self, masks: Tensor, tokens: ByRow[Sequence[int]], parents: ByRow[Sequence[int]], sizes: ByRow[int],
+        begins: Mapping[int, int] | None = None, touched: list[Any] | None = None,
     ) -> None:  # fmt: skip
         """For the main model: write into masks, [B, N, W] int32 on the CPU, what may follow the first sizes[b] nodes of a tree.
 
         tokens, parents: [B, N]. None may where the constraint raised. begins: by row, the node behind which, and behind whose
-        descendants; otherwise it is all nodes of all requests that have a constraint.
+        descendants; otherwise it is all nodes of all requests that have a constraint. touched: gets each node's words, an
+        array, before they are written.
         """
         if begins is None:
             begins, self.failed = dict.fromkeys(self.rows, 0), {}
@@ -109,7 +111,10 @@ class Guide:
                 if node == begin or parents[row][node] in behind:
                     behind.add(node)
                     mask = self._mask(row, paths[node])
-                    written[row, node] = 0 if mask is None else mask.numpy()
+                    words = written[row, node]
+                    if touched is not None:
+                        touched.append(words)
+                    words[:] = 0 if mask is None else mask.numpy()
 
     def narrow(self, tokens: Tensor, parents: Tensor, logits: Tensor, ids: Tensor) -> Tensor:
         """For a drafter: -inf for what may not follow. tokens, parents: [B, n] of a growing tree; logits: [B, F, len(ids)] of

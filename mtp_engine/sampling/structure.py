@@ -6,6 +6,7 @@ Chosen over xgrammar (Apache-2.0), which brings transformers, pydantic, triton a
 import json
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +43,7 @@ class Grammars:
         self._folder, self._vocab, self._eos, self._started = folder, vocab, tuple(eos), 0
         self._tokenizer: Any = None
         self._compiled = lru_cache(_KEPT)(self._compile)
+        self._closers = lru_cache(_KEPT)(self._closer)
 
     def start(self, structure: Structure) -> "GrammarState":
         """A fresh answer's state. Raises EngineError if llguidance is missing or does not accept the structure.
@@ -53,8 +55,15 @@ class Grammars:
             self._compiled.cache_clear()
         matcher = self._compiled(replace(structure, within=0)).deep_copy()
         ends = structure.json and structure.within
-        closer = Closer(self._tokenizer, structure.within, self._tokenizer.eos_token) if ends else None
-        return GrammarState(Matchers(matcher, frozenset(self._eos)), self._vocab, closer)
+        closer, look = self._closers(structure) if ends else (None, None)
+        return GrammarState(Matchers(matcher, frozenset(self._eos)), self._vocab, closer, look)
+
+    def _closer(self, structure: Structure) -> "tuple[Closer, Look | None]":
+        """For all answers to it, with what it says at their beginning: that takes longest, and nobody is held up by it here."""
+        closer, look = Closer(self._tokenizer, structure.within, self._tokenizer.eos_token), None
+        with suppress(Exception):  # an answer will meet it, too
+            look = closer.look(self._compiled(replace(structure, within=0)), 0, (), taken=False)
+        return closer, look
 
     def _compile(self, structure: Structure) -> Any:
         """A matcher."""
@@ -106,11 +115,14 @@ def _source(matcher: Any, structure: Structure) -> str:
 class GrammarState:
     """Where one answer stands in its grammar. What is known of the states behind drafts is kept until the answer leaves them."""
 
-    def __init__(self, matchers: Matchers, vocab: int, closer: "Closer | None" = None) -> None:
+    def __init__(
+        self, matchers: Matchers, vocab: int, closer: "Closer | None" = None, look: "Look | None" = None
+    ) -> None:
+        """look: the closer's, where the answer begins; None: it is asked when that is wanted."""
         self._matchers, self._closer, self._said = matchers, closer, 0
         self._free = torch.full((-(-vocab // 32),), -1, dtype=torch.int32)
         self._known: dict[tuple[int, ...], Tensor] = {}
-        self._looked: dict[tuple[int, ...], Look] = {}
+        self._looked: dict[tuple[int, ...], Look] = {} if look is None else {(): look}
         self._before = Look(), -1  # what was found before the last token, and that token
         self._ahead = deque[str]()  # of each token that is expected, what is wrong with it
 
