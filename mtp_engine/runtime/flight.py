@@ -50,11 +50,11 @@ class HostRoom:
             self._views[kind] = self._view(tensor)
         return self._views[kind].copy_(tensor, non_blocking=True)
 
+    @torch.inference_mode(False)  # a flight may land outside of it
     def _view(self, tensor: Tensor) -> Tensor:
         size = tensor.numel() * tensor.element_size()
         if size > len(self._bytes):
-            with torch.inference_mode(False):  # a flight may land outside of it
-                self._bytes = torch.empty(2 * size, dtype=torch.uint8, pin_memory=self._pinned)
+            self._bytes = torch.empty(2 * size, dtype=torch.uint8, pin_memory=self._pinned)
             self._views.clear()
         return self._bytes[:size].view(tensor.dtype).view(tensor.shape)
 
