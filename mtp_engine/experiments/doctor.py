@@ -150,30 +150,28 @@ def _check_text(engine: Engine, plain: Engine, texts: Sequence[Text], drafted: S
 
 
 def _check_drafting(texts: Sequence[Text], forced: Sequence[Forced], drafted: Sequence[Generation]) -> Check:
-    """Walk the finished texts in steps of what the teacher-forced layers get right; real steps must accept as much."""
+    """Steps must accept what the teacher-forced layers get right where these steps began."""
     depth = forced[0].right.shape[1]
-    real, ceiling = np.zeros(depth), np.zeros(depth)
-    steps = should = 0
+    real, ceiling, steps = np.zeros(depth), np.zeros(depth), 0
     for text, good, answer in zip(texts, forced, drafted, strict=True):
-        steps += answer.stats.steps
-        real[: len(answer.stats.accepted_per_depth)] += answer.stats.accepted_per_depth
-        for count in walk(good.right, len(text.answer)):
-            should += 1
-            ceiling[: count - 1] += 1
-    real, ceiling = real / max(steps, 1), ceiling / max(should, 1)
+        for at, accepted in walk(answer.drafted):
+            steps += 1
+            real[:accepted] += 1
+            ceiling[: min(_run_length(good.right, at), len(text.answer) - at)] += 1
+    real, ceiling = real / max(steps, 1), ceiling / max(steps, 1)
     shown = "  ".join(f"depth {d}: {a:.0%} of {b:.0%}" for d, (a, b) in enumerate(zip(real, ceiling, strict=True), 1))
     short = real < ceiling * (1 - _SLACK) - _SLACK
     fault = "stale rows" if short[0] else "shifted positions" if short.any() else ""
     return Check("drafting", f"accepts, of what teacher-forced layers get right, {shown}", fault)
 
 
-def walk(good: Hits, tokens: int) -> Iterator[int]:
-    """What each step emits. good: [answer, D]."""
+def walk(drafted: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    """The steps of an answer (Generation.drafted): where each began, and the drafts that it accepted."""
     at = 0
-    while at < tokens:
-        run = _run_length(good, at)
-        yield min(run + 1, tokens - at)
-        at += run + 1
+    for end, draft in enumerate([*drafted, False]):
+        if not draft and at < len(drafted):
+            yield at, end - at
+            at = end + 1
 
 
 def _run_length(good: Hits, at: int) -> int:
