@@ -83,6 +83,12 @@ def _share(
 
 
 @triton.jit
+def _ordered(score):
+    """NaN, before which nothing would stand, comes last."""
+    return tl.where(score == score, score, -float("inf"))
+
+
+@triton.jit
 def _standing(mine, index, scores, base, count, W: tl.constexpr, CP: tl.constexpr):
     """How many of the `count` entries stand before each of `mine`: those that score more, or as much at a lower index.
 
@@ -95,6 +101,7 @@ def _standing(mine, index, scores, base, count, W: tl.constexpr, CP: tl.constexp
         other = tl.load(scores + j, mask=j < count, other=-float("inf"), cache_modifier=".cg")
         if base is not None:
             other += tl.load(base + j // W, mask=j < count, other=0.0)
+        other = _ordered(other)
         before = (other[:, None] > mine[None, :]) | ((other[:, None] == mine[None, :]) & (j[:, None] < index[None, :]))
         standing += tl.sum((before & (j < count)[:, None]).to(tl.int32), 0)
     return standing
@@ -122,6 +129,7 @@ def _grow(
     else:
         depth, base = tl.load(depths + here + first) + 1, scores + here + first
         joint += tl.load(base + c // WIDTH, mask=real, other=0.0)
+    joint = _ordered(joint)
     if KEEP < F * WIDTH:
         real &= _standing(joint, c, logp + b * F * WIDTH, base, F * WIDTH, WIDTH, CP) < KEEP
     target = here + first + F + tl.cumsum(real.to(tl.int32), 0) - 1
@@ -142,7 +150,7 @@ def _prune(
     """drafters.expand.prune for request b, whose nodes are 0..count."""
     q = tl.arange(0, QP)
     here, there = b * cap + 1, b * (KEEP + 1)
-    mine = tl.load(scores + here + q, mask=q < count, other=-float("inf"), cache_modifier=".cg")
+    mine = _ordered(tl.load(scores + here + q, mask=q < count, other=-float("inf"), cache_modifier=".cg"))
     kept = (q < count) & (_standing(mine, q, scores + here, None, count, 1, QP) < KEEP)
     number = tl.cumsum(kept.to(tl.int32), 0)  # of a kept node; the root is 0
     parent = tl.load(parents + here + q, mask=kept, other=0, cache_modifier=".cg").to(tl.int32)

@@ -99,7 +99,7 @@ class Drafter(Protocol):
         """Make its cache in a loop's pages. behind: see HybridKV."""
 
     def release(self, slot: int) -> None:
-        """Forget what a slot holds: another request may take it."""
+        """Forget what a slot holds: another request takes it."""
 
     def draft(self, batch: Batch) -> DraftTree: ...
 

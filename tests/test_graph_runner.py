@@ -13,7 +13,7 @@ from tiny import Recites, Sums
 
 from mtp_engine import Engine, EngineConfig
 from mtp_engine.assemble import decode_loop, make_loop
-from mtp_engine.cache import HybridKV, Pages
+from mtp_engine.cache import HybridKV, PagedKV, Pages
 from mtp_engine.config import SamplingParams, Structure, TreeShape
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter, TorchDraftOps
 from mtp_engine.errors import EngineError
@@ -27,6 +27,7 @@ from mtp_engine.runtime.recorded_steps import SCRATCH_TOKENS, Key, RecordedSteps
 from mtp_engine.runtime.request import Request
 from mtp_engine.runtime.scheduler import Scheduler
 from mtp_engine.runtime.step import EagerRunner
+from mtp_engine.sampling.batch import Batch
 from mtp_engine.sampling.masks import Guide
 from mtp_engine.verifiers import (
     BlockVerifier,
@@ -408,6 +409,66 @@ def test_what_is_allowed_anyway_needs_no_mask(models: Models, truncated: bool, m
 def found(forced: list[tuple[int, list[int]]], chains: dict[int, list[int]]) -> dict[int, list[int]]:
     forced += chains.items()
     return chains
+
+
+def left_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps stay open as they do on a GPU, whose attention knows pages by the device's table alone."""
+
+    def read(cache: PagedKV, layer: int, slot: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = cache.rows(torch.tensor([slot]), torch.arange(tokens)[None])[0]
+        return cache.k[layer][rows], cache.v[layer][rows]
+
+    monkeypatch.setattr(cuda_graph, "Captured", Uncaptured)
+    monkeypatch.setattr(PagedKV, "read", read)
+
+
+def test_who_comes_next_has_no_rows_of_a_step_that_was_open(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends when a step lands while another one that it has a part in is open, which keeps its tokens in the slot later. A
+    prompt of one token has nothing read that would overwrite them: there a GPU's rows began before the cache, in front of
+    position 0."""
+    left_open(monkeypatch)
+    drafter = MTPDrafter(models.mtp, TreeShape.parse("3x2"), slots=SLOTS + 1)
+    starts, new_rows, left = list[int](), drafter._new_rows, list[bool]()
+
+    def noted_rows(batch: Batch) -> Any:
+        rows = new_rows(batch)
+        starts.extend(rows.start[batch.slots < SLOTS].tolist())
+        return rows
+
+    loop = loop_of(models, drafter, tokens=512)
+    runner, leave = loop.runner, loop.memory.leave
+    assert isinstance(runner, GraphRunner)
+    monkeypatch.setattr(drafter, "_new_rows", noted_rows)
+    monkeypatch.setattr(loop.memory, "leave", lambda slot: (left.append(runner._open is not None), leave(slot)))
+    say(loop, SamplingParams(max_tokens=9, structure=Structure(regex="any")))
+    text = say(loop, SamplingParams(max_tokens=9))
+    assert left[0], "no step was open"
+    assert min(starts) == 1
+    assert text == say(loop_of(models, RootDrafter(), in_flight=0), SamplingParams(max_tokens=9))
+
+
+def say(loop: DecodeLoop, params: SamplingParams) -> list[int]:
+    request = loop.add([7], params)
+    while loop.requests:
+        loop.step()
+    return request.output
+
+
+def test_nobody_takes_a_slot_while_a_step_is_open(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who does may replay graphs, which share their memory, and make tables grow that the rest of the step is captured with."""
+    left_open(monkeypatch)
+    loop = loop_of(models, drafter_of("3x2", models), in_flight=3)
+    runner, plan, during, opened = loop.runner, loop.scheduler.plan, list[bool](), list[bool]()
+    assert isinstance(runner, GraphRunner)
+    noted_plan: Any = lambda *given: (during.append(runner._open is not None), plan(*given))[1]  # noqa: E731
+    monkeypatch.setattr(loop.scheduler, "plan", noted_plan)
+    for number in range(2):
+        loop.add(prompts()[number], SamplingParams(max_tokens=20, seed=number, structure=Structure(regex="any")))
+    while loop.requests:
+        loop.step()
+        opened.append(runner._open is not None)
+    assert any(opened)
+    assert not any(during)
 
 
 def test_the_model_runs_while_the_step_before_is_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -347,6 +347,24 @@ def test_growing_breaks_ties_by_index() -> None:
     assert nodes.tokens.tolist() == [[0, 2, 0, 1, -99, -99, -99, -99]]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("best", [0, 2])
+def test_scores_that_are_no_numbers_hurt_nobody_else(best: int) -> None:
+    """As many nodes are kept as there is room for."""
+    logits = torch.zeros(2, 1, 16, device=DEVICE)
+    logits[1] = float("nan")
+    tables = torch.full((3, 4, 5), -9, device=DEVICE)
+    nodes = growing.Nodes(*tables[:, :2].unbind(0), torch.zeros(2, 5, device=DEVICE))
+    numbers = torch.tensor([5, 5], device=DEVICE)
+    growing.draft_level(
+        logits, numbers, torch.arange(16, device=DEVICE), numbers, torch.zeros(2, device=DEVICE),
+        torch.zeros(4, dtype=torch.int32, device=DEVICE), nodes, 0, 8, 4, ahead=1,
+        roots=growing.Roots(numbers - 5, numbers), finish=growing.Finish(best, numbers),
+    )  # fmt: skip
+    assert (tables[:, 2:] == -9).all()
+    assert nodes.parents[:, 1:].tolist() == [[0] * 4] * 2
+
+
 def test_pruning_is_stable() -> None:
     """A certain child scores as its parent, 0.0 as -0.0: the lower index stays."""
     nodes, zeros = empty_nodes(1, 7), torch.zeros(1, dtype=torch.int64, device=DEVICE)

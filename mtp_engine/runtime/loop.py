@@ -98,6 +98,7 @@ class DecodeLoop:
 
     def _launch(self) -> bool:
         """Start a step: all who can, decode, and behind them chunks of prompts are read."""
+        self.runner.complete()  # who joins changes what the rest of it would run with
         plan = self.scheduler.plan(self._clock.now, len(self._flying))
         if plan is None:
             return False

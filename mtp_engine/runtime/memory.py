@@ -67,6 +67,8 @@ class Memory:
         if not self._take(request, entry):
             self._refused = (request, self.pages.given_back)
             return False
+        # not when the last one left: what was open of a step then, with that one in it, has written to the slot since
+        self.drafter.release(request.slot)
         if entry and not self._load(request, entry):
             return self.enter(request)  # without that entry
         request.read = len(entry.tokens) if entry else 0
@@ -125,7 +127,6 @@ class Memory:
 
     def leave(self, slot: int) -> None:
         self.pages.release(slot)
-        self.drafter.release(slot)
 
     # ---- entries -----------------------------------------------------------------------------------------------------
 
