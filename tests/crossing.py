@@ -6,19 +6,25 @@ one that was cancelled, the beginning. bench/crosses.py runs many cases, tests/t
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, final
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from mtp_engine import Engine, EngineConfig, SamplingParams, TreeShape
 from mtp_engine.assemble import make_drafter, make_loop
+from mtp_engine.cache import PagedKV
 from mtp_engine.config import Structure
 from mtp_engine.hub import hub
+from mtp_engine.runtime import cuda_graph
 from mtp_engine.runtime.cuda_graph import GraphRunner
 from mtp_engine.runtime.loop import DecodeLoop
+from mtp_engine.runtime.recorded import Uncaptured
 from mtp_engine.runtime.recorded_steps import SCRATCH_TOKENS
 from mtp_engine.runtime.request import Request
 
@@ -153,7 +159,7 @@ class Crosses:
         outcome.breaks = frozenset(rng.randrange(30) for _ in range(breaks))
         if outcome.config.drafter != "mtp":
             asked = [replace(each, params=replace(each.params, tree=None)) for each in asked]
-        with Engine.load(self.model, outcome.config) as engine:
+        with steps_left_open() if self._recorded else nullcontext(), Engine.load(self.model, outcome.config) as engine:
             if self._recorded:
                 record(engine, self.model)
             requests = self._run(engine, asked, outcome)
@@ -235,6 +241,18 @@ class Crosses:
         if self._bits:
             return list(ours) == list(theirs)
         return all(abs(a.logprob - b.logprob) < 1e-3 for a, b in zip(ours, theirs, strict=True))
+
+
+@contextmanager
+def steps_left_open() -> Iterator[None]:
+    """Recorded steps with a structure stay open as they do on a GPU, whose attention knows pages by the device's table alone."""
+
+    def read(cache: PagedKV, layer: int, slot: int, tokens: int) -> tuple[Tensor, Tensor]:
+        rows = cache.rows(torch.tensor([slot]), torch.arange(tokens)[None])[0]
+        return cache.k[layer][rows], cache.v[layer][rows]
+
+    with patch.object(cuda_graph, "Captured", Uncaptured), patch.object(PagedKV, "read", read):
+        yield
 
 
 def record(engine: Engine, model: str) -> None:

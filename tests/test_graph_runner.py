@@ -1,19 +1,20 @@
 """The runner of CUDA graphs, on a CPU: the same padded steps over the same fixed tensors, operation by operation."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from crossing import steps_left_open
 from test_decode_loop import CONTEXT, CPU, SLOTS, VOCAB, Models, prompts
 from tiny import Recites, Sums
 
 from mtp_engine import Engine, EngineConfig
 from mtp_engine.assemble import decode_loop, make_loop
-from mtp_engine.cache import HybridKV, PagedKV, Pages
+from mtp_engine.cache import HybridKV, Pages
 from mtp_engine.config import SamplingParams, Structure, TreeShape
 from mtp_engine.drafters import MTPDrafter, NgramDrafter, RootDrafter, TorchDraftOps
 from mtp_engine.errors import EngineError
@@ -411,22 +412,17 @@ def found(forced: list[tuple[int, list[int]]], chains: dict[int, list[int]]) -> 
     return chains
 
 
-def left_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps stay open as they do on a GPU, whose attention knows pages by the device's table alone."""
-
-    def read(cache: PagedKV, layer: int, slot: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = cache.rows(torch.tensor([slot]), torch.arange(tokens)[None])[0]
-        return cache.k[layer][rows], cache.v[layer][rows]
-
-    monkeypatch.setattr(cuda_graph, "Captured", Uncaptured)
-    monkeypatch.setattr(PagedKV, "read", read)
+@pytest.fixture
+def left_open() -> Iterator[None]:
+    with steps_left_open():
+        yield
 
 
+@pytest.mark.usefixtures("left_open")
 def test_who_comes_next_has_no_rows_of_a_step_that_was_open(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends when a step lands while another one that it has a part in is open, which keeps its tokens in the slot later. A
     prompt of one token has nothing read that would overwrite them: there a GPU's rows began before the cache, in front of
     position 0."""
-    left_open(monkeypatch)
     drafter = MTPDrafter(models.mtp, TreeShape.parse("3x2"), slots=SLOTS + 1)
     starts, new_rows, left = list[int](), drafter._new_rows, list[bool]()
 
@@ -454,9 +450,9 @@ def say(loop: DecodeLoop, params: SamplingParams) -> list[int]:
     return request.output
 
 
+@pytest.mark.usefixtures("left_open")
 def test_nobody_takes_a_slot_while_a_step_is_open(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who does may replay graphs, which share their memory, and make tables grow that the rest of the step is captured with."""
-    left_open(monkeypatch)
     loop = loop_of(models, drafter_of("3x2", models), in_flight=3)
     runner, plan, during, opened = loop.runner, loop.scheduler.plan, list[bool](), list[bool]()
     assert isinstance(runner, GraphRunner)
