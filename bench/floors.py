@@ -18,7 +18,7 @@ def hit_share(moe: MoEConfig, rows: int) -> float:
 
 def kv_bytes(a: AttentionConfig, batch: int, context: int) -> int:
     """Keys and values of `batch` requests of `context` tokens in a layer, bf16; a window reads no more than itself."""
-    return batch * min(context, a.window or context) * a.kv_heads * (a.qk_dim + a.v_dim) * _BF16
+    return batch * min(context, a.window or context) * a.kv_size * _BF16
 
 
 def _total(tensors: Iterable[Stored], experts: bool = False, ranks: int = 1) -> int:

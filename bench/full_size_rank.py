@@ -220,7 +220,7 @@ class Rank:
         assert self.model is not None
         seen = [layer.attention for layer in self.model.config.layers if layer.attention.window is None]
         item = 2 if self.device.type == "cuda" else 4
-        return batch * tokens * sum(a.kv_heads * (a.qk_dim + a.v_dim) * item for a in seen)
+        return batch * tokens * sum(a.kv_size for a in seen) * item
 
     def free(self) -> float:
         """Bytes, on the rank that has least."""

@@ -122,9 +122,7 @@ def wrong_text(engine: Engine) -> None:
 )  # fmt: skip
 def test_a_fault_is_named(engine: Engine, fault: Callable[[Engine], None], name: str) -> None:
     fault(engine)
-    most = (
-        30 if fault is hidden_norm else PROMPTS
-    )  # mimo-nano loses 1% of its drafts by it: that takes more text to see
+    most = 30 if fault is hidden_norm else PROMPTS  # mimo-nano loses 1% of its drafts by it, which takes text to see
     diagnosis = diagnose(engine, hub.locate("mimo-nano"), most=most)
     assert name in diagnosis.faults, diagnosis.lines
     assert name in diagnosis.lines[-1]

@@ -99,7 +99,9 @@ class Toy:
         while len(going := (length < 1 + horizon).nonzero()[:, 0]):
             at, rows = length[going, None], text[going]
             tokens, before = rows.gather(1, at)[:, 0], rows.gather(1, at - 1)[:, 0]
-            batch = Batch(length[going], tokens, replace(sampling, seed=seeds[going]))
+            numbers = sampling.numbers.repeat(1, len(going))
+            numbers[1] = seeds[going]
+            batch = Batch(length[going], tokens, replace(sampling, numbers=numbers))
             tree = self.draft(batch, before, shape, ranking)
             limits = TreeLimits.build([params] * len(going), CPU)
             tree = limits.apply(tree) if limits else tree
@@ -213,7 +215,7 @@ def test_padded_requests_are_those_without_padding(rule: str) -> None:
     """Trees of fewer nodes in a batch of larger ones."""
     toy = Toy.draw(6)
     seeds = torch.arange(64)
-    sampling = replace(SamplingBatch.build([PARAMS], [0], torch.device("cpu")), seed=seeds)
+    sampling = SamplingBatch.build([PARAMS] * 64, seeds.tolist(), torch.device("cpu"))
     batch = Batch(torch.full((64,), 9), torch.randint(0, VOCAB, (64,)), sampling)
     before = torch.zeros(64, dtype=torch.int64)
     long, short = (toy.draft(batch, before, TreeShape.parse(f"chain:{n}"), "drawn") for n in (3, 1))

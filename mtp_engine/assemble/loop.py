@@ -38,7 +38,7 @@ def kv_tokens(model: ModelConfig, config: EngineConfig, slots: int) -> int:
     if config.kv_tokens:
         return config.kv_tokens
     each = sum(
-        a.kv_heads * (a.qk_dim + a.v_dim) * (2 if config.dtype == "bf16" else 4)
+        a.kv_size * (2 if config.dtype == "bf16" else 4)
         for a in (layer.attention for layer in model.layers)
         if a.window is None
     )

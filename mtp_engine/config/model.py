@@ -32,6 +32,11 @@ class AttentionConfig:
     value_scale: float = 1.0
     bias: bool = False
 
+    @property
+    def kv_size(self) -> int:
+        """Numbers of a token's keys and values together."""
+        return self.kv_heads * (self.qk_dim + self.v_dim)
+
 
 @final
 @dataclass(frozen=True)

@@ -75,10 +75,8 @@ class WideOps:
         """The best candidates of every frontier node and their joint scores, [B, F * width] each. The inner ops take each
         node for a request whose root it is."""
         frontier, width = tree.frontier, min(MOST_CHILDREN, len(level.ids))
-        sampling = replace(
-            batch.sampling, temperature=batch.sampling.temperature.repeat_interleave(frontier),
-            seed=batch.sampling.seed.repeat_interleave(frontier),
-        )  # fmt: skip
+        of_nodes = {name: getattr(batch.sampling, name).repeat_interleave(frontier, 1) for name in ("rates", "numbers")}
+        sampling = replace(batch.sampling, **of_nodes)
         each = replace(
             batch, slots=batch.slots.repeat_interleave(frontier), lengths=batch.lengths.repeat_interleave(frontier),
             tokens=tree.tokens[:, -frontier:].flatten(), sampling=sampling,

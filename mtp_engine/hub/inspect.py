@@ -83,7 +83,7 @@ def inspect_model(
     if heads := Checkpoint(apart) if apart else main:
         mtp_dtypes = _parameters(heads, (tensor for tensor in heads if apart or _is_mtp(tensor)))
     full = [layer.attention for layer in config.layers if layer.attention.window is None]
-    width = sum(attention.kv_heads * (attention.qk_dim + attention.v_dim) for attention in full)
+    width = sum(attention.kv_size for attention in full)
     depth = mtp_config.depth if mtp_config else 0
     return ModelReport(
         name=files.name,

@@ -146,7 +146,7 @@ def _by_dtype(tensors: Iterable[Stored], *, in_bytes: bool = False) -> dict[str,
 
 
 def _row(a: AttentionConfig) -> int:
-    return a.kv_heads * (a.qk_dim + a.v_dim) * _BF16
+    return a.kv_size * _BF16
 
 
 def _kv_per_token(layers: list[AttentionConfig]) -> int:

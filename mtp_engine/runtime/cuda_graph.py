@@ -125,7 +125,6 @@ class GraphRunner:
         return [Key(batch, bound, *kind, tables=0 if kind[1] else tables) for kind in found]
 
     def prepare(self, members: Members, bound: int) -> None:
-        self.complete()
         key = self._next = self._key(members, bound)
         if self.steps.prepare(key):
             self._idle = None
@@ -147,7 +146,6 @@ class GraphRunner:
         return Key(batch, bound, drafts, bare, False, 0 if bare else self._step.processors.grown, plan)
 
     def launch(self, members: Members, bound: int, said: Said) -> Launched:
-        self.complete()
         key, count = self._next, len(members.slots)
         step = self.steps.prepared[key]
         step.load(members, self._scratch)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import final
 
 import torch
@@ -47,15 +48,8 @@ def rows_to_device(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: 
 class SamplingBatch:
     """The sampling parameters of a batch as tensors, with host flags that say what can be skipped."""
 
-    rates: Tensor  # [3, B] fp32, whose rows are the next three
-    temperature: Tensor  # [B] fp32
-    top_p: Tensor  # [B] fp32, 1 = off
-    min_p: Tensor  # [B] fp32, 0 = off
-    numbers: Tensor  # [4, B] int64, whose rows are the next four
-    top_k: Tensor  # [B] int64, 0 = off
-    seed: Tensor  # [B] int64
-    logprobs: Tensor  # [B] int64, best tokens to name, -1 = no log-probabilities
-    masked: Tensor  # [B] int64, 1 = a structure says what may follow
+    rates: Tensor  # [3, B] fp32: temperature, top_p, min_p
+    numbers: Tensor  # [4, B] int64: top_k, seed, logprobs, masked
     greedy: bool  # every temperature is 0
     truncated: bool  # some request has top-k, top-p or min-p on
     widest_top_k: int
@@ -71,24 +65,53 @@ class SamplingBatch:
         processed = 0
         for p in params:
             processed |= processes(p)
-        rates = rows_to_device(
-            [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]],
-            torch.float32,
-            device,
-        )
-        top_k = [min(p.top_k, _MOST) for p in params]
-        numbers = rows_to_device([top_k, seeds, logprobs, masked], torch.int64, device)
-        temperature, top_p, min_p = rates
-        top_ks, seed, named, with_mask = numbers
+        rates = [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]]
+        numbers = [[min(p.top_k, _MOST) for p in params], seeds, logprobs, masked]
         return cls(
-            rates, temperature, top_p, min_p, numbers, top_ks, seed, named, with_mask,
+            rows_to_device(rates, torch.float32, device),
+            rows_to_device(numbers, torch.int64, device),
             greedy=not active,
             truncated=any(p.top_k or p.top_p < 1 or p.min_p for p in active),
             widest_top_k=min(max((p.top_k for p in active), default=0), _MOST),
             most_logprobs=max(logprobs, default=-1),
             processed=processed,
             guided=any(masked),
-        )  # fmt: skip
+        )
+
+    @cached_property
+    def temperature(self) -> Tensor:
+        """[B] fp32"""
+        return self.rates[0]
+
+    @cached_property
+    def top_p(self) -> Tensor:
+        """[B] fp32, 1 = off"""
+        return self.rates[1]
+
+    @cached_property
+    def min_p(self) -> Tensor:
+        """[B] fp32, 0 = off"""
+        return self.rates[2]
+
+    @cached_property
+    def top_k(self) -> Tensor:
+        """[B] int64, 0 = off"""
+        return self.numbers[0]
+
+    @cached_property
+    def seed(self) -> Tensor:
+        """[B] int64"""
+        return self.numbers[1]
+
+    @cached_property
+    def logprobs(self) -> Tensor:
+        """[B] int64, best tokens to name, -1 = no log-probabilities"""
+        return self.numbers[2]
+
+    @cached_property
+    def masked(self) -> Tensor:
+        """[B] int64, 1 = a structure says what may follow"""
+        return self.numbers[3]
 
     @property
     def bare(self) -> bool:

@@ -231,7 +231,7 @@ def batch_size(model: Decoder, settings: "DialogueSettings") -> int:
     if settings.batch:
         return min(settings.batch, settings.rows)
     attentions = [layer.attention for layer in model.config.layers]
-    cached = sum(a.kv_heads * (a.qk_dim + a.v_dim) for a in attentions) * size  # bytes per token
+    cached = sum(a.kv_size for a in attentions) * size  # bytes per token
     per_row = settings.length * (cached + 32) + 3 * size * model.vocab_size
     free = _CPU_BYTES
     if device.type == "cuda":
