@@ -17,12 +17,14 @@ _LEAST = 0.1  # ms: shorter parts are left out
 class Watch:
     """Times the parts of a loop's steps from now on. Parts lie in one another: `load` and `start` in `enter`, that in `plan`.
     worked: what the thread itself ran, in ms, spinning for the device too; the rest it waited for a core. wait: in `land`, for
-    the device. device: ms that the step took there which landed. new: one was launched of a kind that none had been of.
-    read_before: rows of prompts that lie between the step that landed and the one before it."""
+    the device. device: ms that the step took there which landed, and between, ms since the end of the one before it, where both
+    are known. new: one was launched of a kind that none had been of. read_before: rows of prompts that lie between the step that
+    landed and the one before it."""
 
     def __init__(self, loop: Any) -> None:
         self._loop, self._parts = loop, dict[str, float]()
-        self._kinds, self._reads, self._device = set[Any](), [0, 0], 0.0
+        self._kinds, self._reads, self._device, self._between = set[Any](), [0, 0], 0.0, 0.0
+        self._end: Any = None  # mark of the step that landed last
         self.steps: list[dict[str, Any]] = []
         runner, scheduler, memory = loop.runner, loop.scheduler, loop.memory
         for owner, names in (
@@ -67,6 +69,7 @@ class Watch:
                 "found": [request.stats.cached_tokens for request in joined if request.stats.cached_tokens],
                 "left": sum(request not in running for request in before),
                 "rows_read": rows, "read_before": self._reads[-3], "new": new, "device": round(1000 * self._device, 2),
+                "between": round(self._between, 2),
                 "structures": sum(request.params.structure is not None for request in running),
                 "parts": {name: round(1000 * each, 2) for name, each in self._parts.items() if 1000 * each > _LEAST},
             }
@@ -87,9 +90,11 @@ class Watch:
         return timed
 
     def _landed(self, wait: Callable[..., Any]) -> Callable[..., Any]:
-        def landed(*args: Any) -> Any:
-            landed = wait(*args)
-            self._device = landed.draft_s + landed.verify_s
+        def landed(flight: Any) -> Any:
+            landed, (start, *_, end) = wait(flight), flight._marks
+            if self._end is not end:
+                self._between = self._end.elapsed_time(start) if self._end else 0.0
+                self._end, self._device = end, landed.draft_s + landed.verify_s
             return landed
 
         return landed

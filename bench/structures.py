@@ -2,10 +2,10 @@
 
     python bench/structures.py --device cuda
 
-A batch of which all have one JSON schema decodes, plainly and over a tree. First it is timed as it is, beside greedy requests
-on the same engine; then once more with a clock in each part, which costs some microseconds a call. Parts lie in one another,
-and each has only what none inside of it has, so they add up to the step. On a CPU it runs, too (--recorded: with
-the steps of a GPU, in fp32); then nobody waits for a device, and launching is that device's work.
+A batch of which all have one JSON schema (--one: the first alone) decodes, plainly and over a tree. First it is timed as it
+is, beside greedy requests on the same engine; then once more with a clock in each part, which costs some microseconds a call.
+Parts lie in one another, and each has only what none inside of it has, so they add up to the step. On a CPU it runs, too
+(--recorded: with the steps of a GPU, in fp32); then nobody waits for a device, and launching is that device's work.
 """
 
 import json
@@ -36,6 +36,7 @@ from mtp_engine.sampling.matchers import Matchers
 from mtp_engine.sampling.structure import GrammarState
 
 LOOP = "loop"
+_TIMES = 2  # that each is timed, in turns, besides once to warm up
 PARTS: tuple[tuple[type[Any], str, str], ...] = (
     (DecodeLoop, "_step", LOOP), (Scheduler, "plan", "plan"), (Members, "of", "plan"),
     (GraphRunner, "prepare", "plan"), (GraphRunner, "launch", "launch: the rest"), (Prepared, "load", "launch: parameters"),
@@ -102,22 +103,27 @@ class Clock:
                 setattr(owner, name, method)
 
 
-def profile(engine: Engine, prompts: Sequence[list[int]], kind: str, tokens: int) -> dict[str, Any]:
-    """Milliseconds a step, with greedy requests, with the kind, and that by part; tokens/s of the kind over greedy's."""
-    batch = len(prompts)
-    greedy = [rate(engine, prompts, ["greedy"] * batch, tokens)[:2] for _ in range(3)][1:]
-    found = [rate(engine, prompts, [kind] * batch, tokens)[:2] for _ in range(3)][1:]
+def profile(engine: Engine, prompts: Sequence[list[int]], kind: str, tokens: int, *, one: bool) -> dict[str, Any]:
+    """Milliseconds a step, with greedy requests, with the kind, and that by part; tokens/s of the kind over greedy's, or with
+    `one`, where the first request alone is of the kind, those of the others."""
+    batch, first = len(prompts), 1 if one else 0
+    kinds = [kind, *["greedy"] * (batch - 1)] if one else [kind] * batch
+    greedy, found = list[tuple[float, float]](), list[tuple[float, float]]()
+    for _ in range(1 + _TIMES):
+        for known, of in ((greedy, ["greedy"] * batch), (found, kinds)):
+            _, ms_a_step, rates_of_all = rate(engine, prompts, of, tokens)
+            known.append((sum(rates_of_all[first:]), ms_a_step))
     clock = Clock()
     with clock.running():
-        watched = rate(engine, prompts, [kind] * batch, tokens, begun=clock.start)[1]
+        watched = rate(engine, prompts, kinds, tokens, begun=clock.start)[1]
     steps = clock.calls[LOOP]
-    (rates, ms), (greedy_rates, greedy_ms) = (zip(*each, strict=True) for each in (found, greedy))
+    (rates, ms), (greedy_rates, greedy_ms) = (zip(*each[1:], strict=True) for each in (found, greedy))
     return {
         "over_greedy": round(statistics.mean(rates) / statistics.mean(greedy_rates), 3),
         "greedy_ms": round(statistics.mean(greedy_ms), 4),
         "ms": round(statistics.mean(ms), 4),
         "watched_ms": round(watched, 4),
-        "tokens_a_step": round(statistics.mean(rates) * statistics.mean(ms) / 1000 / batch, 3),
+        "tokens_a_step": round(statistics.mean(rates) * statistics.mean(ms) / 1000 / (batch - first), 3),
         "parts": {  # ms and calls a step, us a call
             part: [round(1000 * each / steps, 4), round(clock.calls[part] / steps, 2), round(1e6 * each / clock.calls[part], 1)]
             for part, each in clock.seconds.most_common()
@@ -146,12 +152,17 @@ def show(name: str, found: dict[str, Any]) -> None:
     "--kind", "kinds", multiple=True, type=click.Choice([k for k in KINDS if "JSON" in k]), default=["JSON schema"]
 )
 @click.option("--batch", "batches", multiple=True, type=SOME, default=[1, 16], show_default=True)
+@click.option("--one", is_flag=True, help="One request has a structure, and what the others say is counted.")
 @click.option("--tokens", default=96, type=SOME, show_default=True)
 @click.option("--recorded", is_flag=True, help="On a CPU: steps as they are recorded for a GPU.")
 @click.option("--device", default="cpu", show_default=True)
 def main(**o: Any) -> None:
     commit = require_commit()
-    record = {"bench": "structures", "model": o["model"], "tokens": o["tokens"], **conditions(commit, o["device"])}
+    record = {
+        "bench": "structures",
+        **{name: o[name] for name in ("model", "tokens", "one")},
+        **conditions(commit, o["device"]),
+    }
     rows, found = read_prompts(ROOT / "bench/prompts/bench_core.jsonl", 4 * max(o["batches"])), dict[str, Any]()
     for tree in o["trees"]:
         options: dict[str, Any] = {"drafter": "root"} if tree == "root" else {"tree": TreeShape.parse(tree)}
@@ -161,10 +172,10 @@ def main(**o: Any) -> None:
         if o["recorded"]:
             as_recorded(engine, o["model"])
         prompts = [ids for _, ids in encode(engine, rows, 150)]
-        for batch in o["batches"]:
+        for batch in (each for each in o["batches"] if each > o["one"]):
             for kind in o["kinds"]:
                 name = f"{tree}/{batch}/{kind}"
-                found[name] = profile(engine, prompts[:batch], kind, o["tokens"])
+                found[name] = profile(engine, prompts[:batch], kind, o["tokens"], one=o["one"])
                 show(name, found[name])
     click.echo(json.dumps({**record, "found": found}))
 
