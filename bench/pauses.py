@@ -93,7 +93,7 @@ class Watch:
         def landed(flight: Any) -> Any:
             landed, (start, *_, end) = wait(flight), flight._marks
             if self._end is not end:
-                self._between = self._end.elapsed_time(start) if self._end else 0.0
+                self._between = self._end.elapsed_time(start) if self._end and self._end.query() else 0.0
                 self._end, self._device = end, landed.draft_s + landed.verify_s
             return landed
 

@@ -23,7 +23,7 @@ from mtp_engine.config import EngineConfig, SamplingParams, Structure
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
 from mtp_engine.runtime.stats import Comparison, GenerationStats, Timed
-from mtp_engine.text.tokenizer import StreamDecoder
+from mtp_engine.text.stream import StreamDecoder
 
 TEXT = "Grüße, 世界 🙂!\nEnd."  # one token per byte below: characters of one to four tokens
 STATS_KEYS = {

@@ -3,7 +3,7 @@
 import json
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,8 @@ from tokenizers.models import BPE
 
 from mtp_engine.errors import EngineError
 from mtp_engine.hub import hub
-from mtp_engine.text.tokenizer import StreamDecoder, Tokenizer
+from mtp_engine.text.stream import ByteLevelStream, StreamDecoder
+from mtp_engine.text.tokenizer import Tokenizer
 
 SPECIALS = ("<|end|>", "<|start|>", "<|end|>er")
 PRIVATE = "\U000f0000\U000f0001"
@@ -422,7 +423,21 @@ def streaming() -> Tokenizer:
         return Tokenizer.load(write_folder(Path(place) / "t"))
 
 
-def pushes(decoder: StreamDecoder, ids: Sequence[int], sizes: Iterable[int]) -> list[str]:
+def any_kind(skip: bool = True) -> StreamDecoder:
+    """The one that serves tokenizers of all kinds, for this one, which has the library's."""
+    assert isinstance(streaming().stream(skip), ByteLevelStream)
+    return StreamDecoder(lambda ids: streaming().decode(ids, skip))
+
+
+def library_s(skip: bool = True) -> StreamDecoder | ByteLevelStream:
+    return streaming().stream(skip)
+
+
+Stream = Callable[..., StreamDecoder | ByteLevelStream]
+STREAMS = pytest.mark.parametrize("stream", [any_kind, library_s])
+
+
+def pushes(decoder: StreamDecoder | ByteLevelStream, ids: Sequence[int], sizes: Iterable[int]) -> list[str]:
     """What comes out when `ids` go in by pieces of `sizes`, then one by one; the last entry is the flush."""
     out, at = [], 0
     for size in sizes:
@@ -439,36 +454,41 @@ HARD = st.sampled_from(
 )
 
 
+@STREAMS
 @settings(max_examples=400, deadline=None)
 @given(ids=st.lists(HARD | st.integers(0, 263), max_size=60), sizes=SIZES, skip=st.booleans())
-def test_pushes_join_to_the_decoding_of_all(ids: list[int], sizes: list[int], skip: bool) -> None:
-    out = pushes(streaming().stream(skip), ids, sizes)
+def test_pushes_join_to_the_decoding_of_all(stream: Stream, ids: list[int], sizes: list[int], skip: bool) -> None:
+    out = pushes(stream(skip), ids, sizes)
     assert "".join(out) == streaming().decode(ids, skip)
 
 
+@STREAMS
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=40), sizes=SIZES)
-def test_no_push_holds_half_a_character(text: str, sizes: list[int]) -> None:
+def test_no_push_holds_half_a_character(stream: Stream, text: str, sizes: list[int]) -> None:
     ids = spell(text)
-    out = pushes(streaming().stream(), ids, sizes)
+    out = pushes(stream(), ids, sizes)
     assert "".join(out) == text
     assert sum(piece.count("\ufffd") for piece in out) == text.count("\ufffd")
 
 
-def test_a_character_comes_with_its_last_byte() -> None:
-    assert pushes(streaming().stream(), spell("a🙂é"), ()) == ["a", "", "", "", "🙂", "", "é", ""]
+@STREAMS
+def test_a_character_comes_with_its_last_byte(stream: Stream) -> None:
+    assert pushes(stream(), spell("a🙂é"), ()) == ["a", "", "", "", "🙂", "", "é", ""]
 
 
-def test_flush_gives_the_broken_rest_and_starts_afresh() -> None:
-    decoder = streaming().stream()
+@STREAMS
+def test_flush_gives_the_broken_rest_and_starts_afresh(stream: Stream) -> None:
+    decoder = stream()
     assert decoder.push(spell("🙂")[:3]) == ""
     assert decoder.flush() == "\ufffd"
     assert decoder.push(spell("ok")) == "ok"
 
 
-def test_broken_bytes_before_many_hidden_tokens_are_kept() -> None:
+@STREAMS
+def test_broken_bytes_before_many_hidden_tokens_are_kept(stream: Stream) -> None:
     ids = [*([3 + 0x80] * 3), *([0] * 30)]
-    assert "".join(pushes(streaming().stream(), ids, ())) == "\ufffd" * 3
+    assert "".join(pushes(stream(), ids, ())) == "\ufffd" * 3
 
 
 @pytest.mark.parametrize("unit", [b"plain text ", "🙂é".encode(), b"\x80", b"\xf0\x9f", b"\xe2\x82\xe2"], ids=repr)

@@ -152,9 +152,9 @@ class GraphRunner:
         if self._refresh:
             self._refresh(*self._bounds(members, bound, len(step.members.slots) - count))
         berth = next(self._berths)
-        berth.marks[0].record()
+        berth.began.record()
         tree = step.parts.draft()
-        berth.marks[1].record()
+        berth.draft(tree.nodes)
         drafted = self._structures.begin(tree, step.parts.outline, members) if step.given else None
         if drafted is None:
             step.parts.forward()
@@ -210,14 +210,13 @@ class GraphRunner:
     ) -> Flight:
         """The end of a step, and its way to the host."""
         table, notes = step.parts.choose()
-        berth.marks[2].record()
         count, most = len(members.slots), members.sampling.most_logprobs
         kept = None if notes is None or most < 0 else berth.notes.copy(notes[:count, :, : 1 + most])
         rows = berth.rows.copy(table[:count])
-        berth.marks[3].record()
+        berth.landed.record()
         self.replayed += isinstance(step.parts, Captured)
         self.slow += self._cuda and isinstance(step.parts, Uncaptured)
-        return Flight(rows, kept, failed, berth.marks)
+        return Flight(rows, kept, failed, (berth.began, berth.drafted, berth.landed))
 
     def read(self, chunks: Sequence[PromptChunk]) -> Launched:
         self.complete()  # as graphs share their memory

@@ -64,13 +64,21 @@ class Berth:
     """What a step in flight needs on the host. Once that has landed, and is handed out, another one takes it."""
 
     def __init__(self, mark: Callable[[], Mark], *, pinned: bool) -> None:
-        self.marks = [mark() for _ in range(4)]  # see Flight
+        self.began, self._halfway, self.landed = mark(), mark(), mark()
+        self.drafted = self.began  # where nothing is drafted; a mark less to record
         self.rows, self.notes = HostRoom(pinned=pinned), HostRoom(pinned=pinned)
+
+
+    def draft(self, nodes: int) -> None:
+        """Trees of so many nodes, roots included, were drafted."""
+        self.drafted = self._halfway if nodes > 1 else self.began
+        if nodes > 1:
+            self.drafted.record()
 
 
 @final
 class Flight:
-    """A step in flight (a Launched). marks: when it began, had drafted, had verified, and was on the host."""
+    """A step in flight (a Launched). marks: when it began, had drafted, and was on the host."""
 
     def __init__(
         self,
@@ -84,9 +92,10 @@ class Flight:
 
     def wait(self) -> Landed:
         if self._landed is None:
-            start, drafted, end, landed = self._marks
+            began, drafted, landed = self._marks
             landed.synchronize()
-            draft_s, verify_s = start.elapsed_time(drafted) / 1e3, drafted.elapsed_time(end) / 1e3
+            draft_s = 0.0 if drafted is began else began.elapsed_time(drafted) / 1e3
+            verify_s = drafted.elapsed_time(landed) / 1e3
             notes = None if self._notes is None else Notes(self._notes)
             self._landed = Landed(self._table.tolist(), draft_s, verify_s, notes, self._failed)
         return self._landed

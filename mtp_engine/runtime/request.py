@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Protocol, final
+from typing import NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
@@ -79,26 +79,26 @@ class Request:
         said = len(self.prompt)
         return self.prompt[start:stop] + self.output[max(start - said, 0) : max(stop - said, 0)]
 
-    def take(self, tokens: Sequence[int], failed: Mapping[tuple[int, ...], str]) -> int:
+    def take(self, tokens: list[int], failed: Mapping[tuple[int, ...], str]) -> int:
         """Add what a step emitted, all but the last being accepted drafts. Returns how many belong to the answer.
 
         NO_TOKEN stands where its parameters left nothing to choose, or its structure failed (`failed` says how, by the
         tokens in front); there the request ends with an error.
         """
-        said = list(tokens[: tokens.index(NO_TOKEN)] if NO_TOKEN in tokens else tokens)
-        step = self.trail.follow(said)
-        error = step.error
+        said = tokens[: tokens.index(NO_TOKEN)] if NO_TOKEN in tokens else tokens
+        kept, reason, text, error = self.trail.follow(said)
         if not error and len(said) < len(tokens):
             error = failed.get(tuple(said), NOTHING_ALLOWED)
-        self.output += step.tokens
-        self.drafted += [index < len(tokens) - 1 for index in range(len(step.tokens))]
-        del self.logprobs[len(self.output) :]
-        self.text += step.text
-        if step.reason is None and error:
+        self.output += kept
+        self.drafted += [True] * min(len(kept), len(tokens) - 1) + [False] * (len(kept) == len(tokens))
+        if self.logprobs:
+            del self.logprobs[len(self.output) :]
+        self.text += text
+        if reason is None and error:
             self.end("error", error)
         else:
-            self.finish_reason = step.reason
-        return len(step.tokens)
+            self.finish_reason = reason
+        return len(kept)
 
     def end(self, reason: FinishReason, error: str = "") -> None:
         """End it between two steps, with what it has said so far."""
@@ -129,16 +129,17 @@ class Request:
 
     def emit(self, outputs: "list[StepOutput]") -> None:
         """Hand what has come since the last call, the end included, to whoever listens, and put it into `outputs`."""
-        tokens, drafted, text = self.output[self._seen :], self.drafted[self._seen :], self.text[self._shown :]
-        if self._closed or not (tokens or self.finish_reason):
+        begin, seen, shown, reason, sink = self._seen, len(self.output), len(self.text), self.finish_reason, self.sink
+        if self._closed or not (begin < seen or reason):
             return
-        seen, shown, sink = len(self.output), len(self.text), self.sink
-        output = StepOutput(self, tokens, drafted, text, self.finish_reason, tuple(self.logprobs[self._seen : seen]))
+        logprobs = tuple(self.logprobs[begin:seen]) if self.logprobs else ()
+        text = self.text[self._shown :]
+        output = StepOutput(self, self.output[begin:], self.drafted[begin:], text, reason, logprobs)
         if sink:
             outputs.append(output)
         take = sink or outputs.append
         # Ctrl-C comes between two calls only, so what is marked as seen is handed out
-        self._seen, self._shown, self._closed = seen, shown, output.finish_reason is not None
+        self._seen, self._shown, self._closed = seen, shown, reason is not None
         take(output)
 
     def resume(self, said: Sequence[int]) -> None:
@@ -155,8 +156,7 @@ class Request:
 
 
 @final
-@dataclass(frozen=True)
-class StepOutput:
+class StepOutput(NamedTuple):
     """What one step emitted for one request. `finish_reason` comes with its last one, which may have no tokens."""
 
     request: Request
@@ -276,7 +276,7 @@ class Members:
     @classmethod
     def of(cls, requests: tuple[Request, ...], before: "Sequence[Members]", device: torch.device) -> "Members | None":
         """Of the next step, which are those of a step before it where nobody joined or left; None where there are none."""
-        trails = tuple(request.trail for request in requests)
+        trails = tuple([request.trail for request in requests])
         for members in before:
             if members.requests == requests and members.trails == trails:
                 return members
@@ -295,7 +295,7 @@ class Members:
 
     @property
     def longest(self) -> int:
-        return max(request.length for request in self.requests)
+        return max([request.length for request in self.requests])
 
 
 @final

@@ -167,6 +167,8 @@ class Scheduler:
 
     def _admit(self, now: float) -> None:
         """Let in who fits and would read next, but nobody before he can find what those before him are about to read."""
+        if not self.waiting:
+            return
         others = any(request.decoding for request in self.running)
         if self.waiting and not self._free:
             self._let_go(1)
@@ -241,7 +243,7 @@ class Scheduler:
             try:
                 if request.params.logprobs is not None and landed.notes:
                     request.logprobs += landed.notes.read(row, tokens[:count], request.params.logprobs)
-                failed = {path: why for (at, path), why in landed.failed.items() if at == row}
+                failed = {path: why for (at, path), why in landed.failed.items() if at == row} if landed.failed else {}
                 taken = request.take(tokens[:count], failed)
             except Exception as error:  # of its text: the others get theirs
                 self.end(request, "error", str(error))

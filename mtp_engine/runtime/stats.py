@@ -96,7 +96,8 @@ class GenerationStats:
         self.nodes += nodes
         self.trees[max_depth, nodes] += 1
         for counts, reached in ((self.proposed_per_depth, max_depth), (self.accepted_per_depth, emitted - 1)):
-            counts.extend([0] * (max_depth - len(counts)))
+            if len(counts) < max_depth:
+                counts.extend([0] * (max_depth - len(counts)))
             for depth in range(reached):
                 counts[depth] += 1
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, final
+from typing import Literal, NamedTuple, Protocol, final
 
 from mtp_engine.sampling.masks import Constraint
 
@@ -12,7 +12,7 @@ message). timeout: its own time was up. abort: somebody cancelled it."""
 
 
 class TextDecoder(Protocol):
-    """Turns tokens into text as they come (text.tokenizer.StreamDecoder)."""
+    """Turns tokens into text as they come (text.stream.StreamDecoder)."""
 
     def push(self, ids: Iterable[int]) -> str: ...
     def flush(self) -> str: ...
@@ -79,6 +79,9 @@ class Ends:
 
     def cut(self, tokens: Sequence[int]) -> tuple[int, FinishReason | None]:
         """How many of a step's tokens belong to the answer, and why it ends there if it does."""
+        if self.strings is None and self.seen + len(tokens) < self.limit and self.tokens.isdisjoint(tokens):
+            self.seen += len(tokens)  # as for most steps
+            return len(tokens), None
         for index, token in enumerate(tokens):
             self.seen += 1
             if (self.strings is not None and self.strings.push(token)) or token in self.tokens:
@@ -116,17 +119,17 @@ class Trail:
     visible: VisibleText | None = None  # None where nobody turns tokens into text
     constraint: Constraint | None = None
 
-    def follow(self, tokens: Sequence[int]) -> "Followed":
+    def follow(self, tokens: list[int]) -> "Followed":
         """Add a step's tokens, one by one as plain decoding would: up to the end, or to one that the constraint fails for."""
         kept, reason, error = self._kept(tokens)
         text = self.visible.push(kept, ended=reason is not None) if self.visible else ""
         return Followed(kept, reason, text, error)
 
-    def _kept(self, tokens: Sequence[int]) -> tuple[list[int], FinishReason | None, str]:
+    def _kept(self, tokens: list[int]) -> tuple[list[int], FinishReason | None, str]:
         """What belongs to the answer, why it ends if it does, and what went wrong behind that."""
         if self.constraint is None:
             count, reason = self.ends.cut(tokens)
-            return list(tokens[:count]), reason, ""
+            return tokens[:count], reason, ""
         kept: list[int] = []
         for token in tokens:
             try:
@@ -140,8 +143,7 @@ class Trail:
 
 
 @final
-@dataclass(frozen=True)
-class Followed:
+class Followed(NamedTuple):
     """Of a step: the tokens that belong to the answer, why it ends if it does, the text to show for them, and what went
     wrong behind them."""
 

@@ -15,11 +15,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mtp_engine.errors import EngineError
+from mtp_engine.text.stream import ByteLevelStream, StreamDecoder
 
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)  # plane 15: no meaning outside a private agreement
-_CONTEXT = 4  # ids kept before new ones: some decoders treat the first token of a text differently
-_LONG = 16  # ids after which an unfinished character must lie in the last few
-_REPLACEMENT = "\ufffd"
 
 
 @final
@@ -87,8 +85,10 @@ class Tokenizer:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD. Special tokens vanish unless `skip_special` is off."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
 
-    def stream(self, skip_special: bool = True) -> "StreamDecoder":
+    def stream(self, skip_special: bool = True) -> StreamDecoder | ByteLevelStream:
         """A decoder for ids that arrive a few at a time."""
+        if isinstance(self._backend.decoder, tokenizers.decoders.ByteLevel):
+            return ByteLevelStream(self._backend, skip_special)
         return StreamDecoder(lambda ids: self.decode(ids, skip_special))
 
     def chat(
@@ -195,53 +195,6 @@ class Tokenizer:
             )
         own = self._backend.token_to_id(self._names.get("eos_token", ""))
         return tuple(dict.fromkeys(ids if own is None else [*ids, own]))
-
-
-@final
-class StreamDecoder:
-    """Decodes ids as they come and never emits half a character.
-
-    All that `push` and `flush` return, joined, equals the decoding of all ids at once, for every byte-level tokenizer.
-    Each push decodes at most some 20 ids beside its own.
-    """
-
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self._decode = decode
-        self._ids: list[int] = []
-        self._sent = 0  # characters of the decoding of _ids that are out already
-
-    def push(self, ids: Iterable[int]) -> str:
-        """Text that `ids` complete; empty while a character is unfinished."""
-        self._ids += ids
-        text = self._decode(self._ids)
-        # An unfinished character is at most three bytes and shows as one to three U+FFFD at the end.
-        ready = len(text)
-        while ready > max(self._sent, len(text) - 3) and text[ready - 1] == _REPLACEMENT:
-            ready -= 1
-        new = text[self._sent : ready]
-        self._sent = max(self._sent, ready)
-        if ready == len(text) and len(self._ids) > _LONG:
-            self._ids = self._ids[-_CONTEXT:]
-            self._sent = len(self._decode(self._ids))
-        elif len(self._ids) > _LONG:
-            self._shorten(text)
-        return new
-
-    def flush(self) -> str:
-        """What was held back: the U+FFFD of a character that never ended. The decoder then starts afresh."""
-        rest = self._decode(self._ids)[self._sent :]
-        self._ids, self._sent = [], 0
-        return rest
-
-    def _shorten(self, text: str) -> None:
-        """Forget ids in front of a place between two characters: one where the two parts decode to the whole."""
-        middle = len(self._ids) - _LONG // 2
-        for cut in range(middle, middle - 4, -1):
-            head = self._decode(self._ids[:cut])
-            if len(head) <= self._sent and head + self._decode(self._ids[cut:]) == text:
-                self._ids = self._ids[cut:]
-                self._sent -= len(head)
-                return
 
 
 @final
