@@ -621,7 +621,7 @@ def test_a_part_that_raises(solo: Solo, point: str, call: int, error: type[BaseE
     assert sum(entry.may_fail for entry in world.followed.values()) <= 1
 
 
-HANDING_OVER = ("unseen", "_emit", "take_outputs")  # there an interruption may lose what is in the hands
+HANDING_OVER = ("emit", "_emit", "take_outputs")  # there an interruption may lose what is in the hands
 
 
 class Interruption:

@@ -14,7 +14,7 @@ from mtp_engine.errors import EngineError
 from mtp_engine.runtime.intake import Intake
 from mtp_engine.runtime.memory import Memory
 from mtp_engine.runtime.ranks import Ranks
-from mtp_engine.runtime.request import Launched, Members, Request, StepOutput
+from mtp_engine.runtime.request import Launched, Members, PromptChunk, Request, StepOutput
 from mtp_engine.runtime.scheduler import Scheduler, StepPlan
 from mtp_engine.runtime.score import score
 from mtp_engine.runtime.stats import LoopClock
@@ -97,30 +97,40 @@ class DecodeLoop:
             self._flying.clear()  # only the ended have a part in it
 
     def _launch(self) -> bool:
-        """Start a step: all who can, decode, and behind them chunks of prompts are read."""
+        """Start a step: all who can, decode, and behind them chunks of prompts are read. Before them, where structures leave
+        something of the step open: that has to be done before anything else, and the host would wait for the device."""
         self.runner.complete()  # who joins changes what the rest of it would run with
         plan = self.scheduler.plan(self._clock.now, len(self._flying))
         if plan is None:
             return False
         members = Members.of(plan.decoding, self._members, self.work.device)
+        opens = members is not None and members.guide is not None
+        read = self._read(plan.chunks) if opens else None
         launched = None
         if members:
             self._members = [members, *(each for each in self._members if each is not members)][:_MEMBERS]
             launched = self._decode(members)
-        if plan.chunks:
-            try:
-                with self._clock.left_out():
-                    self.runner.prepare_reading(plan.chunks)
-                read = self.runner.read(plan.chunks)
-                launched = launched or read
-            except Exception as error:
-                if self._ranks.failed(error):
-                    raise
-                self.scheduler.unread(plan.chunks, explain(error))
-                _LOG.error("reading a prompt failed", exc_info=error)
+        if not opens:
+            read = self._read(plan.chunks)
+        launched = launched or read
         if launched:
             self._flying.append((plan, launched))
         return launched is not None
+
+    def _read(self, chunks: Sequence[PromptChunk]) -> Launched | None:
+        """None where there are none, and where it failed."""
+        if not chunks:
+            return None
+        try:
+            with self._clock.left_out():
+                self.runner.prepare_reading(chunks)
+            return self.runner.read(chunks)
+        except Exception as error:
+            if self._ranks.failed(error):
+                raise
+            self.scheduler.unread(chunks, explain(error))
+            _LOG.error("reading a prompt failed", exc_info=error)
+            return None
 
     def _decode(self, members: Members) -> Launched:
         bound = members.longest + (self.runner.in_flight + 1) * self.work.drafter.max_nodes
