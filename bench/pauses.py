@@ -5,12 +5,17 @@ import time
 from collections.abc import Callable
 from typing import Any, final
 
-from mtp_engine.runtime.flight import Flight
+from mtp_engine.runtime.flight import Flight, Opened, Reading
 from mtp_engine.runtime.request import Members
+from mtp_engine.runtime.structures import Drafted, Looked
 from mtp_engine.sampling.masks import Guide
 from mtp_engine.sampling.structure import Closer
 
 _LEAST = 0.1  # ms: shorter parts are left out
+_NAMES: dict[tuple[Any, str], str] = {
+    (Members, "build"): "members", (Looked, "wait"): "wait: look", (Drafted, "wait"): "wait: drafts",
+    (Reading, "wait"): "wait: reading",
+}  # fmt: skip
 
 
 @final
@@ -36,10 +41,11 @@ class Watch:
                 setattr(owner, name, self._timed(name.strip("_"), getattr(owner, name)))
         parts: tuple[tuple[Any, str], ...] = (
             (Members, "build"), (Guide, "begin"), (Guide, "forced"), (Guide, "unfit"), (Guide, "fill"), (Closer, "look"),
+            (Looked, "wait"), (Drafted, "wait"), (Reading, "wait"), (Opened, "finish"),
         )  # fmt: skip
         self._kept = [(owner, name, getattr(owner, name)) for owner, name in (*parts, (Flight, "wait"))]
         for owner, name, method in self._kept:
-            setattr(owner, name, self._timed("members" if owner is Members else name, method))
+            setattr(owner, name, self._timed(_NAMES.get((owner, name), name), method))
         setattr(Flight, "wait", self._landed(Flight.wait))  # noqa: B010
         gc.callbacks.append(self._collected)
 

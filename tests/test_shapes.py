@@ -205,6 +205,26 @@ def test_contexts_have_tables_of_their_own(bound: int, best: str) -> None:
     assert chosen[50:].count(best) > 140
 
 
+@pytest.mark.parametrize(("bound", "seconds"), [(2048, 1.05), (512, 1.95)])
+def test_contexts_between_those_that_were_timed(bound: int, seconds: float) -> None:
+    """What plain steps tell of contexts holds for trees, which longer ones cost much more. seconds: of a plain step."""
+    planner = planner_of([*SHAPES[-1:], TreeShape.parse("chain:2")], room=1 << 30)
+    costs = {512: (1.0, 1.8), 2048: (2.0, 5.0)}
+    planner.know(ShapeCosts({
+        (1, at, name): each for at, (plain, tree) in costs.items()
+        for name, each in (("plain", plain), ("tree:5", tree), ("chain:2", 9.0), ("late chain:2", 9.0))
+    }))  # fmt: skip
+    [plain, tree, _, _] = planner.plans(1)
+    for _ in range(100):
+        planner.timed(plain, 1, bound, seconds, None)
+    for _ in range(100):
+        chosen = planner.choose([0], bound, limited=False, speculates=True)
+        planner.learn(chosen, [0], [1] if chosen.shape else [0])
+    pays = 2 / (1.8 + (seconds - 1) * 3.2) > 1 / seconds
+    assert chosen == (tree if pays else plain)
+    assert pays == (bound == 2048)
+
+
 def test_it_changes_its_mind() -> None:
     """Other texts come, of which other drafts are accepted: it notices, from plain decoding too."""
     planner = planner_of(room=32)

@@ -1,10 +1,11 @@
 """Which shape pays where steps are recorded ahead (a GPU): one of a few for all requests of a step, plain decoding among them.
 
 A shape is chosen when a step is launched, so nothing is known yet of its drafts, nor of the steps in flight. What it
-costs was timed at load by batch and context, on the recorded steps themselves; what is found of it in earnest comes on
-top, from every step. What it gives is how many drafts are accepted over such a shape, times how much better or worse this
-request has done than was to be expected. The shape with the most tokens per second over the batch is taken; one that was
-seldom seen gets credit, so that it is tried now and then. The text cannot change: the rule keeps what plain decoding says.
+costs was timed at load by batch and context, on the recorded steps themselves; every step in earnest tells where between
+the contexts that were timed the present ones lie. What it gives is how many drafts are accepted over such a shape, times
+how much better or worse this request has done than was to be expected. The shape with the most tokens per second over the
+batch is taken; one that was seldom seen gets credit, so that it is tried now and then. The text cannot change: the rule
+keeps what plain decoding says.
 """
 
 import json
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf, log2
-from typing import final
+from typing import NamedTuple, final
 
 from mtp_engine.config import TreeShape
 from mtp_engine.runtime.request import Landed, Launched, Request
@@ -27,6 +28,7 @@ _PRIOR = 8.0  # requests' steps' worth of belief in what a shape gives, at least
 _CREDIT = 1.0  # accepted drafts that a shape of which nothing is known gets for that
 _HYSTERESIS = 1.03  # by which drafting must be better than not drafting, or the other way round, to change
 _DRIFT = 0.1  # weight of the newest measurement
+_LEAST_SPAN = 0.1  # of a step's time that depends on contexts, at least
 _FREE = 1.2  # times as long as reading the fewest rows may take, whatever a step takes
 READING = "reading"  # in place of a plan: rows of prompts
 _WATCHED = 8  # requests of a step from which is learned
@@ -56,10 +58,27 @@ class ShapeCosts:
         key = batch, bound, str(plan)
         self.seconds[key] = min(seconds, self.seconds.get(key, seconds))
 
-    def of(self, batch: int, bound: int, plan: Plan) -> float:
+    def of(self, batch: int, bound: int, plan: Plan) -> "Span":
         """Of the longest bound up to this one that was timed; infinite where none was."""
-        bounds = [known for n, known, what in self.seconds if (n, what) == (batch, str(plan)) and known <= bound]
-        return self.seconds[batch, max(bounds), str(plan)] if bounds else inf
+        timed = sorted((at, s) for (n, at, what), s in self.seconds.items() if (n, what) == (batch, str(plan)))
+        upto, beyond = [s for at, s in timed if at <= bound], [s for at, s in timed if at > bound]
+        if not upto:
+            return Span(inf, 0.0)
+        seconds = upto[-1]
+        further = seconds - upto[-2] if len(upto) > 1 else beyond[0] - seconds if beyond else 0.0
+        return Span(seconds, max(further, _LEAST_SPAN * seconds))
+
+
+@final
+class Span(NamedTuple):
+    """Seconds of a step in the midst of a bound, and what it takes less, or more, in the midst of the one before, or next."""
+
+    middle: float
+    span: float
+
+    def at(self, place: float) -> float:
+        """place: 0 in the midst of the bound, -1 in that of the one before."""
+        return self.middle + place * self.span
 
 
 @final
@@ -104,9 +123,9 @@ class _Own:
 class _Table:
     """What steps of a recorded batch and bound take. drafted: plans with drafts, and what is known of their shapes."""
 
-    seconds: dict[Plan, float]
-    plain_s: float
-    drafted: list[tuple[Plan, _Shape, float]]
+    spans: dict[Plan, Span]
+    plain: Span
+    drafted: list[tuple[Plan, _Shape, Span]]
 
 
 @final
@@ -147,7 +166,7 @@ class ShapePlanner:
         self._parts = {chain: [each for each in chains if len(each.widths) <= len(chain.widths)] for chain in chains}
         self._own: dict[int, _Own] = {}  # by slot
         self._ratio = 1.0  # of requests lately, on average: what all have in common is the shapes' own
-        self._more: dict[tuple[int, int], float] = {}  # seconds beyond the tables, by recorded batch and bound
+        self._places: dict[tuple[int, int], float] = {}  # see Span: where contexts lie, by recorded batch and bound
         self._host: dict[int, float] = {}  # seconds that the host is busy with a step, by recorded batch
         self._reading: list[tuple[int, float]] = []  # rows of prompts, and seconds that they take
         self._step_s = 0.0  # of the last step
@@ -187,19 +206,18 @@ class ShapePlanner:
             return self._plain
         batch = self._bucket(len(own))
         table = self._table(batch, bound)
-        if limited or table.plain_s == inf:
+        if limited or table.plain.middle == inf:
             return table.drafted[-1][0]
         self._turn += 1
-        hopes, more = sum(each.ratio for each in own), self._more.get((batch, bound), 0.0)
-        best, most, host = (self._plain, table.plain_s), 0.0, self._host.get(batch, 0.0)
-        for plan, shape, seconds in table.drafted:
-            gain = shape.gain + _CREDIT / (1 + shape.known) ** 0.5
-            rate = (len(own) + hopes * gain) / max(seconds + more, host)
+        hopes, place = sum(each.ratio for each in own), self._places.get((batch, bound), 0.0)
+        best, most, host = (self._plain, inf), 0.0, self._host.get(batch, 0.0)
+        for plan, shape, span in table.drafted:
+            gain, seconds = shape.gain + _CREDIT / (1 + shape.known) ** 0.5, max(span.at(place), host)
+            rate = (len(own) + hopes * gain) / seconds
             best, most = ((plan, seconds), rate) if rate > most else (best, most)
-        plain_s = max(table.plain_s + more, host)
+        plain_s = max(table.plain.at(place), host)
         self._drafting = most * plain_s > len(own) * (1 / _HYSTERESIS if self._drafting else _HYSTERESIS)
-        plan, seconds = best if self._drafting else (self._plain, table.plain_s)
-        self._step_s = max(seconds + more, host)
+        plan, self._step_s = best if self._drafting else (self._plain, plain_s)
         return plan
 
     def know(self, costs: ShapeCosts) -> None:
@@ -211,9 +229,9 @@ class ShapePlanner:
     def _table(self, batch: int, bound: int) -> _Table:
         table = self._tables.get((batch, bound))
         if table is None:
-            seconds = {plan: self.costs.of(batch, bound, plan) for plan in self.plans(batch)}
-            drafted = [(plan, self._shapes[plan.shape], seconds[plan]) for plan in self._offered(batch) if plan.shape]
-            table = self._tables[batch, bound] = _Table(seconds, seconds[self._plain], drafted)
+            spans = {plan: self.costs.of(batch, bound, plan) for plan in self.plans(batch)}
+            drafted = [(plan, self._shapes[plan.shape], spans[plan]) for plan in self._offered(batch) if plan.shape]
+            table = self._tables[batch, bound] = _Table(spans, spans[self._plain], drafted)
         return table
 
     def learn(self, plan: Plan, slots: Sequence[int], accepted: Sequence[int]) -> None:
@@ -242,14 +260,15 @@ class ShapePlanner:
         if self.forced:
             self.costs.note(batch, bound, plan, step_s)
             return
-        measured = self._table(batch, bound).seconds.get(plan, inf)
-        if measured == inf:
+        span = self._table(batch, bound).spans.get(plan)
+        if span is None or span.middle == inf:
             return
-        more = self._more.get((batch, bound), 0.0)
-        self._more[batch, bound] = more + _DRIFT * (min(max(step_s - measured, -measured / 2), 3 * measured) - more)
+        place = self._places.get((batch, bound), 0.0)
+        found = (min(max(step_s, span.middle / 2), 4 * span.middle) - span.middle) / span.span
+        self._places[batch, bound] = place + _DRIFT * (found - place)
         if host_s is not None:
             busy = self._host.get(batch, 0.0)
-            self._host[batch] = busy + _DRIFT * (min(host_s, 3 * busy + measured) - busy)
+            self._host[batch] = busy + _DRIFT * (min(host_s, 3 * busy + span.middle) - busy)
 
     def rows(self) -> int | None:
         """See StepPlanner. Few rows take about what some more take, which are then read with them."""
