@@ -12,6 +12,14 @@ from mtp_engine.sampling.sampler import gumbel, step_seed
 
 Ranking = Literal["noise", "drawn", "best"]
 _CANDIDATES = 103  # purpose of step_seed
+_NEVER = -1e4  # in place of -inf: where all tokens to choose from are forbidden, some are drafted all the same
+
+
+def biases_of(batch: Batch, ids: Tensor) -> Tensor | None:
+    """What the requests add to the scores of `ids`, [B, n] fp32. Kernel: kernels.process.favour."""
+    if batch.biases is None:
+        return None
+    return batch.biases.bias[batch.slots[:, None], ids].clamp(min=_NEVER)
 
 
 @final
@@ -30,11 +38,13 @@ class Candidates:
         self._ranking, self._sampling, self._lengths, self._ids, self._vocab = (
             ranking, batch.sampling, batch.lengths, ids, vocab,
         )  # fmt: skip
-        self._guide, self._group = batch.guide, group
+        self._guide, self._group, self._biases = batch.guide, group, biases_of(batch, ids)
         self._drawn_from: list[Tensor] = []
 
     def rank(self, logits: Tensor, tree: Growth) -> Tensor:
         """Scores that are log-probabilities given the noise. logits: [B, F, n] of the tree's frontier -> [B, F, n]."""
+        if self._biases is not None:
+            logits = logits + self._biases[:, None]
         if self._guide is not None:
             logits = self._guide.narrow(tree.tokens, tree.parents, logits, self._ids)
         if self._sampling.greedy or self._ranking == "best":

@@ -11,6 +11,7 @@ from mtp_engine.drafters.expand import MOST_CHILDREN, Growth, Level, LevelRows, 
 from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.kernels import state
 from mtp_engine.kernels.grow import Finish, Finished, Nodes, Roots, draft_level, own_best, shared_level
+from mtp_engine.kernels.process import favour
 from mtp_engine.kernels.reject import drawn_rows
 from mtp_engine.parallel.group import Group
 from mtp_engine.sampling.batch import Batch
@@ -77,6 +78,8 @@ class DeviceDraftOps:
     def _run(self, tree: Growth, batch: Batch, level: Level, finish: Finish | None) -> Finished | None:
         assert self._nodes is not None
         sampling, first = batch.sampling, tree.tokens.shape[1] - tree.frontier
+        if biases := batch.biases:
+            level = replace(level, logits=favour(level.logits, level.ids, batch.slots, biases.wanted, biases.bias))
         roots = Roots(self._requests[: len(batch.slots)], batch.tokens) if tree.level == 0 else None
         temperature = self._cold[: len(batch.slots)] if self._ranking == "best" else sampling.temperature
         if self._drawn_from is not None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mtp_engine.attention.native import describe_cache
 from mtp_engine.cache import HybridKV
+from mtp_engine.drafters.candidates import biases_of
 from mtp_engine.drafters.expand import Growth, Level, LevelRows, best_first, finish, most_nodes
 from mtp_engine.drafters.lazy import History, LevelWork, reads_outputs, states_of
 from mtp_engine.drafters.portable import TorchDraftOps
@@ -24,6 +25,7 @@ class NativeDraftOps:
     def __init__(self, team: Team) -> None:
         self._team, self._torch = team, TorchDraftOps()
         self._nodes: Growth | None = None  # the tables of the tree that grows now
+        self._biases: Tensor | None = None  # of its requests
 
     def start(self, batch: Batch, levels: list[tuple[int, int]], ids: Tensor, vocab: int) -> Growth:
         if batch.guide is not None:
@@ -32,6 +34,7 @@ class NativeDraftOps:
             3, len(batch.slots), most_nodes(levels, len(ids)), dtype=torch.int64
         ).unbind(0)
         tokens[:, 0], parents[:, 0] = batch.tokens, -1
+        self._biases = biases_of(batch, ids)
         self._nodes = Growth(tokens, parents, depths, torch.zeros(tokens.shape), 1, 0)
         return self._shown(1, 1, 0)
 
@@ -52,6 +55,7 @@ class NativeDraftOps:
         assert batch.lengths.is_contiguous()
         call.logits, call.ids, call.lengths = level.logits.data_ptr(), level.ids.data_ptr(), batch.lengths.data_ptr()
         call.seed, call.temperature = sampling.seed.data_ptr(), sampling.temperature.data_ptr()
+        call.biases = None if self._biases is None else self._biases.data_ptr()
         call.tokens, call.parents = nodes.tokens.data_ptr(), nodes.parents.data_ptr()
         call.depths, call.scores = nodes.depths.data_ptr(), nodes.scores.data_ptr()
         call.batch, call.frontier, call.n, call.cap = (

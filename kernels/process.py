@@ -16,6 +16,7 @@ from mtp_engine.kernels.arrival import check_contiguous
 from mtp_engine.kernels.launch import pdl
 
 _BIAS, _PENALTIES, _EARLY, _WORDS = (tl.constexpr(1 << bit) for bit in range(4))  # as in sampling.batch
+_NEVER = tl.constexpr(-1e4)  # as in drafters.candidates
 _TILE = 1024  # tokens of a program
 
 
@@ -96,6 +97,25 @@ def _observe_kernel(
             tl.store(recent + slot * (L - 1) + j - count, tl.where(j < L - 1, old, new), mask=j - count < L - 1)
 
 
+@triton.jit
+def _favour_kernel(
+    logits, out, ids, slots, wanted, bias, n, vocab, stride_b, stride_f, F, TILE: tl.constexpr, PDL: tl.constexpr
+):
+    """Program (tile of ids, node, request)."""
+    f, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    index = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = index < n
+    token = tl.load(ids + index, mask=inside, other=0)  # constant, so it need not wait
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    slot = tl.load(slots + b)
+    x = tl.load(logits + b * stride_b + f.to(tl.int64) * stride_f + index, mask=inside, other=0.0).to(tl.float32)
+    if tl.load(wanted + slot) & _BIAS:
+        x += tl.maximum(tl.load(bias + slot * vocab + token, mask=inside, other=0.0), _NEVER)
+    tl.store(out + (b * F + f) * n + index, x, mask=inside)
+
+
 class Tables(Protocol):
     """What is read of sampling.processors.Tables, and written by `observe`."""
 
@@ -128,6 +148,22 @@ def process(
         tables.prompt_length, tables.min_tokens, tables.penalties, tables.bias, tables.counts, tables.prompt, tables.early,
         tables.words, tables.recent, vocab, nodes, *strides, W=number, L=longest, WP=triton.next_power_of_2(max(1, number)),
         LP=triton.next_power_of_2(max(1, longest)), TILE=_TILE, PDL=pdl(), launch_pdl=pdl(), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def favour(logits: Tensor, ids: Tensor, slots: Tensor, wanted: Tensor, bias: Tensor) -> Tensor:
+    """A drafter's scores with what requests add to them. Twin: drafters.candidates.biases_of, added.
+
+    logits: [B, F, n] fp32 or bf16, last dimension contiguous, of the tokens ids [n] int64; slots: [B] int64; wanted, bias: see
+    Tables. Returns [B, F, n] fp32."""
+    batch, frontier, n = logits.shape
+    assert logits.stride(2) == 1
+    check_contiguous(ids, slots, wanted, bias)
+    out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    _favour_kernel[(triton.cdiv(n, _TILE), frontier, batch)](
+        logits, out, ids, slots, wanted, bias, n, bias.shape[1], logits.stride(0), logits.stride(1), frontier, TILE=_TILE,
+        PDL=pdl(), launch_pdl=pdl(), num_warps=4,
     )  # fmt: skip
     return out
 

@@ -17,7 +17,8 @@ from mtp_engine.drafters.portable import TorchDraftOps
 from mtp_engine.kernels.state import advance, force
 from mtp_engine.runtime.request import TreeLimits
 from mtp_engine.runtime.slots import SlotState
-from mtp_engine.sampling.batch import Batch, SamplingBatch
+from mtp_engine.sampling.batch import BIAS, Batch, SamplingBatch
+from mtp_engine.sampling.processors import Tables
 from mtp_engine.tree import DraftTree, VerifyResult
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -159,6 +160,14 @@ def grown(ops: DraftOps, batch: Batch, shape: TreeShape, logits: Tensor) -> Draf
     return ops.finish(tree, batch, level, shape.best, ready)
 
 
+def biases_of(seed: int) -> Tables:
+    """For four requests: one may not say odd tokens, one nothing at all, one favours some, and one has no bias."""
+    tables = Tables.empty(4, 90, (0, 0), DEVICE)
+    tables.wanted[:3] = BIAS
+    tables.bias[0, 1::2], tables.bias[1], tables.bias[2] = -float("inf"), -float("inf"), floats(seed + 7, 90) * 3
+    return tables
+
+
 SHAPES: dict[Ranking, list[str]] = {
     "noise": ["3x2x1", "chain:2", "tree:3", "tree:9", "4"], "drawn": ["3x2x1", "chain:2", "17"], "best": ["3x2x1", "tree:5"],
 }  # fmt: skip
@@ -168,14 +177,16 @@ SHAPES: dict[Ranking, list[str]] = {
 @given(
     case=st.sampled_from([(ranking, text) for ranking, texts in SHAPES.items() for text in texts]),
     seed=st.integers(0, 99),
+    biased=st.booleans(),
 )
-def test_whole_trees(case: tuple[Ranking, str], seed: int) -> None:
+def test_whole_trees(case: tuple[Ranking, str], seed: int, biased: bool) -> None:
     """Node for node the same, scores and what was drawn from too; so that a request's own limits leave the same of both."""
     ranking, text = case
     params = [SamplingParams(temperature=0.9), SamplingParams(), SamplingParams(temperature=0.4), SamplingParams()]
     sampling = SamplingBatch.build(params, [seed, 2**40 + seed, seed + 1, 2], DEVICE)
     slots = torch.arange(4, device=DEVICE)
-    batch = Batch(slots, integers(seed, 0, 9, 4), integers(seed, 3, 90, 4), 99, sampling)
+    biases = biases_of(seed) if biased else None
+    batch = Batch(slots, integers(seed, 0, 9, 4), integers(seed, 3, 90, 4), 99, sampling, biases=biases)
     logits = floats(seed, 4, 3, 16, 30)
     limits = TreeLimits.build(
         [SamplingParams(tree=TreeShape.parse(limit)) for limit in ("tree:4", "tree:2", "2x1", "tree:6")], DEVICE
@@ -194,6 +205,8 @@ def test_whole_trees(case: tuple[Ranking, str], seed: int) -> None:
         assert (one.draft is None) == (two.draft is None) == (ranking != "drawn")
         if one.draft is not None:
             torch.testing.assert_close(two.draft, one.draft, rtol=2e-6, atol=1e-7)
+        if biases and ranking != "drawn":  # drawn ones may be as unlikely as can be
+            assert not (one.tokens[0, 1 : int(one.size[0])] % 2).any()
 
 
 @FEW

@@ -24,6 +24,7 @@ from mtp_engine.engine import Prompt
 from mtp_engine.errors import EngineBusy, EngineError
 from mtp_engine.hub import hub
 from mtp_engine.runtime.answer import Chunk, Generation
+from mtp_engine.sampling.processors import Processors
 
 CONFIG = EngineConfig(
     tree=TreeShape.parse("3x2"), dequantize=True, max_context=256, threads=1, max_batch=4, prefill_chunk=8
@@ -489,3 +490,19 @@ def test_an_interrupt_at_any_point_of_a_step_hurts_nobody(engine: Engine, expect
         if interrupting.left > 0:
             break
     assert 3 * raised > 0.9 * point > 300  # what generators raise that are thrown away goes nowhere
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp32"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_drafts_know_what_is_favoured(dtype: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an answer must do without the usual tokens, the drafter does without them, too; the text is what it was."""
+    with load(dtype=dtype, dequantize=dtype == "fp32", tree=TreeShape.parse("tree:7")) as engine:
+        usual = {token for answer in engine.generate(PROMPTS, LONG) for token in answer.token_ids}
+        others = tuple(sorted(set(range(engine.model_config.vocab_size)) - usual))
+        params = SamplingParams(max_tokens=60, ignore_eos=True, temperature=temperature, seed=3, allowed_token_ids=others)
+        knowing = engine.generate(PROMPTS, params)
+        monkeypatch.setattr(Processors, "biases", lambda *_: None)
+        blind = engine.generate(PROMPTS, params)
+    assert [answer.token_ids for answer in knowing] == [answer.token_ids for answer in blind]
+    accepted = [sum(sum(answer.drafted) for answer in answers) for answers in (knowing, blind)]
+    assert accepted[0] > 1.2 * accepted[1], accepted

@@ -33,6 +33,7 @@ from mtp_engine.models.native import NativeMTP, fuse, fuse_mtp, why_not
 from mtp_engine.models.weights import Makers
 from mtp_engine.runtime.slots import SlotState
 from mtp_engine.sampling.batch import Batch, SamplingBatch
+from mtp_engine.sampling.processors import Tables
 from mtp_engine.tree import VerifyResult
 from mtp_engine.verifiers import MatchVerifier, NativeMatchVerifier
 
@@ -328,10 +329,13 @@ def test_levels_grow_the_trees_of_their_twin(wide: tuple[NativeMTP, Team], seed:
     for drafter in drafters:
         for b, length in enumerate(lengths.tolist()):
             show_prompt(drafter, b, tokens[b, : length + 1].tolist(), states[b, :length])
-    for _ in range(4):
+    biases = Tables.empty(batch, VOCAB, (0, 0), CPU)
+    biases.bias[0, ::3], biases.bias[-1] = -float("inf"), torch.randn(VOCAB, generator=generator)
+    for step in range(4):
         requests = Batch(
-            torch.arange(batch), tokens[torch.arange(batch), lengths], lengths, int(lengths.max()), sampling
-        )
+            torch.arange(batch), tokens[torch.arange(batch), lengths], lengths, int(lengths.max()), sampling,
+            biases=biases if step % 2 else None,
+        )  # fmt: skip
         native, torchs = trees = [drafter.draft(requests) for drafter in drafters]
         for name in ("tokens", "parents", "depths", "size"):
             assert torch.equal(getattr(native, name), getattr(torchs, name)), name

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +42,7 @@ class Batch:
     tokens: Tensor
     sampling: SamplingBatch
     guide: None = None
+    biases: Any = None
 
     @property
     def slots(self) -> Tensor:
@@ -53,6 +56,7 @@ class Toy:
     main: Tensor  # [V, V, V] logits after two tokens
     drafter: Tensor
     ids: Tensor  # the drafter's vocabulary
+    favoured: Tensor | None = None  # [V], added to the drafter's logits
 
     @classmethod
     def draw(cls, seed: int, ids: tuple[int, ...] = (0, 1, 2, 3)) -> "Toy":
@@ -63,6 +67,8 @@ class Toy:
     def draft(self, batch: Batch, before: Tensor, shape: TreeShape, ranking: Ranking) -> DraftTree:
         """before: [B] the token in front of the root's."""
         tree, depth = Growth.start(batch.tokens), 3 if shape.best else len(shape.widths)
+        if self.favoured is not None:
+            batch = replace(batch, biases=SimpleNamespace(bias=self.favoured.expand(len(batch.lengths), -1)))
         candidates = Candidates(ranking, batch, self.ids, VOCAB)  # type: ignore[arg-type]
         for width, keep in level_sizes(shape, depth, 4):
             first = tree.tokens.shape[1] - tree.frontier
@@ -153,6 +159,19 @@ def test_the_law_is_the_main_models(rule: str, shape: str, ranking: Ranking) -> 
     assert float(law.sum()) == pytest.approx(1)
     assert p_value(texts, law) > 1e-4
     assert stats.kstest([p_value(part, law) for part in texts.split(5_000)], "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("rule", "shape"), [("rejection", "chain:3"), ("rrs", "3x2x1"), ("traversal", "2x2x1")])
+def test_the_law_holds_where_drafts_are_favoured(rule: str, shape: str) -> None:
+    """What is added to the drafter's logits changes what candidates are drawn from, and not what is said."""
+    toy = Toy.draw(3)
+    favouring = replace(toy, favoured=torch.tensor([1.5, -1.0, 0.0, -float("inf")]))
+    lengths = []
+    for each in (toy, favouring):
+        texts, length = each.run(RULES[rule](), TreeShape.parse(shape), "drawn", PARAMS, torch.arange(60_000))
+        lengths.append(length)
+        assert p_value(texts, toy.law(0.9)) > 1e-4
+    assert lengths[1] < 0.95 * lengths[0]
 
 
 @pytest.mark.parametrize("rule", ["rrs", "traversal"])

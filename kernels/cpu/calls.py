@@ -109,7 +109,7 @@ class CGrow(Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in (
-            "logits", "ids", "lengths", "seed", "temperature", "tokens", "parents", "depths", "scores",
+            "logits", "ids", "lengths", "seed", "temperature", "biases", "tokens", "parents", "depths", "scores",
         )),
         *((name, c_int32) for name in ("batch", "frontier", "n", "cap", "first", "ahead", "width", "keep")),
     ]  # fmt: skip

@@ -201,6 +201,7 @@ static int enter(Candidate *list, int count, int most, float score, int index) {
 /* The candidates of a frontier node and their log-probabilities, as Candidates.rank has them. x: [n] of room. */
 static void candidates(const Grow *g, int b, int f, float *x, Candidate *list) {
     const float *logits = g->logits + (size_t)(b * g->frontier + f) * g->n;
+    const float *biases = g->biases ? g->biases + (size_t)b * g->n : NULL;
     float heat = g->temperature[b], inverse = 1.0f / fmaxf(heat, 1e-6f);
     Key key = noise_key(g->seed[b], g->lengths[b] + g->ahead);
     v16 top = all(-INFINITY), total = all(0.0f);
@@ -210,9 +211,9 @@ static void candidates(const Grow *g, int b, int f, float *x, Candidate *list) {
         u16 tokens = {0};
         for (int j = 0; j < LANES && i + j < g->n; j++) tokens[j] = (uint32_t)g->ids[i + j];
         if (i + LANES <= g->n)
-            y = load(logits + i);
+            y = biases ? load(logits + i) + load(biases + i) : load(logits + i);
         else
-            for (int j = 0; i + j < g->n; j++) y[j] = logits[i + j];
+            for (int j = 0; i + j < g->n; j++) y[j] = logits[i + j] + (biases ? biases[i + j] : 0.0f);
         if (heat > 0.0f) y = fused(y, all(inverse), gumbel(key, tokens));
         store(x + i, y);
         top = larger(top, y);

@@ -54,6 +54,7 @@ typedef struct {
     const int64_t *ids;  /* [n], the tokens scored */
     const int64_t *lengths, *seed;
     const float *temperature;
+    const float *biases; /* [B, n], added to the logits; or NULL */
     int64_t *tokens, *parents, *depths; /* [B, cap]: the tree so far; its frontier begins at node `first` */
     float *scores;
     int32_t batch, frontier, n, cap, first, ahead, width, keep;

@@ -100,7 +100,7 @@ class ModelStep:
         batch = self.state.batch(members.slots, members.sampling, bound, members.guide, members.plan)
         if not members.speculates or (members.plan and not members.plan.shape):
             return batch, DraftTree.root(batch.tokens)
-        tree = self.drafter.draft(batch)
+        tree = self.drafter.draft(replace(batch, biases=self.processors.biases(members.sampling)))
         return batch, members.limits.apply(tree) if members.limits else tree
 
     def force(self, tree: DraftTree, chains: Tensor) -> DraftTree:

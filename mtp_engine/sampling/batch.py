@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
@@ -147,6 +147,13 @@ class Plan:
         return f"{'late ' if self.late else ''}{self.shape or 'plain'}"
 
 
+class Biases(Protocol):
+    """What requests add to their logits, whatever was said (processors.Tables). By slot."""
+
+    wanted: Tensor  # [S] int64, see `processes`
+    bias: Tensor  # [S, V] fp32, -inf for what may never be chosen
+
+
 @final
 @dataclass(frozen=True)
 class Batch:
@@ -164,6 +171,7 @@ class Batch:
     guide: Guide | None = None  # constraints on the text, where a request has one and they are asked while drafting
     prompt_left: int | None = None  # None in steps that decode
     plan: Plan | None = None  # None: the drafter's one shape
+    biases: Biases | None = None  # None where no request has one; for drafters, which may draft what they favour
 
 
 @final

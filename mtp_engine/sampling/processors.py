@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtp_engine.config import SamplingParams
 from mtp_engine.errors import EngineError
-from mtp_engine.sampling.batch import BIAS, EARLY, PENALTIES, WORDS, Batch, processes, to_device, upload
+from mtp_engine.sampling.batch import BIAS, EARLY, PENALTIES, WORDS, Batch, SamplingBatch, processes, to_device, upload
 from mtp_engine.sampling.masks import unpack
 from mtp_engine.tree import DraftTree, VerifyResult
 
@@ -122,6 +122,10 @@ class Processors:
         tables.words[slot] = upload(torch.tensor(rows), self._device)
         newest = ([-1] * wide + list(output))[len(output) + 1 :]
         tables.recent[slot] = to_device(newest, torch.int64, self._device)
+
+    def biases(self, sampling: SamplingBatch) -> Tables | None:
+        """For drafters: of what requests want done what does not depend on what they have said."""
+        return self.tables if sampling.processed & BIAS else None
 
     def apply(self, tree: DraftTree, logits: Tensor, batch: Batch, mask: Tensor | None = None) -> Tensor:
         """logits: [B, N, V] fp32 of the main model -> the same shape. mask: [B, N, W] int32, what structures allow, one bit
