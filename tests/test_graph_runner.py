@@ -1,7 +1,9 @@
 """The runner of CUDA graphs, on a CPU: the same padded steps over the same fixed tensors, operation by operation."""
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,7 +23,7 @@ from mtp_engine.errors import EngineError
 from mtp_engine.protocols import Drafter, Verifier
 from mtp_engine.runtime import cuda_graph, recorded_steps, structures
 from mtp_engine.runtime.cuda_graph import GraphRunner
-from mtp_engine.runtime.flight import HostMark, HostRoom
+from mtp_engine.runtime.flight import HostMark, HostRoom, Opened
 from mtp_engine.runtime.loop import DecodeLoop
 from mtp_engine.runtime.recorded import Uncaptured
 from mtp_engine.runtime.recorded_steps import SCRATCH_TOKENS, Key, RecordedSteps
@@ -307,6 +309,20 @@ def test_a_structure_waits_for_the_host_and_nobody_else(models: Models, in_fligh
         most = max(most, len(loop._flying))
     assert set(asked) == {structured}
     assert most == in_flight - 1
+
+
+@pytest.mark.parametrize("left_open", [False, True])
+def test_steps_that_have_landed_are_forgotten(models: Models, left_open: bool) -> None:
+    """A step with structures knows those before it, to ask what they say; and no longer, or each would keep all before it."""
+    with steps_left_open() if left_open else nullcontext():
+        loop = loop_of(models, drafter_of("2x1", models))
+        loop.add(prompts()[0], SamplingParams(max_tokens=40, seed=1, ignore_eos=True, structure=Structure(regex="any")))
+        steps = 0
+        while loop.requests:
+            loop.step()
+            steps += 1
+            assert sum(isinstance(each, Opened) for each in gc.get_objects()) <= loop.runner.in_flight + 1
+    assert steps > 12
 
 
 @pytest.mark.parametrize(("structured", "most"), [(1, 1), (2, 1), (3, 2)])

@@ -106,20 +106,26 @@ class Opened(Generic[T]):
     """A step that the host launches part by part (a Launched): its drafts, then its model, then what is chosen."""
 
     def __init__(self, model: Callable[[], T], rest: Callable[[T], Flight]) -> None:
-        """rest: is given what `model` returns."""
-        self._model, self._rest = model, rest
+        """rest: is given what `model` returns. Both know the steps before this one, and are forgotten once they were called:
+        else each step would hold all before it, back to the last one without structures."""
+        self._model: Callable[[], T] | None = model
+        self._rest: Callable[[T], Flight] | None = rest
         self._passed: list[T] = []
         self._flight: Flight | None = None
 
     def proceed(self) -> None:
         """Launch its model, unless it was."""
-        if not self._passed:
+        if self._model:
             self._passed.append(self._model())
+            self._model = None
 
     def finish(self) -> Flight:
         if self._flight is None:
             self.proceed()
+            assert self._rest
             self._flight = self._rest(self._passed[0])
+            self._rest = None
+            self._passed.clear()
         return self._flight
 
     def wait(self) -> Landed:
