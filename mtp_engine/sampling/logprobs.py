@@ -5,8 +5,7 @@ belongs to. So a step's notes are one table.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from mtp_engine.tree import VerifyResult
 
 
 @final
-@dataclass(frozen=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """One emitted token. rank: 1 if no token was more probable. top: the most probable tokens, best first."""
 
     token: int
@@ -44,12 +42,13 @@ class Notes:
     """What `emitted_logprobs` gave for a batch, on the host."""
 
     def __init__(self, notes: Tensor) -> None:
-        self._numbers: list[list[list[int]]] = (notes & 0xFFFFFFFF).tolist()
-        self._values: list[list[list[float]]] = (notes >> 32).int().view(torch.float32).tolist()
+        halves = notes.contiguous().numpy().view("<i4").reshape(*notes.shape, 2)
+        self._numbers: list[list[list[int]]] = halves[..., 0].tolist()
+        self._values: list[list[list[float]]] = halves.view("<f4")[..., 1].tolist()
 
     def read(self, row: int, tokens: Sequence[int], most: int) -> list[TokenLogprob]:
         """Of the first of a request's tokens. most: how many best tokens to name."""
         return [
-            TokenLogprob(token, values[0], ids[0], tuple(zip(ids[1 : 1 + most], values[1 : 1 + most], strict=True)))
+            TokenLogprob(token, values[0], ids[0], tuple(zip(ids[1 : 1 + most], values[1 : 1 + most], strict=False)))
             for token, ids, values in zip(tokens, self._numbers[row], self._values[row], strict=False)
         ]

@@ -38,6 +38,9 @@ class StopStrings:
     found: bool = False
     _first: int = 0  # where the part of the text begins in which stops count
 
+    def __post_init__(self) -> None:
+        self._longest, self._begins = max(map(len, self.strings)), frozenset(string[0] for string in self.strings)
+
     def push(self, token: int) -> bool:
         """Whether the answer ends with this token."""
         new = self.decoder.push([token])
@@ -46,8 +49,7 @@ class StopStrings:
         if self.tokens <= self.not_before:
             self._first = len(self.text)
             return False
-        longest = max(map(len, self.strings))
-        start = max(self._first, before - longest + 1)
+        start = max(self._first, before - self._longest + 1)
         found = [at for string in self.strings if (at := self.text.find(string, start)) >= 0]
         if found:
             self.text, self.found = self.text[: min(found)], True
@@ -61,9 +63,10 @@ class StopStrings:
 
     def safe(self) -> int:
         """How many characters of `text` can no longer become part of a stop."""
-        for size in range(min(max(map(len, self.strings)) - 1, len(self.text)), 0, -1):
-            if any(string.startswith(self.text[-size:]) for string in self.strings):
-                return len(self.text) - size
+        start = max(0, len(self.text) - self._longest + 1)
+        for at, character in enumerate(self.text[start:], start):
+            if character in self._begins and any(string.startswith(self.text[at:]) for string in self.strings):
+                return at
         return len(self.text)
 
 
