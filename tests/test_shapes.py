@@ -225,6 +225,21 @@ def test_contexts_between_those_that_were_timed(bound: int, seconds: float) -> N
     assert pays == (bound == 2048)
 
 
+def test_harder_texts_are_harder_for_all_shapes() -> None:
+    """Texts come in blocks, easy and hard; what is known of shapes that are seldom taken is not of the text before."""
+    planner, rng, given, chosen = planner_of(room=32), random.Random(3), {"chain:1": 0.45, "chain:2": 0.85, "tree:5": 1.5}, []
+    planner.know(ShapeCosts({(1, 512, name): each for name, each in COSTS.items()}))
+    for level in (1.3, 0.7) * 8:
+        for step in range(300):
+            if step % 50 == 0:
+                planner.release(0)
+            plan = planner.choose([0], 512, limited=False, speculates=True)
+            chosen.append(str(plan))
+            mean = level * given[str(plan.shape)] if plan.shape else 0.0
+            planner.learn(plan, [0], [int(mean) + (rng.random() < mean % 1)])
+    assert chosen[600:].count("tree:5") > 0.95 * len(chosen[600:])  # the best at both levels
+
+
 def test_it_changes_its_mind() -> None:
     """Other texts come, of which other drafts are accepted: it notices, from plain decoding too."""
     planner = planner_of(room=32)

@@ -23,7 +23,8 @@ _LIKELY = 0.62  # of the drafter's first candidate, before anything is known
 _WIDER = 0.07  # more for each doubling of a tree's nodes
 _OWN = 0.95  # of what is known of a request that is left after a step of it
 _BELIEF = 4.0  # steps' worth of belief that a new request is like those before it
-_MEMORY = 0.998  # of what is known of each shape that is left after a request's step with any, as texts change
+_MEMORY = 0.9995  # of what is known of each shape that is left after a request's step with any
+_LATELY = 0.005  # weight of a request's step in what new requests are taken to be, as texts change
 _PRIOR = 8.0  # requests' steps' worth of belief in what a shape gives, at least
 _CREDIT = 1.0  # accepted drafts that a shape of which nothing is known gets for that
 _HYSTERESIS = 1.03  # by which drafting must be better than not drafting, or the other way round, to change
@@ -109,10 +110,11 @@ class _Shape:
 @final
 @dataclass
 class _Own:
-    """What is known of one request: accepted drafts, those that a usual one would have had, and their ratio. behind: rows that
-    the drafter may have to run for it, at most."""
+    """What is known of one request: accepted drafts, those that a usual one would have had, and their ratio; expected: what that
+    was taken to be at first. behind: rows that the drafter may have to run for it, at most."""
 
     ratio: float
+    expected: float
     accepted: float = 0.0
     hoped: float = 0.0
     behind: int = 1
@@ -165,7 +167,7 @@ class ShapePlanner:
         chains = [o.shape for o in offers if set(o.shape.widths) == {1}]
         self._parts = {chain: [each for each in chains if len(each.widths) <= len(chain.widths)] for chain in chains}
         self._own: dict[int, _Own] = {}  # by slot
-        self._ratio = 1.0  # of requests lately, on average: what all have in common is the shapes' own
+        self._ratio = 1.0  # of requests lately, on average: how new ones are taken to do
         self._places: dict[tuple[int, int], float] = {}  # see Span: where contexts lie, by recorded batch and bound
         self._host: dict[int, float] = {}  # seconds that the host is busy with a step, by recorded batch
         self._reading: list[tuple[int, float]] = []  # rows of prompts, and seconds that they take
@@ -196,7 +198,7 @@ class ShapePlanner:
     def _of(self, slot: int) -> _Own:
         own = self._own.get(slot)
         if own is None:
-            own = self._own[slot] = _Own(1.0)
+            own = self._own[slot] = _Own(self._ratio, self._ratio)
         return own
 
     def _best(self, own: Sequence[_Own], bound: int, *, limited: bool, speculates: bool) -> Plan:
@@ -249,10 +251,10 @@ class ShapePlanner:
             for each in self._shapes.values():
                 each.fade(_MEMORY)
             for part in parts:
-                self._shapes[part].note(min(count, len(part.widths) or self._depth), own.ratio / self._ratio)
-            self._ratio += (1 - _MEMORY) * (own.ratio - self._ratio)
+                self._shapes[part].note(min(count, len(part.widths) or self._depth), own.ratio)
+            self._ratio += _LATELY * (own.ratio - self._ratio)
             own.accepted, own.hoped = _OWN * own.accepted + count, _OWN * own.hoped + gain
-            own.ratio = (own.accepted + _BELIEF) / (own.hoped + _BELIEF)
+            own.ratio = (own.accepted + _BELIEF * own.expected) / (own.hoped + _BELIEF)
 
     def timed(self, plan: Plan, batch: int, bound: int, step_s: float, host_s: float | None) -> None:
         """See StepPlanner."""
