@@ -499,7 +499,9 @@ def test_drafts_know_what_is_favoured(dtype: str, temperature: float, monkeypatc
     with load(dtype=dtype, dequantize=dtype == "fp32", tree=TreeShape.parse("tree:7")) as engine:
         usual = {token for answer in engine.generate(PROMPTS, LONG) for token in answer.token_ids}
         others = tuple(sorted(set(range(engine.model_config.vocab_size)) - usual))
-        params = SamplingParams(max_tokens=60, ignore_eos=True, temperature=temperature, seed=3, allowed_token_ids=others)
+        params = SamplingParams(
+            max_tokens=60, ignore_eos=True, temperature=temperature, seed=3, allowed_token_ids=others
+        )
         knowing = engine.generate(PROMPTS, params)
         monkeypatch.setattr(Processors, "biases", lambda *_: None)
         blind = engine.generate(PROMPTS, params)

@@ -68,7 +68,6 @@ class Berth:
         self.drafted = self.began  # where nothing is drafted; a mark less to record
         self.rows, self.notes = HostRoom(pinned=pinned), HostRoom(pinned=pinned)
 
-
     def draft(self, nodes: int) -> None:
         """Trees of so many nodes, roots included, were drafted."""
         self.drafted = self._halfway if nodes > 1 else self.began
