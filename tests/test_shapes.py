@@ -227,12 +227,8 @@ def test_contexts_between_those_that_were_timed(bound: int, seconds: float) -> N
 
 def test_harder_texts_are_harder_for_all_shapes() -> None:
     """Texts come in blocks, easy and hard; what is known of shapes that are seldom taken is not of the text before."""
-    planner, rng, given, chosen = (
-        planner_of(room=32),
-        random.Random(3),
-        {"chain:1": 0.45, "chain:2": 0.85, "tree:5": 1.5},
-        [],
-    )
+    planner, rng, chosen = planner_of(room=32), random.Random(3), list[str]()
+    given = {"chain:1": 0.45, "chain:2": 0.85, "tree:5": 1.5}
     planner.know(ShapeCosts({(1, 512, name): each for name, each in COSTS.items()}))
     for level in (1.3, 0.7) * 8:
         for step in range(300):
