@@ -225,20 +225,25 @@ def test_contexts_between_those_that_were_timed(bound: int, seconds: float) -> N
     assert pays == (bound == 2048)
 
 
-def test_harder_texts_are_harder_for_all_shapes() -> None:
-    """Texts come in blocks, easy and hard; what is known of shapes that are seldom taken is not of the text before."""
-    planner, rng, chosen = planner_of(room=32), random.Random(3), list[str]()
+def test_texts_that_come_in_blocks_mislead_nobody() -> None:
+    """Easy and hard ones: a shape that is seldom taken is tried beside the others, and not judged by the text of one block. And
+    that good requests end sooner, after as many tokens in fewer steps, makes nothing drift."""
+    planner, rng, chosen, said = planner_of(room=32), random.Random(3), list[str](), 0
     given = {"chain:1": 0.45, "chain:2": 0.85, "tree:5": 1.5}
     planner.know(ShapeCosts({(1, 512, name): each for name, each in COSTS.items()}))
-    for level in (1.3, 0.7) * 8:
-        for step in range(300):
-            if step % 50 == 0:
-                planner.release(0)
+    for level in (1.3, 0.7) * 20:
+        for _ in range(300):
             plan = planner.choose([0], 512, limited=False, speculates=True)
             chosen.append(str(plan))
             mean = level * given[str(plan.shape)] if plan.shape else 0.0
-            planner.learn(plan, [0], [int(mean) + (rng.random() < mean % 1)])
-    assert chosen[600:].count("tree:5") > 0.95 * len(chosen[600:])  # the best at both levels
+            accepted = int(mean) + (rng.random() < mean % 1)
+            planner.learn(plan, [0], [accepted])
+            said += 1 + accepted
+            if said > 96:
+                planner.release(0)
+                said = 0
+    assert chosen[600:].count("tree:5") > 0.9 * len(chosen[600:])  # the best at both levels
+    assert 0.8 < planner._shapes[SHAPES[-1]].gain / given["tree:5"] < 1.25
 
 
 def test_it_changes_its_mind() -> None:

@@ -4,8 +4,8 @@ A shape is chosen when a step is launched, so nothing is known yet of its drafts
 costs was timed at load by batch and context, on the recorded steps themselves; every step in earnest tells where between
 the contexts that were timed the present ones lie. What it gives is how many drafts are accepted over such a shape, times
 how much better or worse this request has done than was to be expected. The shape with the most tokens per second over the
-batch is taken; one that was seldom seen gets credit, so that it is tried now and then. The text cannot change: the rule
-keeps what plain decoding says.
+batch is taken; now and then one that was seldom seen gets credit, and is tried. The text cannot change: the rule keeps what
+plain decoding says.
 """
 
 import json
@@ -23,10 +23,10 @@ _LIKELY = 0.62  # of the drafter's first candidate, before anything is known
 _WIDER = 0.07  # more for each doubling of a tree's nodes
 _OWN = 0.95  # of what is known of a request that is left after a step of it
 _BELIEF = 4.0  # steps' worth of belief that a new request is like those before it
-_MEMORY = 0.9995  # of what is known of each shape that is left after a request's step with any
-_LATELY = 0.005  # weight of a request's step in what new requests are taken to be, as texts change
+_MEMORY = 0.9995  # of what is known of each shape that is left after a request's step with any, as texts change
 _PRIOR = 8.0  # requests' steps' worth of belief in what a shape gives, at least
 _CREDIT = 1.0  # accepted drafts that a shape of which nothing is known gets for that
+_TRIALS = 16  # one step of so many gives credit: steps of one text tell little of a shape, but beside others of the same text
 _HYSTERESIS = 1.03  # by which drafting must be better than not drafting, or the other way round, to change
 _DRIFT = 0.1  # weight of the newest measurement
 _LEAST_SPAN = 0.1  # of a step's time that depends on contexts, at least
@@ -110,11 +110,10 @@ class _Shape:
 @final
 @dataclass
 class _Own:
-    """What is known of one request: accepted drafts, those that a usual one would have had, and their ratio; expected: what that
-    was taken to be at first. behind: rows that the drafter may have to run for it, at most."""
+    """What is known of one request: accepted drafts, those that a usual one would have had, and their ratio. behind: rows that
+    the drafter may have to run for it, at most."""
 
     ratio: float
-    expected: float
     accepted: float = 0.0
     hoped: float = 0.0
     behind: int = 1
@@ -167,7 +166,7 @@ class ShapePlanner:
         chains = [o.shape for o in offers if set(o.shape.widths) == {1}]
         self._parts = {chain: [each for each in chains if len(each.widths) <= len(chain.widths)] for chain in chains}
         self._own: dict[int, _Own] = {}  # by slot
-        self._ratio = 1.0  # of requests lately, on average: how new ones are taken to do
+        self._ratio = 1.0  # of requests lately, on average: what all have in common is the shapes' own
         self._places: dict[tuple[int, int], float] = {}  # see Span: where contexts lie, by recorded batch and bound
         self._host: dict[int, float] = {}  # seconds that the host is busy with a step, by recorded batch
         self._reading: list[tuple[int, float]] = []  # rows of prompts, and seconds that they take
@@ -198,7 +197,7 @@ class ShapePlanner:
     def _of(self, slot: int) -> _Own:
         own = self._own.get(slot)
         if own is None:
-            own = self._own[slot] = _Own(self._ratio, self._ratio)
+            own = self._own[slot] = _Own(1.0)
         return own
 
     def _best(self, own: Sequence[_Own], bound: int, *, limited: bool, speculates: bool) -> Plan:
@@ -213,8 +212,9 @@ class ShapePlanner:
         self._turn += 1
         hopes, place = sum(each.ratio for each in own), self._places.get((batch, bound), 0.0)
         best, most, host = (self._plain, inf), 0.0, self._host.get(batch, 0.0)
+        credit = 0.0 if self._turn % _TRIALS else _CREDIT
         for plan, shape, span in table.drafted:
-            gain, seconds = shape.gain + _CREDIT / (1 + shape.known) ** 0.5, max(span.at(place), host)
+            gain, seconds = shape.gain + credit / (1 + shape.known) ** 0.5, max(span.at(place), host)
             rate = (len(own) + hopes * gain) / seconds
             best, most = ((plan, seconds), rate) if rate > most else (best, most)
         plain_s = max(table.plain.at(place), host)
@@ -251,10 +251,10 @@ class ShapePlanner:
             for each in self._shapes.values():
                 each.fade(_MEMORY)
             for part in parts:
-                self._shapes[part].note(min(count, len(part.widths) or self._depth), own.ratio)
-            self._ratio += _LATELY * (own.ratio - self._ratio)
+                self._shapes[part].note(min(count, len(part.widths) or self._depth), own.ratio / self._ratio)
+            self._ratio += (1 - _MEMORY) * (own.ratio - self._ratio)
             own.accepted, own.hoped = _OWN * own.accepted + count, _OWN * own.hoped + gain
-            own.ratio = (own.accepted + _BELIEF * own.expected) / (own.hoped + _BELIEF)
+            own.ratio = (own.accepted + _BELIEF) / (own.hoped + _BELIEF)
 
     def timed(self, plan: Plan, batch: int, bound: int, step_s: float, host_s: float | None) -> None:
         """See StepPlanner."""
