@@ -24,7 +24,7 @@ _WIDER = 0.07  # more for each doubling of a tree's nodes
 _OWN = 0.95  # of what is known of a request that is left after a step of it
 _BELIEF = 4.0  # steps' worth of belief that a new request is like those before it
 _MEMORY = 0.9995  # of what is known of each shape that is left after a request's step with any, as texts change
-_PRIOR = 8.0  # requests' steps' worth of belief in what a shape gives, at least
+_PRIOR = 8.0  # requests' steps' worth of belief that a shape gives what is likely
 _CREDIT = 1.0  # accepted drafts that a shape of which nothing is known gets for that
 _TRIALS = 16  # one step of so many gives credit: steps of one text tell little of a shape, but beside others of the same text
 _HYSTERESIS = 1.03  # by which drafting must be better than not drafting, or the other way round, to change
@@ -85,22 +85,21 @@ class Span(NamedTuple):
 @final
 @dataclass
 class _Shape:
-    """accepted: drafts, of requests' steps with it; hoped: for how many steps of a usual request these count. known: requests'
-    steps, of late."""
+    """likely: see `likely`. accepted: drafts, of requests' steps with it; hoped: for how many steps of a usual request these
+    count. known: requests' steps. All three of late; so what was found long ago, in other texts, gives way to what is likely."""
 
-    accepted: float
-    hoped: float = _PRIOR
+    likely: float
+    accepted: float = 0.0
+    hoped: float = 0.0
     known: float = 0.0
 
     @property
     def gain(self) -> float:
         """Accepted drafts of a step of a usual request."""
-        return self.accepted / self.hoped
+        return (self.likely * _PRIOR + self.accepted) / (_PRIOR + self.hoped)
 
     def fade(self, left: float) -> None:
-        self.known *= left
-        if self.hoped > _PRIOR:
-            self.accepted, self.hoped = self.accepted * left, self.hoped * left
+        self.accepted, self.hoped, self.known = self.accepted * left, self.hoped * left, self.known * left
 
     def note(self, accepted: int, usual: float) -> None:
         """usual: for how many steps of a usual request this one counts."""
@@ -161,7 +160,7 @@ class ShapePlanner:
         self._late = next(Plan(o.shape, o.nodes, late=True) for o in offers if len(o.shape.widths) == depth)
         self.costs, self.forced = costs, list[Plan]()  # forced: the plan that is taken whatever it costs, to time it
         self._depth, self._room, self._bucket = depth, room, bucket
-        self._shapes = {o.shape: _Shape(likely(o.shape, depth) * _PRIOR) for o in offers}
+        self._shapes = {o.shape: _Shape(likely(o.shape, depth)) for o in offers}
         self._tables: dict[tuple[int, int], _Table] = {}  # by recorded batch and bound
         chains = [o.shape for o in offers if set(o.shape.widths) == {1}]
         self._parts = {chain: [each for each in chains if len(each.widths) <= len(chain.widths)] for chain in chains}
