@@ -26,7 +26,9 @@ _BELIEF = 4.0  # steps' worth of belief that a new request is like those before 
 _MEMORY = 0.9995  # of what is known of each shape that is left after a request's step with any, as texts change
 _PRIOR = 8.0  # requests' steps' worth of belief that a shape gives what is likely
 _CREDIT = 1.0  # accepted drafts that a shape of which nothing is known gets for that
-_TRIALS = 16  # one step of so many gives credit: steps of one text tell little of a shape, but beside others of the same text
+_TRIALS = (
+    16  # one step of so many gives credit: steps of one text tell little of a shape, but beside others of the same text
+)
 _HYSTERESIS = 1.03  # by which drafting must be better than not drafting, or the other way round, to change
 _DRIFT = 0.1  # weight of the newest measurement
 _LEAST_SPAN = 0.1  # of a step's time that depends on contexts, at least
