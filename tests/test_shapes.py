@@ -225,6 +225,27 @@ def test_contexts_between_those_that_were_timed(bound: int, seconds: float) -> N
     assert pays == (bound == 2048)
 
 
+@pytest.mark.parametrize("seconds", [0.0, 1e-6, 100.0])
+def test_steps_of_any_length_leave_it_sane(seconds: float) -> None:
+    """However short, or disturbed, those of one shape were, what others cost stays above nothing and within reason."""
+    planner = planner_of(room=1 << 30)
+    costs = {
+        "plain": (1.0, 1.01),
+        "chain:1": (1.1, 9.0),
+        "chain:2": (1.2, 9.0),
+        "tree:5": (9.0, 9.1),
+        "late chain:2": (9.0, 9.1),
+    }
+    planner.know(ShapeCosts({(1, at, name): both[at > 512] for name, both in costs.items() for at in (512, 2048)}))
+    for bound in (512, 2048):
+        for _ in range(200):
+            planner.timed(Plan(), 1, bound, seconds, None)
+        assert all(
+            0.1 <= planner._table(1, bound).spans[plan].at(planner._places[1, bound]) < 50 for plan in planner.plans(1)
+        )
+        planner.choose([0], bound, limited=False, speculates=True)
+
+
 def test_texts_that_come_in_blocks_mislead_nobody() -> None:
     """Easy and hard ones: a shape that is seldom taken is tried beside the others, and not judged by the text of one block. And
     that good requests end sooner, after as many tokens in fewer steps, makes nothing drift."""

@@ -26,12 +26,11 @@ _BELIEF = 4.0  # steps' worth of belief that a new request is like those before 
 _MEMORY = 0.9995  # of what is known of each shape that is left after a request's step with any, as texts change
 _PRIOR = 8.0  # requests' steps' worth of belief that a shape gives what is likely
 _CREDIT = 1.0  # accepted drafts that a shape of which nothing is known gets for that
-_TRIALS = (
-    16  # one step of so many gives credit: steps of one text tell little of a shape, but beside others of the same text
-)
+_TRIALS = 16  # one step of so many gives credit: so a shape is seen in many texts, beside others of the same text
 _HYSTERESIS = 1.03  # by which drafting must be better than not drafting, or the other way round, to change
 _DRIFT = 0.1  # weight of the newest measurement
 _LEAST_SPAN = 0.1  # of a step's time that depends on contexts, at least
+_FURTHEST = 3.0  # see Span
 _FREE = 1.2  # times as long as reading the fewest rows may take, whatever a step takes
 READING = "reading"  # in place of a plan: rows of prompts
 _WATCHED = 8  # requests of a step from which is learned
@@ -81,7 +80,7 @@ class Span(NamedTuple):
 
     def at(self, place: float) -> float:
         """place: 0 in the midst of the bound, -1 in that of the one before."""
-        return self.middle + place * self.span
+        return max(self.middle + place * self.span, self.middle / 10)
 
 
 @final
@@ -267,7 +266,7 @@ class ShapePlanner:
         if span is None or span.middle == inf:
             return
         place = self._places.get((batch, bound), 0.0)
-        found = (min(max(step_s, span.middle / 2), 4 * span.middle) - span.middle) / span.span
+        found = min(max((step_s - span.middle) / span.span, -1.0), _FURTHEST)  # beyond that it was disturbed
         self._places[batch, bound] = place + _DRIFT * (found - place)
         if host_s is not None:
             busy = self._host.get(batch, 0.0)
