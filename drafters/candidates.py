@@ -12,14 +12,14 @@ from mtp_engine.sampling.sampler import gumbel, step_seed
 
 Ranking = Literal["noise", "drawn", "best"]
 _CANDIDATES = 103  # purpose of step_seed
-_NEVER = -1e4  # in place of -inf: where all tokens to choose from are forbidden, some are drafted all the same
+_FORBIDDEN = -1e4  # in place of -inf: where all tokens to choose from are forbidden, some are drafted all the same
 
 
 def biases_of(batch: Batch, ids: Tensor) -> Tensor | None:
     """What the requests add to the scores of `ids`, [B, n] fp32. Kernel: kernels.process.favour."""
     if batch.biases is None:
         return None
-    return batch.biases.bias[batch.slots[:, None], ids].clamp(min=_NEVER)
+    return batch.biases.bias[batch.slots[:, None], ids].clamp(min=_FORBIDDEN)
 
 
 @final

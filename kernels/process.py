@@ -16,7 +16,7 @@ from mtp_engine.kernels.arrival import check_contiguous
 from mtp_engine.kernels.launch import pdl
 
 _BIAS, _PENALTIES, _EARLY, _WORDS = (tl.constexpr(1 << bit) for bit in range(4))  # as in sampling.batch
-_NEVER = tl.constexpr(-1e4)  # as in drafters.candidates
+_FORBIDDEN = tl.constexpr(-1e4)  # as in drafters.candidates
 _TILE = 1024  # tokens of a program
 
 
@@ -112,7 +112,7 @@ def _favour_kernel(
     slot = tl.load(slots + b)
     x = tl.load(logits + b * stride_b + f.to(tl.int64) * stride_f + index, mask=inside, other=0.0).to(tl.float32)
     if tl.load(wanted + slot) & _BIAS:
-        x += tl.maximum(tl.load(bias + slot * vocab + token, mask=inside, other=0.0), _NEVER)
+        x += tl.maximum(tl.load(bias + slot * vocab + token, mask=inside, other=0.0), _FORBIDDEN)
     tl.store(out + (b * F + f) * n + index, x, mask=inside)
 
 

@@ -30,10 +30,22 @@ _TRIALS = 16  # one step of so many gives credit: so a shape is seen in many tex
 _HYSTERESIS = 1.03  # by which drafting must be better than not drafting, or the other way round, to change
 _DRIFT = 0.1  # weight of the newest measurement
 _LEAST_SPAN = 0.1  # of a step's time that depends on contexts, at least
-_FURTHEST = 3.0  # see Span
+_FURTHEST = 3.0  # place (see Span) that one step may tell of; beyond it was disturbed
 _FREE = 1.2  # times as long as reading the fewest rows may take, whatever a step takes
 READING = "reading"  # in place of a plan: rows of prompts
 _WATCHED = 8  # requests of a step from which is learned
+
+
+@final
+class Span(NamedTuple):
+    """Seconds of a step in the midst of a bound, and what it takes less, or more, in the midst of the one before, or next."""
+
+    middle: float
+    span: float
+
+    def at(self, place: float) -> float:
+        """place: 0 in the midst of the bound, -1 in that of the one before."""
+        return max(self.middle + place * self.span, self.middle / 10)
 
 
 @final
@@ -60,7 +72,7 @@ class ShapeCosts:
         key = batch, bound, str(plan)
         self.seconds[key] = min(seconds, self.seconds.get(key, seconds))
 
-    def of(self, batch: int, bound: int, plan: Plan) -> "Span":
+    def of(self, batch: int, bound: int, plan: Plan) -> Span:
         """Of the longest bound up to this one that was timed; infinite where none was."""
         timed = sorted((at, s) for (n, at, what), s in self.seconds.items() if (n, what) == (batch, str(plan)))
         upto, beyond = [s for at, s in timed if at <= bound], [s for at, s in timed if at > bound]
@@ -69,18 +81,6 @@ class ShapeCosts:
         seconds = upto[-1]
         further = seconds - upto[-2] if len(upto) > 1 else beyond[0] - seconds if beyond else 0.0
         return Span(seconds, max(further, _LEAST_SPAN * seconds))
-
-
-@final
-class Span(NamedTuple):
-    """Seconds of a step in the midst of a bound, and what it takes less, or more, in the midst of the one before, or next."""
-
-    middle: float
-    span: float
-
-    def at(self, place: float) -> float:
-        """place: 0 in the midst of the bound, -1 in that of the one before."""
-        return max(self.middle + place * self.span, self.middle / 10)
 
 
 @final
@@ -266,7 +266,7 @@ class ShapePlanner:
         if span is None or span.middle == inf:
             return
         place = self._places.get((batch, bound), 0.0)
-        found = min(max((step_s - span.middle) / span.span, -1.0), _FURTHEST)  # beyond that it was disturbed
+        found = min(max((step_s - span.middle) / span.span, -1.0), _FURTHEST)
         self._places[batch, bound] = place + _DRIFT * (found - place)
         if host_s is not None:
             busy = self._host.get(batch, 0.0)
