@@ -22,21 +22,18 @@ class ByteLevelStream:
 
     def _start(self) -> None:
         self._stream = DecodeStream(skip_special_tokens=self._skip_special)
-        self._ids: list[int] = []
-        self._sent = 0  # characters
+        self._held: list[int] = []  # ids since text came last; it ends with a whole character
 
     def push(self, ids: Iterable[int]) -> str:
         """Text that `ids` complete; empty while a character is unfinished."""
         ids = list(ids)
         text: str = self._stream.step(self._backend, ids) or ""
-        self._ids += ids
-        self._sent += len(text)
+        self._held = [] if text else self._held + ids
         return text
 
     def flush(self) -> str:
         """What was held back: the U+FFFD of a character that never ended. The decoder then starts afresh."""
-        whole: str = self._backend.decode(self._ids, skip_special_tokens=self._skip_special)
-        rest = whole[self._sent :]
+        rest: str = self._backend.decode(self._held, skip_special_tokens=self._skip_special)
         self._start()
         return rest
 
